@@ -1,0 +1,101 @@
+"""SLA2's forward pass, word for word, in float64: the definition that every other implementation is checked against.
+
+Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675, Eq. 13-16. No quantisation
+here: low-bit kernels are approximations of this page. It walks the query blocks one by one, so its memory grows with
+128 x M and not with N x M, and a few query blocks of a real model can be checked too.
+"""
+
+import torch
+
+from .router import K_BLOCK, Q_BLOCK, block_count, resample_ratio, selected_block_count
+
+
+def phi(x):
+    """The feature map of the linear branch: softmax over the feature dimension."""
+    return x.softmax(dim=-1)
+
+
+def pool(x, block):
+    """Means over blocks of ``block`` tokens, (B, H, N, D) -> (B, H, T, D); a ragged last block averages its live tokens."""
+    return torch.stack([part.mean(dim=2) for part in x.split(block, dim=2)], dim=2)
+
+
+def router_scores(q, k_smooth, proj_q=None, proj_k=None, scale=1.0):
+    """P_c = proj_q(pool(Q)) proj_k(pool(K))^T * scale (Eq. 13), (B, H, T_m, T_n). proj: (D, D) or (H, D, D), x @ W^T."""
+    q_pooled, k_pooled = pool(q, Q_BLOCK), pool(k_smooth, K_BLOCK)
+    if proj_q is not None:
+        q_pooled = q_pooled @ proj_q.to(q_pooled).transpose(-1, -2)
+    if proj_k is not None:
+        k_pooled = k_pooled @ proj_k.to(k_pooled).transpose(-1, -2)
+    return q_pooled @ k_pooled.transpose(-1, -2) * scale
+
+
+def top_k_mask(scores, count):
+    """M_c in {0, 1}: the ``count`` largest scores of each row; of equal scores the lowest index wins."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)
+
+
+def sla2_reference(
+    q, k, v, proj_q=None, proj_k=None, alpha=None, *, sparsity=0.97, scale=None, key_blocks=None, query_blocks=None
+):
+    """SLA2 attention in float64 (arXiv 2602.12675, Eq. 13-16).
+
+    Args:
+        q: (B, H, N, D); k, v: (B, H, M, D); any floating dtype.
+        proj_q, proj_k: (D, D) or (H, D, D) router projections; None is the identity.
+        alpha: ratios in (0, 1), (H,) or (H, A) knots along the query axis; None estimates the selected mass per row.
+        sparsity: share of key blocks that the softmax branch skips, 0 to below 1.
+        scale: softmax scale; None is D ** -0.5.
+        key_blocks: int (B, H, T_m, n), a selection to use instead of routing.
+        query_blocks: indices of the query blocks to compute; None computes all of them.
+
+    Returns:
+        (out, ratio): float64 (B, H, rows, D) and the ratio used per row, (B, H, rows); rows are all N queries, or those
+        of ``query_blocks`` one after the other.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tokens = k.shape[2]
+    query_block_count, key_block_count = block_count(q.shape[2], Q_BLOCK), block_count(tokens, K_BLOCK)
+
+    k = k - k.mean(dim=2, keepdim=True)
+    if key_blocks is None:
+        mask = top_k_mask(router_scores(q, k, proj_q, proj_k, scale), selected_block_count(sparsity, key_block_count))
+    else:
+        shape = (*q.shape[:2], query_block_count, key_block_count)
+        mask = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(-1, key_blocks.long(), True)
+    ratios = None if alpha is None else resample_ratio(alpha.double(), query_block_count)
+
+    phi_k = phi(k)
+    k_means = pool(k, K_BLOCK)
+    block_tokens = torch.full((key_block_count,), K_BLOCK, dtype=q.dtype, device=q.device)
+    block_tokens[-1] = tokens - (key_block_count - 1) * K_BLOCK
+
+    outputs, row_ratios = [], []
+    for i in range(query_block_count) if query_blocks is None else query_blocks:
+        q_i = q[:, :, i * Q_BLOCK : (i + 1) * Q_BLOCK]
+        selected = mask[:, :, i].repeat_interleave(K_BLOCK, dim=-1)[..., None, :tokens]
+        unselected_blocks = ~mask[:, :, i]
+
+        logits = (q_i @ k.transpose(-1, -2) * scale).masked_fill(~selected, -torch.inf)
+        o_sparse = logits.softmax(dim=-1) @ v
+
+        phi_k_unselected = phi_k * ~selected.transpose(-1, -2)
+        h = phi_k_unselected.transpose(-1, -2) @ v
+        z = phi_k_unselected.sum(dim=2)[..., None]
+        has_linear = unselected_blocks.any(dim=-1)[..., None, None]
+        o_linear = torch.where(has_linear, phi(q_i) @ h, 0.0) / torch.where(has_linear, phi(q_i) @ z, 1.0)
+
+        if ratios is None:
+            selected_mass = logits.logsumexp(dim=-1)
+            block_logits = q_i @ k_means.transpose(-1, -2) * scale + block_tokens.log()
+            unselected_mass = block_logits.masked_fill(~unselected_blocks[..., None, :], -torch.inf).logsumexp(dim=-1)
+            ratio = torch.sigmoid(selected_mass - unselected_mass).detach()
+        else:
+            ratio = ratios[None, :, i, None].expand(q_i.shape[:3])
+        ratio = torch.where(has_linear[..., 0], ratio, 1.0)
+
+        outputs.append(ratio[..., None] * o_sparse + (1 - ratio[..., None]) * o_linear)
+        row_ratios.append(ratio)
+    return torch.cat(outputs, dim=2), torch.cat(row_ratios, dim=2)

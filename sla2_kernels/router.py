@@ -1,0 +1,74 @@
+"""The router in torch: pool, project, score, and take the top-k key blocks of every query block (Eq. 13).
+
+Everything runs in IEEE float32 (float64 for float64 inputs) from the unquantised tensors: with TF32 or 16-bit operands
+1% of a Wan layer's rows would select other blocks.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+Q_BLOCK = 128
+K_BLOCK = 64
+
+
+def block_count(tokens, block):
+    """Number of blocks of ``block`` tokens that ``tokens`` tokens fill; the last one may be ragged."""
+    return -(-tokens // block)
+
+
+def selected_block_count(sparsity, key_block_count):
+    """Selected key blocks per query block: max(1, floor((1 - sparsity) * T_n)). The 1e-6 keeps 0.9 * 10 from losing one."""
+    return max(1, math.floor((1 - sparsity) * key_block_count + 1e-6))
+
+
+def resample_ratio(alpha, query_block_count):
+    """Ratios at A knots, (H,) or (H, A) -> one per query block, (H, T_m): linear, first and last knot at the ends."""
+    knots = alpha[:, None] if alpha.dim() == 1 else alpha
+    if query_block_count == 1 or knots.shape[1] == 1:
+        return knots[:, :1].expand(-1, query_block_count)
+    return F.interpolate(knots[None], size=query_block_count, mode="linear", align_corners=True)[0]
+
+
+def pool_blocks(x, block):
+    """Means over blocks of ``block`` tokens, (B, H, N, D) -> (B, H, T, D) float32 (float64 for float64)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    full = x.shape[2] // block
+    pooled = x[:, :, : full * block].unflatten(2, (full, block)).mean(dim=3, dtype=dtype) if full else None
+    if full * block == x.shape[2]:
+        return pooled
+    tail = x[:, :, full * block :].mean(dim=2, keepdim=True, dtype=dtype)
+    return tail if pooled is None else torch.cat([pooled, tail], dim=2)
+
+
+def mean_from_pools(pooled, tokens, block):
+    """Mean over all tokens, (B, H, T, D) block means -> (B, H, 1, D), weighting a ragged last block by its live tokens."""
+    live = torch.full((pooled.shape[2], 1), float(block), dtype=pooled.dtype, device=pooled.device)
+    live[-1] = tokens - (pooled.shape[2] - 1) * block
+    return (pooled * live).sum(dim=2, keepdim=True) / tokens
+
+
+def project(pooled, proj):
+    """x @ W^T as torch.nn.Linear does, W (D, D) or (H, D, D); None is the identity."""
+    return pooled if proj is None else pooled @ proj.to(pooled).transpose(-1, -2)
+
+
+def router_scores(q, k, proj_q=None, proj_k=None, scale=None):
+    """Router logits P_c, (B, H, T_m, T_n), of q (B, H, N, D) and the unsmoothed k (B, H, M, D); None scale is D ** -0.5."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_pooled = pool_blocks(k, K_BLOCK)
+    k_pooled = k_pooled - mean_from_pools(k_pooled, k.shape[2], K_BLOCK)
+    return project(pool_blocks(q, Q_BLOCK), proj_q) @ project(k_pooled, proj_k).transpose(-1, -2) * scale
+
+
+def top_k_blocks(scores, count):
+    """Indices of the ``count`` largest scores of each row, ascending, int32; of equal scores the lowest index wins."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return order.sort(dim=-1).values.to(torch.int32)
+
+
+def unselected_mask(key_blocks, key_block_count, dtype):
+    """1 - M_c, (B, H, T_m, n) selected indices -> (B, H, T_m, T_n) of ``dtype``."""
+    shape = (*key_blocks.shape[:3], key_block_count)
+    return torch.ones(shape, dtype=dtype, device=key_blocks.device).scatter(-1, key_blocks.long(), 0.0)

@@ -1,0 +1,125 @@
+"""What runs where: which backend a call takes, and the one sentence why the fast path cannot take it."""
+
+import functools
+import importlib.util
+import os
+import sys
+
+import torch
+
+PRECISIONS = ("16bit", "int8", "fp8")
+BACKENDS = ("auto", "triton", "torch")
+HEAD_DIMS = (32, 64, 128)
+OLDEST_CAPABILITY = (8, 0)
+OLDEST_TRITON = (3, 2)
+
+
+def interpreting():
+    """True where Triton runs kernels in its CPU interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _cuda_capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+def capability(device):
+    """Compute capability (major, minor) that kernels on ``device`` are chosen for.
+
+    CPU tensors in Triton's interpreter behave as sm_89, or as SLA2_INTERPRET_CAPABILITY says ("8.0", "9.0", ...).
+    """
+    if device.type == "cuda":
+        return _cuda_capability(torch.cuda.current_device() if device.index is None else device.index)
+    major, minor = os.environ.get("SLA2_INTERPRET_CAPABILITY", "8.9").split(".")
+    return int(major), int(minor)
+
+
+def has_fp8(device):
+    """FP8 matrix units: sm_89 and up."""
+    return capability(device) >= (8, 9)
+
+
+def default_precision(device):
+    """What "auto" bit width means on ``device``: INT8 where the card has fast INT8 matrix units, FP8 on sm_100, else 16 bit."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "16bit"
+    # sm_100 (B200) dropped the fast INT8 matrix instruction; RTX 50 cards (sm_120) kept it
+    return "fp8" if capability(device)[0] == 10 else "int8"
+
+
+def triton_install_command():
+    """The one command that installs the Triton that belongs to the installed torch."""
+    torch_minor = ".".join(torch.__version__.split(".")[:2])
+    triton_minor = {"2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6"}.get(torch_minor)
+    package = "triton-windows" if sys.platform == "win32" else "triton"
+    version = f'"{package}=={triton_minor}.*"' if triton_minor else package
+    return f"{sys.executable} -m pip install {version}"
+
+
+@functools.cache
+def _triton_reason():
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed; install it with: {triton_install_command()}"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is too old (3.2 or newer is needed); update it with: {triton_install_command()}"
+    return None
+
+
+def _card_reason(device):
+    if device.type == "cpu":
+        return None if interpreting() else "the Triton kernels need an NVIDIA GPU, and these tensors are on the CPU"
+    if device.type != "cuda":
+        return f"the Triton kernels need an NVIDIA GPU, and these tensors are on a {device.type} device"
+    if torch.version.hip:
+        return "the Triton kernels need an NVIDIA GPU, and this is an AMD card (ROCm)"
+    major, minor = capability(device)
+    if (major, minor) < OLDEST_CAPABILITY:
+        return f"the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has {major}.{minor}"
+    return None
+
+
+def triton_reason(device, dtype, head_dim, precision):
+    """None where the Triton kernels take such a call, else one sentence why not."""
+    reason = _card_reason(device) or _triton_reason()
+    if reason:
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS:
+        return f"the Triton kernels take head_dim 32, 64 and 128, not {head_dim}"
+    if precision == "fp8" and not has_fp8(device):
+        major, minor = capability(device)
+        return f'precision "fp8" needs compute capability 8.9 (RTX 40) or newer, and this card has {major}.{minor}; use "int8"'
+    return None
+
+
+def unsupported_reason(device, dtype, head_dim, precision="int8", backend="auto"):
+    """Why the operator has no fast path for such a call: None, or one sentence for the user.
+
+    Args:
+        device: torch.device or its name. dtype: of q, k and v. head_dim: D. precision: "16bit" | "int8" | "fp8".
+        backend: "torch" is always possible; "auto" counts the torch backend as a fast path on the CPU alone.
+    """
+    device = torch.device(device)
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return None
+    return triton_reason(device, dtype, head_dim, precision)
+
+
+def resolve_backend(backend, device, dtype, head_dim, precision):
+    """ "auto" -> "triton" or "torch". Raises ValueError where an explicit "triton" cannot run: it never falls back."""
+    if backend == "torch":
+        return "torch"
+    if backend == "auto" and device.type == "cpu":
+        return "torch"
+    reason = triton_reason(device, dtype, head_dim, precision)
+    if reason is None:
+        return "triton"
+    if backend == "triton" or (precision == "fp8" and reason.startswith("precision")):
+        raise ValueError(f"sla2_attention cannot run: {reason}.")
+    return "torch"
