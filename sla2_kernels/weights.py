@@ -1,0 +1,202 @@
+"""The router file: trained projections and ratios of one model, as safetensors with metadata that says what they fit.
+
+A router file comes from strangers. Nothing in it is executed, its header is checked before its tensors are read, and
+whatever is wrong with it becomes a RouterFileError: one sentence with the file, the tensor and the expectation.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass, field, fields
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .router import K_BLOCK, Q_BLOCK
+from .router_format import (
+    FORMAT,
+    FORMAT_VERSION,
+    KINDS,
+    RouterFileError,
+    check_facts,
+    check_tensor,
+    printable,
+    read_header,
+    tensor_name,
+)
+
+MAX_LOGIT = 16.0  # the sigmoid of anything larger is 1 in float32
+
+
+@dataclass(frozen=True, eq=False)
+class RouterLayer:
+    """Router of one attention layer.
+
+    proj_q, proj_k: float32 (D, D), shared by the heads, or (H, D, D), applied as x @ W^T; None is the identity.
+    alpha_logits: float32 (S, H, A), S trained sparsities, A knots along the query axis; None estimates the ratio.
+    """
+
+    proj_q: Tensor | None = None
+    proj_k: Tensor | None = None
+    alpha_logits: Tensor | None = None
+
+    def ratio(self, sparsity_index, next_index=None, weight=0.0):
+        """Ratios (H, A) in (0, 1) at one trained sparsity, or ``weight`` of the way from it to the next one; None without logits."""
+        if self.alpha_logits is None:
+            return None
+        logits = self.alpha_logits[sparsity_index]
+        if next_index is not None:
+            logits = torch.lerp(logits, self.alpha_logits[next_index], weight)
+        return torch.sigmoid(logits.clamp(-MAX_LOGIT, MAX_LOGIT))
+
+
+@dataclass(frozen=True, eq=False)
+class RouterWeights:
+    """Routers of all layers of one model, and what they were trained for. Raises RouterFileError if inconsistent.
+
+    layers: one RouterLayer per attention layer. sparsities: shares of skipped key blocks trained at, in the order of
+    alpha_logits' first dimension. precision: bit width trained at, or None. source: the file it was loaded from, or "".
+    """
+
+    layers: tuple[RouterLayer, ...]
+    model_family: str
+    num_heads: int
+    head_dim: int
+    q_block: int = Q_BLOCK
+    k_block: int = K_BLOCK
+    token_order: str = "raster"
+    sparsities: tuple[float, ...] = ()
+    precision: str | None = None
+    source: str = field(default="", repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "sparsities", tuple(float(s) for s in self.sparsities))
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "source")}
+        check_facts({**facts, "num_layers": len(self.layers)})
+        for index, layer in enumerate(self.layers):
+            for kind in KINDS:
+                tensor = getattr(layer, kind)
+                if tensor is not None:
+                    name = tensor_name(index, kind)
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    check_tensor(name, dtype, tensor.shape, self.num_heads, self.head_dim, len(self.sparsities))
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise RouterFileError(
+                            f"tensor {name} must hold finite numbers, but NaN or infinity is among them."
+                        )
+
+    @property
+    def num_layers(self):
+        return len(self.layers)
+
+    def ratio(self, layer, sparsity):
+        """Mixing ratios (H, A) in (0, 1) of ``layer`` at ``sparsity``, or None where they are estimated from the run.
+
+        Logits are interpolated linearly between the trained sparsities; outside them the nearest one counts.
+        """
+        order = sorted(range(len(self.sparsities)), key=self.sparsities.__getitem__)
+        above = next((i for i in order if self.sparsities[i] >= sparsity), None)
+        below = next((i for i in reversed(order) if self.sparsities[i] <= sparsity), None)
+        if above is None or below is None or above == below:
+            nearest = above if below is None else below
+            return None if nearest is None else self.layers[layer].ratio(nearest)
+        low, high = self.sparsities[below], self.sparsities[above]
+        return self.layers[layer].ratio(below, above, (sparsity - low) / (high - low))
+
+    def require_model(self, *, model_family, num_layers, num_heads, head_dim):
+        """Raises RouterFileError with the first mismatch between this router and a model."""
+        pairs = (
+            ("model family", self.model_family, model_family),
+            ("number of layers", self.num_layers, num_layers),
+            ("number of heads", self.num_heads, num_heads),
+            ("head_dim", self.head_dim, head_dim),
+        )
+        for what, ours, models in pairs:
+            if ours != models:
+                raise RouterFileError(
+                    f"{self._name()} was trained for another model: its {what} is {ours}, this model's is {models}."
+                )
+
+    def _name(self):
+        return f"Router file {self.source}" if self.source else "This router"
+
+    def save(self, path):
+        """Writes the router to ``path`` whole or not at all: temporary file beside it, fsync, rename. Raises RouterFileError."""
+        data = safetensors.torch.save(self._tensors(), metadata=self._metadata())
+        # the file behind a link is replaced, not the link
+        path = os.path.realpath(path)
+        temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RouterFileError(f"Router file {path} cannot be written: {error.strerror or error}.") from error
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    def _tensors(self):
+        named = {tensor_name(i, kind): getattr(layer, kind) for i, layer in enumerate(self.layers) for kind in KINDS}
+        # safetensors refuses tensors that share memory, which proj_q and proj_k may
+        return {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in named.items()
+            if tensor is not None
+        }
+
+    def _metadata(self):
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "model_family": self.model_family,
+            "num_layers": str(self.num_layers),
+            "num_heads": str(self.num_heads),
+            "head_dim": str(self.head_dim),
+            "q_block": str(self.q_block),
+            "k_block": str(self.k_block),
+            "token_order": self.token_order,
+            "sparsities": json.dumps(self.sparsities),
+            # an absent tensor means identity or estimation: the list tells that from a tensor that got lost
+            "tensors": json.dumps(sorted(self._tensors())),
+        }
+        if self.precision is not None:
+            metadata["precision"] = self.precision
+        return metadata
+
+
+def identity_router(model_family, num_layers, num_heads, head_dim):
+    """The untrained router of any model: identity projections, ratios estimated from the run."""
+    return RouterWeights((RouterLayer(),) * num_layers, model_family, num_heads, head_dim)
+
+
+def load_router(path):
+    """Reads a router file into memory (CPU, float32; the file is closed again) and checks it.
+
+    Raises RouterFileError: one sentence with the file, the tensor and what was expected of it.
+    """
+    path = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            facts, names = read_header(file, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            tensors = safetensors.torch.load(file.read())
+        layers = tuple(
+            RouterLayer(**{kind: tensors[tensor_name(i, kind)] for kind in KINDS if tensor_name(i, kind) in names})
+            for i in range(facts.pop("num_layers"))
+        )
+        return RouterWeights(layers, **facts, source=path)
+    except RouterFileError as error:
+        raise RouterFileError(f"Router file {path}: {error}") from None
+    except OSError as error:
+        raise RouterFileError(f"Router file {path} cannot be read: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        reason = printable(str(error))
+        raise RouterFileError(
+            f"Router file {path}: its safetensors data is damaged or cut short ({reason})."
+        ) from error
