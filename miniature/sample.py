@@ -1,0 +1,103 @@
+"""Generate videos with the miniature, without ComfyUI.
+
+    python -m miniature.sample --out samples --caption "two red balls bounce over tiles, camera still"
+
+writes a contact sheet (samples.png) of all captions and one animated WebP per caption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+
+from . import images
+from .captions import embed, split_captions
+from .vae import WanVAE, denormalise_latents
+from .wan import Attention, WanConfig, WanModel, dense_attention
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHIFT = 8.0  # ComfyUI's default for Wan2.1
+
+
+def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
+    """(steps + 1,) noise levels from 1 to 0, evenly spaced before the shift towards noise."""
+    u = torch.linspace(1, 0, steps + 1)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 30, cfg: float = 3.0,
+    shift: float = SHIFT, device: torch.device | str = "cpu", attention: Attention = dense_attention,
+) -> torch.Tensor:  # fmt: skip
+    """Normalised latents (1, 16, T, h, w) by Euler steps along the flow; noise is drawn on the CPU, so seeds carry over.
+
+    Args:
+        context: (1, 16, 4096) from captions.embed().
+        shape: of the latents.
+        cfg: guidance scale; 1 turns guidance off.
+        attention: replaces dense self attention, see WanModel.forward.
+    """
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    context = context.to(device)
+    empty = torch.zeros_like(context)
+    levels = noise_schedule(steps, shift).tolist()
+    for level, following in itertools.pairwise(levels):
+        t = torch.full((shape[0],), level * 1000, device=device)
+        velocity = model(x, t, context, attention).float()
+        if cfg != 1:
+            base = model(x, t, empty, attention).float()
+            velocity = base + cfg * (velocity - base)
+        x = x + (following - level) * velocity
+    return x
+
+
+def load_models(folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> tuple[WanModel, WanVAE]:
+    """The trained transformer and VAE in float32, ready to use.
+
+    Raises:
+        FileNotFoundError: the weight files are not in the folder.
+    """
+    from safetensors.torch import load_file
+
+    state = {k: v.float() for k, v in load_file(folder / "wan_miniature_dit.safetensors").items()}
+    model = WanModel(WanConfig.from_state_dict(state))
+    model.load_state_dict(state)
+    vae = WanVAE.from_state_dict(load_file(folder / "wan_miniature_vae.safetensors"))
+    return model.to(device).eval(), vae.to(device).eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--caption", action="append", help="may be repeated; default: four held-out captions")
+    parser.add_argument("--frames", type=int, default=81, help="4n+1")
+    parser.add_argument("--height", type=int, default=320, help="a multiple of 16")
+    parser.add_argument("--width", type=int, default=320, help="a multiple of 16")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+
+    model, vae = load_models(args.weights, args.device)
+    captions = args.caption or [str(caption) for caption in split_captions()[1][::6]]
+    shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for number, caption in enumerate(captions):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"), torch.no_grad():
+            latents = sample_latents(model, embed(caption), shape=shape, seed=args.seed + number, steps=args.steps,
+                                     cfg=args.cfg, device=args.device)  # fmt: skip
+            results.append(vae.decode(denormalise_latents(latents))[0].float().cpu())
+        images.write_webp(args.out / f"sample_{number}.webp", results[-1])
+        print(f"sample_{number}.webp: {caption}")
+    images.write_png(args.out / "samples.png", images.contact_sheet(results))
+
+
+if __name__ == "__main__":
+    main()

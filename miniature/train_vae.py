@@ -1,0 +1,166 @@
+"""Training of the miniature's VAE on rendered clips."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from . import images, videos
+from .captions import split_captions
+from .optim import Average, Budget, Log, Optimiser, save_weights
+from .vae import Kernels, WanVAE, normalise_latents, psnr, rms_silu
+
+ABOUT = "Wan2.1-format video VAE of small width, trained on procedural videos (miniature/README.md)"
+VAE_FILE = "wan_miniature_vae.safetensors"
+
+
+def clip_batch(bank: videos.Scenes, *, batch: int, frames: int, side: int, world, generator) -> torch.Tensor:
+    """Random crops in time and space, half of the room of chance around one of the objects."""
+    total, height, width = world
+    index = torch.randint(len(bank), (batch,), generator=generator)
+    start = torch.randint(total - frames + 1, (batch,), generator=generator)
+    item = torch.randint(2, (batch,), generator=generator)
+    jitter = (torch.rand(batch, 2, generator=generator) - 0.5) * side
+    scenes = bank.select(index.to(bank.kind.device))
+    device = scenes.kind.device
+    start = start.to(device)
+    pick = torch.arange(batch, device=device)
+    centre = scenes.position[pick, start + frames // 2, item.to(device)] + jitter.to(device)
+    room = torch.tensor([width - side, height - side], device=device)
+    origin = torch.minimum((centre - side / 2).round().clamp_min(0), room)
+    return videos.render(scenes, first_frame=start, frames=frames, origin=origin, height=side, width=side)
+
+
+def compiled_norm():
+    """rms_silu as one kernel, compiled once per channel count and for any number of positions."""
+    fused = torch.compile(rms_silu, dynamic=False)
+
+    def norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
+        return fused(rows, gamma).view_as(x)
+
+    return norm
+
+
+def choose_kernels(device: torch.device, compile_: bool) -> str:
+    """Take compiled norms if asked for, and the faster of two equal ways to run the widest convolution here."""
+    if compile_:
+        Kernels.norm = compiled_norm()
+    if device.type != "cuda":
+        return "3-D convolution"
+    from .vae import CausalConv
+
+    conv = CausalConv(16, 16, 3).to(device)
+    x = torch.randn(8, 17, 128, 128, 16, device=device, requires_grad=True)
+    seconds = {}
+    for stacked in (False, True):
+        Kernels.stack_frames = stacked
+        for repeat in range(6):
+            if repeat == 2:
+                torch.cuda.synchronize()
+                begin = time.monotonic()
+            with torch.autocast("cuda", torch.bfloat16):
+                conv(x).float().mean().backward()
+        torch.cuda.synchronize()
+        seconds[stacked] = (time.monotonic() - begin) / 4
+    Kernels.stack_frames = seconds[True] < seconds[False]
+    name = "2-D convolution of stacked frames" if Kernels.stack_frames else "3-D convolution"
+    return f"{name} (3-D {seconds[False] * 1e3:.1f} ms, stacked {seconds[True] * 1e3:.1f} ms)"
+
+
+def _is_hidden_convolution(name: str, p: torch.Tensor) -> bool:
+    return p.ndim >= 4 and min(p.shape[:2]) > 3
+
+
+def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device) -> WanVAE:
+    """Train, fold the latent statistics in, save, measure; returns the saved weights' model."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    train_captions, held_out = split_captions()
+    world = sizes["world"]
+    scenes = [train_captions[i % len(train_captions)] for i in range(sizes["vae_scenes"])]
+    bank = videos.simulate(scenes, frames=world[0], height=world[1], width=world[2], seed=args.seed).to(device)
+
+    vae = WanVAE(args.vae_dim).to(device)
+    optimiser = Optimiser(vae, _is_hidden_convolution, muon_lr=args.vae_lr, adam_lr=args.vae_lr, hold=0.4)
+    average = Average(vae, 0.998)
+    out = Path(args.out)
+    saved = printed = time.monotonic()
+    step = pixels = 0
+    while (progress := budget.progress(step)) < 1:
+        frames, side, batch = sizes["vae_batches"][step % len(sizes["vae_batches"])]
+        clip = clip_batch(bank, batch=batch, frames=frames, side=side, world=world, generator=generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, log_variance = vae.posterior(clip)
+            mean, log_variance = mean.float(), log_variance.float()
+            latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            error = vae.decode(latents).float() - clip
+        mse = error.square().mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        (error.abs().mean() + 4 * mse + args.kl_weight * kl).backward()
+        factor = optimiser.step(progress)
+        average.update()
+        step += 1
+        pixels += clip[:, 0].numel()
+        now = time.monotonic()
+        if now - printed > args.print_seconds:
+            quality = -10 * torch.log10(mse.detach() / 4).item()
+            log.record(stage="vae", seconds=budget.elapsed(), step=step, psnr_db=quality, kl=kl.item(), lr=factor,
+                       megapixels_per_second=pixels / (now - printed) / 1e6)  # fmt: skip
+            if not math.isfinite(quality):
+                raise FloatingPointError(f"VAE training diverged at step {step}: lower --vae-lr (now {args.vae_lr})")
+            printed, pixels = now, 0
+        if now - saved > 60:
+            saved = now
+            save_weights(out / VAE_FILE, average.state_dict(), torch.float16, ABOUT)
+            log.write()
+
+    vae.load_state_dict(average.state_dict())
+    vae.eval()
+    return _finish(vae, args, sizes, log, device, bank, held_out, step)
+
+
+@torch.no_grad()
+def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
+    """Fold the statistics, round to 16 bit, save, then measure the rounded weights on clips of held-out captions."""
+    frames, height, width = sizes["world"]
+    count = sizes["statistics_clips"]
+    chosen = torch.randperm(len(bank), generator=torch.Generator().manual_seed(args.seed))[:count].to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        latents = torch.cat(
+            [vae.encode(videos.render(bank.select(i[None]), frames=frames, height=height, width=width)).float()
+             for i in chosen]
+        )  # fmt: skip
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    log.result(vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist())
+    vae.fold_statistics(mean, std)
+    save_weights(Path(args.out) / VAE_FILE, vae.state_dict(), torch.float16, ABOUT)
+    vae.load_state_dict({k: v.half().float() for k, v in vae.state_dict().items()})
+
+    test = videos.simulate(held_out, frames=frames, height=height, width=width, seed=args.seed + 1).to(device)
+    scores, rows, codes = [], [], []
+    with torch.autocast(device.type, torch.bfloat16):
+        for i in range(min(len(test), sizes["test_clips"])):
+            clip = videos.render(
+                test.select(torch.tensor([i], device=device)), frames=frames, height=height, width=width
+            )
+            code = vae.encode(clip)
+            again = vae.decode(code).float()
+            codes.append(normalise_latents(code.float()))
+            scores.append(psnr(clip, again))
+            if len(rows) < 6:
+                rows += [clip[0].cpu(), again[0].cpu()]
+    code = torch.cat(codes)
+    smooth = (code[..., 1:] - code[..., :-1]).square().mean().item() / 2
+    log.result(
+        vae_test_psnr_db=sum(scores) / len(scores), vae_test_psnr_db_worst=min(scores), vae_test_clips=len(scores),
+        normalised_latent_mean=code.mean((0, 2, 3, 4)).tolist(), normalised_latent_std=code.std((0, 2, 3, 4)).tolist(),
+        neighbour_difference_variance=smooth,
+    )  # fmt: skip
+    images.write_png(Path(args.out) / "vae_sheet.png", images.contact_sheet(rows))
+    log.write()
+    return vae

@@ -1,0 +1,58 @@
+"""The miniature against real ComfyUI: same keys, same numbers, same loaders, same sampling."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+
+
+@pytest.fixture(scope="module")
+def probe(tiny_weights):
+    if not (COMFYUI / "comfy" / "sd.py").exists():
+        pytest.skip(f"NOT CHECKED against ComfyUI: no checkout at {COMFYUI}; set COMFYUI_PATH to one")
+    script = Path(__file__).with_name("comfy_probe.py")
+    command = [sys.executable, str(script), str(COMFYUI), str(REPOSITORY), str(tiny_weights)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tiny_weights, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("PROBE "))
+    return json.loads(line.removeprefix("PROBE "))
+
+
+def test_latent_constants_are_comfyui_s(probe):
+    assert probe["constants"] == {"mean": 0.0, "std": 0.0}
+
+
+def test_vae_keys_are_equal(probe):
+    assert probe["vae_keys_equal"]
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_whole_video_vae_equals_comfyui_s_chunked_one(probe, way, frames):
+    assert probe[f"{way}_{frames}"] < 1e-4
+
+
+def test_transformer_equals_comfyui_s(probe):
+    assert probe["velocity"] < 1e-4
+
+
+def test_stock_loaders_detect_wan21_text_to_video(probe):
+    assert probe["detected"] == "WAN21_T2V"
+    sizes = {"dim": 256, "ffn_dim": 768, "num_layers": 2, "num_heads": 2, "model_type": "t2v"}
+    assert probe["detected_sizes"] == sizes
+    assert (probe["model_type"], probe["default_shift"]) == ("FLOW", 8.0)
+
+
+def test_loaded_files_encode_decode_and_sample_alike(probe):
+    assert probe["file_encode"] < 1e-3
+    assert probe["file_decode"] < 1e-3
+    assert probe["sampled"] < 2e-3
