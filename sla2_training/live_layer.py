@@ -1,0 +1,66 @@
+"""One layer's live tensors during a training step: views, block means, and exact rows of a few query blocks."""
+
+import torch
+
+from sla2_kernels import K_BLOCK, Q_BLOCK
+from sla2_kernels.router import block_count, mean_from_pools, pool_blocks, project
+
+from .block_sums import block_sums, memory_of
+from .errors import TrainingError
+
+
+class LiveLayer:
+    """One layer's tensors as BHND views, their block means (k smoothed) and what follows from their shape."""
+
+    def __init__(self, layer, q, k, v, layout, scale):
+        if layout not in ("BHND", "BNHD"):
+            raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
+        tensors = (q, k, v) if layout == "BHND" else (x.transpose(1, 2) for x in (q, k, v))
+        self.layer = layer
+        self.q, self.k, self.v = (x.detach() for x in tensors)
+        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.query_block_count = block_count(self.q.shape[2], Q_BLOCK)
+        with torch.no_grad():
+            self.q_pooled = pool_blocks(self.q, Q_BLOCK).float()
+            k_pooled = pool_blocks(self.k, K_BLOCK).float()
+            self.k_pooled = k_pooled - mean_from_pools(k_pooled, self.k.shape[2], K_BLOCK)
+
+    def scores(self, proj_q, proj_k, blocks):
+        """Router logits of the query blocks (B, H, R): (B, H, R, T_n)."""
+        q_pooled = self.q_pooled.gather(2, blocks[..., None].expand(-1, -1, -1, self.q_pooled.shape[3]))
+        return project(q_pooled, proj_q) @ project(self.k_pooled, proj_k).transpose(-1, -2) * self.scale
+
+    def check(self, heads, head_dim):
+        """Raises ValueError for another model's shape, TrainingError for NaN or infinity."""
+        if (self.q.shape[1], self.q.shape[3]) != (heads, head_dim):
+            raise ValueError(
+                f"layer {self.layer} has {self.q.shape[1]} heads of {self.q.shape[3]}, the router {heads} of {head_dim}."
+            )
+        for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
+            if not bool(torch.isfinite(x).all()):
+                raise TrainingError(
+                    f"Training stopped at layer {self.layer}: its {name} holds NaN or infinity, which the model itself "
+                    "made; try another precision for the model."
+                )
+
+    def draw(self, count, generator):
+        """``count`` random query blocks (or all there are) of each (batch, head) pair, (B, H, R) int64."""
+        pairs = self.q.shape[0] * self.q.shape[1]
+        drawn = torch.rand(pairs, self.query_block_count, generator=generator).argsort(dim=1)
+        return drawn[:, :count].sort(dim=1).values.unflatten(0, self.q.shape[:2]).to(self.q.device)
+
+    def chunks(self, blocks, memory_bytes):
+        """(pairs, rows) slices whose working memory keeps the bound; at least one pair and one query block each."""
+        per_pair, per_block = memory_of(self.k.shape[2], self.k.shape[3])
+        pairs, drawn = blocks.shape[0] * blocks.shape[1], blocks.shape[2]
+        group = max(1, memory_bytes // (per_pair + drawn * per_block))
+        rows = drawn if group > 1 else min(drawn, max(1, (memory_bytes - per_pair) // per_block))
+        for i in range(0, pairs, group):
+            for j in range(0, drawn, rows):
+                yield slice(i, i + group), slice(j, j + rows)
+
+    def sums(self, blocks, chunk):
+        """BlockSums of one chunk of the query blocks (B, H, R)."""
+        pairs, rows = chunk
+        numbers = torch.arange(blocks.shape[0] * blocks.shape[1], device=blocks.device)
+        return block_sums(self.q, self.k, self.v, numbers[pairs], blocks.flatten(0, 1)[pairs, rows], self.scale)

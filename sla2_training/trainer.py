@@ -1,0 +1,246 @@
+"""Stage 1 of SLA2: train the router and the mixing ratio of every layer on its live Q, K, V against dense attention.
+
+Source: arXiv 2602.12675, Algorithm 1. Nothing is stored: each observation draws a random subset of query blocks,
+computes their dense rows exactly, and takes an optimisation step. No N x N tensor exists.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sla2_kernels.router import selected_block_count, top_k_blocks, unselected_mask
+from sla2_kernels.weights import RouterWeights, identity_router
+
+from .errors import TrainingError
+from .layer_state import LayerState, resumed_layer
+from .live_layer import LiveLayer
+from .report import VARIANTS, LayerErrors, TrainingReport
+from .soft_top_k import TAU, soft_top_k
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How stage 1 trains.
+
+    per_head: a projection per head, (H, D, D), instead of one for all heads. knots: ratio knots along the query axis.
+    learning_rate, ratio_learning_rate: Adam's, for the projections and the ratio logits. tau: SoftTop-k's temperature.
+    normalise_scores: bring each row of scores to unit spread before SoftTop-k. query_blocks: drawn per head and step.
+    memory_bytes: bound on a step's working memory. One head with one query block is the least a step can work on, about
+    N * (20 * D + 2.1 * D + 1600) bytes for N tokens (0.5 GB at N = 75,600), whatever the bound says.
+    steps_per_observation: optimisation steps on each tensor that is seen, each with new query blocks. seed: of the draws.
+    """
+
+    per_head: bool = True
+    knots: int = 1
+    learning_rate: float = 2e-3
+    ratio_learning_rate: float = 0.02
+    tau: float = TAU
+    normalise_scores: bool = False
+    query_blocks: int = 8
+    memory_bytes: int = 2**30
+    steps_per_observation: int = 1
+    seed: int = 0
+
+
+class RouterTrainer:
+    """Trains the router of one model layer by layer, on whatever Q, K, V come by; usable from any sampler.
+
+    Args:
+        model_family, num_layers, num_heads, head_dim: the model, as in the router file.
+        sparsities: shares of skipped key blocks to train for.
+        options: TrainerOptions. resume: RouterWeights of the same model to go on from.
+
+    Raises:
+        RouterFileError: resume is another model's. ValueError: no sparsity, or one outside 0 to 1.
+    """
+
+    def __init__(
+        self,
+        model_family,
+        num_layers,
+        num_heads,
+        head_dim,
+        *,
+        sparsities=(0.97, 0.95, 0.90),
+        options=None,
+        resume=None,
+    ):
+        self.sparsities = tuple(float(s) for s in sparsities)
+        if not self.sparsities or not all(0 < s < 1 for s in self.sparsities):
+            raise ValueError(f"sparsities must be one or more numbers above 0 and below 1, got {self.sparsities}.")
+        if len(set(self.sparsities)) < len(self.sparsities):
+            raise ValueError(f"sparsities must differ from each other, got {self.sparsities}.")
+        model = {"model_family": model_family, "num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim}
+        self.start = identity_router(**model) if resume is None else resume
+        self.start.require_model(**model)
+        self.options = TrainerOptions() if options is None else options
+        self.query_blocks, self.memory_bytes = self.options.query_blocks, self.options.memory_bytes
+        self.tau = self.options.tau
+        self.generator = torch.Generator().manual_seed(self.options.seed)
+        self.states = {}
+        self.steps = {}
+        self.losses = {}
+        self.errors = {}
+        self.notes = []
+
+    def observe(self, layer, q, k, v, *, layout="BHND", scale=None):
+        """Trains ``layer`` on live tensors; returns the relative squared error of its soft masks, before the last step.
+
+        Args:
+            layer: 0 to num_layers - 1. q: (B, H, N, D) or (B, N, H, D) by ``layout``, any float dtype; k, v may have
+            another token count. Inference tensors are fine. scale: softmax scale, None is D ** -0.5.
+
+        Raises:
+            TrainingError: NaN or infinity in the tensors, or no memory even for one head and query block.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+            live = LiveLayer(layer, q, k, v, layout, scale)
+            live.check(self.start.num_heads, self.start.head_dim)
+            state = self._state(layer).on(q.device)
+            if live.k_pooled.shape[2] == 1:
+                # one key block is always selected: nothing to learn from it
+                return 0.0
+            for _ in range(self.options.steps_per_observation):
+                loss = self._within_memory(live, lambda: self._step(state, live))
+                self.steps[layer] = self.steps.get(layer, 0) + 1
+                self.losses.setdefault(layer, []).append(loss)
+        return loss
+
+    def evaluate(self, layer, q, k, v, *, layout="BHND", scale=None):
+        """Output error of hard top-k attention on a random subset of query blocks; trains nothing. Arguments as observe().
+
+        Returns LayerErrors of this call; the report sums those of all calls.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            live = LiveLayer(layer, q, k, v, layout, scale)
+            live.check(self.start.num_heads, self.start.head_dim)
+            state = self._state(layer).on(q.device)
+            errors = self._within_memory(live, lambda: self._evaluate(state, live))
+        self.errors[layer] = self.errors[layer] + errors if layer in self.errors else errors
+        return errors
+
+    def router(self):
+        """The RouterWeights as trained so far; layers never seen stay as they were at the start."""
+        layers = tuple(
+            self._state(i).weights() if i in self.states else self._start_layer(i) for i in range(self.start.num_layers)
+        )
+        return RouterWeights(
+            layers,
+            self.start.model_family,
+            self.start.num_heads,
+            self.start.head_dim,
+            sparsities=self.sparsities,
+            precision="16bit",
+        )
+
+    def report(self):
+        """TrainingReport of all evaluations and notes so far."""
+        return TrainingReport(self.sparsities, dict(self.errors), dict(self.steps), tuple(self.notes))
+
+    def _start_layer(self, layer):
+        return resumed_layer(self.start, layer, self.sparsities, self.options.knots)
+
+    def _state(self, layer):
+        if layer not in self.states:
+            if not 0 <= layer < self.start.num_layers:
+                raise ValueError(f"layer must be 0 to {self.start.num_layers - 1}, got {layer}.")
+            start = self._start_layer(layer)
+            self.states[layer] = LayerState(start, self.start.num_heads, self.start.head_dim, self.options)
+        return self.states[layer]
+
+    def _within_memory(self, live, work):
+        """work(), with half the query blocks after each out-of-memory error until it fits."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                # handled below, when the failed attempt's tensors are gone
+                pass
+            if self.query_blocks == 1:
+                raise TrainingError(
+                    f"Training stopped at layer {live.layer}: not enough memory for one query block of one head; "
+                    "free some memory or make the video smaller."
+                )
+            self.query_blocks = max(1, self.query_blocks // 2)
+            self.memory_bytes //= 2
+            self.notes.append(
+                f"Out of memory at layer {live.layer}: went on with {self.query_blocks} query blocks a step."
+            )
+            if live.q.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _hard_masks(self, scores):
+        """(B, H, R, T_n) scores -> the hard top-k masks at all sparsities, (B * H, R, S, T_n) of 0 and 1."""
+        counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
+        masks = [1 - unselected_mask(top_k_blocks(scores, n), scores.shape[-1], scores.dtype) for n in counts]
+        return torch.stack(masks, dim=3).flatten(0, 1)
+
+    def _soft_masks(self, scores):
+        if self.options.normalise_scores and scores.shape[-1] > 1:
+            scores = (scores - scores.mean(dim=-1, keepdim=True)) / scores.std(dim=-1, keepdim=True).clamp_min(1e-6)
+        counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
+        return torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
+
+    def _ratios(self, state, live, blocks):
+        """The learned ratios of the drawn query blocks, (B * H, R, S)."""
+        ratios = state.ratios(live.query_block_count).permute(1, 2, 0).expand(blocks.shape[0], -1, -1, -1)
+        index = blocks[..., None].expand(-1, -1, -1, len(self.sparsities))
+        return ratios.gather(2, index).flatten(0, 1)
+
+    def _start_ratio(self, live, blocks, masks):
+        """The one ratio per sparsity and head, (S, H), that fits the dense output best (least squares) under hard masks."""
+        product = torch.zeros(masks.shape[0], len(self.sparsities), device=masks.device)
+        norm = torch.zeros_like(product)
+        for chunk in live.chunks(blocks, self.memory_bytes):
+            sums = live.sums(blocks, chunk)
+            o_sparse, o_linear = sums.branches(masks[chunk])
+            difference = (o_sparse - o_linear) * sums.live[:, :, None, :, None]
+            product[chunk[0]] += (difference * (sums.target[:, :, None] - o_linear)).sum(dim=(1, 3, 4))
+            norm[chunk[0]] += difference.square().sum(dim=(1, 3, 4))
+        product, norm = (x.unflatten(0, blocks.shape[:2]).sum(dim=0).T for x in (product, norm))
+        return torch.where(norm > 0, product / norm, 1.0)
+
+    def _step(self, state, live):
+        state.optimizer.zero_grad()
+        blocks = live.draw(self.query_blocks, self.generator)
+        scores = live.scores(state.proj_q, state.proj_k, blocks)
+        with torch.no_grad():
+            hard = self._hard_masks(scores)
+            if state.alpha_logits is None:
+                state.start_ratio(self._start_ratio(live, blocks, hard))
+        soft, ratios = self._soft_masks(scores), self._ratios(state, live, blocks)
+        # gradients stop at the masks: a chunk's tensors are gone before the next one's exist
+        soft_leaf, ratio_leaf = soft.detach().requires_grad_(True), ratios.detach().requires_grad_(True)
+        loss, energy = 0.0, 0.0
+        for chunk in live.chunks(blocks, self.memory_bytes):
+            sums = live.sums(blocks, chunk)
+            soft_error = sums.squared_error(sums.output(soft_leaf[chunk], ratio_leaf.detach()[chunk])).sum()
+            # the ratio serves hard masks when it is used, so it learns from those
+            hard_error = sums.squared_error(sums.output(hard[chunk], ratio_leaf[chunk])).sum()
+            (soft_error + hard_error).backward()
+            loss, energy = loss + soft_error.detach(), energy + sums.energy().sum()
+            del sums
+        total = (energy * len(self.sparsities)).clamp_min(torch.finfo(torch.float32).tiny)
+        torch.autograd.backward([soft, ratios], [soft_leaf.grad / total, ratio_leaf.grad / total])
+        loss = float(loss / total)
+        if not all(bool(torch.isfinite(p.grad).all()) for p in (state.proj_q, state.proj_k, state.alpha_logits)):
+            raise TrainingError(f"Training stopped at layer {live.layer}: the gradient of its router is not finite.")
+        state.optimizer.step()
+        return loss
+
+    def _evaluate(self, state, live):
+        blocks = live.draw(self.query_blocks, self.generator)
+        routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
+        masks = {name: self._hard_masks(live.scores(*proj, blocks)) for name, proj in routers.items()}
+        ratios = None if state.alpha_logits is None else self._ratios(state, live, blocks)
+        squared, energy = dict.fromkeys(VARIANTS, 0.0), 0.0
+        for chunk in live.chunks(blocks, self.memory_bytes):
+            sums = live.sums(blocks, chunk)
+            for router, ratio in VARIANTS:
+                mask = masks[router][chunk]
+                estimated = ratio == "estimated" or ratios is None
+                used = sums.estimated_ratio(mask) if estimated else ratios[chunk]
+                squared[router, ratio] += sums.squared_error(sums.output(mask, used)).sum(dim=(0, 1))
+            energy += sums.energy().sum()
+            del sums
+        return LayerErrors(self.sparsities, {v: tuple(e.tolist()) for v, e in squared.items()}, float(energy))
