@@ -1,0 +1,19 @@
+"""SLA2 attention for ComfyUI: what ComfyUI imports. Everything else is imported inside the entrypoint."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes.apply_attention import SLA2ApplyAttention
+    from .nodes.load_router import SLA2LoadRouter, register_router_folder
+    from .nodes.report import SLA2Report
+
+    register_router_folder()
+
+    class SLA2Extension(ComfyExtension):
+        async def get_node_list(self):
+            return [SLA2LoadRouter, SLA2ApplyAttention, SLA2Report]
+
+    return SLA2Extension()

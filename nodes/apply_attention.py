@@ -1,0 +1,105 @@
+"""SLA2 Apply Attention: MODEL in, MODEL out, with sparse-linear attention where it pays."""
+
+from comfy_api.latest import io
+
+from .attention_hook import install
+from .load_router import Router
+from .model_layouts import model_facts, unsupported_model_reason
+from .progress_text import show_on_node
+from .settings import AUTOMATIC, BIT_WIDTHS, RATIO_MODES, AttentionSettings, parse_layers, skips_keeps
+
+RUN_DENSE, STOP = "run dense and say so", "stop"
+
+
+class SLA2ApplyAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "round": 0.001}
+        return io.Schema(
+            node_id="SLA2ApplyAttention",
+            display_name="SLA2 Apply Attention",
+            category="model/sla2",
+            description="Speeds up a video model: its self-attention computes the most relevant blocks exactly and the "
+            "rest by linear attention. Place it last on the MODEL wire.",
+            hidden=[io.Hidden.unique_id],
+            # saved workflows store widget values by position: new inputs go to the end
+            inputs=[
+                io.Model.Input("model"),
+                Router.Input("router", optional=True, tooltip="From SLA2 Load Router. Not connected: untrained."),
+                io.Float.Input(
+                    "sparsity", default=0.9, min=0.0, max=0.99, step=0.01, round=0.01,
+                    tooltip="Share of the attention that is skipped: 0.97 skips 97%, keeps 3%. Without a trained router "
+                    "stay at or below 0.90.",
+                ),
+                io.Combo.Input(
+                    "bit_width", options=list(BIT_WIDTHS), default="auto",
+                    tooltip="Numbers inside the attention. auto: what is fastest on this card (int8; fp8 on B200). "
+                    "fp8 needs an RTX 40 or newer. 16bit is the most exact.",
+                ),
+                io.Combo.Input(
+                    "ratio_mode", options=list(RATIO_MODES), default="learned",
+                    tooltip="How the exact and the linear part are mixed. learned: by the router file (without one: "
+                    "estimated). estimated: from the attention mass of the run. fixed: the value below.",
+                ),
+                io.Float.Input(
+                    "fixed_ratio", default=0.9, min=0.0, max=1.0, step=0.01, round=0.01,
+                    tooltip="Share of the exact part in the mix. Counts only where ratio_mode is fixed.",
+                ),
+                io.Float.Input("start_percent", default=0.0, **percent, tooltip="Steps before this share run dense."),
+                io.Float.Input("end_percent", default=1.0, **percent, tooltip="Steps after this share run dense."),
+                io.String.Input(
+                    "dense_layers", default="",
+                    tooltip='Layers that always run dense, such as "0, 1, 28-29". -1 is the last layer.',
+                ),
+                io.Int.Input(
+                    "minimum_tokens", default=AUTOMATIC, min=AUTOMATIC, max=10_000_000,
+                    tooltip="Shorter sequences run dense, because routing would cost more than it saves. "
+                    "-1: automatic for this device. 0: always sparse.",
+                ),
+                io.Combo.Input(
+                    "on_unsupported", options=[RUN_DENSE, STOP], default=RUN_DENSE,
+                    tooltip="What to do where SLA2 cannot run (other model family, no Triton, a mask, ...).",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, sparsity, bit_width, ratio_mode, fixed_ratio, start_percent, end_percent, dense_layers,
+        minimum_tokens, on_unsupported, router=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        facts = model_facts(model.model.diffusion_model)
+        reason = unsupported_model_reason(model.model.diffusion_model)
+        if reason and on_unsupported == STOP:
+            raise ValueError(f"SLA2 Apply Attention: {reason} (on_unsupported is set to stop).")
+        settings = AttentionSettings(
+            sparsity=sparsity,
+            bit_width=bit_width,
+            ratio_mode=ratio_mode,
+            fixed_ratio=fixed_ratio,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            dense_layers=parse_layers(dense_layers, facts.num_layers) if facts else frozenset(),
+            minimum_tokens=minimum_tokens,
+            stop_on_unsupported=on_unsupported == STOP,
+        )
+        if facts and router is not None:
+            check_router(router, facts)
+        show_on_node(cls.hidden.unique_id, f"{reason}: every call runs dense" if reason else skips_keeps(sparsity))
+        return io.NodeOutput(install(model, settings, router))
+
+
+def check_router(router, facts):
+    """Raises ValueError with one sentence where the router was made for another model or token order."""
+    router.require_model(
+        model_family=facts.layout.family,
+        num_layers=facts.num_layers,
+        num_heads=facts.num_heads,
+        head_dim=facts.head_dim,
+    )
+    if router.token_order != facts.layout.token_order:
+        raise ValueError(
+            f"The router was trained for token order {router.token_order!r}, and {facts.layout.family} models have "
+            f"{facts.layout.token_order!r}."
+        )

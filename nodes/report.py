@@ -1,0 +1,76 @@
+"""SLA2 Report: what the attention of one sampling run really did."""
+
+import uuid
+
+from comfy_api.latest import io
+
+from .attention_hook import KEY
+from .progress_text import plain, show_on_node
+from .report_text import report_data, report_text
+from .run_history import executing_context
+from .run_record import difference, sample_of
+
+SAME_LATENT = 0.02  # the intermediate dtype may be 16 bit
+
+
+class SLA2Report(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SLA2Report",
+            display_name="SLA2 Report",
+            category="model/sla2",
+            description="Says which attention calls of the sampling ran sparse, which dense and why. Connect the MODEL "
+            "that was sampled and the sampler's LATENT, so that the report comes after the sampling.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL from SLA2 Apply Attention that was sampled."),
+                io.MultiType.Input(
+                    "samples", types=[io.Latent, io.Image], tooltip="What the sampling made; passed through unchanged."
+                ),
+            ],
+            outputs=[
+                io.Custom("LATENT,IMAGE").Output("passed", display_name="samples"),
+                io.String.Output("text", display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs):
+        """New every time: a report is never served from the cache."""
+        return uuid.uuid4().hex
+
+    @classmethod
+    def execute(cls, model, samples) -> io.NodeOutput:
+        hook = model.get_attachment(KEY)
+        if hook is None:
+            text, data = "This MODEL did not come through SLA2 Apply Attention: nothing was measured.", None
+        else:
+            run, caveat = find_run(hook.runs.finished(), samples)
+            text, data = report_text(hook, run, caveat), report_data(hook, run, caveat)
+        text = plain(text)
+        show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput(samples, text, ui={"text": (text,), "sla2_report": (data,)})
+
+
+def find_run(runs, samples):
+    """(run, caveat): the run that made these samples, or the newest one with a sentence why that is not certain."""
+    if not runs:
+        return None, None
+    newest = runs[-1]
+    if isinstance(samples, dict) and newest.latent_sample is not None:
+        distance, run = nearest_run(runs, samples.get("samples"))
+        if distance > SAME_LATENT:
+            return newest, "these samples are not the direct result of a run of this model: the newest run is shown"
+        newest = run
+    context = executing_context()
+    if context and newest.context and newest.context[0] != context[0]:
+        return newest, "the sampler did not run in this prompt (its result came from the cache): its own run is shown"
+    return newest, None
+
+
+def nearest_run(runs, latent):
+    sample = sample_of(latent)
+    # of equal runs the newest
+    return min(((difference(sample, run.latent_sample), run) for run in reversed(runs)), key=lambda found: found[0])

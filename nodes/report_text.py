@@ -1,0 +1,105 @@
+"""A sampling run in words and as data that JSON can hold."""
+
+import math
+import os
+import time
+
+from .settings import skips_keeps
+
+
+def report_data(hook, run, caveat=None):
+    """The run as a dictionary of plain values: what ``report_text`` says, for programs."""
+    settings = hook.settings
+    data = {
+        "sparsity_setting": settings.sparsity,
+        "router": router_name(hook.router),
+        "ratio": ratio_name(hook),
+        "caveat": caveat,
+        "run": None,
+    }
+    if run is None:
+        return data
+    layers = [layer_data(layer, run.layers[layer]) for layer in sorted(run.layers)]
+    return data | {
+        "run": run.number,
+        "failure": run.failure,
+        "model_calls": run.model_calls,
+        "bit_widths": sorted(run.precisions),
+        "sparse_calls": sum(row["sparse"] for row in layers),
+        "dense_calls": sum(sum(row["dense"].values()) for row in layers),
+        "other_calls": run.other_calls,
+        "unsupported_calls": dict(run.family_reasons),
+        "layers": layers,
+        "notes": list(run.notes),
+    }
+
+
+def layer_data(layer, record):
+    dense = dict(record.dense)
+    if record.unreached:
+        dense["another node's attention took the call before SLA2 could see it"] = record.unreached
+    return {
+        "layer": layer,
+        "sparse": record.sparse,
+        "dense": dense,
+        "sparsity": record.sparsity,
+        "ratio_range": None if record.ratio_range is None else [finite(bound) for bound in record.ratio_range],
+        "milliseconds": dict(record.milliseconds),
+    }
+
+
+def finite(number):
+    """None for NaN and infinity, which JSON cannot hold."""
+    return number if math.isfinite(number) else None
+
+
+def router_name(router):
+    if router is None:
+        return "none (untrained)"
+    return os.path.basename(router.source) or "unsaved"
+
+
+def ratio_name(hook):
+    mode = hook.settings.ratio_mode
+    if mode == "fixed":
+        return f"fixed at {hook.settings.fixed_ratio:g}"
+    if mode == "learned" and (hook.router is None or hook.router.ratio(0, hook.settings.sparsity) is None):
+        return "estimated (no trained ratio)"
+    return mode
+
+
+def report_text(hook, run, caveat=None):
+    """The report: one summary line, the settings, a line per layer, reasons, notes."""
+    if run is None:
+        return "This MODEL has not been sampled yet: connect the sampler's LATENT, so that the report runs after it."
+    data = report_data(hook, run, caveat)
+    total = data["sparse_calls"] + data["dense_calls"]
+    setting = skips_keeps(hook.settings.sparsity)
+    lines = [
+        f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({setting})",
+        f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"
+        + (f", {run.failure}" if run.failure else ""),
+        f"router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",
+    ]
+    lines += [f"{count} calls ran dense: {reason}" for reason, count in data["unsupported_calls"].items()]
+    lines += [_layer_line(row) for row in data["layers"]]
+    if data["other_calls"]:
+        lines.append(f"other attention calls (cross-attention and the like), passed through: {data['other_calls']}")
+    lines += [f"note: {sentence}" for sentence in ([caveat] if caveat else []) + data["notes"]]
+    return "\n".join(lines)
+
+
+def _ago(run):
+    return f"{time.monotonic() - run.ended:.0f} s ago"
+
+
+def _layer_line(row):
+    parts = [f"layer {row['layer']}: {row['sparse']} sparse"]
+    if row["sparsity"] is not None:
+        parts.append(f"skipped {100 * row['sparsity']:.1f}%")
+    if row["ratio_range"] is not None:
+        low, high = ("not finite" if bound is None else f"{bound:.3f}" for bound in row["ratio_range"])
+        parts.append(f"ratio {low} to {high}")
+    parts += [f"{count} dense ({reason})" for reason, count in row["dense"].items()]
+    parts += [f"{value:.3f} ms per {kind} call" for kind, value in row["milliseconds"].items()]
+    return ", ".join(parts)

@@ -1,0 +1,172 @@
+"""What happened in one sampling run, per layer: counts at once on the host, ratios and times on the device until the end."""
+
+import contextlib
+import threading
+import time
+from collections import Counter, defaultdict
+
+import torch
+
+from ..sla2_kernels import K_BLOCK, Q_BLOCK
+from ..sla2_kernels.router import block_count, selected_block_count
+
+
+class LayerRecord:
+    """Calls of one layer. ratio_range and milliseconds are None until the run is closed, or where nothing was measured."""
+
+    def __init__(self):
+        self.entered = 0
+        self.sparse = 0
+        self.dense = Counter()
+        self.kept_blocks = 0
+        self.all_blocks = 0
+        self.ratio_range = None
+        self.milliseconds = {}
+        self.ratio_bounds = {}
+        self.events = defaultdict(list)
+
+    @property
+    def unreached(self):
+        """Self-attention modules that ran without their attention call ever coming to the hook."""
+        return max(0, self.entered - self.sparse - self.dense.total())
+
+    @property
+    def sparsity(self):
+        """Share of block pairs that the softmax branch skipped in the sparse calls, or None."""
+        return 1 - self.kept_blocks / self.all_blocks if self.all_blocks else None
+
+
+class RunRecord:
+    """One sampling run. Several threads may write (MultiGPU); read it once it is closed."""
+
+    def __init__(self, number, context=None, window=None):
+        self.number = number
+        self.context = context
+        self.window = window
+        self.layers = defaultdict(LayerRecord)
+        self.family_reasons = Counter()
+        self.other_calls = 0
+        self.model_calls = 0
+        self.precisions = set()
+        self.notes = {}
+        self.failure = None
+        self.ended = None
+        self.latent_sample = None
+        self.lock = threading.Lock()
+        self._said = set()
+        self._window_memo = (None, True)
+
+    def first_time(self, reason):
+        """True once per run and reason: what is logged once."""
+        with self.lock:
+            new = reason not in self._said
+            self._said.add(reason)
+        return new
+
+    def note(self, sentence):
+        with self.lock:
+            self.notes[sentence] = None
+
+    def count_model_call(self):
+        with self.lock:
+            self.model_calls += 1
+
+    def count_other(self, family_reason=None):
+        with self.lock:
+            if family_reason is None:
+                self.other_calls += 1
+            else:
+                self.family_reasons[family_reason] += 1
+
+    def count_entered(self, layer):
+        with self.lock:
+            self.layers[layer].entered += 1
+
+    def count_dense(self, layer, reason):
+        with self.lock:
+            self.layers[layer].dense[reason] += 1
+
+    def count_sparse(self, layer, shape, sparsity, precision, ratio):
+        """shape: (batch, heads, tokens); ratio: the row ratios used, float32 (batch, heads, tokens), left on its device."""
+        batch, heads, tokens = shape
+        key_blocks = block_count(tokens, K_BLOCK)
+        rows = batch * heads * block_count(tokens, Q_BLOCK)
+        bounds = torch.stack(torch.aminmax(ratio.detach()))
+        with self.lock:
+            record = self.layers[layer]
+            record.sparse += 1
+            record.kept_blocks += rows * selected_block_count(sparsity, key_blocks)
+            record.all_blocks += rows * key_blocks
+            self.precisions.add(precision)
+            seen = record.ratio_bounds.get(ratio.device)
+            if seen is not None:
+                bounds = torch.stack((torch.minimum(seen[0], bounds[0]), torch.maximum(seen[1], bounds[1])))
+            record.ratio_bounds[ratio.device] = bounds
+
+    @contextlib.contextmanager
+    def timed(self, layer, kind, device):
+        """Measures one call with a pair of CUDA events; no-op elsewhere, and while a CUDA graph is captured."""
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        start.record(stream)
+        yield
+        end.record(stream)
+        with self.lock:
+            self.layers[layer].events[kind].append((start, end))
+
+    def in_window(self, sigmas):
+        """Whether this step lies inside the window; None where the sampler does not say. One read of the device per step."""
+        if self.window is None:
+            return True
+        if sigmas is None:
+            return None
+        with self.lock:
+            known, decision = self._window_memo
+        if known is not sigmas:
+            highest, lowest = self.window
+            decision = lowest <= float(sigmas.max()) <= highest
+            with self.lock:
+                self._window_memo = (sigmas, decision)
+        return decision
+
+    def close(self, failure=None, output=None):
+        """Ends the run; unless it failed, fetches what was left on the device."""
+        self.ended = time.monotonic()
+        self.failure = failure
+        self._window_memo = (None, True)
+        for record in self.layers.values():
+            if failure is None:
+                _collect(record)
+            record.ratio_bounds.clear()
+            record.events.clear()
+        if failure is None and output is not None:
+            self.latent_sample = sample_of(output)
+
+
+def _collect(record):
+    if record.ratio_bounds:
+        bounds = torch.stack([bounds.cpu() for bounds in record.ratio_bounds.values()])
+        record.ratio_range = (bounds[:, 0].min().item(), bounds[:, 1].max().item())
+    for kind, pairs in record.events.items():
+        for _, end in pairs:
+            end.synchronize()
+        record.milliseconds[kind] = sum(start.elapsed_time(end) for start, end in pairs) / len(pairs)
+
+
+def sample_of(latent, count=64):
+    """Evenly spaced values of a latent on the CPU, enough to know it again; None for anything but a plain tensor."""
+    if not isinstance(latent, torch.Tensor) or latent.is_nested or latent.numel() == 0:
+        return None
+    flat = latent.detach().reshape(-1)
+    picked = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // (count - 1)]
+    return latent.numel(), picked.float().cpu()
+
+
+def difference(sample, other):
+    """Largest difference of two samples of sample_of; infinite where they cannot be of one latent."""
+    if sample is None or other is None or sample[0] != other[0]:
+        return float("inf")
+    return (sample[1] - other[1]).abs().max().item()

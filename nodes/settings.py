@@ -1,0 +1,66 @@
+"""The settings of SLA2 Apply Attention, checked once."""
+
+import re
+from dataclasses import dataclass
+
+BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
+RATIO_MODES = ("learned", "estimated", "fixed")
+AUTOMATIC = -1
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Settings of one patched model. Raises ValueError with one sentence where two of them contradict each other."""
+
+    sparsity: float = 0.9
+    bit_width: str = "auto"
+    ratio_mode: str = "learned"
+    fixed_ratio: float = 0.9
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    dense_layers: frozenset[int] = frozenset()
+    minimum_tokens: int = AUTOMATIC
+    stop_on_unsupported: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}.")
+        if not 0 <= self.fixed_ratio <= 1:
+            raise ValueError(f"fixed_ratio must lie between 0 and 1, got {self.fixed_ratio}.")
+        if not 0 <= self.start_percent < self.end_percent <= 1:
+            raise ValueError(
+                f"start_percent must be below end_percent, both between 0 and 1, got {self.start_percent} and "
+                f"{self.end_percent}."
+            )
+        if self.bit_width not in BIT_WIDTHS:
+            raise ValueError(f"bit_width must be one of {', '.join(BIT_WIDTHS)}, got {self.bit_width!r}.")
+        if self.ratio_mode not in RATIO_MODES:
+            raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {self.ratio_mode!r}.")
+
+    @property
+    def whole_run(self):
+        return self.start_percent == 0 and self.end_percent == 1
+
+
+def skips_keeps(sparsity):
+    """0.97 -> "skips 97%, keeps 3%"."""
+    skipped = round(100 * sparsity, 1)
+    return f"skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%"
+
+
+def parse_layers(text, num_layers):
+    """ "0, 1, 28-29" -> {0, 1, 28, 29}; -1 is the last layer. Raises ValueError with one sentence."""
+    layers = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(-?\d+)(?:\s*-\s*(-?\d+))?", part)
+        if match is None:
+            raise ValueError(f'dense_layers must look like "0, 1, 28-29", but {part!r} is no layer or range of layers.')
+        first, last = (int(n) for n in (match[1], match[2] or match[1]))
+        for layer in (first, last):
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {num_layers - 1}.")
+        first, last = first % num_layers, last % num_layers
+        if first > last:
+            raise ValueError(f"dense_layers holds the range {part!r}, which ends before it starts.")
+        layers.update(range(first, last + 1))
+    return frozenset(layers)

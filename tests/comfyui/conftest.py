@@ -1,0 +1,122 @@
+"""One real ComfyUI for all tests of this folder: the pack and the helper nodes linked in, tiny random models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from safetensors import safe_open
+from comfy_server import ComfyServer, error_of
+from tiny_wan import break_metadata, save_router, save_wan
+
+PACK = Path(__file__).resolve().parents[2]
+PACK_FOLDER = "sla2-attention"
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_path, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfy")
+    for folder in ("models/diffusion_models", "models/sla2", "custom_nodes", "input", "output", "user/default"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / PACK_FOLDER).symlink_to(PACK, target_is_directory=True)
+    (base / "custom_nodes" / "sla2_test_helpers").symlink_to(
+        Path(__file__).parent / "helper_nodes", target_is_directory=True
+    )
+    (base / "user/default/comfy.settings.json").write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    save_wan(base / "models/diffusion_models/tiny_wan.safetensors")
+    save_wan(base / "models/diffusion_models/tiny_wan_i2v.safetensors", in_dim=36, image=True, seed=1)
+    write_routers(base / "models/sla2")
+    server = ComfyServer(comfyui_path, base)
+    yield Comfy(server, base)
+    server.stop()
+
+
+def write_routers(folder):
+    good = folder / "good.safetensors"
+    save_router(good)
+    save_router(folder / "other_layers.safetensors", layers=4)
+    save_router(folder / "other_heads.safetensors", num_heads=3)
+    save_router(folder / "other_head_dim.safetensors", head_dim=64)
+    save_router(folder / "other_family.safetensors", model_family="ltx")
+    save_router(folder / "other_order.safetensors")
+    break_metadata(folder / "other_order.safetensors", token_order="hilbert")
+    (folder / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])
+    (folder / "no_safetensors.safetensors").write_bytes(b"this is no safetensors file at all, only words")
+    tensors = safetensors.torch.load_file(good)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[3] = float("nan")
+    with safe_open(good, "pt") as file:
+        safetensors.torch.save_file(tensors, folder / "nan_inside.safetensors", file.metadata())
+
+
+class Comfy:
+    """Prompts in the API's format, built node by node."""
+
+    def __init__(self, server, base):
+        self.server, self.base = server, base
+
+    def run(self, prompt):
+        entry = self.server.run(prompt)
+        error = error_of(entry)
+        assert error is None, error
+        return entry["outputs"]
+
+    def error(self, prompt):
+        """The message a failing prompt leaves on its node; the server answers afterwards."""
+        error = error_of(self.server.run(prompt))
+        assert error is not None, "the prompt was expected to fail"
+        assert self.server.get("/system_stats")["system"]
+        return error
+
+    def latent(self, outputs, node):
+        found = outputs[node]["latents"][0]
+        path = self.base / "output" / found["subfolder"] / found["filename"]
+        return safetensors.torch.load_file(path)["latent_tensor"]
+
+    @staticmethod
+    def report(outputs, node):
+        return outputs[node]["sla2_report"][0]
+
+
+APPLY = {
+    "sparsity": 0.75, "bit_width": "16bit", "ratio_mode": "learned", "fixed_ratio": 0.9, "start_percent": 0.0,
+    "end_percent": 1.0, "dense_layers": "", "minimum_tokens": 0, "on_unsupported": "run dense and say so",
+}  # fmt: skip
+
+
+class Prompt(dict):
+    """A growing API prompt: every method adds a node and returns the link to its first output."""
+
+    def add(self, kind, **inputs):
+        number = str(len(self) + 1)
+        self[number] = {"class_type": kind, "inputs": inputs}
+        return [number, 0]
+
+    def model(self, name="tiny_wan.safetensors"):
+        return self.add("UNETLoader", unet_name=name, weight_dtype="default")
+
+    def apply(self, model, **changes):
+        return self.add("SLA2ApplyAttention", model=model, **APPLY | changes)
+
+    def sample(self, model, seed=5, steps=3, size=256, frames=9, text_tokens=512, label="", **changes):
+        # 256 x 256 x 9 makes 3 x 16 x 16 = 768 tokens
+        positive, negative = (
+            self.add("SLA2TestConditioning", number=n, tokens=text_tokens, label=label) for n in (1, 2)
+        )
+        latent = self.add("EmptyHunyuanLatentVideo", width=size, height=size, length=frames, batch_size=1)
+        settings = {"seed": seed, "steps": steps, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
+        return self.add(
+            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, denoise=1.0,
+            **settings | changes,
+        )  # fmt: skip
+
+    def save(self, latent, prefix="latent"):
+        return self.add("SaveLatent", samples=latent, filename_prefix=prefix)[0]
+
+    def report(self, model, samples):
+        return self.add("SLA2Report", model=model, samples=samples)[0]
+
+
+@pytest.fixture
+def prompt():
+    return Prompt()
