@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(torch.stack([u.flatten(1) for u in ahead]))
                 update *= -group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, [u.view_as(p) for u, p in zip(update.to(params[0].dtype), params)])
+                torch._foreach_add_(
+                    params, [u.view_as(p) for u, p in zip(update.to(params[0].dtype), params, strict=True)]
+                )
 
 
 def orthogonalise(matrix: torch.Tensor, rounds: int = 5) -> torch.Tensor:

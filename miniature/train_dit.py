@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from . import images, videos
 from .captions import Caption, embed, split_captions
@@ -99,6 +100,8 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
     model = WanModel(config).to(device)
     with torch.no_grad():
         model.head.head.weight.zero_()
+    if args.dit_start:
+        model.load_state_dict(load_file(args.dit_start))
     if args.compile:
         model.run_block = torch.compile(WanBlock.forward, dynamic=False)
     matrices = {"q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.2.weight"}

@@ -130,13 +130,19 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
     frames, height, width = sizes["world"]
     count = sizes["statistics_clips"]
     chosen = torch.randperm(len(bank), generator=torch.Generator().manual_seed(args.seed))[:count].to(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        latents = torch.cat(
-            [vae.encode(videos.render(bank.select(i[None]), frames=frames, height=height, width=width)).float()
-             for i in chosen]
-        )  # fmt: skip
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    log.result(vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist())
+    means, variances = [], []
+    for i in chosen:
+        clip = videos.render(bank.select(i[None]), frames=frames, height=height, width=width)
+        with torch.autocast(device.type, torch.bfloat16):
+            code, log_variance = vae.posterior(clip)
+        means.append(code.float())
+        variances.append(log_variance.float().exp().mean((0, 2, 3, 4)))
+    latents = torch.cat(means)
+    mean, noise = latents.mean((0, 2, 3, 4)), torch.stack(variances).mean(0)
+    # With the posterior's own noise counted, a channel that carries nothing stays small instead of being blown up.
+    std = (latents.var((0, 2, 3, 4)) + noise).sqrt()
+    log.result(vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist(),
+               raw_noise_std=noise.sqrt().tolist())  # fmt: skip
     vae.fold_statistics(mean, std)
     save_weights(Path(args.out) / VAE_FILE, vae.state_dict(), torch.float16, ABOUT)
     vae.load_state_dict({k: v.half().float() for k, v in vae.state_dict().items()})

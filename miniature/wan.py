@@ -91,9 +91,10 @@ class WanAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
     def project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v as (B, N, H, 128), all in v's dtype (autocast leaves norms in float32)."""
+        """q, k, v as (B, N, H, 128), in v's dtype; the norms run in their weights' dtype, float32 under autocast."""
         v = self.v(context)
-        q, k = self.norm_q(self.q(x)).to(v.dtype), self.norm_k(self.k(context)).to(v.dtype)
+        exact = self.norm_q.weight.dtype
+        q, k = self.norm_q(self.q(x).to(exact)).to(v.dtype), self.norm_k(self.k(context).to(exact)).to(v.dtype)
         return tuple(part.unflatten(-1, (-1, HEAD_DIM)) for part in (q, k, v))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miniature import train_dit
+from miniature import report, train_dit
 from miniature.optim import Budget, Muon, orthogonalise
 from miniature.sample import load_models, main
 from miniature.train_vae import VAE_FILE
@@ -89,3 +89,27 @@ def test_noise_levels_cover_the_range_and_lean_to_noise():
     assert 0 < levels.min() < 0.01
     assert 0.999 < levels.max() < 1
     assert levels.median() == pytest.approx(5 / 6, abs=0.01)
+
+
+def test_report_fills_the_readme_from_the_logs(tiny_weights, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main(["--weights", str(tiny_weights), "--readme", str(readme)])
+    text = readme.read_text()
+    loss = json.loads((tiny_weights / "dit_log.json").read_text())["results"]["validation_loss_full"]
+    assert f"| Validation loss, held-out captions | {loss:.4f} |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="exactly one"):
+        report.fill(readme, tiny_weights)
+
+
+def test_training_continues_from_a_file(tiny_weights, train_tiny, tmp_path):
+    train_tiny(tmp_path, "--dit-start", str(tiny_weights / train_dit.DIT_FILE))
+    one, two = load_file(tiny_weights / train_dit.DIT_FILE), load_file(tmp_path / train_dit.DIT_FILE)
+    key = "blocks.0.ffn.0.weight"
+    assert not torch.equal(one[key], two[key])
+    # Three steps of warm-up move the weights little: a fresh start would be far from it.
+    torch.testing.assert_close(one[key].float(), two[key].float(), atol=0.01, rtol=0)
