@@ -1,0 +1,131 @@
+"""Finding a ComfyUI checkout, or fetching the official release, and installing what it needs beside a torch that stays."""
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from .environment import SetupError, say
+
+PACK = Path(__file__).resolve().parents[1]
+RELEASE = "v0.33.0"
+REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
+GIT_SILENCE_S = 15
+GIT_LIMIT_S = 600
+
+
+def find_comfyui():
+    """(path or None, where it was looked for): COMFYUI_PATH, else two levels up in custom_nodes, else ~/ComfyUI."""
+    given = os.environ.get("COMFYUI_PATH")
+    if given:
+        candidate = Path(given).expanduser().resolve()
+    elif PACK.parent.name == "custom_nodes":
+        candidate = PACK.parents[1]
+    else:
+        candidate = Path.home() / "ComfyUI"
+    return (candidate if (candidate / "main.py").is_file() else None), candidate
+
+
+def clone_comfyui(target):
+    """Clones the official release to ``target``. None, or one sentence why not; gives up when git is silent for 15 s."""
+    if (target / "main.py").is_file():
+        return None
+    say(f"No ComfyUI here; fetching {RELEASE} by git")
+    command = ["git", "clone", "--progress", "--depth", "1", "--branch", RELEASE, REPOSITORY, str(target)]
+    environment = {
+        **os.environ,
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ASKPASS": "",
+        "SSH_ASKPASS": "",
+        "GCM_INTERACTIVE": "never",
+    }
+    try:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            start_new_session=os.name != "nt",
+        )  # fmt: skip
+    except FileNotFoundError:
+        return "git is not installed"
+    heard = _Listener(process.stderr)
+    start = time.monotonic()
+    while process.poll() is None:
+        now = time.monotonic()
+        if now - heard.last > GIT_SILENCE_S or now - start > GIT_LIMIT_S:
+            _kill(process)
+            return f"git got no answer within {now - start:.0f} s"
+        time.sleep(0.1)
+    heard.thread.join(5)
+    if process.returncode:
+        lines = [line for line in heard.text.splitlines() if line.startswith(("fatal:", "error:"))]
+        return f"git failed ({lines[0] if lines else f'exit status {process.returncode}'})"
+    return None
+
+
+class _Listener:
+    """Reads a pipe in a thread and remembers when something last came."""
+
+    def __init__(self, pipe):
+        self.last = time.monotonic()
+        self.text = ""
+        self.thread = threading.Thread(target=self._read, args=(pipe,), daemon=True)
+        self.thread.start()
+
+    def _read(self, pipe):
+        while data := pipe.read1(4096):
+            # git says that it starts before it has heard anything from the other side
+            if b"Cloning into" not in data:
+                self.last = time.monotonic()
+            self.text = (self.text + data.decode(errors="replace"))[-4000:]
+
+
+def _kill(process):
+    if os.name == "nt":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def install_comfyui(environment, comfyui):
+    """ComfyUI's requirements into ``environment``, torch untouched; then torchvision and torchaudio that go with it."""
+    lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    wanted = [line for line in wanted if not re.match(r"(torch|torchvision|torchaudio)\b(?!-)", line)]
+    environment.install("ComfyUI's requirements", wanted)
+    if environment.installs:
+        _install_torch_companions(environment)
+
+
+def _install_torch_companions(environment):
+    version = environment.ask("import importlib.metadata as m; print(m.version('torch'))")
+    minor = int(version.split(".")[1])
+    for name, release in (("torchvision", f"0.{minor + 15}.*"), ("torchaudio", f"2.{min(minor, 11)}.*")):
+        if environment.imports(name):
+            continue
+        # their own requirement would replace torch
+        environment.install(name, [f"{name}=={release}"], "--no-deps")
+        if not environment.imports(name):
+            _repair(environment, name)
+        if not environment.imports(name):
+            raise SetupError(f"{name} for torch {version} is installed but cannot be imported, and ComfyUI needs it.")
+
+
+def _repair(environment, name):
+    """The packages' binary parts want CUDA's libraries beside a CPU torch; ComfyUI needs neither of these parts.
+
+    torchvision registers two operators even where its binary part is absent: they are made as conditional as the rest.
+    torchaudio has a mode without its binary part, taken when the file is not there.
+    """
+    say(f"  {name}: switching off its CUDA part, which the CPU build of torch cannot load")
+    folder = environment.site_packages() / name
+    if name == "torchvision":
+        file = folder / "_meta_registrations.py"
+        text = file.read_text(encoding="utf-8")
+        pattern = r'^@torch\.library\.register_fake\("torchvision::(q?nms)"\)'
+        file.write_text(re.sub(pattern, r'@register_meta("\1")', text, flags=re.MULTILINE), encoding="utf-8")
+    else:
+        for file in (folder / "lib").glob("*.so"):
+            file.unlink()
