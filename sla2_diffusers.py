@@ -1,0 +1,238 @@
+"""SLA2 attention for diffusers' Wan transformer (diffusers 0.35 and newer), as attention processors.
+
+    handle = apply_sla2(pipe.transformer, router, sparsity=0.9)
+    video = pipe(...)
+    print(handle.summary())
+    handle.undo()
+
+Self-attention (attn1) of every block runs through ``sla2_kernels.sla2_attention``; cross-attention is left alone.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from sla2_kernels import K_BLOCK, Q_BLOCK, default_precision, sla2_attention, unsupported_reason
+from sla2_kernels.router import block_count, selected_block_count
+
+MODEL_FAMILY = "wan"
+
+
+@dataclass
+class LayerCounts:
+    """Calls of one layer since the last reset. dense: sentence why -> number of calls."""
+
+    sparse: int = 0
+    dense: Counter = field(default_factory=Counter)
+    kept_blocks: int = 0
+    all_blocks: int = 0
+
+
+class SLA2WanProcessor:
+    """Attention processor of one self-attention layer; ``dense`` is the processor that was there before."""
+
+    def __init__(self, dense, settings, layer, weights):
+        self.dense = dense
+        self.settings = settings
+        self.layer = layer
+        self.weights = weights
+        self.counts = LayerCounts()
+        self._on_device = {}
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+        precision = self.settings.precision_on(hidden_states.device)
+        reason = self._dense_reason(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs, precision)
+        if reason:
+            self.counts.dense[reason] += 1
+            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        q, k, v = _project(attn, hidden_states)
+        if rotary_emb is not None:
+            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        proj_q, proj_k, alpha = self._weights_on(q.device)
+        out = sla2_attention(
+            q, k, v, proj_q, proj_k, alpha, sparsity=self.settings.sparsity, precision=precision,
+            layout="BNHD", backend=self.settings.backend,
+        )  # fmt: skip
+        self._count_sparse(q.shape)
+        out = out.flatten(2)
+        for step in attn.to_out:
+            out = step(out)
+        return out
+
+    def _dense_reason(self, attn, x, context, mask, kwargs, precision):
+        """None, or one sentence why this call runs through the processor that was there before."""
+        settings, tokens = self.settings, x.shape[1]
+        if self.layer in settings.dense_layers:
+            return "dense_layers keeps this layer dense"
+        if context is not None:
+            return "the call is cross-attention"
+        if mask is not None:
+            return "the call has an attention mask"
+        if kwargs:
+            return f"the call has the unknown keyword {sorted(kwargs)[0]}"
+        if getattr(self.dense, "_parallel_config", None) is not None:
+            return "context parallelism splits the tokens over several devices"
+        if tokens < settings.minimum_tokens:
+            return f"the sequence has {tokens} tokens, minimum_tokens is {settings.minimum_tokens}"
+        head_dim = attn.inner_dim // attn.heads
+        return unsupported_reason(x.device, attn.to_q.weight.dtype, head_dim, precision, settings.backend)
+
+    def _weights_on(self, device):
+        if device not in self._on_device:
+            self._on_device = {device: tuple(None if t is None else t.to(device) for t in self.weights)}
+        return self._on_device[device]
+
+    def _count_sparse(self, shape):
+        batch, tokens, heads, _ = shape
+        key_blocks = block_count(tokens, K_BLOCK)
+        rows = batch * heads * block_count(tokens, Q_BLOCK)
+        self.counts.sparse += 1
+        self.counts.kept_blocks += rows * selected_block_count(self.settings.sparsity, key_blocks)
+        self.counts.all_blocks += rows * key_blocks
+
+
+def _project(attn, x):
+    """q, k, v as views (B, N, H, D), q and k normalised."""
+    if getattr(attn, "fused_projections", False):
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    return tuple(t.unflatten(2, (attn.heads, -1)) for t in (attn.norm_q(q), attn.norm_k(k), v))
+
+
+def _rotate(x, cos, sin):
+    """Rotary embedding of neighbouring pairs of x (B, N, H, D); cos and sin (1, N, 1, D) hold every angle twice."""
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings of apply_sla2; see there."""
+
+    sparsity: float
+    precision: str
+    minimum_tokens: int
+    dense_layers: frozenset
+    backend: str
+
+    def precision_on(self, device):
+        return default_precision(device) if self.precision == "auto" else self.precision
+
+
+class SLA2Handle:
+    """What apply_sla2 did to a transformer: counters, and the way back."""
+
+    def __init__(self, layers):
+        self._layers = layers
+
+    @property
+    def layers(self):
+        """LayerCounts per layer, since the last reset."""
+        return [processor.counts for _, processor in self._layers]
+
+    @property
+    def sparse_calls(self):
+        return sum(layer.sparse for layer in self.layers)
+
+    @property
+    def dense_calls(self):
+        return sum(layer.dense.total() for layer in self.layers)
+
+    @property
+    def sparsity(self):
+        """Share of block pairs that the softmax branch skipped in the sparse calls, or None where there was none."""
+        kept, total = (sum(getattr(layer, name) for layer in self.layers) for name in ("kept_blocks", "all_blocks"))
+        return 1 - kept / total if total else None
+
+    def dense_reasons(self):
+        """Counter: sentence why -> number of dense calls, over all layers."""
+        return sum((layer.dense for layer in self.layers), Counter())
+
+    def summary(self):
+        """A few lines for people: calls, achieved sparsity, and why calls ran dense."""
+        total = self.sparse_calls + self.dense_calls
+        lines = [f"{self.sparse_calls} of {total} self-attention calls ran sparse"]
+        if self.sparsity is not None:
+            skipped = round(100 * self.sparsity, 1)
+            lines[0] += f" (skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%)"
+        lines += [f"  {count} dense: {reason}" for reason, count in self.dense_reasons().most_common()]
+        return "\n".join(lines)
+
+    def reset(self):
+        """Counts from zero again."""
+        for _, processor in self._layers:
+            processor.counts = LayerCounts()
+
+    def undo(self):
+        """Puts the former processors back, wherever ours is still in place. May be called twice."""
+        for attention, processor in self._layers:
+            if attention.processor is processor:
+                attention.set_processor(processor.dense)
+
+
+def apply_sla2(
+    transformer, router=None, *, sparsity=0.9, precision="auto", minimum_tokens=0, dense_layers=(), backend="auto"
+):
+    """Puts SLA2 attention into the self-attention of a WanTransformer3DModel; returns an SLA2Handle.
+
+    Args:
+        transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video).
+        router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block
+            and estimates the mixing ratio from the run.
+        sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.
+        precision: "auto" (what is fastest on the device), "16bit", "int8" or "fp8".
+        minimum_tokens: shorter sequences run dense.
+        dense_layers: numbers of layers that always run dense.
+        backend: as in sla2_attention. A call that the operator has no fast path for runs dense and is counted with the
+            reason; "torch" computes it block by block on any device.
+
+    Raises:
+        TypeError: transformer is not a Wan transformer.
+        ValueError: a setting does not fit; the sentence says which.
+        RouterFileError: the router was trained for another model.
+    """
+    blocks = getattr(transformer, "blocks", None)
+    if not blocks or not all(hasattr(getattr(block, "attn1", None), "set_processor") for block in blocks):
+        raise TypeError(f"apply_sla2 takes diffusers' WanTransformer3DModel, got {type(transformer).__name__}.")
+    settings = _checked(sparsity, precision, minimum_tokens, dense_layers, backend, len(blocks))
+    attentions = [block.attn1 for block in blocks]
+    if any(isinstance(attention.processor, SLA2WanProcessor) for attention in attentions):
+        raise ValueError("SLA2 is applied to this transformer already: undo() the former handle first.")
+    if router is not None:
+        heads = attentions[0].heads
+        router.require_model(
+            model_family=MODEL_FAMILY,
+            num_layers=len(blocks),
+            num_heads=heads,
+            head_dim=attentions[0].inner_dim // heads,
+        )
+    layers = []
+    for index, attention in enumerate(attentions):
+        processor = SLA2WanProcessor(attention.processor, settings, index, _weights(router, index, sparsity))
+        attention.set_processor(processor)
+        layers.append((attention, processor))
+    return SLA2Handle(layers)
+
+
+def _weights(router, layer, sparsity):
+    if router is None:
+        return None, None, None
+    row = router.layers[layer]
+    return row.proj_q, row.proj_k, router.ratio(layer, sparsity)
+
+
+def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, count):
+    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}.")
+    if precision not in ("auto", "16bit", "int8", "fp8"):
+        raise ValueError(f'precision must be "auto", "16bit", "int8" or "fp8", got {precision!r}.')
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
+    for layer in dense_layers:
+        if not -count <= layer < count:
+            raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {count - 1}.")
+    return Settings(sparsity, precision, minimum_tokens, frozenset(layer % count for layer in dense_layers), backend)
