@@ -1,0 +1,134 @@
+"""Where the operator's time goes: each phase's GPU time beside the least that its bytes and FLOPs would take.
+
+Kernels are told apart by name with torch.profiler. Bytes and FLOPs are counted by formula, each input read once and
+each output written once; the floor is the larger of bytes / copy rate and FLOPs / matmul rate, both measured first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sla2_kernels import K_BLOCK, Q_BLOCK
+from sla2_kernels.router import block_count, selected_block_count
+
+from .inputs import make_inputs
+from .measure import is_gpu, measure_ceilings, median_ms
+from .ours import sla2_method
+
+# phase -> parts of kernel names, first match wins
+KERNELS = (
+    ("pool", ("pool", "smooth")),
+    ("select", ("select", "topk", "radix")),
+    ("pack", ("pack",)),
+    ("linear", ("masked_sum", "mask_gemm", "linear")),
+    ("loop", ("sparse_attention", "attend", "attention")),
+    ("score", ("score", "product", "project")),
+)
+RUNS = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one phase must do at least: bytes moved, FLOPs of matrix products, and the format they run in."""
+
+    bytes: float = 0
+    flops: float = 0
+    matmul: str = "16bit"
+
+
+def phase_of(kernel):
+    """The phase that a kernel of this name belongs to; its own name where none does."""
+    name = kernel.lower()
+    return next((phase for phase, parts in KERNELS if any(part in name for part in parts)), kernel[:40])
+
+
+def least_work(shape, sparsity, precision, element=2):
+    """{phase: Work} of one call; element: bytes of a number of q."""
+    heads, tokens, dim = shape.batch * shape.heads, shape.tokens, shape.head_dim
+    rows, blocks = block_count(tokens, Q_BLOCK), block_count(tokens, K_BLOCK)
+    chosen = selected_block_count(sparsity, blocks)
+    low = element if precision == "16bit" else 1
+    tensor = heads * tokens * dim
+    pools = heads * (rows + blocks) * dim * 4
+    scores = heads * rows * blocks
+    sums = dim * (dim + 1)
+    unit = "16bit" if precision == "16bit" else "fp8"
+    return {
+        "pool": Work(2 * tensor * element + pools),
+        "score": Work(pools + 4 * scores, 2 * scores * dim),
+        "select": Work(4 * scores + 4 * heads * rows * chosen + element * scores),
+        "pack": Work(2 * tensor * (element + low) + heads * blocks * sums * element, 2 * tensor * dim),
+        "linear": Work(element * (scores + heads * (rows + blocks) * sums), 2 * scores * sums),
+        "loop": Work(
+            2 * tensor * (element + low) + heads * rows * sums * element,
+            4 * heads * rows * Q_BLOCK * chosen * K_BLOCK * dim + 2 * tensor * dim,
+            unit,
+        ),
+    }
+
+
+def kernel_times(function, runs=RUNS):
+    """{kernel name: (ms per call of ``function``, launches per call)}, by torch.profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        for _ in range(runs):
+            function()
+        torch.cuda.synchronize()
+    kernels = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            ms, launches = kernels.get(event.name, (0.0, 0))
+            kernels[event.name] = ms + event.device_time / 1000, launches + 1
+    return {name: (ms / runs, launches / runs) for name, (ms, launches) in kernels.items()}
+
+
+def phase_rows(times, work, ceilings):
+    """[(phase, ms, launches, Work, floor ms)] in order of time; phases without a formula have an empty Work."""
+    phases = {}
+    for name, (ms, launches) in times.items():
+        phase = phase_of(name)
+        before = phases.get(phase, (0.0, 0))
+        phases[phase] = before[0] + ms, before[1] + launches
+    rows = []
+    for phase, (ms, launches) in sorted(phases.items(), key=lambda item: -item[1][0]):
+        counted = work.get(phase, Work())
+        rate = ceilings.matmul.get(counted.matmul, ceilings.matmul["16bit"])
+        floor = 1000 * max(counted.bytes / ceilings.copy, counted.flops / rate)
+        rows.append((phase, ms, launches, counted, floor))
+    return rows
+
+
+def print_phases(shape, sparsity, precision, device, *, alpha="learned", backend="auto"):
+    """Prints the table of one shape. Raises ValueError on the CPU."""
+    if not is_gpu(device):
+        raise ValueError("phases are told apart by GPU kernels: run this on a GPU.")
+    ceilings = measure_ceilings(device)
+    q, k, v = make_inputs(shape, device=device)
+    run = sla2_method(sparsity, precision, alpha, backend).prepare(q, k, v)
+    whole = median_ms(run, device)
+    rows = phase_rows(kernel_times(run), least_work(shape, sparsity, precision, q.element_size()), ceilings)
+    rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings.matmul.items())
+    print(f"{shape.name}, skips {100 * sparsity:g}%, {precision}, {alpha} ratio: {whole:.3f} ms as a whole")
+    print(f"ceilings: copy {ceilings.copy / 1e9:.0f} GB/s, matmul {rates}\n")
+    print(table(rows))
+
+
+def table(rows):
+    """Markdown of phase_rows()."""
+    lines = [
+        "| phase | ms | launches | GB | GB/s | TFLOP | TFLOP/s | floor ms | time / floor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for phase, ms, launches, work, floor in rows:
+        seconds = ms / 1000
+        lines.append(
+            f"| {phase} | {ms:.3f} | {launches:g} | {work.bytes / 1e9:.3f} | {work.bytes / 1e9 / seconds:.0f} | "
+            f"{work.flops / 1e12:.3f} | {work.flops / 1e12 / seconds:.0f} | {floor:.3f} | "
+            + (f"{ms / floor:.1f} |" if floor else "- |")
+        )
+    total, floors = sum(row[1] for row in rows), sum(row[4] for row in rows)
+    lines.append(f"| sum | {total:.3f} | | | | | | {floors:.3f} | {total / floors:.1f} |" if floors else "")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Line plots as SVG, with no plotting library: time against sequence length and against sparsity."""
+
+import math
+from html import escape
+
+from .results import timed
+from .table import label
+
+WIDTH, HEIGHT = 900, 520
+LEFT, RIGHT, TOP, BOTTOM = 80, 320, 40, 60
+COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#8c564b", "#9467bd", "#e377c2", "#7f7f7f", "#bcbd22")
+
+
+def series(rows, x):
+    """{label: sorted [(x, ms)]} of the rows of one part."""
+    lines = {}
+    for row in timed(rows):
+        lines.setdefault(label(row).replace("*", ""), []).append((row[x], row["ms"]))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def length_plot(rows):
+    """SVG text: time against tokens, both axes logarithmic."""
+    return draw(series(rows, "tokens"), "Attention, forward, 12 heads of 128, skips 97%", "tokens", log_x=True)
+
+
+def sparsity_plot(rows):
+    """SVG text: time against the share of skipped key blocks; dense methods are level lines."""
+    sparse = series([row for row in rows if row["sparsity"] is not None], "percent")
+    ends = [x for points in sparse.values() for x, _ in points] or [0]
+    dense = series(
+        [{**row, "end": end} for row in rows if row["sparsity"] is None for end in (min(ends), max(ends))], "end"
+    )
+    return draw({**dense, **sparse}, "Attention, forward, Wan 1.3B at 480p", "skipped key blocks in %", log_x=False)
+
+
+def draw(lines, title, x_name, *, log_x):
+    """SVG text of lines {name: [(x, ms)]}; ms is drawn on a logarithmic axis.
+
+    Raises ValueError where there is nothing to draw.
+    """
+    if not lines:
+        raise ValueError("nothing to plot: measure the parts length and sparsity first.")
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    place_x = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
+    place_y = _axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, True)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="24" font-size="16">{escape(title)}</text>',
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(x_name)}</text>',
+        f'<text x="20" y="{HEIGHT / 2}" transform="rotate(-90 20 {HEIGHT / 2})" text-anchor="middle">ms</text>',
+    ]
+    for x in sorted(set(xs)):
+        at = place_x(x)
+        parts.append(f'<line x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>')
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_tick(x)}</text>')
+    for y in _decades(min(ys), max(ys)):
+        at = place_y(y)
+        parts.append(f'<line x1="{LEFT}" y1="{at:.1f}" x2="{WIDTH - RIGHT}" y2="{at:.1f}" stroke="#eee"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for number, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        width = 3 if name.startswith("SLA2") else 1.5
+        path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
+        at = TOP + 20 * number
+        parts.append(f'<rect x="{WIDTH - RIGHT + 16}" y="{at}" width="14" height="4" fill="{colour}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 36}" y="{at + 7}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _axis(low, high, first, last, logarithmic):
+    scale = math.log if logarithmic else float
+    low, high = scale(low), scale(high)
+    span = (high - low) or 1.0
+    return lambda value: first + (scale(value) - low) / span * (last - first)
+
+
+def _tick(x):
+    return f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
+
+
+def _decades(low, high):
+    """1, 2, 5 of each power of ten between the ends."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]

@@ -1,0 +1,82 @@
+"""The README's table, from the results file."""
+
+from .ours import NAME
+from .peers import BASELINE
+from .results import timed
+
+GIB = 2**30
+
+
+def label(row):
+    """Method, and for SLA2 what it ran with."""
+    if row["method"] != NAME:
+        return row["method"]
+    return f"**SLA2**, {row['precision']}, {row['alpha']} ratio"
+
+
+def times_by_method(rows, shapes):
+    """{label: {(shape, sparsity): row}}; dense rows have sparsity None."""
+    table = {}
+    for row in timed(rows):
+        if row["shape"] in shapes and row["data"] == "random":
+            table.setdefault(label(row), {})[row["shape"], row["sparsity"]] = row
+    return table
+
+
+def markdown(content, part="shapes"):
+    """Time per call in ms, and in brackets how many times faster than FlashAttention-2, per shape and sparsity.
+
+    Raises ValueError where the part was not measured.
+    """
+    if part not in content["parts"]:
+        raise ValueError(f"the results hold no part {part!r}: measure it first (python -m benchmarks.attention).")
+    rows = [row for row in content["rows"] if row["part"] == part]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    sparsities = sorted({row["sparsity"] for row in timed(rows) if row["sparsity"] is not None}, reverse=True)
+    columns = [(shape, sparsity) for shape in shapes for sparsity in sparsities]
+    table = times_by_method(rows, shapes)
+    base = {shape: table.get(BASELINE, {}).get((shape, None), {}).get("ms") for shape in shapes}
+    lines = [
+        "| method | " + " | ".join(f"{shape}, skips {100 * sparsity:g}%" for shape, sparsity in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name, cells in table.items():
+        row = [_cell(cells, shape, sparsity, base[shape]) for shape, sparsity in columns]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join([*lines, "", *notes(content, part, rows)])
+
+
+def _cell(cells, shape, sparsity, base):
+    row = cells.get((shape, sparsity)) or cells.get((shape, None))
+    if row is None:
+        return "-"
+    digits = 2 if row["ms"] < 100 else 0
+    faster = f" ({base / row['ms']:.1f}x)" if base else ""
+    return f"{row['ms']:.{digits}f} ms{faster}"
+
+
+def notes(content, part, rows):
+    """What the reader needs beside the table: card and versions, memory, absent peers, rows that failed."""
+    about = content["parts"][part]
+    env = about["environment"]
+    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "triton", "cuda", "driver") if env.get(name))
+    lines = [
+        f"{env['card']}, {versions}. Forward pass, whole operation (routing and quantisation included), median. "
+        f"In brackets: times faster than {BASELINE}."
+    ]
+    ours = [row for row in timed(rows) if row["method"] == NAME and row.get("peak_bytes") is not None]
+    for shape in dict.fromkeys(row["shape"] for row in ours):
+        most = max((row for row in ours if row["shape"] == shape), key=lambda row: row["peak_bytes"])
+        share = most["peak_bytes"] / most["tensor_bytes"]
+        lines.append(
+            f"SLA2 needs at most {most['peak_bytes'] / GIB:.2f} GiB beside Q, K, V and the output at {shape}: "
+            f"{share:.2f} times one of them."
+        )
+    lines += [f"Not installed, so not timed: {name} ({why})." for name, why in about["absent"].items()]
+    for row in rows:
+        where = f"{label(row)} at {row['shape']}" + (f", skips {100 * row['sparsity']:g}%" if row["sparsity"] else "")
+        if row.get("failed"):
+            lines.append(f"Failed: {where}: {row['failed']}.")
+        elif not row.get("passed", True):
+            lines.append(f"Left out, because its output was wrong or not repeatable: {where}.")
+    return lines
