@@ -1,0 +1,136 @@
+"""The demo in a real ComfyUI: the bundled workflow, dense and SLA2, in a server of its own."""
+
+import asyncio
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from . import graph
+from .environment import say
+from .outcome import Outcome, Run
+from .plan import ROOT
+from .server import Server
+
+WORKFLOW = ROOT / "workflows" / "wan2.1_t2v_1.3b_sla2.json"
+PACK = ("__init__.py", "nodes", "sla2_kernels", "web", "workflows", "pyproject.toml")
+PACK_FOLDER = "sla2-attention"
+UNTRAINED = "none (untrained)"
+
+
+def generate(comfyui, folder, plan, checkpoint):
+    """Runs the workflow in ``comfyui``; videos land in ``folder``. Raises SetupError or PromptFailed."""
+    base = folder / "comfyui_base"
+    lay_out(base, checkpoint)
+    say(f"Starting ComfyUI ({comfyui})")
+    with Server(comfyui, base, plan.device) as server:
+        workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+        prompt = graph.to_prompt(workflow, server.get("/object_info"))
+        router_name = checkpoint.router.name if checkpoint.router else UNTRAINED
+        prompt = graph.fit(prompt, plan, checkpoint, router_name)
+        say("Queued the workflow")
+        outputs, seconds = asyncio.run(server.run(prompt, Progress(prompt)))
+    return collect(folder, base, plan, checkpoint, prompt, outputs, seconds)
+
+
+def lay_out(base, checkpoint):
+    """ComfyUI's own folders under ``base``: models, this pack, and the caption node. Old outputs are removed."""
+    for name in ("output", "custom_nodes"):
+        shutil.rmtree(base / name, ignore_errors=True)
+    for name in ("models/diffusion_models", "models/vae", "models/sla2", "custom_nodes", "input", "output", "user"):
+        (base / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy2(checkpoint.dit, base / "models" / "diffusion_models")
+    shutil.copy2(checkpoint.vae, base / "models" / "vae")
+    if checkpoint.router:
+        shutil.copy2(checkpoint.router, base / "models" / "sla2")
+    pack = base / "custom_nodes" / PACK_FOLDER
+    pack.mkdir()
+    for name in PACK:
+        _copy(ROOT / name, pack / name)
+    _copy(ROOT / "tooling" / "caption_node", base / "custom_nodes" / "sla2_demo_captions")
+    shutil.copy2(ROOT / "miniature" / "captions.py", base / "custom_nodes" / "sla2_demo_captions")
+
+
+def _copy(source, target):
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy2(source, target)
+
+
+class Progress:
+    """Prints what the server works on: a line per sampler and decoder, and one per quarter of the steps."""
+
+    NAMES = {"KSampler": "sampling", "VAEDecode": "decoding"}
+
+    def __init__(self, prompt):
+        self.prompt = prompt
+        self.said = None
+        self.start = time.monotonic()
+
+    def __call__(self, node, step, steps):
+        what = self.NAMES.get(self.prompt.get(node, {}).get("class_type"))
+        quarter = 4 * step // steps if steps else 0
+        if what is None or (node, quarter) == self.said:
+            return
+        self.said = (node, quarter)
+        done = f", step {step} of {steps}" if quarter else ""
+        say(f"  {time.monotonic() - self.start:5.1f} s  {what} {graph.branch_of(self.prompt, node)}{done}")
+
+
+def collect(folder, base, plan, checkpoint, prompt, outputs, seconds):
+    """The Outcome, with the videos moved to ``folder``."""
+    runs = {}
+    for name, sampler in graph.samplers(prompt).items():
+        decoders = [n for n in graph.of_class(prompt, "VAEDecode") if graph.branch_of(prompt, n) == name]
+        runs[name] = Run(
+            name, _take_video(folder, base, prompt, outputs, name),
+            seconds.get(sampler, 0.0), sum(seconds.get(node, 0.0) for node in decoders),
+        )  # fmt: skip
+    for node in graph.of_class(prompt, "SLA2Report"):
+        report = outputs[node]["sla2_report"][0]
+        if report["run"] is not None:
+            _fill(runs["sla2"], report)
+    dense, sla2 = (_latent(base, outputs[f"latent_{name}"]) for name in ("dense", "sla2"))
+    difference = ((sla2 - dense).norm() / dense.norm()).item()
+    return Outcome(
+        "ComfyUI", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained,
+        [runs["dense"], runs["sla2"]], difference,
+    )  # fmt: skip
+
+
+def _fill(run, report):
+    run.sparse_calls, run.dense_calls = report["sparse_calls"], report["dense_calls"]
+    shares = [layer["sparsity"] for layer in report["layers"] if layer["sparsity"] is not None]
+    run.sparsity = sum(shares) / len(shares) if shares else None
+    for layer in report["layers"]:
+        for reason, count in layer["dense"].items():
+            run.reasons[reason] = run.reasons.get(reason, 0) + count
+
+
+def _files(entry):
+    """Saved files that one node's history entry lists, whatever key the node lists them under."""
+    for listed in entry.values():
+        for item in listed if isinstance(listed, list) else ():
+            if isinstance(item, dict) and "filename" in item and item.get("type", "output") == "output":
+                yield Path(item.get("subfolder", "")) / item["filename"]
+
+
+def _take_video(folder, base, prompt, outputs, name):
+    """Moves the first video of one branch to ``folder`` under the branch's name; returns its file name."""
+    for node, entry in outputs.items():
+        if prompt[node]["class_type"] == "SaveLatent" or graph.branch_of(prompt, node) != name:
+            continue
+        for file in _files(entry):
+            target = folder / f"{name}{file.suffix}"
+            shutil.move(base / "output" / file, target)
+            return target.name
+    raise RuntimeError(f"The workflow saved no video of its {name} branch.")
+
+
+def _latent(base, entry):
+    path = base / "output" / next(_files(entry))
+    return load_file(path)["latent_tensor"].to(torch.float64)

@@ -1,0 +1,48 @@
+"""The part of the demo that runs inside its environment: python -m tooling.demo_inside FOLDER [--comfyui PATH]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import outcome
+from .environment import SetupError, say
+from .plan import plan_for
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--comfyui", type=Path)
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+
+    import torch
+
+    from . import checkpoint
+
+    plan = plan_for("cuda" if torch.cuda.is_available() else "cpu", options.steps)
+    weights = checkpoint.find_or_make(options.folder / "weights")
+    say(
+        f"Two videos of {plan.frames} frames, {plan.width} x {plan.height} ({plan.tokens} tokens), on the {plan.device.upper()}"
+    )
+    if options.comfyui is None:
+        from . import diffusers_demo
+
+        found = diffusers_demo.generate(options.folder, plan, weights)
+    else:
+        from . import comfyui_demo
+        from .graph import GraphError
+        from .server import PromptFailed
+
+        try:
+            found = comfyui_demo.generate(options.comfyui, options.folder, plan, weights)
+        except (SetupError, PromptFailed, GraphError) as error:
+            say(f"The demo stopped: {error}")
+            return 1
+    say("\n" + outcome.write(found, options.folder))
+    say(f"\nEverything is in {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

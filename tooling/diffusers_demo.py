@@ -1,0 +1,103 @@
+"""The demo without ComfyUI: the same checkpoint in diffusers, dense and SLA2, by an attention processor."""
+
+import time
+
+import torch
+from safetensors.torch import load_file
+
+from miniature.captions import embed
+from miniature.images import write_webp
+from miniature.wan import WanConfig
+from sla2_diffusers import apply_sla2
+from sla2_kernels.weights import load_router
+
+from .environment import say
+from .outcome import Outcome, Run
+from .plan import CAPTION, SHIFT
+
+
+def load_transformer(path):
+    """diffusers' WanTransformer3DModel with the weights of a Wan2.1 checkpoint file; sizes are read from the tensors."""
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+    sizes = WanConfig.from_state_dict(state)
+    model = WanTransformer3DModel(
+        num_attention_heads=sizes.num_heads, text_dim=sizes.text_dim, freq_dim=sizes.freq_dim, ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+    )  # fmt: skip
+    model.load_state_dict(convert_wan_transformer_to_diffusers(state))
+    return model.eval()
+
+
+def load_vae(path):
+    """diffusers' AutoencoderKLWan with the weights of a Wan2.1 VAE file."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+    model = AutoencoderKLWan(base_dim=state["decoder.head.0.gamma"].shape[0])
+    model.load_state_dict(convert_wan_vae_to_diffusers(state))
+    return model.eval()
+
+
+def generate(folder, plan, checkpoint):
+    """Both videos, written to ``folder``; returns the Outcome."""
+    transformer = load_transformer(checkpoint.dit).to(plan.device)
+    vae = load_vae(checkpoint.vae).to(plan.device)
+    router = load_router(checkpoint.router) if checkpoint.router else None
+    runs, latents = [], {}
+    for name in ("dense", "sla2"):
+        handle = None
+        if name == "sla2":
+            handle = apply_sla2(
+                transformer, router, sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens, precision="auto"
+            )
+        latents[name], sampling_s = sample(transformer, plan, name)
+        video, decoding_s = decode(vae, latents[name], name)
+        write_webp(folder / f"{name}.webp", video, fps=plan.fps)
+        run = Run(name, f"{name}.webp", sampling_s, decoding_s)
+        if handle is not None:
+            run.sparse_calls, run.dense_calls, run.sparsity = handle.sparse_calls, handle.dense_calls, handle.sparsity
+            run.reasons = dict(handle.dense_reasons())
+            handle.undo()
+        runs.append(run)
+    difference = ((latents["sla2"] - latents["dense"]).norm() / latents["dense"].norm()).item()
+    return Outcome(
+        "diffusers", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained, runs, difference
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample(transformer, plan, name):
+    """(latents (1, 16, T, h, w), seconds): Euler steps along the flow with classifier-free guidance."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    start = time.monotonic()
+    shape = (1, 16, (plan.frames - 1) // 4 + 1, plan.height // 8, plan.width // 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)).to(plan.device)
+    context = embed(CAPTION).to(plan.device)
+    contexts = torch.cat([context, torch.zeros_like(context)])
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(plan.steps, device=plan.device)
+    autocast = torch.autocast(plan.device, torch.bfloat16, enabled=plan.device != "cpu")
+    for step, timestep in enumerate(scheduler.timesteps, 1):
+        with autocast:
+            both = transformer(torch.cat([x, x]), timestep.expand(2), contexts, return_dict=False)[0].float()
+        velocity, base = both.chunk(2)
+        x = scheduler.step(base + plan.cfg * (velocity - base), timestep, x, return_dict=False)[0]
+        if step * 4 // plan.steps != (step - 1) * 4 // plan.steps:
+            say(f"  {time.monotonic() - start:5.1f} s  sampling {name}, step {step} of {plan.steps}")
+    return x, time.monotonic() - start
+
+
+@torch.no_grad()
+def decode(vae, latents, name):
+    """(video (3, F, H, W) in [-1, 1], seconds)."""
+    say(f"           decoding {name}")
+    start = time.monotonic()
+    statistics = (vae.config.latents_mean, vae.config.latents_std)
+    mean, std = (latents.new_tensor(values).view(1, -1, 1, 1, 1) for values in statistics)
+    video = vae.decode(latents * std + mean, return_dict=False)[0][0].float().cpu()
+    return video, time.monotonic() - start

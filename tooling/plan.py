@@ -1,0 +1,37 @@
+"""Sizes of the demo, and the paths of what it writes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_OUTPUT = ROOT / "demo_output"
+CAPTION = "two red balls bounce over tiles, camera still"
+SHIFT = 8.0  # ComfyUI's default for Wan2.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the demo generates. minimum_tokens 0: sparse however short the sequence is."""
+
+    device: str
+    frames: int
+    height: int
+    width: int
+    steps: int
+    sparsity: float
+    cfg: float = 3.0
+    seed: int = 2602
+    minimum_tokens: int = 0
+    fps: int = 16
+
+    @property
+    def tokens(self):
+        """Tokens of the self-attention: 4 frames, 16 x 16 pixels each."""
+        return (1 + (self.frames - 1) // 4) * (self.height // 16) * (self.width // 16)
+
+
+def plan_for(device, steps=None):
+    """The demo on "cpu" (1,280 tokens, skips 75%) or "cuda" (8,400 tokens, skips 90%)."""
+    if device == "cpu":
+        return Plan(device, frames=17, height=256, width=256, steps=steps or 12, sparsity=0.75)
+    return Plan(device, frames=81, height=320, width=320, steps=steps or 20, sparsity=0.9)
