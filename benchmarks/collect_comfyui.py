@@ -1,0 +1,59 @@
+"""Collects what comfyui_step.py needs of ComfyUI into one small folder, for a GPU machine that has no ComfyUI.
+
+    python -m benchmarks.collect_comfyui FOLDER [--comfyui PATH]
+
+Copies the Python files of ComfyUI's comfy/ (no models, no web page; about 5 MB) and the small packages that it imports
+and a PyTorch machine seldom has. Two things are not copied: what PyTorch machines have (torch, numpy, einops, psutil,
+scipy, safetensors, transformers, torchvision, Pillow, PyYAML, tqdm), and comfy-kitchen, whose wheel must fit that machine.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+FILES = ("node_helpers.py", "LICENSE", "comfyui_version.py")
+PACKAGES = ("comfy_aimdo", "torchsde", "trampoline")
+
+
+def copy_python_files(source, target):
+    """Copies the .py files below ``source``; returns their total size in bytes."""
+    total = 0
+    for file in sorted(source.rglob("*.py")):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+        total += file.stat().st_size
+    return total
+
+
+def collect(comfyui, folder):
+    """Fills ``folder``; returns its size in bytes. Raises FileNotFoundError with what is missing."""
+    comfyui, folder = Path(comfyui), Path(folder)
+    if not (comfyui / "comfy" / "model_base.py").is_file():
+        raise FileNotFoundError(f"{comfyui} is no ComfyUI checkout: comfy/model_base.py is missing.")
+    total = copy_python_files(comfyui / "comfy", folder / "comfy")
+    for name in FILES:
+        if (comfyui / name).is_file():
+            shutil.copyfile(comfyui / name, folder / name)
+            total += (comfyui / name).stat().st_size
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise FileNotFoundError(f"package {name} is not installed here: install ComfyUI's requirements first.")
+        place = Path(spec.submodule_search_locations[0])
+        total += copy_python_files(place, folder / name)
+    return total
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+    args = parser.parse_args(argv)
+    print(f"{args.folder}: {collect(args.comfyui, args.folder) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
