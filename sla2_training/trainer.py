@@ -169,7 +169,7 @@ class RouterTrainer:
             if live.q.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _hard_masks(self, scores):
+    def hard_masks(self, scores):
         """(B, H, R, T_n) scores -> the hard top-k masks at all sparsities, (B * H, R, S, T_n) of 0 and 1."""
         counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
         masks = [1 - unselected_mask(top_k_blocks(scores, n), scores.shape[-1], scores.dtype) for n in counts]
@@ -205,7 +205,7 @@ class RouterTrainer:
         blocks = live.draw(self.query_blocks, self.generator)
         scores = live.scores(state.proj_q, state.proj_k, blocks)
         with torch.no_grad():
-            hard = self._hard_masks(scores)
+            hard = self.hard_masks(scores)
             if state.alpha_logits is None:
                 state.start_ratio(self._start_ratio(live, blocks, hard))
         soft, ratios = self._soft_masks(scores), self._ratios(state, live, blocks)
@@ -231,7 +231,7 @@ class RouterTrainer:
     def _evaluate(self, state, live):
         blocks = live.draw(self.query_blocks, self.generator)
         routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
-        masks = {name: self._hard_masks(live.scores(*proj, blocks)) for name, proj in routers.items()}
+        masks = {name: self.hard_masks(live.scores(*proj, blocks)) for name, proj in routers.items()}
         ratios = None if state.alpha_logits is None else self._ratios(state, live, blocks)
         squared, energy = dict.fromkeys(VARIANTS, 0.0), 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):

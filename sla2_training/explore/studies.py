@@ -1,0 +1,21 @@
+"""All experiments in one run."""
+
+from .budgets import budget_study
+from .orders import order_study
+from .ratios import ratio_study
+from .routers import router_study
+
+STUDIES = {"routers": router_study, "ratios": ratio_study, "budgets": budget_study, "orders": order_study}
+
+
+def run_studies(train_captures, held_out, *, steps, sparsities, options, names=tuple(STUDIES), say=print):
+    """Runs the named studies and says each table as it is ready.
+
+    Args:
+        train_captures, held_out: lists of Capture of one model and grid, the second from other prompts and seeds.
+        steps: optimisation steps per layer of every training. sparsities: shares of skipped key blocks.
+        options: TrainerOptions that the variants start from. say: takes each finished text.
+    """
+    for name in names:
+        say(STUDIES[name](train_captures, held_out, steps=steps, sparsities=sparsities, options=options))
+        say("")

@@ -1,0 +1,91 @@
+"""The experiments: their parts against brute force, and a whole run at tiny size."""
+
+import itertools
+
+import torch
+
+from sla2_training import TrainerOptions
+from sla2_training.explore import Recorder, load_captures, run_studies, save_captures, synthetic_captures
+from sla2_training.explore.budgets import spread
+from sla2_training.explore.orders import morton_order, tile_order
+from sla2_training.explore.ratios import Rows, fit_constant, fit_knots, hat_basis
+from sla2_training.explore.routers import VARIANTS
+from sla2_training.explore.studies import STUDIES
+
+GRID = (2, 16, 32)
+
+
+def test_every_study_prints_its_table(monkeypatch):
+    for name in list(VARIANTS)[3:]:
+        monkeypatch.delitem(VARIANTS, name)
+    train = synthetic_captures(2, layers=1, grid=GRID)
+    held_out = synthetic_captures(1, layers=1, first_seed=100, grid=GRID)
+    said = []
+    options = TrainerOptions(query_blocks=2)
+    run_studies(train, held_out, steps=2, sparsities=(0.8, 0.7), options=options, say=said.append)
+    text = "\n".join(said)
+    assert len(said) == 2 * len(STUDIES)
+    for row in (
+        "untrained",
+        "blocks of most true mass",
+        "best per row (bound)",
+        "spread over heads",
+        "Morton, trained",
+    ):
+        assert row in text
+    assert "nan" not in text and "inf" not in text
+
+
+def test_captures_survive_a_file(tmp_path):
+    captures = synthetic_captures(2, grid=GRID)
+    save_captures(tmp_path / "c.safetensors", captures)
+    for ours, loaded in zip(captures, load_captures(tmp_path / "c.safetensors"), strict=True):
+        assert (ours.layer, ours.grid) == (loaded.layer, loaded.grid)
+        assert all(torch.equal(getattr(ours, name), getattr(loaded, name)) for name in "qkv")
+
+
+def test_recorder_keeps_every_second_call_and_runs_dense():
+    recorder = Recorder(GRID, every=2, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, 1024, 2, 32) for _ in range(3))
+    for _ in range(3):
+        out = recorder(5, q, k, v)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(out, dense.transpose(1, 2))
+    assert [c.layer for c in recorder.captures] == [5, 5]
+    assert recorder.captures[0].q.shape == (1, 2, 1024, 32) and recorder.captures[0].q.dtype == torch.bfloat16
+
+
+def test_spread_is_the_cheapest_of_all_choices():
+    errors = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)).sort(dim=1, descending=True).values
+    chosen = spread(errors, 2)
+    cost = {
+        units: sum(float(errors[i, u - 1]) for i, u in enumerate(units))
+        for units in itertools.product(range(1, 6), repeat=3)
+        if sum(units) <= 6
+    }
+    assert sum(chosen) <= 6 and abs(cost[tuple(chosen)] - min(cost.values())) < 1e-9
+
+
+def test_orders_are_permutations_and_tiles_are_contiguous():
+    for grid in ((4, 8, 8), (3, 7, 5)):
+        tokens = grid[0] * grid[1] * grid[2]
+        for order in (morton_order(grid), tile_order(grid, (2, 4, 8)), tile_order(grid, (4, 4, 4))):
+            assert torch.equal(order.sort().values, torch.arange(tokens))
+    first = tile_order((4, 8, 8), (4, 4, 4))[:64]
+    t, y, x = first // 64, first % 64 // 8, first % 8
+    assert t.max() == 3 and y.max() == 3 and x.max() == 3
+    assert torch.equal(morton_order((2, 2, 2)), torch.arange(8))
+
+
+def test_fitted_ratios_are_the_best_ones():
+    torch.manual_seed(0)
+    n, p = torch.rand(2, 400, 1) + 0.1, torch.rand(2, 400, 1) * 0.3
+    rows = Rows(torch.ones(2, 400, 1), p, n, p, p, p, torch.rand(2, 400), torch.tensor(1.0))
+    constant, knots = fit_constant(rows), fit_knots(rows, 4)
+    assert rows.error(constant) < min(rows.error(constant + 0.01), rows.error(constant - 0.01))
+    basis = hat_basis(rows.position, 4)
+    torch.testing.assert_close(basis.sum(dim=-1), torch.ones(2, 400))
+    best = rows.error(basis @ knots)
+    assert best <= rows.error(constant)
+    for nudge in 0.01 * torch.eye(4)[:, None, :, None]:
+        assert best < rows.error(basis @ (knots + nudge))
