@@ -50,6 +50,7 @@ def main():
     parser.add_argument("--here", action="store_true", help="use the current interpreter, install nothing")
     parser.add_argument("--diffusers", action="store_true", help="do not look for ComfyUI")
     parser.add_argument("--steps", type=int, help="sampling steps")
+    parser.add_argument("--tiny", action="store_true", help="smallest videos: a trial of the command itself")
     options = parser.parse_args()
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,7 @@ def main():
     command = [environment.python, "-m", "tooling.demo_inside", str(folder)]
     command += ["--comfyui", str(comfyui)] if comfyui else []
     command += ["--steps", str(options.steps)] if options.steps else []
+    command += ["--tiny"] if options.tiny else []
     return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
 
 

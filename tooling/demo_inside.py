@@ -14,13 +14,14 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--comfyui", type=Path)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
 
     import torch
 
     from . import checkpoint
 
-    plan = plan_for("cuda" if torch.cuda.is_available() else "cpu", options.steps)
+    plan = plan_for("cuda" if torch.cuda.is_available() else "cpu", options.steps, options.tiny)
     weights = checkpoint.find_or_make(options.folder / "weights")
     say(
         f"Two videos of {plan.frames} frames, {plan.width} x {plan.height} ({plan.tokens} tokens), on the {plan.device.upper()}"

@@ -3,7 +3,7 @@
 from .plan import CAPTION
 
 NOTES = ("Note", "MarkdownNote")
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 MUTED, BYPASSED = 2, 4
 
 
@@ -36,18 +36,20 @@ def to_prompt(workflow, node_info):
 
 def widget_values(node, info):
     """{input: value} of a node's widgets. The page stores values by position, and after a seed what to do with it."""
+    described = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    slots = [slot["widget"]["name"] for slot in node.get("inputs", []) if "widget" in slot]
+    names = slots or [name for name, (kind, *rest) in described.items() if is_widget(kind, *rest)]
     values, named = iter(node.get("widgets_values") or []), {}
-    for section in ("required", "optional"):
-        for name in info["input_order"].get(section, []):
-            kind, options = (*info["input"][section][name], {})[:2]
-            if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
-                continue
-            value = next(values, None)
-            if value is not None:
-                named[name] = value
-            if options.get("control_after_generate"):
-                next(values, None)
-    return named
+    for name in names:
+        named[name] = next(values, None)
+        options = described.get(name, [None])[1:]
+        if options and options[0].get("control_after_generate"):
+            next(values, None)
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def is_widget(kind, options=None):
+    return (isinstance(kind, list) or kind in WIDGETS) and not (options or {}).get("forceInput")
 
 
 def upstream(prompt, node):

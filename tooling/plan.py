@@ -30,8 +30,10 @@ class Plan:
         return (1 + (self.frames - 1) // 4) * (self.height // 16) * (self.width // 16)
 
 
-def plan_for(device, steps=None):
-    """The demo on "cpu" (1,280 tokens, skips 75%) or "cuda" (8,400 tokens, skips 90%)."""
+def plan_for(device, steps=None, tiny=False):
+    """The demo on "cpu" (1,280 tokens, skips 75%) or "cuda" (8,400 tokens, skips 90%). tiny: 192 tokens, for a trial."""
+    if tiny:
+        return Plan(device, frames=9, height=128, width=128, steps=steps or 2, sparsity=0.75)
     if device == "cpu":
         return Plan(device, frames=17, height=256, width=256, steps=steps or 12, sparsity=0.75)
     return Plan(device, frames=81, height=320, width=320, steps=steps or 20, sparsity=0.9)

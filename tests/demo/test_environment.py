@@ -1,0 +1,171 @@
+"""What both commands do before anything is installed: the virtual environment, ComfyUI's checkout, adding up pytest."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import demo
+import run_tests
+from tooling import comfyui
+from tooling.environment import Environment, SetupError
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Call with a name and a shell script: puts that program first on the path."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name, script):
+        file = folder / name
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+    return make
+
+
+def test_a_silent_git_is_given_up_and_killed(program, monkeypatch, tmp_path):
+    marker = tmp_path / "pid"
+    program("git", f"echo \"Cloning into 'x'...\" >&2; echo $$ > {marker}; exec sleep 60")
+    monkeypatch.setattr(comfyui, "GIT_SILENCE_S", 1)
+    start = time.monotonic()
+    assert comfyui.clone_comfyui(tmp_path / "ComfyUI").startswith("git got no answer within")
+    assert time.monotonic() - start < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
+
+
+def test_the_wait_for_git_is_below_20_seconds():
+    assert comfyui.GIT_SILENCE_S < 20
+
+
+def test_git_never_prompts_and_its_error_is_passed_on(program, tmp_path):
+    seen = tmp_path / "seen"
+    program("git", f'echo "$GIT_TERMINAL_PROMPT $*" > {seen}; cat >> {seen}; echo "fatal: no such host" >&2; exit 128')
+    assert comfyui.clone_comfyui(tmp_path / "ComfyUI") == "git failed (fatal: no such host)"
+    words = seen.read_text().split()
+    assert words[0] == "0" and ["--branch", comfyui.RELEASE] == words[words.index("--branch") :][:2]
+
+
+def test_no_git_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert comfyui.clone_comfyui(tmp_path / "ComfyUI") == "git is not installed"
+
+
+def test_an_earlier_clone_is_used_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "main.py").touch()
+    assert comfyui.clone_comfyui(tmp_path) is None
+
+
+def test_a_wrong_comfyui_path_stops_the_demo(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(SetupError, match="COMFYUI_PATH names"):
+        demo.choose_comfyui(tmp_path)
+
+
+def test_comfyui_is_found_by_path_and_at_home(monkeypatch, tmp_path):
+    (tmp_path / "ComfyUI").mkdir()
+    (tmp_path / "ComfyUI" / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "ComfyUI"))
+    assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
+    monkeypatch.delenv("COMFYUI_PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(comfyui, "PACK", tmp_path / "elsewhere" / "pack")
+    assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
+    monkeypatch.setattr(comfyui, "PACK", tmp_path / "ComfyUI" / "custom_nodes" / "pack")
+    assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """A real, empty virtual environment whose pip only writes down what it was asked."""
+    made = Environment(tmp_path / "venv")
+    asked = []
+    monkeypatch.setattr(made, "_pip", lambda arguments, quiet=False: asked.append(arguments) and 0)
+    made.create()
+    made.asked = asked
+    return made
+
+
+def test_a_second_run_installs_nothing(environment):
+    environment.install("some packages", ["numpy"])
+    environment.install("some packages", ["numpy"])
+    assert len(environment.asked) == 1
+    environment.install("some packages", ["numpy", "pytest"])
+    assert len(environment.asked) == 2
+    again = Environment(environment.folder)
+    kept = Path(environment.python).stat().st_ino
+    again.create()
+    assert Path(again.python).stat().st_ino == kept
+
+
+def test_torch_is_the_cpu_build_without_a_gpu(environment, monkeypatch):
+    monkeypatch.setattr("tooling.environment.has_nvidia_gpu", lambda: False)
+    environment.install_torch()
+    assert environment.asked[0][-1] == "torch==2.13.0+cpu"
+
+
+def test_a_cuda_torch_that_is_there_is_kept(environment, monkeypatch):
+    monkeypatch.setattr("tooling.environment.has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("tooling.environment.has_cuda_torch", lambda python: True)
+    environment.install_torch()
+    assert environment.asked == []
+    assert environment.ask("import torch; print('seen')") == "seen"
+
+
+def test_a_failing_pip_is_one_sentence(environment, monkeypatch):
+    monkeypatch.setattr(environment, "_pip", lambda arguments, quiet=False: 1)
+    with pytest.raises(SetupError, match="pip could not install nonsense"):
+        environment.install("nonsense", ["nonsense"])
+
+
+def test_comfyuis_requirements_go_in_without_torch(environment, monkeypatch, tmp_path):
+    (tmp_path / "requirements.txt").write_text("torch\ntorchvision\ntorchaudio\ntorchsde\n# note\n\nnumpy>=1.25\n")
+    monkeypatch.setattr(comfyui, "_install_torch_companions", lambda environment: None)
+    comfyui.install_comfyui(environment, tmp_path)
+    assert environment.asked[0][-2:] == ["torchsde", "numpy>=1.25"]
+
+
+def test_here_installs_nothing():
+    here = Environment(None)
+    here.create()
+    here.install_torch()
+    here.install("anything", ["anything"])
+    assert here.python == sys.executable and not here.installs
+
+
+def test_counts_of_several_pytest_processes_add_up(tmp_path):
+    counts = run_tests.Counts()
+    for number, source in enumerate(
+        (
+            "def test_a(): assert 1\ndef test_b(): assert 0",
+            "import pytest\ndef test_c(): pytest.skip('x')\ndef test_d(x): pass",
+        )
+    ):
+        file, report = tmp_path / f"test_part{number}.py", tmp_path / f"{number}.xml"
+        file.write_text(source)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            f"--junitxml={report}",
+        ]
+        done = subprocess.run([*command, str(file)], cwd=tmp_path, capture_output=True, check=False)
+        counts.add(report, done.returncode)
+    assert str(counts) == "1 passed, 2 failed, 1 skipped" and not counts.broken
+    counts.add(tmp_path / "absent.xml", 139)
+    assert counts.broken

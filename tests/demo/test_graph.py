@@ -1,0 +1,142 @@
+"""The bundled workflow as an API prompt, and what the demo changes in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tooling.checkpoint import Checkpoint
+from tooling.graph import GraphError, branch_of, fit, samplers, to_prompt, upstream
+from tooling.plan import CAPTION, plan_for
+
+CHECKPOINT = Checkpoint(Path("dit.safetensors"), Path("vae.safetensors"), None, False)
+
+
+def info(required=None, optional=None):
+    return {"input": {"required": required or {}, "optional": optional or {}}}
+
+
+SEED = ["INT", {"control_after_generate": True}]
+WIRE = ["MODEL", {}]
+NODE_INFO = {
+    "UNETLoader": info({"unet_name": [["a"]], "weight_dtype": [["default"], {"advanced": True}]}),
+    "CLIPLoader": info({"clip_name": [["c"]], "type": [["wan"]]}),
+    "CLIPTextEncode": info({"text": ["STRING", {}], "clip": ["CLIP"]}),
+    "VAELoader": info({"vae_name": [["v"]]}),
+    "EmptyHunyuanLatentVideo": info({name: ["INT", {}] for name in ("width", "height", "length", "batch_size")}),
+    "KSampler": info(
+        {
+            "model": WIRE,
+            "seed": SEED,
+            "steps": ["INT", {}],
+            "cfg": ["FLOAT", {}],
+            "positive": WIRE,
+            "latent_image": WIRE,
+        }
+    ),
+    "SLA2LoadRouter": info({"router_name": ["COMBO", {}]}),
+    "SLA2ApplyAttention": info(
+        {"model": WIRE, "sparsity": ["FLOAT", {}], "minimum_tokens": ["INT", {}]}, {"router": ["SLA2_ROUTER", {}]}
+    ),
+    "SLA2Report": info({"model": WIRE, "samples": ["LATENT,IMAGE", {}]}),
+    "VAEDecode": info({"samples": WIRE, "vae": WIRE}),
+    "SaveVideo": info({"video": WIRE, "prefix": ["STRING", {}], "format": ["COMFY_DYNAMICCOMBO_V3", {}]}),
+}
+
+
+class Page:
+    """Builds a UI-format workflow node by node, as the page saves it."""
+
+    def __init__(self):
+        self.workflow = {"nodes": [], "links": []}
+
+    def add(self, number, kind, widgets=(), slots=(), mode=0, **wires):
+        node = {"id": number, "type": kind, "mode": mode, "widgets_values": list(widgets), "inputs": []}
+        for name in slots:
+            node["inputs"].append({"name": name, "widget": {"name": name}, "link": None})
+        for name, source in wires.items():
+            link = len(self.workflow["links"]) + 1
+            self.workflow["links"].append([link, source, 0, number, len(node["inputs"]), "*"])
+            node["inputs"].append({"name": name, "link": link})
+        self.workflow["nodes"].append(node)
+        return self
+
+
+def page():
+    seed = (7, "randomize", 30, 6.0)
+    return (
+        Page()
+        .add(1, "UNETLoader", ["wan.safetensors", "fp8"])
+        .add(2, "CLIPLoader", ["umt5", "wan"])
+        .add(3, "CLIPTextEncode", ["a fox"], clip=2)
+        .add(4, "VAELoader", ["vae"], slots=["vae_name"])
+        .add(5, "EmptyHunyuanLatentVideo", [832, 480, 81, 1])
+        .add(6, "KSampler", seed, slots=["seed", "steps", "cfg"], model=1, positive=3, latent_image=5)
+        .add(7, "SLA2LoadRouter", ["good"])
+        .add(8, "SLA2ApplyAttention", [0.9, -1], model=1, router=7)
+        .add(9, "KSampler", seed, model=8, positive=3, latent_image=5)
+        .add(10, "SLA2Report", model=8, samples=9)
+        .add(11, "VAEDecode", samples=6, vae=4)
+        .add(12, "VAEDecode", samples=10, vae=4)
+        .add(13, "SaveVideo", ["video/a", "auto"], slots=["prefix", "format"], video=12)
+        .add(14, "MarkdownNote", ["read me"])
+        .add(15, "UNETLoader", ["other", "default"], mode=2)
+    )
+
+
+def test_widgets_land_on_their_inputs_with_and_without_slots():
+    prompt = to_prompt(page().workflow, NODE_INFO)
+    for sampler in ("6", "9"):
+        inputs = prompt[sampler]["inputs"]
+        assert (inputs["seed"], inputs["steps"], inputs["cfg"]) == (7, 30, 6.0)
+        assert inputs["positive"] == ["3", 0]
+    assert prompt["8"]["inputs"] == {"sparsity": 0.9, "minimum_tokens": -1, "model": ["1", 0], "router": ["7", 0]}
+    assert prompt["13"]["inputs"] == {"prefix": "video/a", "format": "auto", "video": ["12", 0]}
+
+
+def test_notes_and_muted_nodes_are_left_out():
+    assert {"14", "15"}.isdisjoint(to_prompt(page().workflow, NODE_INFO))
+
+
+def test_an_unknown_node_is_named():
+    with pytest.raises(GraphError, match="'Mystery'"):
+        to_prompt(page().add(16, "Mystery").workflow, NODE_INFO)
+
+
+def test_branches_are_told_apart_by_the_patch():
+    prompt = to_prompt(page().workflow, NODE_INFO)
+    assert samplers(prompt) == {"dense": "6", "sla2": "9"}
+    assert [branch_of(prompt, node) for node in ("11", "12", "13", "4")] == ["dense", "sla2", "sla2", None]
+    assert upstream(prompt, "11") == {"11", "6", "1", "3", "2", "5", "4"}
+
+
+def test_a_workflow_without_a_dense_branch_is_refused():
+    prompt = to_prompt(page().workflow, NODE_INFO)
+    prompt["6"]["inputs"]["model"] = ["8", 0]
+    with pytest.raises(GraphError, match="one without"):
+        samplers(prompt)
+
+
+def test_fit_changes_files_captions_and_sizes_and_saves_latents():
+    plan = plan_for("cpu")
+    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan, CHECKPOINT, "none (untrained)")
+    assert prompt["1"]["inputs"] == {"unet_name": "dit.safetensors", "weight_dtype": "default"}
+    assert prompt["4"]["inputs"] == {"vae_name": "vae.safetensors"}
+    assert prompt["5"]["inputs"] == {"width": 256, "height": 256, "length": 17, "batch_size": 1}
+    assert prompt["7"]["inputs"] == {"router_name": "none (untrained)"}
+    assert (prompt["8"]["inputs"]["sparsity"], prompt["8"]["inputs"]["minimum_tokens"]) == (0.75, 0)
+    assert {"2", "3"}.isdisjoint(prompt)
+    assert prompt["6"]["inputs"]["seed"] == prompt["9"]["inputs"]["seed"] == plan.seed
+    assert prompt[prompt["9"]["inputs"]["positive"][0]]["inputs"] == {"text": CAPTION}
+    assert prompt["latent_sla2"]["inputs"]["samples"] == ["9", 0]
+    json.dumps(prompt)
+    dangling = {
+        value[0] for data in prompt.values() for value in data["inputs"].values() if isinstance(value, list)
+    } - set(prompt)
+    assert not dangling
+
+
+def test_cpu_plan_keeps_to_its_limits():
+    plan = plan_for("cpu")
+    assert plan.tokens == 1280 <= 1300
+    assert (plan.sparsity, plan.minimum_tokens) == (0.75, 0)
