@@ -9,7 +9,8 @@ import functools
 import logging
 import operator
 import threading
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class ModelCall:
     diffusion_model: Any
     grid: tuple | None
     in_window: bool | None
+    counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
 
     def __deepcopy__(self, memo):
         return self
@@ -119,19 +121,28 @@ class AttentionHook:
         run = self.run_for_call()
         run.count_model_call()
         grid = self.facts.layout.grid(args, options, self.facts.patch_size) if self.facts else None
-        options[CALL] = ModelCall(self, run, diffusion_model, grid, run.in_window(options.get("sigmas")))
+        call = options[CALL] = ModelCall(self, run, diffusion_model, grid, run.in_window(options.get("sigmas")))
         current = options.get(OVERRIDE)
         known, override = self._fronted
         if current is not known or override is None:
-            override = current
-            if not leads_to(current, self):
-                override = make_override(self, current)
-                run.note(_replaced_note(current))
+            override = current if leads_to(current, self) else self._front(run, current)
             self._fronted = (current, override)
         options[OVERRIDE] = override
+        return call, current
+
+    def after_model_call(self, call, current):
+        """Notices an override that holds ours but never called it: the next model call goes past it."""
+        never_asked = call.counts["entered"] and not call.counts["attended"]
+        if never_asked and self._fronted == (current, current) and not self.family_reason:
+            self._fronted = (current, self._front(call.run, current))
+
+    def _front(self, run, current):
+        run.note(_replaced_note(current))
+        return make_override(self, current)
 
     def attend(self, call, layer, below, args, kwargs):
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
+        call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
         reason = kept_dense_reason(self.settings, layer, call.in_window)
         if reason is None and request is not None:
@@ -194,7 +205,7 @@ def _replaced_note(current):
     if current is None:
         return "a later node removed the attention override; SLA2 put itself back"
     return (
-        f"a later node replaced the attention override with {name_of(current)}, which does not call the one before it; "
+        f"a later node replaced the attention override with {name_of(current)}, which does not call SLA2; "
         "SLA2 put itself back in front of it, and it runs the dense calls (place that node before SLA2 Apply Attention)"
     )
 
@@ -244,6 +255,7 @@ def marked_forward(layer, path, original, replaced):
         call = options.get(CALL) if options else None
         if call is not None:
             module = find(call.diffusion_model)
+            call.counts["entered"] += 1
             call.run.count_entered(layer)
             kwargs["transformer_options"] = {**options, LAYER: layer}
         if replaced is not None:
@@ -277,9 +289,12 @@ def install(model, settings, router):
 
     def around_model(executor, *args, **kwargs):
         options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
-        if options is not None:
-            hook.model_call(executor.class_obj, args, options)
-        return executor(*args, **kwargs)
+        if options is None:
+            return executor(*args, **kwargs)
+        call, current = hook.model_call(executor.class_obj, args, options)
+        output = executor(*args, **kwargs)
+        hook.after_model_call(call, current)
+        return output
 
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling), (WrappersMP.DIFFUSION_MODEL, around_model)):
         patched.remove_wrappers_with_key(kind, KEY)

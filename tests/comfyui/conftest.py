@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from safetensors import safe_open
 from comfy_server import ComfyServer, error_of
+from safetensors import safe_open
 from tiny_wan import break_metadata, save_router, save_wan
 
 PACK = Path(__file__).resolve().parents[2]
@@ -25,6 +25,7 @@ def comfy(comfyui_path, tmp_path_factory):
     (base / "user/default/comfy.settings.json").write_text(json.dumps({"Comfy.TutorialCompleted": True}))
     save_wan(base / "models/diffusion_models/tiny_wan.safetensors")
     save_wan(base / "models/diffusion_models/tiny_wan_i2v.safetensors", in_dim=36, image=True, seed=1)
+    save_wan(base / "models/diffusion_models/tiny_vace.safetensors", vace=True, seed=2)
     write_routers(base / "models/sla2")
     server = ComfyServer(comfyui_path, base)
     yield Comfy(server, base)
@@ -87,9 +88,9 @@ APPLY = {
 class Prompt(dict):
     """A growing API prompt: every method adds a node and returns the link to its first output."""
 
-    def add(self, kind, **inputs):
+    def add(self, class_type, /, **inputs):
         number = str(len(self) + 1)
-        self[number] = {"class_type": kind, "inputs": inputs}
+        self[number] = {"class_type": class_type, "inputs": inputs}
         return [number, 0]
 
     def model(self, name="tiny_wan.safetensors"):
@@ -98,11 +99,9 @@ class Prompt(dict):
     def apply(self, model, **changes):
         return self.add("SLA2ApplyAttention", model=model, **APPLY | changes)
 
-    def sample(self, model, seed=5, steps=3, size=256, frames=9, text_tokens=512, label="", **changes):
+    def sample(self, model, seed=5, steps=3, size=256, frames=9, image=False, label="", **changes):
         # 256 x 256 x 9 makes 3 x 16 x 16 = 768 tokens
-        positive, negative = (
-            self.add("SLA2TestConditioning", number=n, tokens=text_tokens, label=label) for n in (1, 2)
-        )
+        positive, negative = (self.add("SLA2TestConditioning", number=n, image=image, label=label) for n in (1, 2))
         latent = self.add("EmptyHunyuanLatentVideo", width=size, height=size, length=frames, batch_size=1)
         settings = {"seed": seed, "steps": steps, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
         return self.add(
@@ -117,6 +116,11 @@ class Prompt(dict):
         return self.add("SLA2Report", model=model, samples=samples)[0]
 
 
+@pytest.fixture(scope="session")
+def new_prompt():
+    return Prompt
+
+
 @pytest.fixture
-def prompt():
-    return Prompt()
+def prompt(new_prompt):
+    return new_prompt()

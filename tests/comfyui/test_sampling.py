@@ -4,6 +4,15 @@ import pytest
 import torch
 
 STEPS, LAYERS = 3, 3
+ALL = STEPS * LAYERS
+
+
+def sampled(comfy, prompt, model, patched, **sampling):
+    """(report, latent) of one sampling of ``patched``."""
+    samples = prompt.sample(patched, **sampling)
+    report, saved = prompt.report(patched, samples), prompt.save(samples)
+    outputs = comfy.run(prompt)
+    return comfy.report(outputs, report), comfy.latent(outputs, saved)
 
 
 def test_plain_before_and_after_is_bitwise_equal_and_every_self_attention_call_is_sparse(comfy, prompt):
@@ -12,19 +21,139 @@ def test_plain_before_and_after_is_bitwise_equal_and_every_self_attention_call_i
     plain_before, sparse = prompt.save(prompt.sample(model)), prompt.sample(patched)
     plain_after = prompt.save(prompt.sample(model, label="again"))
     report, saved = prompt.report(patched, sparse), prompt.save(sparse)
-    again = prompt.save(prompt.sample(model, seed=6))
     outputs = comfy.run(prompt)
 
     before, after = comfy.latent(outputs, plain_before), comfy.latent(outputs, plain_after)
     assert torch.equal(before, after)
     assert not torch.equal(before, comfy.latent(outputs, saved))
-    assert not torch.equal(before, comfy.latent(outputs, again))
     found = comfy.report(outputs, report)
     assert found["model_calls"] == STEPS
     assert [row["layer"] for row in found["layers"]] == list(range(LAYERS))
     assert all(row["sparse"] == STEPS and row["dense"] == {} for row in found["layers"])
-    assert found["dense_calls"] == 0 and found["sparse_calls"] == STEPS * LAYERS
-    # one cross-attention per block, passed through
-    assert found["other_calls"] == STEPS * LAYERS
+    assert found["dense_calls"] == 0 and found["sparse_calls"] == ALL
+    assert found["other_calls"] == ALL  # one cross-attention per block, passed through
     assert all(row["sparsity"] == pytest.approx(0.75) for row in found["layers"])
     assert all(0 < row["ratio_range"][0] <= row["ratio_range"][1] <= 1 for row in found["layers"])
+    assert found["notes"] == [] and found["caveat"] is None
+    assert f"{ALL} of {ALL} self-attention calls ran sparse (skips 75%, keeps 25%)" in outputs[report]["text"][0]
+
+
+def test_sparsity_0_at_16bit_equals_dense_to_rounding(comfy, prompt):
+    model = prompt.model()
+    plain = prompt.save(prompt.sample(model))
+    patched = prompt.apply(model, sparsity=0.0)
+    samples = prompt.sample(patched)
+    report, saved = prompt.report(patched, samples), prompt.save(samples)
+    outputs = comfy.run(prompt)
+    dense, sparse = comfy.latent(outputs, plain), comfy.latent(outputs, saved)
+    assert comfy.report(outputs, report)["sparse_calls"] == ALL
+    assert (sparse - dense).norm() / dense.norm() < 1e-5
+
+
+def test_cross_attention_with_as_many_keys_as_video_tokens_stays_dense(comfy, prompt):
+    model = prompt.model()
+    # 2 x 16 x 16 = 512 tokens, as many as the text has
+    found, _ = sampled(comfy, prompt, model, prompt.apply(model), frames=5)
+    assert found["sparse_calls"] == ALL and found["other_calls"] == ALL
+
+
+def test_image_to_video_passes_both_cross_attentions(comfy, prompt):
+    model = prompt.model("tiny_wan_i2v.safetensors")
+    found, _ = sampled(comfy, prompt, model, prompt.apply(model), image=True)
+    assert found["sparse_calls"] == ALL and found["dense_calls"] == 0 and found["other_calls"] == 2 * ALL
+
+
+def test_int8_on_a_cpu_runs_and_says_so(comfy, prompt):
+    model = prompt.model()
+    found, latent = sampled(comfy, prompt, model, prompt.apply(model, bit_width="int8"))
+    assert found["bit_widths"] == ["int8"] and found["sparse_calls"] == ALL
+    assert torch.isfinite(latent).all()
+
+
+def test_settings_that_keep_calls_dense_are_counted_by_reason(comfy, prompt):
+    model = prompt.model()
+    patched = prompt.apply(model, dense_layers="0, -1", start_percent=0.5)
+    found, _ = sampled(comfy, prompt, model, patched, steps=4)
+    dense = [row["dense"] for row in found["layers"]]
+    assert dense[0] == dense[2] == {"dense_layers keeps this layer dense": 4}
+    early = dense[1]["the step lies outside start_percent to end_percent"]
+    assert 1 <= early <= 3 and found["layers"][1]["sparse"] == 4 - early
+
+
+def test_short_sequences_run_dense_and_equal_the_plain_model(comfy, prompt):
+    model = prompt.model()
+    plain = prompt.save(prompt.sample(model))
+    patched = prompt.apply(model, minimum_tokens=-1)
+    samples = prompt.sample(patched)
+    report, saved = prompt.report(patched, samples), prompt.save(samples)
+    outputs = comfy.run(prompt)
+    assert torch.equal(comfy.latent(outputs, plain), comfy.latent(outputs, saved))
+    found = comfy.report(outputs, report)
+    assert found["sparse_calls"] == 0 and found["dense_calls"] == ALL
+    assert found["layers"][0]["dense"] == {"the sequence has 768 tokens, minimum_tokens is 8192": STEPS}
+
+
+def test_two_samplers_on_one_patched_model_have_a_report_each(comfy, prompt):
+    patched = prompt.apply(prompt.model())
+    first, second = prompt.sample(patched, steps=2, seed=21), prompt.sample(patched, steps=4, seed=22)
+    reports = [prompt.report(patched, samples) for samples in (first, second)]
+    outputs = comfy.run(prompt)
+    found = [comfy.report(outputs, report) for report in reports]
+    assert [report["model_calls"] for report in found] == [2, 4]
+    assert [report["sparse_calls"] for report in found] == [2 * LAYERS, 4 * LAYERS]
+
+
+def test_a_cached_sampler_is_reported_with_its_own_run(comfy, prompt):
+    patched = prompt.apply(prompt.model(), sparsity=0.5)
+    samples = prompt.sample(patched, steps=2, seed=31)
+    report = prompt.report(patched, samples)
+    first = comfy.report(comfy.run(prompt), report)
+    prompt[samples[0]]["inputs"].update(seed=32, steps=4)
+    second = comfy.report(comfy.run(prompt), report)
+    third = comfy.report(comfy.run(prompt), report)
+    assert [first["model_calls"], second["model_calls"], third["model_calls"]] == [2, 4, 4]
+    assert second["run"] == third["run"] == first["run"] + 1
+    assert first["caveat"] is None and second["caveat"] is None
+    assert "came from the cache" in third["caveat"]
+
+
+def test_an_unsupported_family_is_passed_through_with_the_reason(comfy, prompt):
+    model = prompt.model("tiny_vace.safetensors")
+    plain = prompt.save(prompt.sample(model))
+    patched = prompt.apply(model)
+    samples = prompt.sample(patched)
+    report, saved = prompt.report(patched, samples), prompt.save(samples)
+    outputs = comfy.run(prompt)
+    assert torch.equal(comfy.latent(outputs, plain), comfy.latent(outputs, saved))
+    found = comfy.report(outputs, report)
+    # a self- and a cross-attention in each of the 3 blocks and the control block
+    assert found["unsupported_calls"] == {"model family VaceWanModel is not supported yet": STEPS * 8}
+
+
+def test_stop_refuses_an_unsupported_family_in_one_sentence(comfy, prompt):
+    patched = prompt.apply(prompt.model("tiny_vace.safetensors"), on_unsupported="stop")
+    prompt.save(prompt.sample(patched))
+    node, message = comfy.error(prompt)
+    assert node == patched[0]
+    assert "model family VaceWanModel is not supported yet (on_unsupported is set to stop)." in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dense_layers": "0, 3"}, "dense_layers names layer 3, but this model has layers 0 to 2."),
+        ({"dense_layers": "first"}, "'first' is no layer or range of layers."),
+        ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent must be below end_percent"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_in_one_sentence(comfy, prompt, changes, sentence):
+    patched = prompt.apply(prompt.model(), **changes)
+    prompt.save(prompt.sample(patched))
+    node, message = comfy.error(prompt)
+    assert node == patched[0] and sentence in message
+
+
+def test_a_report_without_sla2_says_so(comfy, prompt):
+    model = prompt.model()
+    report = prompt.report(model, prompt.sample(model))
+    assert "did not come through SLA2 Apply Attention" in comfy.run(prompt)[report]["text"][0]

@@ -10,10 +10,11 @@ DIM, HEADS, LAYERS, FFN = 256, 2, 3, 512  # head_dim is always 128 in Wan
 FREQUENCIES, TEXT_DIM, LATENT_CHANNELS = 256, 4096, 16
 
 
-def wan_state_dict(in_dim=LATENT_CHANNELS, layers=LAYERS, image=False, seed=0):
+def wan_state_dict(in_dim=LATENT_CHANNELS, layers=LAYERS, image=False, vace=False, seed=0):
     """Random weights, N(0, 1 / fan_in), norms 1, biases 0, under the names of the original checkpoints.
 
-    image: an image-to-video model (CLIP image embedding and a second cross-attention per block).
+    image: an image-to-video model (CLIP image embedding and a second cross-attention per block). vace: a VACE model with
+    one control block.
     """
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -33,8 +34,7 @@ def wan_state_dict(in_dim=LATENT_CHANNELS, layers=LAYERS, image=False, seed=0):
     linear("time_embedding.0", FREQUENCIES, DIM)
     linear("time_embedding.2", DIM, DIM)
     linear("time_projection.1", DIM, 6 * DIM)
-    for index in range(layers):
-        block = f"blocks.{index}"
+    for block in [f"blocks.{index}" for index in range(layers)] + ["vace_blocks.0"] * vace:
         normal(f"{block}.modulation", 1, 6, DIM)
         for attention in ("self_attn", "cross_attn"):
             names = ["q", "k", "v", "o"] + ["k_img", "v_img"] * (image and attention == "cross_attn")
@@ -46,6 +46,11 @@ def wan_state_dict(in_dim=LATENT_CHANNELS, layers=LAYERS, image=False, seed=0):
         state[f"{block}.norm3.bias"] = torch.zeros(DIM)
         linear(f"{block}.ffn.0", DIM, FFN)
         linear(f"{block}.ffn.2", FFN, DIM)
+    if vace:
+        state["vace_patch_embedding.weight"] = torch.randn(DIM, 96, 1, 2, 2, generator=generator) * 384**-0.5
+        state["vace_patch_embedding.bias"] = torch.zeros(DIM)
+        linear("vace_blocks.0.before_proj", DIM, DIM)
+        linear("vace_blocks.0.after_proj", DIM, DIM)
     if image:
         for name, width in (("0", 1280), ("4", DIM)):
             state[f"img_emb.proj.{name}.weight"] = torch.ones(width)

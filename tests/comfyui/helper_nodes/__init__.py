@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import torch
 
@@ -17,17 +18,15 @@ class SLA2TestConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "number": ("INT", {"default": 0}),
-                "tokens": ("INT", {"default": 512}),
-                "label": ("STRING", {}),
-            }
-        }
+        return {"required": {"number": ("INT", {}), "image": ("BOOLEAN", {}), "label": ("STRING", {})}}
 
-    def make(self, number, tokens, label):
+    def make(self, number, image, label):
         generator = torch.Generator().manual_seed(number)
-        return ([[torch.randn(1, tokens, 4096, generator=generator) * 0.1, {}]],)
+        extra = {}
+        if image:
+            states = torch.randn(1, 257, 1280, generator=generator)
+            extra["clip_vision_output"] = types.SimpleNamespace(penultimate_hidden_states=states)
+        return ([[torch.randn(1, 512, 4096, generator=generator) * 0.1, extra]],)
 
 
 class SLA2TestNeighbour:
@@ -39,8 +38,7 @@ class SLA2TestNeighbour:
 
     @classmethod
     def INPUT_TYPES(cls):
-        kinds = ["chains", "overwrites", "removes", "copies options", "fails"]
-        return {"required": {"model": ("MODEL",), "kind": (kinds,)}}
+        return {"required": {"model": ("MODEL",), "kind": ([*OVERRIDES, "removes", "copies options"],)}}
 
     def patch(self, model, kind):
         patched = model.clone()
@@ -49,17 +47,39 @@ class SLA2TestNeighbour:
             return (patched,)
         options = patched.model_options.setdefault("transformer_options", {})
         previous = options.pop(OVERRIDE, None)
-        if kind == "removes":
-            return (patched,)
-
-        def override(func, *args, **kwargs):
-            if kind == "fails":
-                raise RuntimeError("the neighbour's override fails")
-            below = functools.partial(previous, func) if kind == "chains" and previous else func
-            return below(*args, **kwargs)
-
-        options[OVERRIDE] = override
+        if kind != "removes":
+            options[OVERRIDE] = OVERRIDES[kind](previous)
         return (patched,)
 
 
+def chaining(previous):
+    def override(func, *args, **kwargs):
+        below = functools.partial(previous, func) if previous else func
+        return below(*args, **kwargs)
+
+    return override
+
+
+def overwriting(previous):
+    def override(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    return override
+
+
+def forgetful(previous):
+    def override(func, *args, **kwargs):
+        return func(*args, **kwargs) if previous is not None else None
+
+    return override
+
+
+def failing(previous):
+    def override(func, *args, **kwargs):
+        raise RuntimeError("the neighbour's override fails")
+
+    return override
+
+
+OVERRIDES = {"chains": chaining, "overwrites": overwriting, "keeps but never calls": forgetful, "fails": failing}
 NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestConditioning, SLA2TestNeighbour)}

@@ -1,0 +1,129 @@
+"""SLA2 Train Router: stage 1 on the model in the graph, while it samples densely."""
+
+import inspect
+import logging
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from ..sla2_training import TrainerOptions, TrainingError
+from .load_router import FOLDER, Router
+from .loss_plot import plot_losses
+from .model_layouts import model_facts, unsupported_model_reason
+from .progress_text import plain, show_on_node
+from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
+from .save_router import save_router
+
+logger = logging.getLogger("sla2")
+
+# ComfyUI before 0.19 has no advanced inputs: there they are ordinary ones
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
+
+
+class SLA2TrainRouter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SLA2TrainRouter",
+            display_name="SLA2 Train Router",
+            category="model/sla2",
+            description="Makes a router for this very model: samples with the dense model and trains, in every attention "
+            "layer, which key blocks to keep and how to mix. Takes one sampling more than it trains, to measure. "
+            "Cancelling saves what is trained so far in models/sla2.",
+            hidden=[io.Hidden.unique_id],
+            # saved workflows store widget values by position: new inputs go to the end
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with the LoRAs it will be used with, before SLA2 Apply Attention."),
+                io.Conditioning.Input("positive", tooltip="A prompt like those the router will be used for."),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image", tooltip="Its size is the size that is trained on; larger ones work too."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps, as in the sampler node."),
+                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="uni_pc"),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple"),
+                io.String.Input(
+                    "sparsities", default="0.97, 0.95, 0.90",
+                    tooltip="Sparsities to train for: 0.97 skips 97%, keeps 3%. Between them ratios are interpolated.",
+                ),
+                io.Int.Input(
+                    "training_steps", default=120, min=1, max=100_000,
+                    tooltip="Optimisation steps per layer. At most 4 fit into one sampling step, so 120 take two "
+                    "samplings of 20 steps, and one more to measure.",
+                ),
+                Router.Input("resume", optional=True, tooltip="A router of this model to go on from."),
+                io.Float.Input(
+                    "learning_rate", default=TrainerOptions.learning_rate, min=1e-6, max=1.0, step=1e-6, round=1e-6,
+                    tooltip="Of the router's projections (Adam).", **ADVANCED,
+                ),
+                io.Int.Input(
+                    "query_blocks", default=TrainerOptions.query_blocks, min=1, max=1024,
+                    tooltip="Query blocks of 128 tokens drawn per head and step. Halved by itself where memory runs out.",
+                    **ADVANCED,
+                ),
+            ],
+            outputs=[Router.Output(display_name="router"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsities,
+        training_steps, learning_rate, query_blocks, resume=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        facts = model_facts(model.model.diffusion_model)
+        if facts is None:
+            raise ValueError(f"SLA2 Train Router: {unsupported_model_reason(model.model.diffusion_model)}.")
+        options = TrainerOptions(learning_rate=learning_rate, query_blocks=query_blocks, seed=seed % 2**63)
+        trainer = make_trainer(facts, parse_sparsities(sparsities), options, resume)
+        node = cls.hidden.unique_id
+        schedule = Schedule(training_steps, steps)
+        training = RouterTraining(model, facts, trainer, schedule, lambda text: show_on_node(node, text))
+        sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        bar = comfy.utils.ProgressBar((schedule.passes + 1) * steps)
+
+        def sample(number, callback):
+            sample_once(training.model, positive, negative, latent_image, (seed + number) % 2**64, callback, sampler)
+
+        try:
+            training.run(sample, lambda: bar.update(1))
+        except comfy.model_management.InterruptProcessingException:
+            keep_trained(training, facts, node, "cancelled")
+            raise
+        except TrainingError as error:
+            raise TrainingError(f"{error}{keep_trained(training, facts, node, 'stopped')}") from error
+        text = plain(training.report())
+        show_on_node(node, text)
+        images = ui.PreviewImage(plot_losses(trainer.losses), cls=cls).as_dict()
+        return io.NodeOutput(trainer.router(), text, ui={**images, "text": (text,)})
+
+
+def sample_once(model, positive, negative, latent_image, seed, callback, sampler):
+    """One sampling from pure noise, as the KSampler node does it; the result is of no use here."""
+    ratios = [latent_image[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent_image]
+    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *ratios)
+    comfy.sample.sample(
+        model,
+        comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        denoise=1.0,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+        **sampler,
+    )
+
+
+def keep_trained(training, facts, node, what):
+    """Saves what an ended training reached as models/sla2/<family>_autosave_<number>_; a sentence for the user, or ""."""
+    if not training.steps_done:
+        return ""
+    name = save_router(training.trainer.router(), f"{facts.layout.family}_autosave")
+    sentence = f"What {training.steps_done} optimisation steps trained is saved as {name} in models/{FOLDER}."
+    logger.info("SLA2 router training %s. %s", what, sentence)
+    show_on_node(node, f"{what}. {sentence} Load it and connect it to resume to go on.")
+    return f" {sentence}"

@@ -1,0 +1,86 @@
+"""SLA2 beside other nodes that touch the same model."""
+
+import pytest
+import torch
+
+STEPS, LAYERS = 3, 3
+ALL = STEPS * LAYERS
+
+
+def patched_report(comfy, prompt, patched):
+    samples = prompt.sample(patched)
+    report, saved = prompt.report(patched, samples), prompt.save(samples)
+    outputs = comfy.run(prompt)
+    return comfy.report(outputs, report), comfy.latent(outputs, saved)
+
+
+def neighbour(prompt, model, kind):
+    return prompt.add("SLA2TestNeighbour", model=model, kind=kind)
+
+
+@pytest.fixture(scope="module")
+def alone(comfy, new_prompt):
+    """The latent that SLA2 makes without neighbours."""
+    prompt = new_prompt()
+    return patched_report(comfy, prompt, prompt.apply(prompt.model()))[1]
+
+
+@pytest.mark.parametrize("kind", ["chains", "copies options"])
+def test_a_later_node_that_keeps_us_changes_nothing(comfy, prompt, alone, kind):
+    found, latent = patched_report(comfy, prompt, neighbour(prompt, prompt.apply(prompt.model()), kind))
+    assert found["sparse_calls"] == ALL and found["other_calls"] == ALL and found["notes"] == []
+    assert torch.equal(latent, alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("overwrites", "replaced the attention override"), ("removes", "removed the attention override")],
+)
+def test_a_later_node_that_drops_us_is_noticed_and_said(comfy, prompt, alone, kind, words):
+    found, latent = patched_report(comfy, prompt, neighbour(prompt, prompt.apply(prompt.model()), kind))
+    assert found["sparse_calls"] == ALL and found["dense_calls"] == 0
+    assert len(found["notes"]) == 1 and words in found["notes"][0]
+    assert torch.equal(latent, alone)
+
+
+def test_a_later_node_that_holds_us_but_never_calls_us_is_noticed_after_one_model_call(comfy, prompt):
+    found, _ = patched_report(comfy, prompt, neighbour(prompt, prompt.apply(prompt.model()), "keeps but never calls"))
+    assert found["sparse_calls"] == ALL - LAYERS
+    lost = {"another node's attention took the call before SLA2 could see it": 1}
+    assert [row["dense"] for row in found["layers"]] == [lost] * LAYERS
+    assert len(found["notes"]) == 1 and "does not call SLA2" in found["notes"][0]
+
+
+@pytest.mark.parametrize("kind", ["chains", "overwrites"])
+def test_an_earlier_node_is_chained(comfy, prompt, alone, kind):
+    found, latent = patched_report(comfy, prompt, prompt.apply(neighbour(prompt, prompt.model(), kind)))
+    assert found["sparse_calls"] == ALL and found["notes"] == []
+    assert torch.equal(latent, alone)
+
+
+def test_cores_attention_backend_after_us_is_noticed_and_said(comfy, prompt, alone):
+    if "ModelAttentionBackend" not in comfy.server.get("/object_info"):
+        pytest.skip("this ComfyUI has no ModelAttentionBackend node")
+    patched = prompt.add("ModelAttentionBackend", model=prompt.apply(prompt.model()), attention="pytorch attention")
+    found, latent = patched_report(comfy, prompt, patched)
+    assert found["sparse_calls"] == ALL
+    assert "set_model_optimized_attention" in found["notes"][0]
+    assert torch.equal(latent, alone)
+
+
+def test_a_failing_neighbour_is_not_swallowed_and_the_next_prompt_runs(comfy, prompt, new_prompt, alone):
+    # our calls are sparse, so it is the cross-attention that reaches the neighbour
+    prompt.save(prompt.sample(prompt.apply(neighbour(prompt, prompt.model(), "fails"))))
+    _, message = comfy.error(prompt)
+    assert "the neighbour's override fails" in message
+    again = new_prompt()
+    found, latent = patched_report(comfy, again, again.apply(again.model(), end_percent=0.999))
+    assert found["sparse_calls"] == ALL
+    assert torch.equal(latent, alone)
+
+
+def test_a_second_apply_replaces_the_first(comfy, prompt, alone):
+    first = prompt.apply(prompt.model(), sparsity=0.3, dense_layers="1")
+    found, latent = patched_report(comfy, prompt, prompt.apply(first))
+    assert found["sparsity_setting"] == 0.75 and found["sparse_calls"] == ALL and found["dense_calls"] == 0
+    assert torch.equal(latent, alone)
