@@ -9,11 +9,13 @@ async def comfy_entrypoint():
     from .nodes.apply_attention import SLA2ApplyAttention
     from .nodes.load_router import SLA2LoadRouter, register_router_folder
     from .nodes.report import SLA2Report
+    from .nodes.save_router import SLA2SaveRouter
+    from .nodes.train_router import SLA2TrainRouter
 
     register_router_folder()
 
     class SLA2Extension(ComfyExtension):
         async def get_node_list(self):
-            return [SLA2LoadRouter, SLA2ApplyAttention, SLA2Report]
+            return [SLA2LoadRouter, SLA2ApplyAttention, SLA2Report, SLA2TrainRouter, SLA2SaveRouter]
 
     return SLA2Extension()

@@ -1,13 +1,14 @@
 """Trains a router while ComfyUI samples with the dense model: which call trains how much, progress, and what is said."""
 
 import contextlib
+import functools
 import math
 import threading
 from collections import Counter
 
 from ..sla2_training import RouterTrainer
 from .attention_call import read_call, unsupported_call_reason
-from .attention_hook import KEY, install
+from .attention_hook import CALL, LAYER, OVERRIDE, install
 from .settings import AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more on one tensor teach little
@@ -41,10 +42,25 @@ class RouterTraining:
         self.number, self.step = 0, 0
         self.calls, self.last_calls = {}, {}
         self.lock = threading.Lock()
-        # an SLA2 patch that the model carries already is replaced: the targets must be dense
-        self.model = install(model, AttentionSettings(sparsity=0.0, minimum_tokens=0), None)
-        self.hook = self.model.get_attachment(KEY)
-        self.hook.attend = self._attend
+        self.model = self._install(model)
+
+    def _install(self, model):
+        """A clone that keeps every layer dense; its dense calls go down the chain, where the trainer sees them marked."""
+        patched = model.clone()
+        options = patched.model_options.setdefault("transformer_options", {})
+        options[OVERRIDE] = self._override(options.get(OVERRIDE))
+        return install(patched, AttentionSettings(dense_layers=frozenset(range(self.layers))), None)
+
+    def _override(self, base):
+        def sla2_training_override(func, *args, **kwargs):
+            below = func if base is None else functools.partial(base, func)
+            out = below(*args, **kwargs)
+            options = kwargs.get("transformer_options") or {}
+            if options.get(LAYER) is not None:
+                self._meet(options[CALL], options[LAYER], args, kwargs)
+            return out
+
+        return sla2_training_override
 
     @property
     def measuring(self):
@@ -86,10 +102,8 @@ class RouterTraining:
     def _begin_step(self, step):
         self.step, self.last_calls, self.calls = step, self.calls, {}
 
-    def _attend(self, call, layer, below, args, kwargs):
-        """In place of the hook's sparse-or-dense decision: dense, and the router learns from the call."""
-        call.run.count_dense(layer, "a router is being trained")
-        out = self.hook.inside(below, args, kwargs)
+    def _meet(self, call, layer, args, kwargs):
+        """One self-attention call, computed densely already: the router learns from it, or is measured on it."""
         request, reason = read_call(args, kwargs)
         reason = reason or unsupported_call_reason(request, "16bit", call.grid)
         with self.lock:
@@ -98,7 +112,6 @@ class RouterTraining:
             elif self._is_turn(layer):
                 with training_mode():
                     self._learn(layer, request)
-        return out
 
     def _is_turn(self, layer):
         """One call per layer and step. Where guidance makes several, another one of them each step."""

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla2_kernels import K_BLOCK, Q_BLOCK
-from sla2_kernels.router import block_count
+from ._kernels import K_BLOCK, Q_BLOCK, block_count
 
 FLOAT_BYTES = 4
 

@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from sla2_kernels.router import resample_ratio
-from sla2_kernels.weights import RouterLayer
+from ._kernels import RouterLayer, resample_ratio
 
 
 class LayerState:

@@ -2,9 +2,7 @@
 
 import torch
 
-from sla2_kernels import K_BLOCK, Q_BLOCK
-from sla2_kernels.router import block_count, mean_from_pools, pool_blocks, project
-
+from ._kernels import K_BLOCK, Q_BLOCK, block_count, mean_from_pools, pool_blocks, project
 from .block_sums import block_sums, memory_of
 from .errors import TrainingError
 

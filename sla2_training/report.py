@@ -55,13 +55,13 @@ class TrainingReport:
             return [f"{len(self.steps)} layers trained, none evaluated yet."]
         heads = [f"skips {_percent(s)}" for s in self.sparsities]
         lines = [
-            "Attention output error against dense, ||out - dense|| / ||dense||, untrained -> trained (lower is better)",
+            "Attention output error against dense, ||out - dense|| / ||dense||, untrained / trained (lower is better)",
             "layer  steps  " + "  ".join(f"{head:>16}" for head in heads),
         ]
         for layer, errors in sorted(self.errors.items()):
-            cells = [f"{errors.relative(BEFORE, s):.4f} -> {errors.relative(AFTER, s):.4f}" for s in self.sparsities]
+            cells = [f"{errors.relative(BEFORE, s):.4f} / {errors.relative(AFTER, s):.4f}" for s in self.sparsities]
             lines.append(f"{layer:>5}  {self.steps.get(layer, 0):>5}  " + "  ".join(f"{c:>16}" for c in cells))
-        cells = [f"{self.overall(BEFORE, s):.4f} -> {self.overall(AFTER, s):.4f}" for s in self.sparsities]
+        cells = [f"{self.overall(BEFORE, s):.4f} / {self.overall(AFTER, s):.4f}" for s in self.sparsities]
         return [*lines, "  all         " + "  ".join(f"{c:>16}" for c in cells)]
 
     def _halves(self):

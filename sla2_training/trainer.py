@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sla2_kernels.router import selected_block_count, top_k_blocks, unselected_mask
-from sla2_kernels.weights import RouterWeights, identity_router
-
+from ._kernels import RouterWeights, identity_router, selected_block_count, top_k_blocks, unselected_mask
 from .errors import TrainingError
 from .layer_state import LayerState, resumed_layer
 from .live_layer import LiveLayer
@@ -83,12 +81,13 @@ class RouterTrainer:
         self.errors = {}
         self.notes = []
 
-    def observe(self, layer, q, k, v, *, layout="BHND", scale=None):
+    def observe(self, layer, q, k, v, *, layout="BHND", scale=None, steps=None):
         """Trains ``layer`` on live tensors; returns the relative squared error of its soft masks, before the last step.
 
         Args:
             layer: 0 to num_layers - 1. q: (B, H, N, D) or (B, N, H, D) by ``layout``, any float dtype; k, v may have
             another token count. Inference tensors are fine. scale: softmax scale, None is D ** -0.5.
+            steps: optimisation steps on these tensors, each with new query blocks; None takes the options'.
 
         Raises:
             TrainingError: NaN or infinity in the tensors, or no memory even for one head and query block.
@@ -100,7 +99,7 @@ class RouterTrainer:
             if live.k_pooled.shape[2] == 1:
                 # one key block is always selected: nothing to learn from it
                 return 0.0
-            for _ in range(self.options.steps_per_observation):
+            for _ in range(self.options.steps_per_observation if steps is None else steps):
                 loss = self._within_memory(live, lambda: self._step(state, live))
                 self.steps[layer] = self.steps.get(layer, 0) + 1
                 self.losses.setdefault(layer, []).append(loss)

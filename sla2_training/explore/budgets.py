@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from sla2_kernels.weights import RouterLayer, RouterWeights
-
+from .._kernels import RouterLayer, RouterWeights
 from ..trainer import RouterTrainer
 from .captures import by_layer, model_shape
 from .training import evaluate, table, train

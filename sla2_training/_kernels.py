@@ -1,0 +1,47 @@
+"""The operator's names. Inside ComfyUI both packages are parts of the pack; alone they lie side by side on the path."""
+
+if "." in __package__:
+    from ..sla2_kernels.router import (
+        K_BLOCK,
+        Q_BLOCK,
+        block_count,
+        mean_from_pools,
+        pool_blocks,
+        project,
+        resample_ratio,
+        selected_block_count,
+        top_k_blocks,
+        unselected_mask,
+    )
+    from ..sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router
+else:
+    from sla2_kernels.router import (
+        K_BLOCK,
+        Q_BLOCK,
+        block_count,
+        mean_from_pools,
+        pool_blocks,
+        project,
+        resample_ratio,
+        selected_block_count,
+        top_k_blocks,
+        unselected_mask,
+    )
+    from sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router
+
+__all__ = [
+    "K_BLOCK",
+    "Q_BLOCK",
+    "RouterFileError",
+    "RouterLayer",
+    "RouterWeights",
+    "block_count",
+    "identity_router",
+    "mean_from_pools",
+    "pool_blocks",
+    "project",
+    "resample_ratio",
+    "selected_block_count",
+    "top_k_blocks",
+    "unselected_mask",
+]
