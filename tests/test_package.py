@@ -1,0 +1,142 @@
+"""What the Registry, the Manager and a reader of the README rely on."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from sla2_kernels import support
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("sla2_kernels", "nodes", "sla2_training", "benchmarks", "miniature", "tooling", "tests")
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project():
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    return tomllib.loads(text("pyproject.toml"))
+
+
+def test_requirements_agree_and_leave_torch_and_triton_alone(project):
+    listed = set(text("requirements.txt").split())
+    assert listed == {name for name in project["project"]["dependencies"] if "frontend" not in name}
+    assert {re.split("[>=<]", name)[0] for name in listed} == {"numpy", "safetensors"}
+    assert not any("==" in name or "<" in name for name in listed)
+
+
+def test_registry_fields(project):
+    name = project["project"]["name"]
+    assert re.fullmatch(r"[a-z][a-z0-9._-]{1,98}", name) and "comfyui" not in name.lower()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
+    assert project["project"]["license"] == {"file": "LICENSE"}
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(project["tool"]["comfy"])
+    environments = [entry for entry in project["project"]["classifiers"] if entry.startswith("Environment")]
+    assert environments == ["Environment :: GPU :: NVIDIA CUDA"]
+
+
+def test_placeholders_are_marked_once_and_named_in_the_checklist():
+    marked = [line for line in text("pyproject.toml").splitlines() if "RELEASE" in line]
+    assert [line.split(" = ")[0] for line in marked] == ["Repository", "PublisherId"]
+    checklist = text("CONTRIBUTING.md").split("## Release checklist")[1]
+    assert "`PublisherId`" in checklist and "`Repository`" in checklist
+    for placeholder in ("publisher-id", "PUBLISHER/"):
+        assert text("pyproject.toml").count(placeholder) == 1
+
+
+def test_the_version_has_its_section_in_the_changelog(project):
+    assert f"## {project['project']['version']}\n" in text("CHANGELOG.md")
+
+
+def test_floors_agree(project):
+    floors = project["tool"]["sla2"]
+    assert floors["minimum-triton"] == ".".join(map(str, support.OLDEST_TRITON))
+    assert f"PyTorch {floors['minimum-torch']}, Triton {floors['minimum-triton']}, Python 3.10" in text("README.md")
+    assert project["project"]["requires-python"] == ">=3.10"
+    from run_tests import OLDEST_TRITON
+
+    assert OLDEST_TRITON.startswith(floors["minimum-triton"] + ".")
+
+
+def triton_table():
+    for row in re.findall(
+        r"^\| ([\d., ]+) \| (3\.\d+) \| `pip install \"(\S+)\"` \|$", text("README.md"), re.MULTILINE
+    ):
+        yield from ((torch_version.strip(), row[1], row[2]) for torch_version in row[0].split(","))
+
+
+@pytest.mark.parametrize(("torch_version", "triton", "requirement"), list(triton_table()))
+def test_the_readmes_triton_table_is_the_packs_own(torch_version, triton, requirement, monkeypatch):
+    assert requirement == f"triton-windows=={triton}.*"
+    monkeypatch.setattr(torch, "__version__", f"{torch_version}.0+cu126")
+    monkeypatch.setattr(support.sys, "platform", "win32")
+    assert requirement in support.triton_install_command()
+
+
+def test_the_readmes_triton_table_was_read():
+    assert {row[0] for row in triton_table()} >= {"2.6", "2.9", "2.11"}
+
+
+def test_the_readmes_commands_exist():
+    commands = re.search(r"## Try it\n\n```\n(.*?)```", text("README.md"), re.DOTALL)[1].split("\n")
+    for command in filter(None, commands):
+        assert command.startswith("python ") and (ROOT / command.split()[1]).is_file()
+    assert "run_tests.py" in text(".ci/run") and (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_every_environment_variable_is_in_the_readme():
+    table = text("README.md").split("## Environment variables")[1]
+    for folder in ("sla2_kernels", "nodes", "sla2_training"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", file.read_text(encoding="utf-8")):
+                assert f"`{name}`" in table, f"{file.name} reads {name}"
+
+
+def test_licence_is_the_apache_licence():
+    assert "Apache License" in text("LICENSE")[:200] and len(text("LICENSE")) > 11000
+
+
+def test_test_files_have_unique_names():
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_pack_imports_without_comfyui_and_without_triton():
+    code = (
+        "import sys, importlib.util\n"
+        "sys.modules['triton'] = None\n"
+        f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}, "
+        f"submodule_search_locations=[{str(ROOT)!r}])\n"
+        "pack = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['pack'] = pack\n"
+        "spec.loader.exec_module(pack)\n"
+        "import pack.sla2_kernels, torch\n"
+        "x = torch.randn(1, 1, 200, 64)\n"
+        "assert pack.sla2_kernels.sla2_attention(x, x, x, sparsity=0.5).isfinite().all()\n"
+        "assert callable(pack.comfy_entrypoint) and pack.WEB_DIRECTORY\n"
+        "assert not {'comfy', 'nodes'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_archive_leaves_out_exists_and_is_not_needed():
+    left_out = [line.rstrip("/") for line in text(".comfyignore").splitlines() if line and not line.startswith("#")]
+    assert [name for name in left_out if not (ROOT / name).exists()] == []
+    assert {"nodes", "sla2_kernels", "sla2_training", "web", "workflows", "__init__.py"}.isdisjoint(left_out)
+
+
+def test_ruff_finds_nothing():
+    pytest.importorskip("ruff")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format", "concise", *FOLDERS, "demo.py", "run_tests.py"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
