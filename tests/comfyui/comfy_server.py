@@ -27,7 +27,7 @@ class ComfyServer:
             "--port", str(port), "--use-pytorch-cross-attention", "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for a busy core cost far more
         self.process = subprocess.Popen(
             command, cwd=base, env=environment, stdout=self.log.open("wb"), stderr=subprocess.STDOUT
         )
