@@ -1,0 +1,113 @@
+"""The miniature text-to-video model as quality.py uses it: recorded attention calls, validation loss, videos."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from miniature.captions import embed, split_captions
+from miniature.sample import WEIGHTS, load_models, sample_latents
+from miniature.train_dit import encode_clips, validation_loss
+from miniature.vae import WanVAE, denormalise_latents, psnr
+from miniature.wan import WanConfig, WanModel
+from sla2_training.explore.captures import Recorder
+
+from .video_metrics import ssim
+
+SEED = 4000
+
+
+@dataclass
+class Miniature:
+    """size: (frames, height, width) of its videos. steps: of sampling. levels: noise levels of the validation loss."""
+
+    model: WanModel
+    vae: WanVAE
+    size: tuple[int, int, int]
+    steps: int
+    device: torch.device
+    levels: int = 8
+
+    @classmethod
+    def load(cls, folder, device):
+        """The trained model at its evaluated size."""
+        model, vae = load_models(Path(folder) if folder else WEIGHTS, device)
+        return cls(model, vae, (81, 320, 320), 20, torch.device(device))
+
+    @classmethod
+    def tiny(cls, device):
+        """A random model: 320 tokens, 2 layers."""
+        torch.manual_seed(0)
+        model = WanModel(WanConfig(dim=128, ffn_dim=128, num_layers=2, text_dim=4096))
+        return cls(model.to(device).eval(), WanVAE(2).to(device).eval(), (17, 128, 128), 2, torch.device(device), 1)
+
+    @property
+    def latent_shape(self):
+        frames, height, width = self.size
+        return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
+
+    def record(self, split, *, prompts, per_video):
+        """Captures of dense self-attention calls while sampling: ``per_video`` model calls of each video, all layers.
+
+        split: "train" or "held out" captions. With guidance every other call has the empty caption; both are met.
+        """
+        _, _, frames, height, width = self.latent_shape
+        calls = 2 * self.steps
+        # an odd stride meets both halves of guidance
+        every = max(1, calls // per_video) | 1
+        recorder = Recorder((frames, height // 2, width // 2), every=every)
+        seed = SEED if split == "train" else 2 * SEED
+        for number, caption in enumerate(self._captions(split, prompts)):
+            recorder.calls.clear()
+            self._sample(caption, seed + number, recorder)
+        return recorder.captures
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
+
+    def _captions(self, split, count):
+        captions = split_captions()[0 if split == "train" else 1]
+        return [str(captions[i * len(captions) // count]) for i in range(count)]
+
+    def _sample(self, caption, seed, attention):
+        with self._autocast():
+            return sample_latents(
+                self.model, embed(caption), shape=self.latent_shape, seed=seed, steps=self.steps, device=self.device,
+                attention=attention,
+            )  # fmt: skip
+
+    def validation_loss(self, attention, clips):
+        """Flow-matching loss on held-out captions with this attention: same clips and noise at every call."""
+        if not hasattr(self, "_clips"):
+            held_out = split_captions()[1]
+            chosen = [i * len(held_out) // clips for i in range(clips)]
+            self._clips = encode_clips(
+                self.vae, held_out, chosen, size=self.size, seed=SEED + 12, batch=1, device=self.device,
+                until=float("inf"),
+            )  # fmt: skip
+            self._contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
+
+        def model(x, t, context):
+            return self.model(x, t, context, attention)
+
+        return float(validation_loss(model, self._clips, self._contexts, levels=self.levels))
+
+    @torch.no_grad()
+    def videos(self, attention, prompts):
+        """One video (3, F, H, W) per held-out caption, on the CPU."""
+        made = []
+        for number, caption in enumerate(self._captions("held out", prompts)):
+            latents = self._sample(caption, 3 * SEED + number, attention)
+            with self._autocast():
+                made.append(self.vae.decode(denormalise_latents(latents))[0].float().cpu())
+        return made
+
+    def likeness(self, videos, reference):
+        """{"psnr": mean dB, "ssim": mean} against the dense videos of the same seeds; None for these themselves."""
+        if videos is reference:
+            return {"psnr": None, "ssim": None}
+        pairs = list(zip(videos, reference, strict=True))
+        return {
+            "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
+            "ssim": sum(ssim(a.to(self.device), b.to(self.device)) for a, b in pairs) / len(pairs),
+        }

@@ -1,0 +1,43 @@
+"""sol_attn of comfy-kitchen (ComfyUI core's Model Sparse Attention), its eager reference, for comparison.
+
+It takes query and key blocks of 64 tokens, top-k by pooled scores, and always adds the diagonal block and its neighbours.
+At a few thousand tokens those are as many as the top-k itself, so a fair comparison counts them.
+"""
+
+import torch
+
+BLOCK = 64
+
+
+def load():
+    """The eager function, or ImportError."""
+    from comfy_kitchen.backends.eager.sol_attn import sol_attn
+
+    return sol_attn
+
+
+def _scores(q, k):
+    """Pooled scores (B, H, T, T) of (B, N, H, D) tensors."""
+
+    def pool(x):
+        return torch.stack([part.float().mean(dim=1) for part in x.split(BLOCK, dim=1)], dim=2)
+
+    q, k = pool(q), pool(k)
+    return q @ (k - k.mean(dim=2, keepdim=True)).transpose(-1, -2)
+
+
+def kept_share(q, k, count):
+    """Share of block pairs computed exactly with ``count`` blocks of top-k: those, the diagonal and its neighbours."""
+    scores = _scores(q, k)
+    exact = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, dim=-1).indices, True)
+    place = torch.arange(scores.shape[-1], device=q.device)
+    return float((exact | ((place[:, None] - place).abs() <= 1)).float().mean())
+
+
+def equal_count(q, k, share):
+    """The top-k count at which sol_attn keeps at most ``share`` of the block pairs in all; at least 1."""
+    blocks = -(-q.shape[1] // BLOCK)
+    count = max(1, int(share * blocks + 1e-6))
+    while count > 1 and kept_share(q, k, count) > share:
+        count -= 1
+    return count
