@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from . import graph
-from .environment import say
+from .environment import SetupError, say
 from .outcome import Outcome, Run
-from .plan import ROOT
+from .plan import DEFAULT_OUTPUT, ROOT
 from .server import Server
 
 WORKFLOW = ROOT / "workflows" / "wan2.1_t2v_1.3b_sla2.json"
-PACK = ("__init__.py", "nodes", "sla2_kernels", "web", "workflows", "pyproject.toml")
 PACK_FOLDER = "sla2-attention"
 UNTRAINED = "none (untrained)"
 
@@ -28,7 +27,10 @@ def generate(comfyui, folder, plan, checkpoint):
     say(f"Starting ComfyUI ({comfyui})")
     with Server(comfyui, base, plan.device) as server:
         workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-        prompt = graph.to_prompt(workflow, server.get("/object_info"))
+        try:
+            prompt = graph.to_prompt(workflow, server.get("/object_info"))
+        except graph.GraphError as error:
+            raise SetupError(f"{error} The end of {server.log}:\n{server.log_tail()}") from error
         router_name = checkpoint.router.name if checkpoint.router else UNTRAINED
         prompt = graph.fit(prompt, plan, checkpoint, router_name)
         say("Queued the workflow")
@@ -48,10 +50,17 @@ def lay_out(base, checkpoint):
         shutil.copy2(checkpoint.router, base / "models" / "sla2")
     pack = base / "custom_nodes" / PACK_FOLDER
     pack.mkdir()
-    for name in PACK:
-        _copy(ROOT / name, pack / name)
+    for source in pack_files():
+        _copy(source, pack / source.name)
     _copy(ROOT / "tooling" / "caption_node", base / "custom_nodes" / "sla2_demo_captions")
     shutil.copy2(ROOT / "miniature" / "captions.py", base / "custom_nodes" / "sla2_demo_captions")
+
+
+def pack_files():
+    """What the Registry would ship: files and folders of the root that .comfyignore does not leave out."""
+    listed = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.rstrip("/") for line in listed} | {DEFAULT_OUTPUT.name}
+    return [path for path in sorted(ROOT.iterdir()) if path.name not in left_out and not path.name.startswith(".")]
 
 
 def _copy(source, target):

@@ -21,6 +21,9 @@ def main():
 
     from . import checkpoint
 
+    for name in ("dense", "sla2"):
+        for old in options.folder.glob(f"{name}.*"):
+            old.unlink()
     plan = plan_for("cuda" if torch.cuda.is_available() else "cpu", options.steps, options.tiny)
     weights = checkpoint.find_or_make(options.folder / "weights")
     say(

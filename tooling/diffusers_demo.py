@@ -47,6 +47,8 @@ def generate(folder, plan, checkpoint):
     transformer = load_transformer(checkpoint.dit).to(plan.device)
     vae = load_vae(checkpoint.vae).to(plan.device)
     router = load_router(checkpoint.router) if checkpoint.router else None
+    say("Loaded the checkpoint into diffusers")
+    warm_up(transformer, vae, plan.device)
     runs, latents = [], {}
     for name in ("dense", "sla2"):
         handle = None
@@ -67,6 +69,14 @@ def generate(folder, plan, checkpoint):
     return Outcome(
         "diffusers", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained, runs, difference
     )  # fmt: skip
+
+
+@torch.no_grad()
+def warm_up(transformer, vae, device):
+    """One small call of each model, so that the first video's times hold no start-up of torch."""
+    latents = torch.zeros(1, 16, 1, 4, 4, device=device)
+    transformer(latents, torch.tensor([1.0], device=device), embed("").to(device))
+    vae.decode(latents)
 
 
 @torch.no_grad()

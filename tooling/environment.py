@@ -95,7 +95,7 @@ class Environment:
 
     def _install_cpu_torch(self):
         say(f"Installing torch {TORCH} (CPU build)")
-        if not self._pip(["install", "--quiet", f"torch=={TORCH}+cpu"], quiet=True):
+        if not self._pip(["install", "-qq", f"torch=={TORCH}+cpu"], quiet=True):
             return
         if sys.platform == "linux":
             say(
@@ -114,7 +114,7 @@ class Environment:
 
     def _must_install(self, packages, *options):
         constraints = self._constraints()
-        if self._pip(["install", "--quiet", *options, *constraints, *packages]):
+        if self._pip(["install", "-qq", *options, *constraints, *packages]):
             raise SetupError(f"pip could not install {', '.join(packages[:6])}{' ...' if len(packages) > 6 else ''}.")
 
     def _constraints(self):

@@ -56,6 +56,8 @@ def table(outcome):
         f"{outcome.host} on {outcome.device}; {outcome.tokens} tokens, {outcome.steps} steps, seed {outcome.seed}; {weights}.",
         f"Latent difference |SLA2 - dense| / |dense|: {outcome.latent_difference:.3f}",
     ]
+    if outcome.host == "ComfyUI":
+        lines.append("The sampling that ran first includes loading the model.")
     if outcome.device == "cpu":
         lines.append("These times are not the speed-up: on a CPU nothing is made faster, and VAE decoding dominates.")
     else:
