@@ -10,7 +10,7 @@ from .captures import by_layer, model_shape
 from .training import evaluate, table, train
 
 UNIT = 0.005  # kept shares are multiples of half a percent
-MOST_UNITS = 60
+MOST_UNITS = 60  # at least; twice the uniform budget where that is more
 
 
 def spread(errors, units):
@@ -36,9 +36,9 @@ def spread(errors, units):
     return chosen[::-1]
 
 
-def _errors_by_unit(router, captures, options):
-    """{layer: (U,) squared error, relative to the layer's energy} with 1 ... U units of kept blocks, estimated ratio."""
-    ladder = tuple(1 - UNIT * units for units in range(1, MOST_UNITS + 1))
+def _errors_by_unit(router, captures, options, most):
+    """{layer: (U,) squared error, relative to the layer's energy} with 1 ... ``most`` units of kept blocks, estimated ratio."""
+    ladder = tuple(1 - UNIT * units for units in range(1, most + 1))
     errors = {layer: [] for layer in by_layer(captures)}
     # a few sparsities at a time: every one of them adds to a step's memory
     for start in range(0, len(ladder), 10):
@@ -56,11 +56,12 @@ def budget_study(train_captures, held_out, *, steps, sparsities, options):
     """Text: error at equal total cost, uniform and spread over layers and over heads; chosen on the training captures."""
     trainer, _ = train(train_captures, options, steps=steps, sparsities=sparsities)
     router = _without_ratios(trainer.router())
+    most = min(round(1 / UNIT) - 1, max(MOST_UNITS, 2 * _units(min(sparsities))))
     rows, notes = [], []
     for label, split in (("layers", lambda c, r: (c, r)), ("heads", _heads_as_layers)):
         (fit, split_router), (test, _) = split(train_captures, router), split(held_out, router)
         share = 1.0 if label == "layers" else 1 / router.num_heads
-        fitted, tested = (_errors_by_unit(split_router, c, options) for c in (fit, test))
+        fitted, tested = (_errors_by_unit(split_router, c, options, most) for c in (fit, test))
         layers = sorted(fitted)
         weights = _energy_shares(fit, layers, router.num_heads) if label == "heads" else dict.fromkeys(layers, 1.0)
         chosen = {s: spread(torch.stack([fitted[i] * weights[i] for i in layers]), _units(s)) for s in sparsities}
