@@ -11,6 +11,9 @@ from ..sla2_kernels import K_BLOCK, Q_BLOCK
 from ..sla2_kernels.router import block_count, selected_block_count
 
 
+ROUNDING = 1e-6
+
+
 class LayerRecord:
     """Calls of one layer. ratio_range and milliseconds are None until the run is closed, or where nothing was measured."""
 
@@ -127,7 +130,8 @@ class RunRecord:
             known, decision = self._window_memo
         if known is not sigmas:
             highest, lowest = self.window
-            decision = lowest <= float(sigmas.max()) <= highest
+            # steps have float32 sigmas, and a step on the edge lies inside
+            decision = lowest * (1 - ROUNDING) <= float(sigmas.max()) <= highest * (1 + ROUNDING)
             with self.lock:
                 self._window_memo = (sigmas, decision)
         return decision

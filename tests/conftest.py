@@ -1,5 +1,6 @@
 """Finding ComfyUI, loading the pack the way ComfyUI does, and saying loudly when the ComfyUI tests did not run."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -33,6 +34,13 @@ def load_pack():
         sys.modules[PACK_NAME] = module
         spec.loader.exec_module(module)
     return sys.modules[PACK_NAME]
+
+
+@pytest.fixture(scope="session")
+def pack_module():
+    """pack_module("nodes.settings") is that module of the pack."""
+    load_pack()
+    return lambda name: importlib.import_module(f"{PACK_NAME}.{name}")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,84 @@
+"""A hook without ComfyUI, driven exactly as ComfyUI's wrap_attn drives an override."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+HEADS, DIM, LAYERS = 2, 64, 4
+
+
+def dense_attention(
+    q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+):
+    """ComfyUI's attention_pytorch in short."""
+    if not skip_reshape:
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    if kwargs.get("enable_gqa"):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=kwargs.get("scale"))
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def wrapped(func):
+    """The contract of comfy.ldm.modules.attention.wrap_attn: the override comes first, the inner call is marked."""
+
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        if "_inside_attn_wrapper" in kwargs:
+            return func(*args, **kwargs)
+        options = kwargs.get("transformer_options")
+        kwargs = kwargs | {"_inside_attn_wrapper": True}
+        if options is not None and "optimized_attention_override" in options:
+            return options["optimized_attention_override"](func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    return wrapper
+
+
+class Sampling:
+    """Flow sigmas: percent 0 is sigma 1."""
+
+    @staticmethod
+    def percent_to_sigma(percent):
+        return 1.0 - percent
+
+
+class Bench:
+    """One hook and the calls of one model call."""
+
+    def __init__(self, pack_module, router=None, grid=None, **settings):
+        self.hook_module = pack_module("nodes.attention_hook")
+        layouts, make = pack_module("nodes.model_layouts"), pack_module("nodes.settings").AttentionSettings
+        layout = SimpleNamespace(grid=lambda args, options, patch: grid, family="wan", token_order="raster")
+        facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
+        settings = make(**{"sparsity": 0.5, "bit_width": "16bit", "minimum_tokens": 0} | settings)
+        self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling())
+        self.override = self.hook_module.make_override(self.hook, None)
+        self.attention = wrapped(dense_attention)
+        self.options = {}
+
+    def model_call(self, sigma=0.5, override=None):
+        self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
+        return self.hook.model_call(SimpleNamespace(), [], self.options)
+
+    def attend(self, *args, layer=0, **kwargs):
+        options = self.options if layer is None else self.options | {self.hook_module.LAYER: layer}
+        return self.attention(*args, **kwargs, transformer_options=options)
+
+    @property
+    def run(self):
+        return self.hook.run_for_call()
+
+
+@pytest.fixture
+def bench(pack_module):
+    return functools.partial(Bench, pack_module)
+
+
+@pytest.fixture
+def qkv():
+    """q, k, v of (B, L, H * D), as Wan hands them over."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 300, HEADS * DIM, generator=generator) for _ in range(3)]
