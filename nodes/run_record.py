@@ -10,7 +10,6 @@ import torch
 from ..sla2_kernels import K_BLOCK, Q_BLOCK
 from ..sla2_kernels.router import block_count, selected_block_count
 
-
 ROUNDING = 1e-6
 
 

@@ -51,28 +51,30 @@ def comfyui_path():
     return path
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if (PACK / "tests" / "comfyui") in item.path.parents:
-            item.add_marker("comfyui")
+COMFYUI_TESTS = pytest.StashKey[set]()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "comfyui: runs in a real ComfyUI server")
+def pytest_collection_modifyitems(config, items):
+    """Remembers which tests need a real ComfyUI, by fixture or by mark: a keyword would also match the folder's name."""
+    needing = (item for item in items if "comfyui_path" in item.fixturenames or item.get_closest_marker("comfyui"))
+    config.stash[COMFYUI_TESTS] = {item.nodeid for item in needing}
 
 
-def pytest_terminal_summary(terminalreporter):
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """One closing line: how many ComfyUI tests ran, or why none did."""
+    reporter, needing = config.pluginmanager.get_plugin("terminalreporter"), config.stash.get(COMFYUI_TESTS, set())
+    if reporter is None or not needing or config.option.collectonly:
+        return
+
     def count(*outcomes):
-        reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, [])]
-        return sum(1 for report in reports if "comfyui" in getattr(report, "keywords", {}))
+        reports = {report.nodeid for outcome in outcomes for report in reporter.stats.get(outcome, [])}
+        return len(reports & needing)
 
     ran, skipped = count("passed", "failed", "error"), count("skipped")
     path, looked = find_comfyui()
+    where = f"ComfyUI at {path}" if path else f"no ComfyUI found at {looked}"
     if ran:
-        terminalreporter.write_line(
-            f"ComfyUI tests: {ran} ran (ComfyUI at {path})" + f", {skipped} skipped" * bool(skipped)
-        )
-    elif path is None:
-        terminalreporter.write_line(
-            f"ComfyUI tests: {skipped} NOT RUN: no ComfyUI found at {looked}", red=True, bold=True
-        )
+        reporter.write_line(f"ComfyUI tests: {ran} ran ({where})" + f", {skipped} skipped" * bool(skipped))
+    else:
+        reporter.write_line(f"ComfyUI tests: {skipped} NOT RUN: {where}", red=True, bold=True)

@@ -8,6 +8,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parents[2]
+PACK_FOLDER = "sla2-attention"
 
 
 def free_port():

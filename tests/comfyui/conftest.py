@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from comfy_server import ComfyServer, error_of
+from comfy_server import PACK, PACK_FOLDER, ComfyServer, error_of
 from safetensors import safe_open
 from tiny_wan import break_metadata, save_router, save_wan
-
-PACK = Path(__file__).resolve().parents[2]
-PACK_FOLDER = "sla2-attention"
 
 
 @pytest.fixture(scope="session")
