@@ -84,3 +84,29 @@ def test_a_second_apply_replaces_the_first(comfy, prompt, alone):
     found, latent = patched_report(comfy, prompt, prompt.apply(first))
     assert found["sparsity_setting"] == 0.75 and found["sparse_calls"] == ALL and found["dense_calls"] == 0
     assert torch.equal(latent, alone)
+
+
+def test_cores_lora_training_goes_through_us(comfy, prompt):
+    """The training node works on a copy of the model, reloaded from its file (from 0.25 on), with gradients."""
+    node = comfy.server.get("/object_info/TrainLoraNode")["TrainLoraNode"]
+    defaults = {
+        name: options[1]["default"]
+        for part in node["input"].values()
+        for name, options in part.items()
+        if len(options) > 1 and isinstance(options[1], dict) and "default" in options[1]
+    }
+    patched = prompt.apply(prompt.model())
+    latent = prompt.add("EmptyHunyuanLatentVideo", width=128, height=128, length=9, batch_size=1)
+    positive = prompt.add("SLA2TestConditioning", number=1, image=False, label="training")
+    changes = {"steps": 2, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "existing_lora": "[None]"}
+    trained = prompt.add(
+        "TrainLoraNode", model=patched, latents=latent, positive=positive,
+        **defaults | changes,
+    )  # fmt: skip
+    graph = prompt.add("LossGraphNode", loss=[trained[0], node["output"].index("LOSS_MAP")], filename_prefix="loss")
+    outputs = comfy.run(prompt)
+    assert outputs[graph[0]]["images"]
+    # what the training did is the newest run of this model
+    report = prompt.report(patched, latent)
+    found = comfy.report(comfy.run(prompt), report)
+    assert found["sparse_calls"] > 0 and found["dense_calls"] == 0, found
