@@ -132,7 +132,8 @@ def main():
     if counts.broken:
         say("A pytest process ended abnormally (see above).")
     say(str(counts))
-    return 1 if counts.failed or counts.broken or not counts.passed else 0
+    nothing_ran = not counts.passed and not arguments
+    return 1 if counts.failed or counts.broken or nothing_ran else 0
 
 
 def _inherited():
