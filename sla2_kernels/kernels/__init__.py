@@ -1,0 +1,1 @@
+"""The Triton kernels: one idea per file. Imported only where Triton runs."""

@@ -1,0 +1,59 @@
+"""Tile sizes, warps and pipeline stages per compute capability: a shipped table, no search on the user's machine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The sparse loop: query rows per program, warps, pipeline stages."""
+
+    tile_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """The masked sum: a tile_m x tile_n output tile walked in steps of tile_k."""
+
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+def loop_formats(precision, capability):
+    """(format of QK^T, format of PV) that ``precision`` means on that compute capability."""
+    if precision == "16bit":
+        return "16bit", "16bit"
+    if precision == "fp8":
+        return "fp8", "fp8"
+    return "int8", "fp8" if capability >= (8, 9) else "16bit"
+
+
+def _large_shared_memory(capability):
+    # sm_80 has 163 KB per block, sm_90 and sm_100 227 KB; sm_86, sm_89 and sm_120 have 99 KB
+    return capability[0] in (9, 10) or capability == (8, 0)
+
+
+def loop_config(capability, qk, pv, head_dim, element_size):
+    """The sparse loop's configuration; element_size is that of q in bytes."""
+    if qk == "16bit" and element_size == 4:
+        return LoopConfig(64, 4, 2 if _large_shared_memory(capability) else 1)
+    if pv == "16bit" and element_size == 4:
+        return LoopConfig(64, 4, 2)
+    if qk == "16bit":
+        return LoopConfig(128, 8, 3 if _large_shared_memory(capability) else 2)
+    return LoopConfig(128, 4, 3)
+
+
+def product_config(capability, element_size):
+    """The masked sum's configuration; element_size is that of its operands in bytes."""
+    if element_size == 4:
+        return ProductConfig(64, 64, 32, 4, 2)
+    if capability[0] == 9:
+        return ProductConfig(128, 256, 64, 8, 3)
+    if _large_shared_memory(capability):
+        return ProductConfig(128, 128, 64, 8, 3)
+    return ProductConfig(128, 128, 32, 4, 3)

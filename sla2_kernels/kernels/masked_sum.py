@@ -1,0 +1,53 @@
+"""H_i and Z_i: the sums of h_j and z_j over the key blocks that query block i did not select, as one product
+(1 - M_c) x [h | z] per head.
+
+A dense product with a 0/1 matrix: exact mask, no subtraction, the same cost at any sparsity. Divided by the number of
+key blocks so that float16 holds the sums; the factor cancels in O_l.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _masked_sum(
+    mask, sums, out, mask_stride_h, mask_stride_m, first_head, rows, blocks, columns,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    # row tiles run fastest: neighbours share one panel of h, the large operand, in L2
+    i = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    slot = tl.program_id(2).to(tl.int64)
+    kk = tl.arange(0, TILE_K)
+    mask_rows = mask + (first_head + slot) * mask_stride_h + i[:, None].to(tl.int64) * mask_stride_m
+    sums += slot * blocks * columns
+    acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
+    for start in range(0, blocks, TILE_K):
+        j = start + kk
+        inside = j < blocks
+        left = tl.load(mask_rows + j[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
+        right_at = sums + j[:, None].to(tl.int64) * columns + n[None, :]
+        right = tl.load(right_at, mask=inside[:, None] & (n[None, :] < columns), other=0.0)
+        if IEEE:
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(left, right, acc)
+    out_at = out + (slot * rows + i[:, None]) * columns + n[None, :]
+    value = (acc / blocks).to(out.dtype.element_ty)
+    tl.store(out_at, value, mask=(i[:, None] < rows) & (n[None, :] < columns))
+
+
+def masked_sum(unselected, sums, out, heads_slice, config):
+    """out[g] = unselected[first + g] @ sums[g] / T_n; (B * H, T_m, T_n) x (G, T_n, F) -> (G, T_m, F)."""
+    rows, blocks = unselected.shape[1:]
+    columns = out.shape[-1]
+    grid = (
+        triton.cdiv(rows, config.tile_m),
+        triton.cdiv(columns, config.tile_n),
+        heads_slice.stop - heads_slice.start,
+    )
+    _masked_sum[grid](
+        unselected, sums, out, unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks, columns,
+        TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_K=config.tile_k, IEEE=sums.element_size() == 4,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""One pass over K and V: what the sparse loop and the linear branch need of each key block.
+
+One program per (key block, head). Low bit: K smoothed, INT8 or FP8 with one scale per block; V in FP8 over a power of
+two per block, stored transposed because FP8 matrix units want it along the keys. Linear branch: h_j = phi(K_j)^T V_j,
+and z_j, the column sums of phi(K_j), as its last row; both divided by the block's 64 tokens so that float16 holds them.
+"""
+
+import triton
+import triton.language as tl
+
+FP8_MAX = tl.constexpr(448.0)
+SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
+
+
+@triton.jit
+def _pack(
+    k, v, k_mean, k_low, k_scale, v_low, v_exponent, sums,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    heads, first_head, tokens,
+    D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    bh = first_head + slot
+    tile_index = slot * tl.num_programs(0) + block
+    in_block, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    rows = block * BLOCK + in_block
+    live = rows[:, None] < tokens
+
+    k_base = k + bh // heads * k_stride_b + bh % heads * k_stride_h
+    v_base = v + bh // heads * v_stride_b + bh % heads * v_stride_h
+    mean = tl.load(k_mean + bh * D + d)
+    k_raw = tl.load(k_base + rows[:, None] * k_stride_n + d * k_stride_d, mask=live, other=0.0)
+    v_raw = tl.load(v_base + rows[:, None] * v_stride_n + d * v_stride_d, mask=live, other=0.0)
+    k_smooth = tl.where(live, k_raw.to(tl.float32) - mean, 0.0)
+
+    if QK != "16bit":
+        largest = tl.maximum(tl.max(tl.abs(k_smooth)), 1e-20)
+        k_out = k_low + tile_index * (BLOCK * D) + in_block[:, None] * D + d
+        if QK == "int8":
+            scaled = k_smooth * (127.0 / largest)
+            rounded = tl.where(scaled >= 0, scaled + 0.5, scaled - 0.5)
+            tl.store(k_out, rounded.to(tl.int8))
+            tl.store(k_scale + tile_index, largest / 127.0)
+        else:
+            tl.store(k_out, (k_smooth * (FP8_MAX / largest)).to(tl.float8e4nv))
+            tl.store(k_scale + tile_index, largest / FP8_MAX)
+
+    if PV == "fp8":
+        v_wide = v_raw.to(tl.float32)
+        exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(v_wide)), 1e-30) / FP8_MAX))
+        exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
+        v_scaled = (v_wide * tl.exp2(-exponent)).to(tl.float8e4nv)
+        tl.store(v_low + tile_index * (BLOCK * D) + d[:, None] * BLOCK + in_block, tl.trans(v_scaled))
+        tl.store(v_exponent + tile_index, exponent)
+
+    if LINEAR:
+        exponentials = tl.exp(k_smooth - tl.max(k_smooth, axis=1)[:, None])
+        phi = tl.where(live, exponentials / tl.sum(exponentials, axis=1)[:, None], 0.0) / BLOCK
+        phi_low = phi.to(sums.dtype.element_ty)
+        if IEEE:
+            h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype), input_precision="ieee")
+        else:
+            h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype))
+        h_out = sums + tile_index * ((D + 1) * D)
+        tl.store(h_out + d[:, None] * D + d, h.to(phi_low.dtype))
+        tl.store(h_out + D * D + d, tl.sum(phi, axis=0).to(phi_low.dtype))
+
+
+def pack(k, v, k_mean, work, heads_slice, block, qk, pv):
+    """Fills ``work`` (a Workspace) for the heads of ``heads_slice`` of k and v (B, H, M, D), any stride."""
+    heads, tokens, head_dim = k.shape[1:]
+    linear = work.sums is not None
+    if qk == "16bit" and not linear:
+        return
+    grid = (triton.cdiv(tokens, block), heads_slice.stop - heads_slice.start)
+    _pack[grid](
+        k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent, work.sums,
+        *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
+        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, IEEE=linear and work.sums.element_size() == 4,
+        num_warps=8,
+    )  # fmt: skip

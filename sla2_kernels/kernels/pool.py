@@ -1,0 +1,64 @@
+"""Block means of Q and K, and K's mean over all tokens, which falls out of its block means.
+
+_pool: one program per (block, batch x head) reads its block once.
+_smooth: one program per (batch x head, slice of features) turns K's block means into K's mean and smoothed block means.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+SMOOTH_ROWS = 64
+SMOOTH_FEATURES = 32
+
+
+@triton.jit
+def _pool(x, pooled, stride_b, stride_h, stride_n, stride_d, heads, tokens, D: tl.constexpr, BLOCK: tl.constexpr):
+    block, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    features = tl.arange(0, D)
+    base = x + bh // heads * stride_b + bh % heads * stride_h
+    tile = tl.load(base + rows[:, None] * stride_n + features * stride_d, mask=rows[:, None] < tokens, other=0.0)
+    live = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
+    mean = tl.sum(tile.to(tl.float32), axis=0) / live
+    tl.store(pooled + (bh * tl.num_programs(0) + block) * D + features, mean)
+
+
+@triton.jit
+def _smooth(pooled, mean, tokens, blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    bh = tl.program_id(0).to(tl.int64)
+    features = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    base = pooled + bh * blocks * D + features
+    total = tl.zeros([COLS], dtype=tl.float32)
+    for start in range(0, blocks, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        tile = tl.load(base + rows[:, None] * D, mask=rows[:, None] < blocks, other=0.0)
+        live = tl.minimum(tokens - rows * BLOCK, BLOCK).to(tl.float32)
+        total += tl.sum(tile * live[:, None], axis=0)
+    token_mean = total / tokens
+    tl.store(mean + bh * D + features, token_mean)
+    for start in range(0, blocks, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = rows[:, None] < blocks
+        tile = tl.load(base + rows[:, None] * D, mask=inside, other=0.0)
+        tl.store(base + rows[:, None] * D, tile - token_mean, mask=inside)
+
+
+def pool(x, block):
+    """Block means of x (B, H, N, D), any stride -> float32 (B * H, T, D)."""
+    batch, heads, tokens, head_dim = x.shape
+    pooled = torch.empty(batch * heads, triton.cdiv(tokens, block), head_dim, dtype=torch.float32, device=x.device)
+    grid = (pooled.shape[1], pooled.shape[0])
+    _pool[grid](x, pooled, *x.stride(), heads, tokens, D=head_dim, BLOCK=block, num_warps=4)
+    return pooled
+
+
+def smooth(pooled, tokens, block):
+    """Subtracts the mean over tokens from the block means (B * H, T, D) in place; returns that mean, (B * H, D)."""
+    rows, blocks, head_dim = pooled.shape
+    mean = torch.empty(rows, head_dim, dtype=torch.float32, device=pooled.device)
+    grid = (rows, head_dim // SMOOTH_FEATURES)
+    _smooth[grid](
+        pooled, mean, tokens, blocks, BLOCK=block, D=head_dim, ROWS=SMOOTH_ROWS, COLS=SMOOTH_FEATURES, num_warps=4
+    )
+    return mean

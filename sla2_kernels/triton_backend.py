@@ -1,0 +1,142 @@
+"""The forward pass in Triton: route all heads, then work through groups of heads in one reused workspace.
+
+pools -> scores -> top-k, then per group: pack K and V -> masked sums -> sparse loop with the linear branch and the mix.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from .kernels import configs
+from .kernels.masked_sum import masked_sum
+from .kernels.pack import pack
+from .kernels.pool import pool, smooth
+from .kernels.score import project, scores
+from .kernels.select import new_mask, select
+from .kernels.sparse_attention import sparse_attention
+from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
+from .support import capability
+
+# Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
+WORKSPACE_SHARE = 1.3
+
+
+@dataclass
+class Routing:
+    """Which key blocks each query block takes, and the pools that told: flat over batch x head."""
+
+    selected: torch.Tensor  # int32 (B * H, T_m, n), ascending
+    unselected: torch.Tensor  # 1 - M_c, (B * H, T_m, T_n)
+    k_pooled: torch.Tensor  # float32 (B * H, T_n, D), smoothed
+    k_mean: torch.Tensor  # float32 (B * H, D)
+
+
+@dataclass
+class Workspace:
+    """What one group of heads needs of K and V; fields that a precision does not use are None."""
+
+    k_low: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_low: torch.Tensor | None
+    v_exponent: torch.Tensor | None
+    sums: torch.Tensor | None  # (G, T_n, (D + 1) * D): h_j and z_j
+    query_sums: torch.Tensor | None  # (G, T_m, (D + 1) * D): H_i and Z_i
+
+
+def _on(device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _pools(q, k):
+    q_pooled, k_pooled = pool(q, Q_BLOCK), pool(k, K_BLOCK)
+    k_mean = smooth(k_pooled, k.shape[2], K_BLOCK)
+    return q_pooled, k_pooled, k_mean
+
+
+def _route(q, k, proj_q, proj_k, count):
+    q_pooled, k_pooled, k_mean = _pools(q, k)
+    selected, unselected = select(scores(project(q_pooled, proj_q), project(k_pooled, proj_k)), count, q.dtype)
+    return Routing(selected, unselected, k_pooled, k_mean)
+
+
+def _given(q, k, key_blocks):
+    k_pooled = pool(k, K_BLOCK)
+    k_mean = smooth(k_pooled, k.shape[2], K_BLOCK)
+    blocks = k_pooled.shape[1]
+    # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
+    selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
+    unselected = new_mask(selected.shape[:2], blocks, q.dtype, q.device)
+    unselected.fill_(1.0).scatter_(-1, selected.long(), 0.0)
+    return Routing(selected, unselected, k_pooled, k_mean)
+
+
+def route(q, k, proj_q, proj_k, count):
+    """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
+    with _on(q.device):
+        return _route(q, k, proj_q, proj_k, count).selected.unflatten(0, q.shape[:2])
+
+
+def _workspace_bytes_per_head(q, k, qk, pv, linear):
+    blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
+    low = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv == "fp8"))
+    sums = (blocks + block_count(q.shape[2], Q_BLOCK)) * (head_dim + 1) * head_dim * q.element_size() if linear else 0
+    return low + sums
+
+
+def _head_groups(q, per_head):
+    """Equal slices of the batch x heads, as few as WORKSPACE_SHARE allows: fixed by shapes, never by free memory."""
+    total = q.shape[0] * q.shape[1]
+    largest = max(1, int(WORKSPACE_SHARE * q.numel() * q.element_size() / max(per_head, 1)))
+    size = math.ceil(total / math.ceil(total / largest))
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _allocate(q, k, group, qk, pv, linear):
+    blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
+
+    def empty(wanted, *shape, dtype):
+        return torch.empty(group, *shape, dtype=dtype, device=q.device) if wanted else None
+
+    sum_shape = (head_dim + 1) * head_dim
+    k_dtype = torch.int8 if qk == "int8" else torch.float8_e4m3fn
+    return Workspace(
+        k_low=empty(qk != "16bit", blocks, K_BLOCK, head_dim, dtype=k_dtype),
+        k_scale=empty(qk != "16bit", blocks, dtype=torch.float32),
+        v_low=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=torch.float8_e4m3fn),
+        v_exponent=empty(pv == "fp8", blocks, dtype=torch.float32),
+        sums=empty(linear, blocks, sum_shape, dtype=q.dtype),
+        query_sums=empty(linear, q_blocks, sum_shape, dtype=q.dtype),
+    )
+
+
+def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision):
+    """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
+
+    q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, or None to route.
+    ratios: (H, T_m) float32 or None to estimate them.
+    """
+    qk, pv = configs.loop_formats(precision, capability(q.device))
+    blocks = block_count(k.shape[2], K_BLOCK)
+    with _on(q.device):
+        if key_blocks is None:
+            routed = _route(q, k, proj_q, proj_k, selected_block_count(sparsity, blocks))
+        else:
+            routed = _given(q, k, key_blocks)
+        linear = routed.selected.shape[2] < blocks
+        groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear))
+        work = _allocate(q, k, groups[0].stop, qk, pv, linear)
+        row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        ratios = None if ratios is None else ratios.to(q.device).contiguous()
+        product = configs.product_config(capability(q.device), q.element_size())
+        loop = configs.loop_config(capability(q.device), qk, pv, q.shape[3], q.element_size())
+        for heads in groups:
+            pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv)
+            if linear:
+                masked_sum(routed.unselected, work.sums, work.query_sums, heads, product)
+            sparse_attention(
+                q, k, v, out, work, routed, ratios, row_ratio, heads,
+                scale_log2=scale * math.log2(math.e), qk=qk, pv=pv, q_block=Q_BLOCK, block=K_BLOCK, config=loop,
+            )  # fmt: skip
+    return row_ratio, routed.selected.unflatten(0, q.shape[:2])
