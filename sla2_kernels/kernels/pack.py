@@ -8,6 +8,8 @@ and z_j, the column sums of phi(K_j), as its last row; both divided by the block
 import triton
 import triton.language as tl
 
+from .fp8 import to_fp8
+
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
 
@@ -42,14 +44,14 @@ def _pack(
             tl.store(k_out, rounded.to(tl.int8))
             tl.store(k_scale + tile_index, largest / 127.0)
         else:
-            tl.store(k_out, (k_smooth * (FP8_MAX / largest)).to(tl.float8e4nv))
+            tl.store(k_out, to_fp8(k_smooth * (FP8_MAX / largest)))
             tl.store(k_scale + tile_index, largest / FP8_MAX)
 
     if PV == "fp8":
         v_wide = v_raw.to(tl.float32)
         exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(v_wide)), 1e-30) / FP8_MAX))
         exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
-        v_scaled = (v_wide * tl.exp2(-exponent)).to(tl.float8e4nv)
+        v_scaled = to_fp8(v_wide * tl.exp2(-exponent))
         tl.store(v_low + tile_index * (BLOCK * D) + d[:, None] * BLOCK + in_block, tl.trans(v_scaled))
         tl.store(v_exponent + tile_index, exponent)
 

@@ -11,6 +11,8 @@ V blocks are stored over powers of two: the exponent joins the scores (p V is wh
 import triton
 import triton.language as tl
 
+from .fp8 import to_fp8
+
 INT8_BIAS_BITS = tl.constexpr(0x4B400000)
 INT8_BIAS = tl.constexpr(12582912.0)
 P_LOG2_RANGE = tl.constexpr(8.0)  # P in [0, 1] times 2 ** 8: inside e4m3's 448
@@ -28,7 +30,7 @@ def _quantize_queries(q, QK: tl.constexpr):
         scaled = wide * (127.0 / largest)
         return tl.where(scaled >= 0, scaled + 0.5, scaled - 0.5).to(tl.int8), largest / 127.0
     else:
-        return (wide * (448.0 / largest)).to(tl.float8e4nv), largest / 448.0
+        return to_fp8(wide * (448.0 / largest)), largest / 448.0
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def _attend_block(
     acc = acc * correction[:, None]
     if PV == "fp8":
         v = tl.load(v_tiles + j * (BLOCK * D) + in_block[:, None] + d[None, :] * BLOCK)
-        acc = tl.dot(p.to(tl.float8e4nv), v, acc)
+        acc = tl.dot(to_fp8(p), v, acc)
     else:
         v_at = v_tiles + rows[:, None] * v_stride_n + d[None, :] * v_stride_d
         v = tl.load(v_at, mask=live[:, None], other=0.0) if MASKED else tl.load(v_at)
