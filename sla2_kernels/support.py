@@ -12,6 +12,12 @@ BACKENDS = ("auto", "triton", "torch")
 HEAD_DIMS = (32, 64, 128)
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 2)
+# what each torch release requires in its own metadata
+TRITON_OF_TORCH = {
+    "2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7",
+    "2.14": "3.8", "2.15": "3.9",
+}  # fmt: skip
+NOT_FOR_WINDOWS = ("3.9",)  # triton-windows had no such release when this table was written
 
 
 def interpreting():
@@ -50,12 +56,13 @@ def default_precision(device):
 
 
 def triton_install_command():
-    """The one command that installs the Triton that belongs to the installed torch."""
-    torch_minor = ".".join(torch.__version__.split(".")[:2])
-    triton_minor = {"2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6"}.get(torch_minor)
-    package = "triton-windows" if sys.platform == "win32" else "triton"
-    version = f'"{package}=={triton_minor}.*"' if triton_minor else package
-    return f"{sys.executable} -m pip install {version}"
+    """The one command that installs the Triton that belongs to the installed torch; without a pin where none is known."""
+    triton_minor = TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
+    windows = sys.platform == "win32"
+    package = "triton-windows" if windows else "triton"
+    known = triton_minor is not None and not (windows and triton_minor in NOT_FOR_WINDOWS)
+    requirement = f'"{package}=={triton_minor}.*"' if known else package
+    return f"{sys.executable} -m pip install {requirement}"
 
 
 @functools.cache
@@ -79,7 +86,9 @@ def _card_reason(device):
         return "the Triton kernels need an NVIDIA GPU, and this is an AMD card (ROCm)"
     major, minor = capability(device)
     if (major, minor) < OLDEST_CAPABILITY:
-        return f"the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has {major}.{minor}"
+        return (
+            f"the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has {major}.{minor}"
+        )
     return None
 
 

@@ -66,22 +66,33 @@ def test_floors_agree(project):
 
 
 def triton_table():
-    for row in re.findall(
-        r"^\| ([\d., ]+) \| (3\.\d+) \| `pip install \"(\S+)\"` \|$", text("README.md"), re.MULTILINE
-    ):
-        yield from ((torch_version.strip(), row[1], row[2]) for torch_version in row[0].split(","))
+    """(torch, Triton, what pip is told on Windows) of every row of the README's table."""
+    rows = re.findall(
+        r"^\| (2\.[\d., ]+) \| (3\.\d+) \| .*?`pip install \"?([^\"`]+)\"?`.* \|$", text("README.md"), re.MULTILINE
+    )
+    for torch_versions, triton, requirement in rows:
+        yield from ((torch_version, triton, requirement) for torch_version in torch_versions.split(", "))
 
 
 @pytest.mark.parametrize(("torch_version", "triton", "requirement"), list(triton_table()))
 def test_the_readmes_triton_table_is_the_packs_own(torch_version, triton, requirement, monkeypatch):
-    assert requirement == f"triton-windows=={triton}.*"
+    pinned = triton not in support.NOT_FOR_WINDOWS
+    assert requirement == (f"triton-windows=={triton}.*" if pinned else "triton-windows")
     monkeypatch.setattr(torch, "__version__", f"{torch_version}.0+cu126")
     monkeypatch.setattr(support.sys, "platform", "win32")
-    assert requirement in support.triton_install_command()
+    assert support.triton_install_command().split("install ")[1].strip('"') == requirement
+    monkeypatch.setattr(support.sys, "platform", "linux")
+    assert support.triton_install_command().endswith(f'-m pip install "triton=={triton}.*"')
 
 
-def test_the_readmes_triton_table_was_read():
-    assert {row[0] for row in triton_table()} >= {"2.6", "2.9", "2.11"}
+def test_the_readmes_triton_table_is_whole():
+    assert {row[0]: row[1] for row in triton_table()} == support.TRITON_OF_TORCH
+
+
+def test_an_unknown_torch_gets_the_newest_triton(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    monkeypatch.setattr(support.sys, "platform", "linux")
+    assert support.triton_install_command().endswith("-m pip install triton")
 
 
 def test_the_readmes_commands_exist():
