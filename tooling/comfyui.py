@@ -2,19 +2,14 @@
 
 import os
 import re
-import signal
-import subprocess
-import threading
-import time
 from pathlib import Path
 
+from .clone import clone
 from .environment import SetupError, say
 
 PACK = Path(__file__).resolve().parents[1]
 RELEASE = "v0.33.0"
 REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
-GIT_SILENCE_S = 15
-GIT_LIMIT_S = 600
 
 
 def find_comfyui():
@@ -30,63 +25,11 @@ def find_comfyui():
 
 
 def clone_comfyui(target):
-    """Clones the official release to ``target``. None, or one sentence why not; gives up when git is silent for 15 s."""
+    """Clones the official release to ``target``, unless it is there. None, or a part of a sentence: why not."""
     if (target / "main.py").is_file():
         return None
     say(f"No ComfyUI here; fetching {RELEASE} by git")
-    command = ["git", "clone", "--progress", "--depth", "1", "--branch", RELEASE, REPOSITORY, str(target)]
-    environment = {
-        **os.environ,
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_ASKPASS": "",
-        "SSH_ASKPASS": "",
-        "GCM_INTERACTIVE": "never",
-    }
-    try:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=os.name != "nt",
-        )  # fmt: skip
-    except FileNotFoundError:
-        return "git is not installed"
-    heard = _Listener(process.stderr)
-    start = time.monotonic()
-    while process.poll() is None:
-        now = time.monotonic()
-        if now - heard.last > GIT_SILENCE_S or now - start > GIT_LIMIT_S:
-            _kill(process)
-            return f"git got no answer within {now - start:.0f} s"
-        time.sleep(0.1)
-    heard.thread.join(5)
-    if process.returncode:
-        lines = [line for line in heard.text.splitlines() if line.startswith(("fatal:", "error:"))]
-        return f"git failed ({lines[0] if lines else f'exit status {process.returncode}'})"
-    return None
-
-
-class _Listener:
-    """Reads a pipe in a thread and remembers when something last came."""
-
-    def __init__(self, pipe):
-        self.last = time.monotonic()
-        self.text = ""
-        self.thread = threading.Thread(target=self._read, args=(pipe,), daemon=True)
-        self.thread.start()
-
-    def _read(self, pipe):
-        while data := pipe.read1(4096):
-            # git says that it starts before it has heard anything from the other side
-            if b"Cloning into" not in data:
-                self.last = time.monotonic()
-            self.text = (self.text + data.decode(errors="replace"))[-4000:]
-
-
-def _kill(process):
-    if os.name == "nt":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    return clone(REPOSITORY, RELEASE, target)
 
 
 def install_comfyui(environment, comfyui):
