@@ -2,26 +2,14 @@
 
 import importlib
 import importlib.util
-import os
 import sys
-from pathlib import Path
 
 import pytest
 
-PACK = Path(__file__).resolve().parents[1]
+from tooling.comfyui import find_comfyui
+from tooling.plan import ROOT as PACK
+
 PACK_NAME = "sla2_pack"
-
-
-def find_comfyui():
-    """(path or None, where it was looked for): COMFYUI_PATH, else two levels up in custom_nodes, else ~/ComfyUI."""
-    given = os.environ.get("COMFYUI_PATH")
-    if given:
-        candidate = Path(given).expanduser()
-    elif PACK.parent.name == "custom_nodes":
-        candidate = PACK.parents[1]
-    else:
-        candidate = Path.home() / "ComfyUI"
-    return (candidate if (candidate / "main.py").is_file() else None), candidate
 
 
 def load_pack():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .clone import clone
 from .environment import SetupError, say
+from .plan import ROOT
 
-PACK = Path(__file__).resolve().parents[1]
 RELEASE = "v0.33.0"
 REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
 
@@ -17,8 +17,8 @@ def find_comfyui():
     given = os.environ.get("COMFYUI_PATH")
     if given:
         candidate = Path(given).expanduser().resolve()
-    elif PACK.parent.name == "custom_nodes":
-        candidate = PACK.parents[1]
+    elif ROOT.parent.name == "custom_nodes":
+        candidate = ROOT.parents[1]
     else:
         candidate = Path.home() / "ComfyUI"
     return (candidate if (candidate / "main.py").is_file() else None), candidate

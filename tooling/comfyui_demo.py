@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from . import graph
+from . import events, graph
 from .environment import SetupError, say
 from .outcome import Outcome, Run
-from .plan import DEFAULT_OUTPUT, ROOT
+from .plan import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
 from .server import Server
 
 WORKFLOW = ROOT / "workflows" / "wan2.1_t2v_1.3b_sla2.json"
-PACK_FOLDER = "sla2-attention"
 UNTRAINED = "none (untrained)"
 
 
@@ -34,7 +33,7 @@ def generate(comfyui, folder, plan, checkpoint):
         router_name = checkpoint.router.name if checkpoint.router else UNTRAINED
         prompt = graph.fit(prompt, plan, checkpoint, router_name)
         say("Queued the workflow")
-        outputs, seconds = asyncio.run(server.run(prompt, Progress(prompt)))
+        outputs, seconds = asyncio.run(events.run(server, prompt, Progress(prompt)))
     return collect(folder, base, plan, checkpoint, prompt, outputs, seconds)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUTPUT = ROOT / "demo_output"
+PACK_FOLDER = "sla2-attention"  # its name in custom_nodes
 CAPTION = "two red balls bounce over tiles, camera still"
 SHIFT = 8.0  # ComfyUI's default for Wan2.1
 

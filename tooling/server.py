@@ -1,4 +1,4 @@
-"""A ComfyUI server of our own: started on a free port, driven over its HTTP and WebSocket interface, stopped at the end."""
+"""A ComfyUI server of our own: started on a free port, driven over HTTP, stopped at the end. Standard library only."""
 
 import json
 import os
@@ -9,10 +9,10 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-
-import aiohttp
+from pathlib import Path
 
 from .environment import SetupError
+from .plan import ROOT
 
 
 class PromptFailed(RuntimeError):
@@ -25,35 +25,48 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Server:
-    """``with Server(comfyui, base, device) as server``: ready on entry, stopped on exit. base: its --base-directory."""
+def clean_environment(**changes):
+    """This process's environment without our root on PYTHONPATH: its folder nodes/ would shadow ComfyUI's module."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    kept = os.pathsep.join(path for path in paths if path and Path(path).resolve() != ROOT)
+    others = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return others | ({"PYTHONPATH": kept} if kept else {}) | changes
 
-    def __init__(self, comfyui, base, device, wait_s=300):
-        self.address = f"127.0.0.1:{free_port()}"
-        self.base, self.wait_s = base, wait_s
+
+class Server:
+    """``with Server(comfyui, base, device) as server``: ready on entry, stopped on exit.
+
+    base: its --base-directory, with models/, custom_nodes/, input/, output/ and user/. variables: for its environment.
+    """
+
+    def __init__(self, comfyui, base, device="cpu", wait_s=300, **variables):
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        self.url = f"http://{self.address}"
+        self.base, self.wait_s, self.variables = base, wait_s, variables
         self.log = base / "server.log"
         self.client = uuid.uuid4().hex
         self.command = [
             sys.executable, str(comfyui / "main.py"), "--disable-auto-launch", "--listen", "127.0.0.1",
-            "--port", self.address.split(":")[1], "--base-directory", str(base), "--use-pytorch-cross-attention",
+            "--port", str(port), "--base-directory", str(base), "--use-pytorch-cross-attention",
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *(["--cpu"] if device == "cpu" else []),
         ]  # fmt: skip
 
-    def __enter__(self):
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    def start(self):
+        """Returns when the server answers. Raises SetupError with the end of its log where it does not within wait_s."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=self.base, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+                self.command, cwd=self.base, env=clean_environment(**self.variables), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log,
+            )  # fmt: skip
         deadline = time.monotonic() + self.wait_s
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
+                self.stop()
                 raise SetupError(f"ComfyUI did not start; the end of {self.log}:\n{self.log_tail()}")
             time.sleep(0.2)
-        return self
 
-    def __exit__(self, *_):
+    def stop(self):
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -61,6 +74,13 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
     def log_tail(self, lines=15):
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
@@ -73,60 +93,35 @@ class Server:
         return True
 
     def get(self, path):
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def _queue(self, prompt):
-        body = json.dumps({"prompt": prompt, "client_id": self.client}).encode()
-        request = urllib.request.Request(f"http://{self.address}/prompt", body, {"Content-Type": "application/json"})
+    def post(self, path, body):
+        """What it answers, parsed; None for an empty answer. Raises PromptFailed where it refuses."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.loads(answer.read())["prompt_id"]
+                return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
-            raise PromptFailed(f"ComfyUI refused the prompt: {error.read().decode(errors='replace')[:2000]}") from error
+            said = error.read().decode(errors="replace")[:2000]
+            raise PromptFailed(f"ComfyUI refused {path} with {error.code}: {said}") from error
 
-    async def run(self, prompt, on_progress):
-        """(outputs per node, seconds per node). on_progress(node id, step, steps) is called as the server reports."""
-        timeout = aiohttp.ClientTimeout(total=3600)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            async with session.ws_connect(f"ws://{self.address}/ws?clientId={self.client}", max_msg_size=0) as socket_:
-                number = self._queue(prompt)
-                seconds = await _follow(socket_, number, on_progress)
-        return self._outputs(number), seconds
+    def queue(self, prompt):
+        """Number of the queued API-format prompt."""
+        return self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
 
-    def _outputs(self, number, wait_s=10):
-        # the entry appears slightly after the last message
+    def history(self, number, wait_s):
+        """The history entry of a prompt, waited for."""
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             entry = self.get(f"/history/{number}").get(number)
             if entry is not None:
-                return entry["outputs"]
+                return entry
             time.sleep(0.1)
-        raise PromptFailed("ComfyUI finished the prompt and left no history entry.")
+        raise PromptFailed(f"ComfyUI left no history entry of prompt {number} within {wait_s} s.")
 
-
-async def _follow(socket_, number, on_progress):
-    seconds, current, since = {}, None, time.monotonic()
-    async for message in socket_:
-        if message.type != aiohttp.WSMsgType.TEXT:
-            continue
-        event = json.loads(message.data)
-        kind, data = event["type"], event["data"]
-        if data.get("prompt_id") != number:
-            continue
-        if kind == "executing":
-            now = time.monotonic()
-            if current is not None:
-                seconds[current] = now - since
-            current, since = data["node"], now
-            if current is not None:
-                on_progress(current, 0, 0)
-        elif kind == "progress":
-            on_progress(data["node"], data["value"], data["max"])
-        elif kind == "execution_error":
-            raise PromptFailed(
-                f"{data['node_type']} (node {data['node_id']}) failed: {data['exception_message'].strip()}"
-            )
-        elif kind in ("execution_success", "execution_interrupted"):
-            return seconds
-    raise PromptFailed("ComfyUI closed the connection before the prompt ended.")
+    def run(self, prompt, wait_s=120):
+        """Queues an API-format prompt and waits for its history entry, be it a success or a failure."""
+        return self.history(self.queue(prompt), wait_s)

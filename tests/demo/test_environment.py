@@ -37,9 +37,9 @@ def test_comfyui_is_found_by_path_and_at_home(monkeypatch, tmp_path):
     assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
     monkeypatch.delenv("COMFYUI_PATH")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(comfyui, "PACK", tmp_path / "elsewhere" / "pack")
+    monkeypatch.setattr(comfyui, "ROOT", tmp_path / "elsewhere" / "pack")
     assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
-    monkeypatch.setattr(comfyui, "PACK", tmp_path / "ComfyUI" / "custom_nodes" / "pack")
+    monkeypatch.setattr(comfyui, "ROOT", tmp_path / "ComfyUI" / "custom_nodes" / "pack")
     assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
 
 
