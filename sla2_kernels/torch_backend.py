@@ -23,9 +23,17 @@ def _blocks(x, block):
 def _quantize(q_blocks, k_blocks, v_blocks, precision):
     block = (-2, -1)
     if precision == "int8":
-        return quant.fake_int8(q_blocks, block), quant.fake_int8(k_blocks, block), quant.fake_fp8_exponent(v_blocks, block)
+        return (
+            quant.fake_int8(q_blocks, block),
+            quant.fake_int8(k_blocks, block),
+            quant.fake_fp8_exponent(v_blocks, block),
+        )
     if precision == "fp8":
-        return quant.fake_fp8(q_blocks, block), quant.fake_fp8(k_blocks, block), quant.fake_fp8_exponent(v_blocks, block)
+        return (
+            quant.fake_fp8(q_blocks, block),
+            quant.fake_fp8(k_blocks, block),
+            quant.fake_fp8_exponent(v_blocks, block),
+        )
     return q_blocks, k_blocks, v_blocks
 
 

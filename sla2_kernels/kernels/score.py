@@ -11,9 +11,7 @@ TILE = 64
 
 
 @triton.jit
-def _product(
-    a, b, out, b_heads, b_stride_h, rows, cols, D: tl.constexpr, TILE: tl.constexpr
-):
+def _product(a, b, out, b_heads, b_stride_h, rows, cols, D: tl.constexpr, TILE: tl.constexpr):
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     bh = tl.program_id(2).to(tl.int64)

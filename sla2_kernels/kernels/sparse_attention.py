@@ -180,11 +180,15 @@ def _sparse_attention(
         o_sparse = ratio[:, None] * o_sparse + (1.0 - ratio)[:, None] * o_linear
 
     out_at = out + bh // heads * out_stride_b + bh % heads * out_stride_h
-    tl.store(out_at + rows_long[:, None] * out_stride_n + d * out_stride_d, o_sparse.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out_at + rows_long[:, None] * out_stride_n + d * out_stride_d, o_sparse.to(out.dtype.element_ty), mask=inside
+    )
     tl.store(row_ratio + bh * q_tokens + rows, ratio, mask=rows < q_tokens)
 
 
-def sparse_attention(q, k, v, out, work, routed, ratios, row_ratio, heads_slice, *, scale_log2, qk, pv, q_block, block, config):
+def sparse_attention(
+    q, k, v, out, work, routed, ratios, row_ratio, heads_slice, *, scale_log2, qk, pv, q_block, block, config
+):
     """Writes out (B, H, N, D) and row_ratio (B, H, N) for the heads of ``heads_slice``.
 
     work: the packed key blocks (Workspace). routed: selection, mask, pools (Routing). ratios: (H, T_m) or None.
