@@ -5,7 +5,7 @@
     python run_tests.py ARGS       hands ARGS to one pytest process, e.g. tests/nodes -k report
 
 ComfyUI's tests run where a checkout is found: COMFYUI_PATH, else two levels up when installed in custom_nodes, else
-~/ComfyUI. The last lines say how many ran, or why none did.
+~/ComfyUI. The last lines say how many of them ran, and why others did not.
 """
 
 import argparse
@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET  # noqa: S405  reads the report that our own pytest just wrote
+from collections import Counter
 from pathlib import Path
 
 from tooling.comfyui import find_comfyui, install_comfyui
 from tooling.environment import Environment, SetupError, say
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "Pillow", "ruff"]
+RUFF = "ruff==0.17.*"  # its formatting is tested, and changes with its minor version
+PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "Pillow", RUFF]
 OLDEST_TRITON = "3.2.0"
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
@@ -47,10 +49,8 @@ def oldest_triton(environment):
     if not environment.installs:
         return None, "--here installs nothing"
     if not OLDEST_TRITON_HAS_WHEEL:
-        return (
-            None,
-            f"Triton {OLDEST_TRITON} has no wheel for Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}",
-        )
+        python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+        return None, f"Triton {OLDEST_TRITON} has no wheel for {python} on {sys.platform}"
     folder = environment.folder / f"triton-{OLDEST_TRITON}"
     environment.install(f"Triton {OLDEST_TRITON} in a folder of its own", [f"triton=={OLDEST_TRITON}"],
                         "--no-deps", "--target", str(folder))  # fmt: skip
@@ -58,55 +58,85 @@ def oldest_triton(environment):
 
 
 class Counts:
-    """Adds up the outcomes of several pytest processes."""
+    """Adds up the outcomes of several pytest processes; ComfyUI's tests also by themselves (tests/conftest.py marks them)."""
 
     def __init__(self):
         self.passed = self.failed = self.skipped = 0
         self.broken = False
+        self.comfyui_ran, self.comfyui_left_out = 0, Counter()
 
     def add(self, report, status):
+        """(tests that ran, tests left out) of one process."""
         # 5: nothing collected, which is no failure of a test
         self.broken |= status not in (0, 1, 5) or (status == 1 and not report.exists())
-        if not report.exists():
-            return
-        for suite in ET.parse(report).iter("testsuite"):  # noqa: S314
-            tests, failures, errors, skipped = (
-                int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")
-            )
-            self.failed += failures + errors
-            self.skipped += skipped
-            self.passed += tests - failures - errors - skipped
+        cases = list(ET.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314
+        skips = [case.find("skipped") for case in cases]
+        left_out = sum(skip is not None for skip in skips)
+        failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+        self.failed += failed
+        self.skipped += left_out
+        self.passed += len(cases) - failed - left_out
+        for case, skip in zip(cases, skips, strict=True):
+            if case.find("properties/property[@name='comfyui']") is None:
+                continue
+            if skip is None:
+                self.comfyui_ran += 1
+            else:
+                self.comfyui_left_out[skip.get("message", "").removeprefix("Skipped: ")] += 1
+        return len(cases) - left_out, left_out
+
+    def comfyui(self):
+        """How many of ComfyUI's tests ran, and why others were left out."""
+        left_out = self.comfyui_left_out.total()
+        said = f"ComfyUI tests: {self.comfyui_ran} ran, {left_out} left out"
+        if not self.comfyui_ran:
+            said = f"ComfyUI tests: NONE RAN, {left_out} left out"
+        reasons = [f"{count} x {reason}" for reason, count in self.comfyui_left_out.most_common()]
+        return said + "".join(f"\n  {line}" for line in reasons)
 
     def __str__(self):
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
 def run_pytest(environment, counts, title, arguments, **variables):
+    """(tests that ran, tests left out) of one pytest process."""
     say(f"\n== {title}")
     settings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [environment.python, "-m", "pytest", f"--junitxml={report}", *arguments]
         status = subprocess.run(command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, check=False).returncode
-        counts.add(report, status)
+        return counts.add(report, status)
+
+
+def run_kernels(environment, counts, folder, title, **variables):
+    """None, or a loud sentence where the kernel tests of ``folder`` were not run."""
+    where = folder.relative_to(ROOT).as_posix()
+    ran, left_out = (0, 0)
+    if folder.is_dir():
+        ran, left_out = run_pytest(environment, counts, f"Kernels {title}", [str(folder)], **variables)
+    if ran:
+        return None
+    if left_out:
+        return f"!! Kernels were NOT run {title}: all {left_out} tests of {where} were skipped (see above)."
+    # the repository has lost its kernel tests: no reason of the machine's
+    counts.broken = True
+    return f"!! Kernels were NOT run {title}: {where} holds no tests."
 
 
 def run_all(environment, counts):
     """One process with Triton's interpreter, one with the oldest Triton, one for the rest; sentences on what did not run."""
-    notes = []
-    if INTERPRETER.is_dir():
-        run_pytest(environment, counts, "Kernels in Triton's interpreter", [str(INTERPRETER)], TRITON_INTERPRET="1")
-    if COMPILE.is_dir():
-        folder, why_not = oldest_triton(environment)
-        if folder is None:
-            notes.append(f"Kernels were NOT COMPILED with Triton {OLDEST_TRITON}: {why_not}.")
-        else:
-            path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-            run_pytest(
-                environment, counts, f"Kernels compiled with Triton {OLDEST_TRITON}", [str(COMPILE)], PYTHONPATH=path
-            )
+    notes = [run_kernels(environment, counts, INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")]
+    folder, why_not = oldest_triton(environment)
+    if folder is None:
+        notes.append(f"!! Kernels were NOT compiled with Triton {OLDEST_TRITON}: {why_not}.")
+    else:
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        notes.append(
+            run_kernels(environment, counts, COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
+        )
     run_pytest(environment, counts, "Everything else", ["tests", f"--ignore={INTERPRETER}"])
-    return notes
+    return list(filter(None, notes))
 
 
 def main():
@@ -127,11 +157,13 @@ def main():
     except SetupError as error:
         say(f"The tests could not be set up: {error}")
         return 2
+    say("\n== Summary")
     for note in notes:
         say(note)
     if counts.broken:
-        say("A pytest process ended abnormally (see above).")
+        say("A part of the tests did not run as it should (see above).")
     say(str(counts))
+    say(counts.comfyui())
     nothing_ran = not counts.passed and not arguments
     return 1 if counts.failed or counts.broken or nothing_ran else 0
 

@@ -44,8 +44,10 @@ COMFYUI_TESTS = pytest.StashKey[set]()
 
 def pytest_collection_modifyitems(config, items):
     """Remembers which tests need a real ComfyUI, by fixture or by mark: a keyword would also match the folder's name."""
-    needing = (item for item in items if "comfyui_path" in item.fixturenames or item.get_closest_marker("comfyui"))
+    needing = [item for item in items if "comfyui_path" in item.fixturenames or item.get_closest_marker("comfyui")]
     config.stash[COMFYUI_TESTS] = {item.nodeid for item in needing}
+    for item in needing:
+        item.user_properties.append(("comfyui", "needed"))  # run_tests.py counts them in the JUnit report
 
 
 @pytest.hookimpl(trylast=True)

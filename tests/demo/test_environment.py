@@ -1,14 +1,11 @@
-"""What both commands do before anything is installed: the virtual environment, ComfyUI's checkout, adding up pytest."""
+"""What both commands do before anything is installed: the virtual environment, ComfyUI's checkout."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import demo
-import run_tests
 from tooling import comfyui
 from tooling.environment import Environment, SetupError
 
@@ -99,31 +96,3 @@ def test_here_installs_nothing():
     here.install_torch()
     here.install("anything", ["anything"])
     assert here.python == sys.executable and not here.installs
-
-
-def test_counts_of_several_pytest_processes_add_up(tmp_path):
-    counts = run_tests.Counts()
-    for number, source in enumerate(
-        (
-            "def test_a(): assert 1\ndef test_b(): assert 0",
-            "import pytest\ndef test_c(): pytest.skip('x')\ndef test_d(x): pass",
-        )
-    ):
-        file, report = tmp_path / f"test_part{number}.py", tmp_path / f"{number}.xml"
-        file.write_text(source)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            os.devnull,
-            f"--junitxml={report}",
-        ]
-        done = subprocess.run([*command, str(file)], cwd=tmp_path, capture_output=True, check=False)
-        counts.add(report, done.returncode)
-    assert str(counts) == "1 passed, 2 failed, 1 skipped" and not counts.broken
-    counts.add(tmp_path / "absent.xml", 139)
-    assert counts.broken

@@ -1,0 +1,85 @@
+"""The README's test command: what it adds up, and what its last lines say."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import run_tests
+from tooling.environment import Environment
+
+MARKED = """
+import pytest
+@pytest.fixture(autouse=True)
+def needs(request):
+    request.node.user_properties.append(("comfyui", "needed"))
+def test_e(): pass
+def test_f(): pytest.skip("no ComfyUI found at /nowhere")
+"""
+
+
+def pytest_report(folder, source):
+    """(JUnit report, exit status) of a test file."""
+    file, report = folder / "test_part.py", folder / "report.xml"
+    file.write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    done = subprocess.run([*command, f"--junitxml={report}", str(file)], cwd=folder, capture_output=True, check=False)
+    return report, done.returncode
+
+
+def test_counts_of_several_pytest_processes_add_up(tmp_path):
+    counts = run_tests.Counts()
+    assert counts.add(*pytest_report(tmp_path, "def test_a(): assert 1\ndef test_b(): assert 0")) == (2, 0)
+    source = "import pytest\ndef test_c(): pytest.skip('x')\ndef test_d(x): pass"
+    assert counts.add(*pytest_report(tmp_path, source)) == (1, 1)
+    assert str(counts) == "1 passed, 2 failed, 1 skipped" and not counts.broken
+    counts.add(tmp_path / "absent.xml", 139)
+    assert counts.broken
+
+
+def test_comfyui_tests_are_counted_with_the_reasons_why_not(tmp_path):
+    counts = run_tests.Counts()
+    assert counts.comfyui() == "ComfyUI tests: NONE RAN, 0 left out"
+    counts.add(*pytest_report(tmp_path, MARKED))
+    assert counts.comfyui() == "ComfyUI tests: 1 ran, 1 left out\n  1 x no ComfyUI found at /nowhere"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """An empty repository in place of ours."""
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    for name in ("INTERPRETER", "COMPILE"):
+        monkeypatch.setattr(run_tests, name, tmp_path / "tests" / "kernels" / name.lower())
+    return tmp_path
+
+
+def test_lost_kernel_tests_are_loud_and_no_success(repository):
+    counts = run_tests.Counts()
+    notes = run_tests.run_all(Environment(None), counts)
+    assert notes == [
+        "!! Kernels were NOT run in Triton's interpreter: tests/kernels/interpreter holds no tests.",
+        "!! Kernels were NOT compiled with Triton 3.2.0: --here installs nothing.",
+    ]
+    assert counts.broken
+
+
+@pytest.mark.parametrize(
+    ("source", "note"),
+    [
+        ("", "!! Kernels were NOT run in X: tests/kernels/interpreter holds no tests."),
+        (
+            "import pytest\npytest.skip('no Triton', allow_module_level=True)",
+            "!! Kernels were NOT run in X: all 1 tests of tests/kernels/interpreter were skipped (see above).",
+        ),
+        ("import os\ndef test_a(): assert os.environ['TRITON_INTERPRET'] == '1'", None),
+    ],
+    ids=["empty", "skipped", "runs"],
+)
+def test_kernel_tests_that_did_not_run_are_loud(repository, source, note):
+    run_tests.INTERPRETER.mkdir(parents=True)
+    (run_tests.INTERPRETER / "test_some.py").write_text(source)
+    counts = run_tests.Counts()
+    said = run_tests.run_kernels(Environment(None), counts, run_tests.INTERPRETER, "in X", TRITON_INTERPRET="1")
+    assert said == note and counts.broken == ("holds no tests" in (note or ""))
