@@ -21,7 +21,7 @@ def main():
 
     from . import checkpoint
 
-    for name in ("dense", "sla2"):
+    for name in ("dense", "sla2", "comparison"):
         for old in options.folder.glob(f"{name}.*"):
             old.unlink()
     plan = plan_for("cuda" if torch.cuda.is_available() else "cpu", options.steps, options.tiny)

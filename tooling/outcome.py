@@ -3,6 +3,9 @@
 import json
 from dataclasses import asdict, dataclass, field
 
+from . import comparison
+from .plan import CAPTION
+
 
 @dataclass
 class Run:
@@ -53,7 +56,8 @@ def table(outcome):
     weights = "the trained miniature" if outcome.trained else "untrained random weights, so the videos show noise"
     lines += [
         "",
-        f"{outcome.host} on {outcome.device}; {outcome.tokens} tokens, {outcome.steps} steps, seed {outcome.seed}; {weights}.",
+        f"{outcome.host} on {outcome.device}; {outcome.tokens} tokens, {outcome.steps} steps, seed {outcome.seed}.",
+        f'"{CAPTION}"; {weights}.',
         f"Latent difference |SLA2 - dense| / |dense|: {outcome.latent_difference:.3f}",
     ]
     if outcome.host == "ComfyUI":
@@ -66,7 +70,8 @@ def table(outcome):
 
 
 def write(outcome, folder):
-    """Writes results.txt and results.json to ``folder``; returns the text."""
+    """Writes results.txt, results.json and the picture of both videos to ``folder``; returns the text."""
+    comparison.write(folder, [run.video for run in outcome.runs])
     text = table(outcome)
     (folder / "results.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(asdict(outcome), indent=1), encoding="utf-8")

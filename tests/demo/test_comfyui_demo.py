@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tooling.comparison import read_video
 from tooling.plan import ROOT
 
 pytestmark = pytest.mark.comfyui
@@ -27,3 +28,5 @@ def test_command_with_comfyui_leaves_two_videos_and_a_table(comfyui_path, tmp_pa
     for run in results["runs"]:
         assert run["sampling_s"] > 0 and run["decoding_s"] > 0
         assert (tmp_path / "out" / run["video"]).stat().st_size > 1000
+        assert read_video(tmp_path / "out" / run["video"]).shape == (3, 9, 128, 128)
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000

@@ -78,6 +78,8 @@ def test_command_without_comfyui_leaves_two_videos_and_a_table(tmp_path):
     for name in ("dense", "sla2"):
         with Image.open(tmp_path / "out" / f"{name}.webp") as video:
             assert (video.size, video.n_frames) == ((128, 128), 9)
+    with Image.open(tmp_path / "out" / "comparison.png") as sheet:
+        assert sheet.size == (6 * (128 + 4), 2 * (128 + 4))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     dense, sla2 = results["runs"]
     assert results["host"] == "diffusers" and results["tokens"] == 192

@@ -1,0 +1,66 @@
+"""With the trained miniature, both videos of the demo show what the caption says: two red things that stay in the picture."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from miniature.captions import split_captions
+from miniature.videos import render, simulate
+from tooling.checkpoint import DIT, TRAINED, VAE
+from tooling.comparison import read_video
+from tooling.plan import CAPTION, ROOT, plan_for
+
+# of the picture; drawn scenes lie well inside (checked below)
+LEAST, MOST = 0.03, 0.25
+trained = pytest.mark.skipif(
+    not ((TRAINED / DIT).exists() and (TRAINED / VAE).exists()),
+    reason="the miniature's weights are not in miniature/weights",
+)
+
+
+def red_share(video):
+    """(F,) share of clearly red pixels in (3, F, H, W), values in [-1, 1]."""
+    red, green, blue = video
+    return (red - green.maximum(blue) > 0.4).float().mean((1, 2))
+
+
+def drawn(words):
+    """Six scenes of the captions that hold these words, as the miniature was trained on them, at the demo's size."""
+    plan = plan_for("cpu")
+    captions = [caption for part in split_captions() for caption in part if words in str(caption)][:6]
+    scenes = simulate(captions, frames=plan.frames, height=plan.height, width=plan.width, seed=1)
+    return render(scenes, frames=plan.frames, height=plan.height, width=plan.width)
+
+
+def test_the_demos_caption_is_one_of_the_miniatures():
+    assert CAPTION in [str(caption) for part in split_captions() for caption in part]
+
+
+@pytest.mark.parametrize(("words", "red"), [("red balls", True), ("blue boxes", False), ("yellow stars", False)])
+def test_drawn_scenes_are_told_apart_by_their_red_share(words, red):
+    for video in drawn(words):
+        share = red_share(video)
+        assert (share.min() > LEAST and share.max() < MOST) if red else share.max() < 0.005
+
+
+@trained
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["ComfyUI", "diffusers"])
+def test_both_videos_show_two_red_balls(host, request, tmp_path):
+    command = [sys.executable, str(ROOT / "demo.py"), "--here", "--output", str(tmp_path)]
+    environment = dict(os.environ)
+    if host == "ComfyUI":
+        environment["COMFYUI_PATH"] = str(request.getfixturevalue("comfyui_path"))
+    else:
+        pytest.importorskip("diffusers.models")
+        command.append("--diffusers")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["trained"] and results["host"] == host
+    for run in results["runs"]:
+        share = red_share(read_video(tmp_path / run["video"]))
+        assert share.min() > LEAST and share.max() < MOST, f"{run['name']}: {share.tolist()}"
