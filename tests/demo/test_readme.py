@@ -1,0 +1,57 @@
+"""The README's measured part is what the results files say, and its pictures exist."""
+
+import re
+
+import pytest
+
+from benchmarks import attention
+from benchmarks.results import load, save
+from tooling import readme
+from tooling.plan import ROOT
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Folder with results of the CPU at tiny shapes, and one file of another kind."""
+    folder = tmp_path_factory.mktemp("results")
+    base = ["--device", "cpu", "--precisions", "16bit", "--out", str(folder / "cpu.json")]
+    attention.main([*base, "--parts", "shapes", "--shapes", "tiny", "--sparsities", "0.75"])
+    attention.main([*base, "--parts", "length", "--lengths", "1024", "--sparsities", "0.75"])
+    save(folder / "a_step.json", {"step": 1})
+    return folder
+
+
+def test_the_readme_is_what_the_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.insert(text, readme.block(readme.measured())) == text, "run: python -m tooling.readme"
+
+
+def test_the_plots_are_what_the_results_say():
+    for name, (svg, _) in readme.plots(readme.measured()).items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == svg, "run: python -m tooling.readme"
+
+
+def test_every_picture_of_the_readme_exists():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_the_first_screen_is_a_sentence_a_picture_and_two_commands():
+    first, _ = (ROOT / "README.md").read_text(encoding="utf-8").split("```\n\n", 1)
+    paragraphs = [part for part in first.split("\n\n") if not part.startswith("|")]
+    assert paragraphs[0].startswith("# ") and paragraphs[1].count(". ") == 0 and "![" in paragraphs[2]
+    assert first.endswith("```\npython demo.py\npython run_tests.py\n")
+
+
+def test_measured_results_become_picture_and_table(results):
+    contents = readme.measured(results)
+    assert contents == [load(results / "cpu.json")]
+    text = readme.block(contents)
+    assert text.startswith("![Time of one attention call against the number of tokens](docs/length.svg)\n\n| method |")
+    assert "skips 75%" in text and "Nothing has been measured" not in text
+    assert list(readme.plots(contents)) == ["length.svg"]
+
+
+def test_the_marks_must_be_there_once():
+    with pytest.raises(ValueError, match="once each"):
+        readme.insert(f"{readme.BEGIN}{readme.BEGIN}{readme.END}", "x")

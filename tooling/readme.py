@@ -1,0 +1,70 @@
+"""The README's measured part, written from benchmarks/results: python -m tooling.readme
+
+No number is typed there: a test compares the README with what this module would write. Plots go to docs/.
+"""
+
+import sys
+
+from benchmarks.plot import length_plot, sparsity_plot
+from benchmarks.results import RESULTS, load
+from benchmarks.table import markdown
+
+from .plan import ROOT
+
+BEGIN, END = "<!-- measured begin -->", "<!-- measured end -->"
+PICTURE = "workflows/wan2.1_t2v_1.3b_sla2.jpg"
+PLOTS = {
+    "length": (length_plot, "Time of one attention call against the number of tokens"),
+    "sparsity": (sparsity_plot, "Time of one attention call against the share that is skipped"),
+}
+
+
+def measured(folder=RESULTS):
+    """Contents of the results files that hold the table's part, the best measured card first."""
+    contents = [load(path) for path in sorted(folder.glob("*.json"))]
+    whole = [content for content in contents if "shapes" in content.get("parts", {})]
+    return sorted(whole, key=lambda content: -len(content["parts"]))
+
+
+def plots(contents):
+    """{file name: (SVG text, what it shows)} of the first card that has each part."""
+    found = {}
+    for part, (draw, shows) in PLOTS.items():
+        rows = [[row for row in content["rows"] if row["part"] == part] for content in contents]
+        first = next(filter(None, rows), None)
+        if first:
+            found[f"{part}.svg"] = draw(first), shows
+    return found
+
+
+def block(contents):
+    """What stands between the README's two marks."""
+    if not contents:
+        picture = f"![Dense and SLA2 side by side in one ComfyUI workflow]({PICTURE})"
+        return f"{picture}\n\nNothing has been measured on a GPU yet, so no number stands here."
+    pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
+    return "\n\n".join([*pictures[:1], *map(markdown, contents), *pictures[1:]])
+
+
+def insert(text, content):
+    """``text`` with the marked part replaced. Raises ValueError where a mark is missing or there twice."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the README must hold {BEGIN} and {END} once each.")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def main():
+    contents = measured()
+    drawn = plots(contents)
+    if drawn:
+        (ROOT / "docs").mkdir(exist_ok=True)
+    for name, (svg, _) in drawn.items():
+        (ROOT / "docs" / name).write_text(svg, encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents)), encoding="utf-8")
+    print(f"README.md: {len(contents)} measured cards; docs/: {', '.join(drawn) or 'no plots'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
