@@ -18,6 +18,7 @@ import xml.etree.ElementTree as ET  # noqa: S405  reads the report that our own 
 from collections import Counter
 from pathlib import Path
 
+from tooling.audit import audit
 from tooling.comfyui import find_comfyui, install_comfyui
 from tooling.environment import Environment, SetupError, say
 
@@ -136,7 +137,9 @@ def run_all(environment, counts):
             run_kernels(environment, counts, COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
         )
     run_pytest(environment, counts, "Everything else", ["tests", f"--ignore={INTERPRETER}"])
-    return list(filter(None, notes))
+    found, vulnerable = audit(environment)
+    counts.broken |= bool(vulnerable)
+    return [*filter(None, notes), found]
 
 
 def main():

@@ -27,8 +27,27 @@ def project():
 def test_requirements_agree_and_leave_torch_and_triton_alone(project):
     listed = set(text("requirements.txt").split())
     assert listed == {name for name in project["project"]["dependencies"] if "frontend" not in name}
-    assert {re.split("[>=<]", name)[0] for name in listed} == {"numpy", "safetensors"}
-    assert not any("==" in name or "<" in name for name in listed)
+    assert {name.split(">=")[0] for name in listed} == {"numpy", "safetensors"}
+
+
+def test_requirements_are_lower_bounds_only(project):
+    for requirement in (*text("requirements.txt").split(), *project["project"]["dependencies"]):
+        assert re.fullmatch(r"[a-z-]+>=\d+(\.\d+)*", requirement), requirement
+
+
+def test_nothing_runs_when_the_pack_is_installed_or_before_comfyui_starts():
+    # the Manager runs install.py, ComfyUI prestartup_script.py; pip runs setup.py
+    for name in ("install.py", "uninstall.py", "prestartup_script.py", "setup.py", "install.bat", "install.sh"):
+        assert not (ROOT / name).exists(), name
+
+
+def test_security_rules_are_on_for_what_is_shipped(project):
+    lint = project["tool"]["ruff"]["lint"]
+    assert "S" in lint["select"] and not [rule for rule in lint["ignore"] if rule.startswith("S")]
+    shipped = ("__init__", "nodes", "sla2_kernels", "sla2_training", "sla2_diffusers")
+    for pattern, rules in lint["per-file-ignores"].items():
+        if pattern.startswith(shipped):
+            assert "*" not in pattern and {rule for rule in rules if rule.startswith("S")} <= {"S105", "S106"}
 
 
 def test_registry_fields(project):

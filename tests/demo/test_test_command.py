@@ -1,5 +1,6 @@
 """The README's test command: what it adds up, and what its last lines say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 import run_tests
+from tooling.audit import judge
 from tooling.environment import Environment
 
 MARKED = """
@@ -55,12 +57,15 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_lost_kernel_tests_are_loud_and_no_success(repository):
+@pytest.mark.parametrize("vulnerable", [None, []])
+def test_lost_kernel_tests_are_loud_and_no_success(repository, monkeypatch, vulnerable):
+    monkeypatch.setattr(run_tests, "audit", lambda environment: ("audited", vulnerable))
     counts = run_tests.Counts()
     notes = run_tests.run_all(Environment(None), counts)
     assert notes == [
         "!! Kernels were NOT run in Triton's interpreter: tests/kernels/interpreter holds no tests.",
         "!! Kernels were NOT compiled with Triton 3.2.0: --here installs nothing.",
+        "audited",
     ]
     assert counts.broken
 
@@ -83,3 +88,39 @@ def test_kernel_tests_that_did_not_run_are_loud(repository, source, note):
     counts = run_tests.Counts()
     said = run_tests.run_kernels(Environment(None), counts, run_tests.INTERPRETER, "in X", TRITON_INTERPRET="1")
     assert said == note and counts.broken == ("holds no tests" in (note or ""))
+
+
+def test_a_vulnerable_requirement_is_no_success(repository, monkeypatch):
+    monkeypatch.setattr(run_tests, "audit", lambda environment: ("found", ["numpy"]))
+    monkeypatch.setattr(run_tests, "run_kernels", lambda *_, **__: None)
+    counts = run_tests.Counts()
+    assert run_tests.run_all(Environment(None), counts)[-1] == "found" and counts.broken
+
+
+NUMPY = {"name": "numpy", "version": "2.4.6", "vulns": []}
+SKIPPED = {"name": "safetensors", "skip_reason": "Dependency not found"}
+
+
+@pytest.mark.parametrize(
+    ("packages", "sentence", "vulnerable"),
+    [
+        ([NUMPY], "pip-audit: 1 packages audited, 0 skipped, 0 vulnerable.", []),
+        ([NUMPY, SKIPPED], "pip-audit: 1 packages audited, 1 skipped, 0 vulnerable.", []),
+        (
+            [NUMPY | {"vulns": [{"id": "X"}]}],
+            "pip-audit: 1 packages audited, 0 skipped, 1 vulnerable: numpy.",
+            ["numpy"],
+        ),
+        ([SKIPPED], "pip-audit could NOT run: 0 packages audited (Dependency not found).", None),
+        ([], "pip-audit could NOT run: 0 packages audited (none listed).", None),
+    ],
+)
+def test_an_audit_of_nothing_is_none(packages, sentence, vulnerable):
+    assert judge(json.dumps({"dependencies": packages}), "") == (sentence, vulnerable)
+
+
+def test_an_audit_that_fails_says_its_last_line():
+    assert judge("", "Traceback\nConnectionError: no network") == (
+        "pip-audit could NOT run: ConnectionError: no network",
+        None,
+    )
