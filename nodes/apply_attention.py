@@ -6,6 +6,7 @@ from .attention_hook import install
 from .load_router import Router
 from .model_layouts import model_facts, unsupported_model_reason
 from .progress_text import show_on_node
+from .schema_support import search_aliases
 from .settings import AUTOMATIC, BIT_WIDTHS, RATIO_MODES, AttentionSettings, parse_layers, skips_keeps
 
 RUN_DENSE, STOP = "run dense and say so", "stop"
@@ -22,9 +23,10 @@ class SLA2ApplyAttention(io.ComfyNode):
             description="Speeds up a video model: its self-attention computes the most relevant blocks exactly and the "
             "rest by linear attention. Place it last on the MODEL wire.",
             hidden=[io.Hidden.unique_id],
+            **search_aliases("sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs. Other models pass through unchanged."),
                 Router.Input("router", optional=True, tooltip="From SLA2 Load Router. Not connected: untrained."),
                 io.Float.Input(
                     "sparsity", default=0.9, min=0.0, max=0.99, step=0.01, round=0.01,
@@ -61,7 +63,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="What to do where SLA2 cannot run (other model family, no Triton, a mask, ...).",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
 
     @classmethod

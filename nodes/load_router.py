@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..sla2_kernels.weights import load_router
+from .schema_support import search_aliases
 
 UNTRAINED = "none (untrained)"
 FOLDER = "sla2"
@@ -28,6 +29,7 @@ class SLA2LoadRouter(io.ComfyNode):
             display_name="SLA2 Load Router",
             category="model/sla2",
             description="Loads a trained SLA2 router (which key blocks to keep, and how to mix) from models/sla2.",
+            **search_aliases("SLA2 weights", "router loader", "load sparse attention weights"),
             inputs=[
                 io.Combo.Input(
                     "router_name",
@@ -36,7 +38,7 @@ class SLA2LoadRouter(io.ComfyNode):
                     "and the mixing ratio is estimated while sampling.",
                 )
             ],
-            outputs=[Router.Output(display_name="router")],
+            outputs=[Router.Output(display_name="router", tooltip="For SLA2 Apply Attention, or to go on training.")],
         )
 
     @classmethod

@@ -9,6 +9,7 @@ from .progress_text import plain, show_on_node
 from .report_text import report_data, report_text
 from .run_history import executing_context
 from .run_record import difference, sample_of
+from .schema_support import search_aliases
 
 SAME_LATENT = 0.02  # the intermediate dtype may be 16 bit
 
@@ -23,6 +24,7 @@ class SLA2Report(io.ComfyNode):
             description="Says which attention calls of the sampling ran sparse, which dense and why. Connect the MODEL "
             "that was sampled and the sampler's LATENT, so that the report comes after the sampling.",
             is_output_node=True,
+            **search_aliases("SLA2 statistics", "attention map", "routing map", "why is it slow", "dense reasons"),
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL from SLA2 Apply Attention that was sampled."),
@@ -31,8 +33,8 @@ class SLA2Report(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Custom("LATENT,IMAGE").Output("passed", display_name="samples"),
-                io.String.Output("text", display_name="report"),
+                io.Custom("LATENT,IMAGE").Output("passed", display_name="samples", tooltip="The samples, unchanged."),
+                io.String.Output("text", display_name="report", tooltip="The report as text."),
             ],
         )
 

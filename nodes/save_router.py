@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from .load_router import FOLDER, Router
 from .progress_text import plain, show_on_node
+from .schema_support import search_aliases
 
 
 class SLA2SaveRouter(io.ComfyNode):
@@ -20,6 +21,7 @@ class SLA2SaveRouter(io.ComfyNode):
             description="Saves a trained router as safetensors in models/sla2, where SLA2 Load Router finds it "
             "(refresh the page's node definitions with R). Files are never overwritten: a number is appended.",
             is_output_node=True,
+            **search_aliases("save sparse attention weights", "SLA2 weights"),
             hidden=[io.Hidden.unique_id],
             inputs=[
                 Router.Input("router", tooltip="From SLA2 Train Router."),

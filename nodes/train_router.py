@@ -16,6 +16,7 @@ from .model_layouts import model_facts, unsupported_model_reason
 from .progress_text import plain, show_on_node
 from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
 from .save_router import save_router
+from .schema_support import search_aliases
 
 logger = logging.getLogger("sla2")
 
@@ -34,17 +35,24 @@ class SLA2TrainRouter(io.ComfyNode):
             "layer, which key blocks to keep and how to mix. Takes one sampling more than it trains, to measure. "
             "Cancelling saves what is trained so far in models/sla2.",
             hidden=[io.Hidden.unique_id],
+            **search_aliases("train sparse attention", "fine-tune router", "SLA2 training", "calibrate"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
                 io.Model.Input("model", tooltip="The model, with the LoRAs it will be used with, before SLA2 Apply Attention."),
                 io.Conditioning.Input("positive", tooltip="A prompt like those the router will be used for."),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used. Counts where cfg is above 1."),
                 io.Latent.Input("latent_image", tooltip="Its size is the size that is trained on; larger ones work too."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Noise of the first sampling and what is drawn while training; each sampling takes the next one.",
+                ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps, as in the sampler node."),
-                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="uni_pc"),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple"),
+                io.Float.Input(
+                    "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="As in the sampler node: 1 for distilled models, about 6 for others.",
+                ),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="uni_pc", tooltip="As in the sampler node."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in the sampler node."),
                 io.String.Input(
                     "sparsities", default="0.97, 0.95, 0.90",
                     tooltip="Sparsities to train for: 0.97 skips 97%, keeps 3%. Between them ratios are interpolated.",
@@ -65,7 +73,10 @@ class SLA2TrainRouter(io.ComfyNode):
                     **ADVANCED,
                 ),
             ],
-            outputs=[Router.Output(display_name="router"), io.String.Output(display_name="report")],
+            outputs=[
+                Router.Output(display_name="router", tooltip="The trained router, usable at once."),
+                io.String.Output(display_name="report", tooltip="Errors per layer and sparsity, before and after."),
+            ],
         )  # fmt: skip
 
     @classmethod

@@ -1,0 +1,12 @@
+"""What io.Schema gained over ComfyUI's versions, used where it is there."""
+
+import inspect
+
+from comfy_api.latest import io
+
+SEARCHABLE = "search_aliases" in inspect.signature(io.Schema.__init__).parameters  # since 0.19
+
+
+def search_aliases(*words):
+    """Keyword arguments for io.Schema: what else a user may type to find the node."""
+    return {"search_aliases": list(words)} if SEARCHABLE else {}

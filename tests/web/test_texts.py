@@ -1,0 +1,68 @@
+"""Help, tooltips, search words and translations of every node, as the real server hands them to the page."""
+
+import json
+import urllib.request
+
+import pytest
+
+from tooling.locales import english
+from tooling.plan import PACK_FOLDER, ROOT
+
+NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+
+
+@pytest.fixture(scope="module")
+def nodes(server):
+    return {name: info for name, info in server.get("/object_info").items() if name in english({name: info})}
+
+
+def named_inputs(info):
+    return {name: spec for part in ("required", "optional") for name, spec in info["input"].get(part, {}).items()}
+
+
+def test_every_node_has_help_and_every_help_has_a_node(nodes):
+    assert sorted(nodes) == NODES
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_is_served_and_names_every_input(server, nodes, node):
+    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{node}.md", timeout=10) as page:
+        text = page.read().decode()
+    assert text.startswith(f"# {nodes[node]['display_name']}\n")
+    assert "## When it looks wrong" in text
+    assert [name for name in named_inputs(nodes[node]) if name not in text] == []
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_input_has_a_tooltip_and_the_node_can_be_searched(nodes, node):
+    info = nodes[node]
+    assert [name for name, spec in named_inputs(info).items() if not spec[1].get("tooltip")] == []
+    assert all(info["output_tooltips"] or [])
+    if "search_aliases" in info:
+        assert len(info["search_aliases"]) >= 2
+
+
+def test_english_texts_are_the_nodes_own(nodes):
+    written = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    assert written == english(nodes), "run python -m tooling.locales"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_language_names_every_node_input_and_output(server, nodes, language):
+    served = server.get("/i18n")[language]["nodeDefs"]
+
+    def keys(texts):
+        return {
+            (name, kind, key)
+            for name, entry in texts.items()
+            for kind in ("inputs", "outputs")
+            for key in entry.get(kind, {})
+        }
+
+    own = {name: entry for name, entry in served.items() if name in nodes}
+    assert keys(own) == keys(english(nodes)), f"complete locales/{language}/nodeDefs.json"
+    for name, entry in own.items():
+        assert entry["display_name"] and entry["description"], name
+        texts = [text for kind in ("inputs", "outputs") for text in entry.get(kind, {}).values()]
+        assert all(text["name"].strip() and text["tooltip"].strip() for text in texts), name
