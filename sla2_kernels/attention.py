@@ -4,10 +4,18 @@ import math
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import router, torch_backend
-from .router import K_BLOCK, Q_BLOCK, block_count, resample_ratio, selected_block_count
+from .router import (
+    K_BLOCK,
+    Q_BLOCK,
+    block_count,
+    resample_ratio,
+    resample_ratio_gradient,
+    selected_block_count,
+)
 from .support import BACKENDS, PRECISIONS, resolve_backend
 
 LAYOUTS = ("BHND", "BNHD")
@@ -155,24 +163,74 @@ def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_fir
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, _ = inputs
-    ctx.save_for_backward(q, k, v, alpha, output[2])
-    ctx.precision, ctx.heads_first, ctx.scale = precision, heads_first, scale
+    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend = inputs
+    ctx.save_for_backward(q, k, v, alpha, output[1], output[2])
+    ctx.precision, ctx.heads_first, ctx.scale, ctx.backend = precision, heads_first, scale, backend
 
 
-def _backward(ctx, grad_out, grad_ratio, grad_blocks):
-    """Gradients of the torch backend's forward on the saved selection; chunks are recomputed one at a time."""
-    q, k, v, alpha, key_blocks = ctx.saved_tensors
-    leaves = [t if t is None else t.detach().requires_grad_(True) for t in (q, k, v, alpha)]
+def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
+    """16-bit gradients on the saved selection in Triton; in torch those of its own forward, recomputed chunk by chunk."""
+    q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
+    if ctx.backend == "triton":
+        *grads, grad_ratio = torch.ops.sla2.attention_backward(
+            grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale
+        )
+    else:
+        *grads, grad_ratio = _torch_backward(ctx, grad_out, q, k, v, alpha, key_blocks)
+    grad_alpha = None
+    if alpha is not None:
+        # with every key block selected the ratio is 1, whatever alpha says
+        if grad_row_ratio is not None and key_blocks.shape[-1] < block_count(k.shape[2 if ctx.heads_first else 1], K_BLOCK):
+            rows = F.pad(grad_row_ratio, (0, -grad_row_ratio.shape[-1] % Q_BLOCK)).unflatten(-1, (-1, Q_BLOCK))
+            grad_ratio = grad_ratio + rows.sum(dim=(0, -1))
+        grad_alpha = resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha.dtype)
+    return *grads, None, None, grad_alpha, *[None] * 6
+
+
+def _torch_backward(ctx, grad_out, q, k, v, alpha, key_blocks):
+    """(dq, dk, dv, d loss / d ratio (H, T_m))."""
+    ratios = None if alpha is None else resample_ratio(alpha.detach(), key_blocks.shape[2]).contiguous()
+    leaves = [t if t is None else t.detach().requires_grad_(True) for t in (q, k, v, ratios)]
     with torch.enable_grad():
         q, k, v = leaves[:3] if ctx.heads_first else (t.transpose(1, 2) for t in leaves[:3])
-        ratios = None if leaves[3] is None else resample_ratio(leaves[3], key_blocks.shape[2])
-        out, _ = torch_backend.attention(q, k, v, key_blocks, ratios, scale=ctx.scale, precision=ctx.precision)
+        out, _ = torch_backend.attention(q, k, v, key_blocks, leaves[3], scale=ctx.scale, precision=ctx.precision)
         out = out if ctx.heads_first else out.transpose(1, 2)
     wanted = [t for t in leaves if t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad_out, allow_unused=True))
-    grads = [None if t is None else next(found) for t in leaves]
-    return *grads[:3], None, None, grads[3], *[None] * 6
+    found = list(torch.autograd.grad(out, wanted, grad_out, allow_unused=True))
+    if ratios is None:
+        return *found, None
+    return *found[:3], torch.zeros_like(ratios) if found[3] is None else found[3]
+
+
+@torch.library.custom_op("sla2::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_blocks: Tensor,
+    row_ratio: Tensor,
+    heads_first: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, d loss / d ratio (H, T_m) float32) of the Triton backend."""
+    from . import triton_backward
+
+    tensors = (grad_out.to(q.dtype), q, k, v)
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    if not heads_first:
+        tensors, views = [t.transpose(1, 2) for t in tensors], [t.transpose(1, 2) for t in grads]
+    else:
+        views = grads
+    grad_out, q, k, v = tensors
+    grad_ratio = triton_backward.attention_backward(q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale)
+    return *grads, grad_ratio.sum(dim=0)
+
+
+@_attention_backward.register_fake
+def _(grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale):
+    grads = (t.new_empty(t.shape) for t in (q, k, v))
+    return *grads, q.new_empty((key_blocks.shape[1], key_blocks.shape[2]), dtype=torch.float32)
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -31,6 +31,13 @@ def resample_ratio(alpha, query_block_count):
     return F.interpolate(knots[None], size=query_block_count, mode="linear", align_corners=True)[0]
 
 
+def resample_ratio_gradient(grad_ratio, alpha_shape):
+    """Gradient of resample_ratio, (H, T_m) -> alpha's (H,) or (H, A); sums in a fixed order, unlike interpolate's own."""
+    knots = 1 if len(alpha_shape) == 1 else alpha_shape[1]
+    weights = resample_ratio(torch.eye(knots, dtype=grad_ratio.dtype, device=grad_ratio.device), grad_ratio.shape[1])
+    return (grad_ratio[:, None] * weights).sum(dim=-1).reshape(alpha_shape)
+
+
 def pool_blocks(x, block):
     """Means over blocks of ``block`` tokens, (B, H, N, D) -> (B, H, T, D) float32 (float64 for float64)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def _masked_sum(
     mask, sums, out, mask_stride_h, mask_stride_m, first_head, rows, blocks, columns,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, IEEE: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     # row tiles run fastest: neighbours share one panel of h, the large operand, in L2
     i = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
@@ -28,10 +28,7 @@ def _masked_sum(
         left = tl.load(mask_rows + j[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
         right_at = sums + j[:, None].to(tl.int64) * columns + n[None, :]
         right = tl.load(right_at, mask=inside[:, None] & (n[None, :] < columns), other=0.0)
-        if IEEE:
-            acc = tl.dot(left, right, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(left, right, acc)
+        acc = tl.dot(left, right, acc, input_precision="tf32x3")
     out_at = out + (slot * rows + i[:, None]) * columns + n[None, :]
     value = (acc / blocks).to(out.dtype.element_ty)
     tl.store(out_at, value, mask=(i[:, None] < rows) & (n[None, :] < columns))
@@ -48,6 +45,6 @@ def masked_sum(unselected, sums, out, heads_slice, config):
     )
     _masked_sum[grid](
         unselected, sums, out, unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks, columns,
-        TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_K=config.tile_k, IEEE=sums.element_size() == 4,
+        TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_K=config.tile_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

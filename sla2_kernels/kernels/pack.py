@@ -19,7 +19,7 @@ def _pack(
     k, v, k_mean, k_low, k_scale, v_low, v_exponent, sums,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
-    D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, IEEE: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -59,10 +59,7 @@ def _pack(
         exponentials = tl.exp(k_smooth - tl.max(k_smooth, axis=1)[:, None])
         phi = tl.where(live, exponentials / tl.sum(exponentials, axis=1)[:, None], 0.0) / BLOCK
         phi_low = phi.to(sums.dtype.element_ty)
-        if IEEE:
-            h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype), input_precision="ieee")
-        else:
-            h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype))
+        h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype), input_precision="tf32x3")
         h_out = sums + tile_index * ((D + 1) * D)
         tl.store(h_out + d[:, None] * D + d, h.to(phi_low.dtype))
         tl.store(h_out + D * D + d, tl.sum(phi, axis=0).to(phi_low.dtype))
@@ -78,6 +75,6 @@ def pack(k, v, k_mean, work, heads_slice, block, qk, pv):
     _pack[grid](
         k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent, work.sums,
         *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
-        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, IEEE=linear and work.sums.element_size() == 4,
+        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear,
         num_warps=8,
     )  # fmt: skip

@@ -23,14 +23,16 @@ LOWEST = tl.constexpr(-1.0e30)  # a running maximum that no finite score undercu
 def _quantize_queries(q, QK: tl.constexpr):
     """A query tile and its one scale: rounded to INT8 or FP8, or as it is."""
     if QK == "16bit":
-        return q, 1.0
-    wide = q.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide)), 1e-20)
-    if QK == "int8":
-        scaled = wide * (127.0 / largest)
-        return tl.where(scaled >= 0, scaled + 0.5, scaled - 0.5).to(tl.int8), largest / 127.0
+        rounded, scale = q, 1.0
     else:
-        return to_fp8(wide * (448.0 / largest)), largest / 448.0
+        wide = q.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide)), 1e-20)
+        if QK == "int8":
+            scaled = wide * (127.0 / largest)
+            rounded, scale = tl.where(scaled >= 0, scaled + 0.5, scaled - 0.5).to(tl.int8), largest / 127.0
+        else:
+            rounded, scale = to_fp8(wide * (448.0 / largest)), largest / 448.0
+    return rounded, scale
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def _attend_block(
     if QK == "16bit":
         k_at = k_tiles + rows[None, :] * k_stride_n + d[:, None] * k_stride_d
         k = tl.load(k_at, mask=live[None, :], other=0.0) if MASKED else tl.load(k_at)
-        scores = tl.dot(q, k, input_precision="ieee")
+        scores = tl.dot(q, k, input_precision="tf32x3")
         factor = q_scale
         bias = 0.0
     else:
@@ -79,7 +81,7 @@ def _attend_block(
     else:
         v_at = v_tiles + rows[:, None] * v_stride_n + d[None, :] * v_stride_d
         v = tl.load(v_at, mask=live[:, None], other=0.0) if MASKED else tl.load(v_at)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee" if QK == "16bit" else "tf32")
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="tf32x3" if QK == "16bit" else "tf32")
     return acc, new_max, row_sum
 
 
@@ -91,17 +93,29 @@ def _unselected_log2_mass(
     d = tl.arange(0, D)
     row_max = tl.full([q.shape[0]], LOWEST, dtype=tl.float32)
     row_sum = tl.zeros([q.shape[0]], dtype=tl.float32)
-    for start in range(0, blocks, BLOCK):
+    for start in tl.range(0, blocks, BLOCK, num_stages=2):
         j = start + tl.arange(0, BLOCK)
         means = tl.load(k_pooled + j[None, :] * D + d[:, None], mask=j[None, :] < blocks, other=0.0)
         counted = tl.load(unselected + j, mask=j < blocks, other=0.0) > 0
         live = tl.maximum(tl.minimum(tokens - j * BLOCK, BLOCK), 1).to(tl.float32)
-        logits = tl.dot(q, means.to(q.dtype), input_precision="ieee") * scale_log2 + tl.log2(live)[None, :]
+        logits = tl.dot(q, means.to(q.dtype), input_precision="tf32x3") * scale_log2 + tl.log2(live)[None, :]
         logits = tl.where(counted[None, :], logits, LOWEST * 2)
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits - new_max[:, None]), axis=1)
         row_max = new_max
     return row_max + tl.log2(row_sum)
+
+
+@triton.jit
+def _linear_attention(q, h_at, D: tl.constexpr):
+    """O_l = phi(Q) H / (phi(Q) Z) of one query tile; h_at points at H (D, D), Z is the row behind it."""
+    d = tl.arange(0, D)
+    wide = q.to(tl.float32)
+    # phi's own denominator cancels between numerator and normaliser
+    exponentials = tl.exp(wide - tl.max(wide, axis=1)[:, None])
+    norm = tl.sum(exponentials * tl.load(h_at + D * D + d).to(tl.float32), axis=1)
+    h = tl.load(h_at + d[:, None] * D + d)
+    return tl.dot(exponentials.to(h.dtype), h, input_precision="tf32x3") / norm[:, None]
 
 
 @triton.jit
@@ -120,9 +134,27 @@ def _sparse_attention(
     inside = rows[:, None] < q_tokens
     rows_long = rows.to(tl.int64)
     q_at = q + bh // heads * q_stride_b + bh % heads * q_stride_h + rows_long[:, None] * q_stride_n + d * q_stride_d
+    out_at = out + bh // heads * out_stride_b + bh % heads * out_stride_h
+    out_at += rows_long[:, None] * out_stride_n + d * out_stride_d
+
+    unselected_mass = tl.zeros([TILE], dtype=tl.float32)
+    if LINEAR:
+        # O_l waits in the output until the mix: kept in registers through the loop, it would spill
+        queries = tl.load(q_at, mask=inside, other=0.0)
+        h_at = sums + (slot * q_blocks + q_block) * ((D + 1) * D)
+        tl.store(out_at, _linear_attention(queries, h_at, D).to(out.dtype.element_ty), mask=inside)
+        if ESTIMATE:
+            unselected_mass = _unselected_log2_mass(
+                queries, k_pooled + bh * k_blocks * D, unselected + bh * mask_stride_h + q_block * mask_stride_m,
+                k_blocks, k_tokens, scale_log2, D, BLOCK,
+            )  # fmt: skip
+            if QK == "16bit":
+                # the loop reads K as it is, the mass above is of smoothed K
+                wide = queries.to(tl.float32)
+                unselected_mass += tl.sum(wide * tl.load(k_mean + bh * D + d), axis=1) * scale_log2
+
     q_tile, q_scale = _quantize_queries(tl.load(q_at, mask=inside, other=0.0), QK)
     q_scale = q_scale * scale_log2
-
     if QK == "16bit":
         k_tiles = k + bh // heads * k_stride_b + bh % heads * k_stride_h
     else:
@@ -150,39 +182,22 @@ def _sparse_attention(
         j, q_tile, q_scale, acc, row_max, row_sum, k_tiles, k_scale, v_tiles, v_exponent,
         k_stride_n, k_stride_d, v_stride_n, v_stride_d, k_tokens, D, BLOCK, QK, PV, True,
     )  # fmt: skip
-    o_sparse = acc / row_sum[:, None]
 
     ratio = tl.full([TILE], 1.0, dtype=tl.float32)
     if LINEAR:
-        queries = tl.load(q_at, mask=inside, other=0.0)
-        wide = queries.to(tl.float32)
         if ESTIMATE:
             mass = row_max + tl.log2(row_sum)
             if PV == "fp8":
                 mass -= P_LOG2_RANGE
-            if QK == "16bit":
-                # its loop reads K as it is; the unselected mass is of smoothed K
-                mass -= tl.sum(wide * tl.load(k_mean + bh * D + d), axis=1) * scale_log2
-            rest = _unselected_log2_mass(
-                queries, k_pooled + bh * k_blocks * D, unselected + bh * mask_stride_h + q_block * mask_stride_m,
-                k_blocks, k_tokens, scale_log2, D, BLOCK,
-            )  # fmt: skip
-            ratio = 1.0 / (1.0 + tl.exp2(rest - mass))
+            ratio = 1.0 / (1.0 + tl.exp2(unselected_mass - mass))
         else:
             ratio = ratio * tl.load(ratios + bh % heads * q_blocks + q_block)
-        exponentials = tl.exp(wide - tl.max(wide, axis=1)[:, None])
-        phi = (exponentials / tl.sum(exponentials, axis=1)[:, None]).to(sums.dtype.element_ty)
-        h_at = sums + (slot * q_blocks + q_block) * ((D + 1) * D)
-        h = tl.load(h_at + d[:, None] * D + d)
-        z = tl.load(h_at + D * D + d).to(tl.float32)
-        norm = tl.sum(phi.to(tl.float32) * z, axis=1)
-        o_linear = tl.dot(phi, h, input_precision="ieee") / norm[:, None]
-        o_sparse = ratio[:, None] * o_sparse + (1.0 - ratio)[:, None] * o_linear
-
-    out_at = out + bh // heads * out_stride_b + bh % heads * out_stride_h
-    tl.store(
-        out_at + rows_long[:, None] * out_stride_n + d * out_stride_d, o_sparse.to(out.dtype.element_ty), mask=inside
-    )
+        acc = acc * (ratio / row_sum)[:, None]
+        tl.debug_barrier()  # other threads of this program wrote what this one reads
+        acc += tl.load(out_at, mask=inside, other=0.0).to(tl.float32) * (1.0 - ratio)[:, None]
+    else:
+        acc = acc / row_sum[:, None]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside)
     tl.store(row_ratio + bh * q_tokens + rows, ratio, mask=rows < q_tokens)
 
 

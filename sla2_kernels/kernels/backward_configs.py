@@ -1,0 +1,38 @@
+"""Tile sizes of the backward kernels per compute capability, like configs.py for the forward pass."""
+
+from dataclasses import dataclass
+
+from .configs import _large_shared_memory
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """rows: query rows of a tile; keys: key rows of a tile (at most one key block)."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """statistics, queries, keys: the three walks over selected pairs. linear: both kernels of the linear branch."""
+
+    statistics: TileConfig
+    queries: TileConfig
+    keys: TileConfig
+    linear: TileConfig
+
+
+def backward_config(capability, element_size, workspace_size):
+    """Configurations of all backward kernels; the sizes are those of an element of q and of the workspace, in bytes."""
+    large = _large_shared_memory(capability)
+    if element_size == 4:
+        walk = (TileConfig(32, 32, 4, 1),) * 3
+    elif capability[0] in (9, 10):
+        walk = TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
+    else:
+        walk = (TileConfig(64, 64, 4, 2 if large else 1),) * 3
+    linear = TileConfig(64, 64, 8, 1) if workspace_size == 2 and large else TileConfig(32, 32, 8, 1)
+    return BackwardConfig(*walk, linear)

@@ -1,0 +1,105 @@
+"""The backward pass in Triton (SLA2, Alg. 3): 16-bit gradients on the forward's selection, from the original Q, K and V.
+
+Nothing of the forward but the selection and the ratios is kept: the log-sum-exp is computed again in 16 bit, so that
+P, its row sums and the gradients agree whatever format the forward had. Per group of heads, in one reused workspace:
+h_j -> H_i -> dH_i (in place) -> dh_j (in h_j's place). Then three walks over the selected pairs.
+"""
+
+import math
+
+import torch
+
+from .kernels.backward_configs import backward_config
+from .kernels.backward_keys import key_gradients, selecting_blocks
+from .kernels.backward_linear import linear_keys, linear_queries, token_mean
+from .kernels.backward_queries import query_gradient
+from .kernels.backward_rows import row_statistics
+from .kernels.configs import product_config
+from .kernels.masked_sum import masked_sum
+from .kernels.pack import pack
+from .kernels.pool import pool, smooth
+from .kernels.select import new_mask
+from .router import K_BLOCK, Q_BLOCK, block_count
+from .support import capability
+from .triton_backend import Workspace, _head_groups, _on
+
+
+def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale):
+    """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
+
+    Args:
+        q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
+        key_blocks: int32 (B, H, T_m, n), the forward's selection. row_ratio: float32 (B, H, N), the forward's ratios.
+        scale: softmax scale.
+    """
+    with _on(q.device):
+        selected = key_blocks.flatten(0, 1).contiguous()
+        blocks = block_count(k.shape[2], K_BLOCK)
+        config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
+        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
+        shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+        row_statistics(
+            q, k, v, grad_out, selected, row_ratio.contiguous(), shift, delta,
+            scale_log2=scales["scale_log2"], q_block=Q_BLOCK, block=K_BLOCK, config=config.statistics,
+        )  # fmt: skip
+        grad_ratio = torch.zeros(*q.shape[:2], block_count(q.shape[2], Q_BLOCK), dtype=torch.float32, device=q.device)
+        correction = None
+        if selected.shape[2] < blocks:
+            correction = _linear_branch(
+                q, k, v, grad_out, selected, row_ratio.contiguous(), delta, grad_q, grad_k, grad_v, grad_ratio, config
+            )
+        query_gradient(
+            q, k, v, grad_out, grad_q, selected, shift, delta,
+            **scales, linear=correction is not None, config=config.queries,
+        )  # fmt: skip
+        key_gradients(
+            q, k, v, grad_out, grad_k, grad_v, selecting_blocks(selected, blocks), shift, delta, correction,
+            **scales, config=config.keys,
+        )  # fmt: skip
+    return grad_ratio
+
+
+def _workspace_dtype(dtype):
+    # dH_i grows with the gradient's scale and 1 / (phi(Q) Z), more than float16 can be trusted to hold
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _linear_branch(q, k, v, grad_out, selected, row_ratio, delta, grad_q, grad_k, grad_v, grad_ratio, config):
+    """Writes the linear branch's gradients and grad_ratio; returns the mean over tokens of its dK, float32 (B * H, D)."""
+    blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
+    dtype = _workspace_dtype(q.dtype)
+    k_pooled = pool(k, K_BLOCK)
+    k_mean = smooth(k_pooled, k.shape[2], K_BLOCK)
+    unselected, transposed = _masks(selected, blocks, dtype)
+
+    columns = (head_dim + 1) * head_dim
+    groups = _head_groups(q, (blocks + q_blocks) * columns * dtype.itemsize)
+    size = groups[0].stop
+    sums = torch.empty(size, blocks, columns, dtype=dtype, device=q.device)
+    query_sums = torch.empty(size, q_blocks, columns, dtype=dtype, device=q.device)
+    work = Workspace(None, None, None, None, sums, query_sums)
+    block_totals = torch.empty(len(selected), blocks, head_dim, dtype=torch.float32, device=q.device)
+    product = product_config(capability(q.device), dtype.itemsize)
+    # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
+    factor = q_blocks / (blocks * K_BLOCK)
+    for heads in groups:
+        pack(k, v, k_mean, work, heads, K_BLOCK, "16bit", "16bit")
+        masked_sum(unselected, sums, query_sums, heads, product)
+        linear_queries(
+            q, grad_out, grad_q, query_sums, row_ratio, delta, grad_ratio, heads, q_block=Q_BLOCK, config=config.linear
+        )
+        masked_sum(transposed, query_sums, sums, heads, product)
+        linear_keys(
+            k, v, k_mean, grad_k, grad_v, sums, block_totals, heads, factor=factor, block=K_BLOCK, config=config.linear
+        )
+    return token_mean(block_totals, k.shape[2])
+
+
+def _masks(selected, blocks, dtype):
+    """1 - M_c, (B * H, T_m, T_n), and its transpose, rows of both at 16-byte boundaries."""
+    rows = selected.shape[1]
+    unselected = new_mask(selected.shape[:2], blocks, dtype, selected.device)
+    unselected.fill_(1.0).scatter_(-1, selected.long(), 0.0)
+    transposed = new_mask((len(selected), blocks), rows, dtype, selected.device)
+    transposed.copy_(unselected.transpose(1, 2))
+    return unselected, transposed

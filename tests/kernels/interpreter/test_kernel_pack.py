@@ -1,0 +1,126 @@
+"""The packing kernel: what it stores, decoded again, is K and V within the format's rounding, and h_j and z_j."""
+
+import pytest
+import torch
+from operator_inputs import embedded, normal, relative_error
+
+from sla2_kernels.kernels.pack import pack
+from sla2_kernels.reference import phi
+from sla2_kernels.triton_backend import Workspace
+
+BLOCK = 64
+
+
+def blocks_of(x):
+    """(G, M, D) -> (G, T, 64, D), dead rows zero."""
+    count = -(-x.shape[1] // BLOCK)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, count * BLOCK - x.shape[1]))
+    return padded.unflatten(1, (count, BLOCK))
+
+
+def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None):
+    """The workspace of the heads in ``heads`` and K's float64 mean."""
+    heads = heads or slice(0, k.shape[0] * k.shape[1])
+    group, blocks, head_dim = heads.stop - heads.start, -(-k.shape[2] // BLOCK), k.shape[3]
+    mean = k.double().mean(dim=2).flatten(0, 1)
+    low = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+    def empty(wanted, *shape, dtype):
+        return torch.empty(group, blocks, *shape, dtype=dtype) if wanted else None
+
+    work = Workspace(
+        k_low=empty(qk != "16bit", BLOCK, head_dim, dtype=low.get(qk)),
+        k_scale=empty(qk != "16bit", dtype=torch.float32),
+        v_low=empty(pv == "fp8", head_dim, BLOCK, dtype=torch.float8_e4m3fn),
+        v_exponent=empty(pv == "fp8", dtype=torch.float32),
+        sums=empty(linear, (head_dim + 1) * head_dim, dtype=k.dtype),
+        query_sums=None,
+    )
+    pack(k, v, mean.float(), work, heads, BLOCK, qk, pv)
+    return work, mean
+
+
+def smoothed(k, mean):
+    return k.double().flatten(0, 1) - mean.float().double()[:, None]
+
+
+def decoded_keys(work):
+    return work.k_low.double() * work.k_scale.double()[..., None, None]
+
+
+def e4m3_tolerance(x):
+    """Half a step of E4M3 at x, a little widened: x is in units of the block's scale."""
+    return torch.maximum(x.abs() * 2.0**-4, torch.full_like(x, 2.0**-10)) * 1.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("keys", "head_dim"), [(1, 64), (63, 128), (64, 64), (65, 32), (300, 128)])
+def test_int8_keys_are_smoothed_and_rounded_to_nearest(generator, keys, head_dim, dtype):
+    k = embedded(normal(generator, 2, 3, keys, head_dim, dtype=dtype) + 3)
+    work, mean = packed(k, k, qk="int8")
+    wide = blocks_of(smoothed(k, mean))
+    assert torch.allclose(work.k_scale.double() * 127, wide.abs().amax(dim=(2, 3)).clamp_min(1e-20), rtol=1e-5)
+    assert ((decoded_keys(work) - wide).abs() <= 0.501 * work.k_scale[..., None, None]).all()
+
+
+@pytest.mark.parametrize(("keys", "head_dim"), [(1, 64), (65, 32), (300, 128)])
+def test_fp8_keys_are_rounded_to_nearest(generator, keys, head_dim):
+    k = embedded(normal(generator, 1, 2, keys, head_dim, dtype=torch.float16) + 3)
+    work, mean = packed(k, k, qk="fp8")
+    scale = work.k_scale.double()[..., None, None]
+    wide = blocks_of(smoothed(k, mean)) / scale
+    assert wide.abs().max() <= 448.1
+    assert ((decoded_keys(work) / scale - wide).abs() <= e4m3_tolerance(wide)).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize("keys", [1, 65, 300])
+def test_values_are_fp8_over_a_power_of_two_and_stored_transposed(generator, keys, size):
+    v = embedded(normal(generator, 1, 2, keys, 64) * size)
+    work, _ = packed(v, v, qk="fp8", pv="fp8")
+    exponent = work.v_exponent.double()
+    assert torch.equal(exponent, exponent.round())
+    wide = blocks_of(v.double().flatten(0, 1)) * torch.exp2(-exponent)[..., None, None]
+    largest = wide.abs().amax(dim=(2, 3))
+    assert (largest <= 448).all() and (largest > 223).all(), "the block does not fill E4M3's range"
+    assert ((work.v_low.double().transpose(2, 3) - wide).abs() <= e4m3_tolerance(wide)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("keys", "head_dim"), [(1, 64), (63, 128), (130, 32), (300, 64)])
+def test_linear_sums_of_live_keys(generator, keys, head_dim, dtype):
+    k, v = (embedded(normal(generator, 2, 3, keys, head_dim, dtype=dtype) + 1) for _ in range(2))
+    work, mean = packed(k, v, linear=True)
+    sums = work.sums.double().unflatten(2, (head_dim + 1, head_dim)) * BLOCK
+    phi_k = blocks_of(phi(smoothed(k, mean)))
+    h = phi_k.transpose(2, 3) @ blocks_of(v.double().flatten(0, 1))
+    bar = 1e-6 if dtype == torch.float32 else 2e-3
+    assert relative_error(sums[:, :, :head_dim], h) < bar
+    assert relative_error(sums[:, :, head_dim], phi_k.sum(dim=2)) < bar
+
+
+def test_a_group_of_heads_is_the_same_slice_of_all_heads(generator):
+    k, v = (normal(generator, 2, 3, 130, 64) for _ in range(2))
+    options = {"qk": "int8", "pv": "fp8", "linear": True}
+    everything, _ = packed(k, v, **options)
+    group, _ = packed(k, v, heads=slice(2, 5), **options)
+    for name in ("k_low", "k_scale", "v_low", "v_exponent", "sums"):
+        part, whole = getattr(group, name), getattr(everything, name)[2:5]
+        assert torch.equal(part.view(torch.int8), whole.view(torch.int8)), name
+
+
+@pytest.mark.parametrize("qk", ["int8", "fp8"])
+def test_equal_keys_and_zero_values_stay_finite(generator, qk):
+    k = normal(generator, 1, 1, 1, 64).expand(-1, -1, 130, -1)
+    v = normal(generator, 1, 1, 130, 64)
+    v[:, :, 64:128] = 0
+    work, mean = packed(k, v, qk=qk, pv="fp8", linear=True)
+    assert (decoded_keys(work) - blocks_of(smoothed(k, mean))).abs().max() < 1e-6
+    assert (work.v_low[:, 1].float() == 0).all() and torch.isfinite(work.v_exponent).all()
+    assert torch.isfinite(work.sums).all()
+
+
+def test_nothing_is_packed_for_16_bit_without_a_linear_branch(generator):
+    k = normal(generator, 1, 1, 65, 64)
+    work, _ = packed(k, k)
+    assert all(value is None for value in vars(work).values())

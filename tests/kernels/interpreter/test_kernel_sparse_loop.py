@@ -1,0 +1,122 @@
+"""The sparse loop on its own: selection, linear sums and ratios handed in, so that no other kernel takes part."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from operator_inputs import embedded, normal, relative_error
+
+from sla2_kernels.kernels.configs import LoopConfig, loop_config
+from sla2_kernels.kernels.sparse_attention import sparse_attention
+from sla2_kernels.reference import phi, pool
+from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
+from sla2_kernels.triton_backend import Routing, Workspace
+
+BATCH, HEADS = 1, 3
+LOOP = LoopConfig(tile_m=128, num_warps=4, num_stages=2)
+
+
+class Loop:
+    """One call in 16 bit: q (B, H, N, D) against k and v, ``count`` random key blocks per query block."""
+
+    def __init__(self, generator, *, tokens, keys, count, head_dim=64, linear=True, ratios=True):
+        self.q, self.k, self.v = (
+            embedded(normal(generator, BATCH, HEADS, length, head_dim)) for length in (tokens, keys, keys)
+        )
+        q_blocks, k_blocks = block_count(tokens, 128), block_count(keys, 64)
+        selected = top_k_blocks(torch.rand(BATCH * HEADS, q_blocks, k_blocks, generator=generator), count)
+        mask = unselected_mask(selected[None], k_blocks, torch.float32)[0]
+        mean = self.k.mean(dim=2)
+        k_pooled = pool(self.k, 64) - mean[:, :, None]
+        self.routed = Routing(selected, mask, k_pooled.flatten(0, 1), mean.flatten(0, 1))
+        # sums of any numbers do: the loop only multiplies phi(q) with them
+        self.sums = normal(generator, BATCH * HEADS, q_blocks, head_dim + 1, head_dim).abs() if linear else None
+        self.ratios = torch.rand(HEADS, q_blocks, generator=generator) if ratios else None
+
+    def run(self, heads=slice(0, BATCH * HEADS), config=LOOP):
+        """(out, ratio); out is a view between NaN."""
+        out = embedded(torch.full_like(self.q, torch.nan).nan_to_num(7.0))
+        row_ratio = torch.full(self.q.shape[:3], torch.nan)
+        sums = None if self.sums is None else self.sums[heads].contiguous()
+        work = Workspace(None, None, None, None, sums, sums)
+        sparse_attention(
+            self.q, self.k, self.v, out, work, self.routed, self.ratios, row_ratio, heads,
+            scale_log2=self.q.shape[3] ** -0.5 * math.log2(math.e), qk="16bit", pv="16bit", q_block=128, block=64,
+            config=config,
+        )  # fmt: skip
+        assert out._base.isnan().sum() == out._base.numel() - out.numel(), "wrote between the output's elements"
+        return out, row_ratio
+
+    def expected(self):
+        """(out, ratio) in float64."""
+        q, k, v = (x.double().flatten(0, 1) for x in (self.q, self.k, self.v))
+        tokens = k.shape[1]
+        of_token = self.routed.unselected.bool().repeat_interleave(64, dim=2)[..., :tokens]
+        of_row = of_token.repeat_interleave(128, dim=1)[:, : q.shape[1]]
+        logits = q @ (k - k.mean(dim=1, keepdim=True)).transpose(1, 2) * q.shape[2] ** -0.5
+        selected_logits = logits.masked_fill(of_row, -torch.inf)
+        o_sparse = selected_logits.softmax(dim=-1) @ v
+        if self.sums is None:
+            return self._by_head(o_sparse), torch.ones(self.q.shape[:3])
+        sums = self.sums.double().repeat_interleave(128, dim=1)[:, : q.shape[1]]
+        phi_q = phi(q)[..., None, :]
+        o_linear = (phi_q @ sums[:, :, :-1] / (phi_q @ sums[:, :, -1, :, None]))[..., 0, :]
+        if self.ratios is not None:
+            ratio = self.ratios.double().repeat_interleave(128, dim=1)[:, : q.shape[1]].repeat(BATCH, 1)
+        else:
+            live = torch.full((self.routed.k_pooled.shape[1],), 64.0, dtype=torch.float64)
+            live[-1] = tokens - 64 * (len(live) - 1)
+            rest = q @ self.routed.k_pooled.double().transpose(1, 2) * q.shape[2] ** -0.5 + live.log()
+            mask = self.routed.unselected.bool().repeat_interleave(128, dim=1)[:, : q.shape[1]]
+            rest = rest.masked_fill(~mask, -torch.inf).logsumexp(dim=-1)
+            ratio = torch.sigmoid(selected_logits.logsumexp(dim=-1) - rest)
+        mixed = ratio[..., None] * o_sparse + (1 - ratio[..., None]) * o_linear
+        return self._by_head(mixed), self._by_head(ratio)
+
+    def _by_head(self, x):
+        return x.unflatten(0, (BATCH, HEADS))
+
+
+@pytest.mark.parametrize("ratios", [True, False], ids=["given alpha", "estimated alpha"])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "count", "head_dim"),
+    [(1, 65, 1, 64), (129, 700, 3, 64), (300, 127, 1, 128), (127, 4200, 60, 32)],
+)
+def test_softmax_and_linear_branch_mixed(generator, tokens, keys, count, head_dim, ratios):
+    loop = Loop(generator, tokens=tokens, keys=keys, count=count, head_dim=head_dim, ratios=ratios)
+    (out, ratio), (expected, expected_ratio) = loop.run(), loop.expected()
+    assert relative_error(out, expected) < 2e-6
+    assert relative_error(ratio, expected_ratio) < 2e-6
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (65, 300), (257, 63)])
+def test_every_block_selected_is_softmax_attention(generator, tokens, keys):
+    loop = Loop(generator, tokens=tokens, keys=keys, count=block_count(keys, 64), linear=False)
+    out, ratio = loop.run()
+    dense = torch.nn.functional.scaled_dot_product_attention(loop.q.double(), loop.k.double(), loop.v.double())
+    assert relative_error(out, dense) < 2e-6
+    assert (ratio == 1).all()
+
+
+def test_half_tiles_compute_what_whole_tiles_do(generator):
+    loop = Loop(generator, tokens=300, keys=300, count=2)
+    (whole, whole_ratio), (halves, halves_ratio) = loop.run(), loop.run(config=replace(LOOP, tile_m=64))
+    assert relative_error(halves, whole) < 1e-6 and torch.equal(halves_ratio, whole_ratio)
+
+
+def test_a_group_writes_its_own_heads_only(generator):
+    loop = Loop(generator, tokens=130, keys=200, count=2, ratios=False)
+    everything, _ = loop.run()
+    out, ratio = loop.run(heads=slice(1, 2))
+    assert torch.equal(out[:, 1], everything[:, 1])
+    assert (out[:, [0, 2]] == 7.0).all() and ratio[:, [0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_every_card_s_tiles_divide_a_query_block(capability):
+    for qk, pv in (("16bit", "16bit"), ("int8", "16bit"), ("int8", "fp8"), ("fp8", "fp8")):
+        for element_size in (2, 4):
+            for head_dim in (32, 64, 128):
+                tile = loop_config(capability, qk, pv, head_dim, element_size).tile_m
+                assert 128 % tile == 0 and tile >= 16

@@ -1,0 +1,53 @@
+"""The same call gives the same bits: repeated, and in any number of head groups."""
+
+import pytest
+import torch
+from operator_inputs import attention_inputs
+
+from sla2_kernels import sla2_attention, triton_backend
+
+OPTIONS = {"sparsity": 0.5, "backend": "triton", "return_alpha": True}
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
+def test_a_repeated_call_repeats_every_bit(generator, precision):
+    inputs = attention_inputs(generator, heads=3, tokens=300, knots=None)
+    first, second = (sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("knots", [None, 2])
+@pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
+@pytest.mark.parametrize(("share", "groups"), [(1e-9, 6), (None, 3)])
+def test_head_groups_change_no_bit(generator, monkeypatch, precision, knots, share, groups):
+    inputs = attention_inputs(generator, batch=2, heads=3, tokens=200, keys=300, knots=knots, proj="per head")
+    counted = []
+    original = triton_backend._head_groups
+
+    def one_group(q, per_head):
+        return [slice(0, q.shape[0] * q.shape[1])]
+
+    def several_groups(q, per_head):
+        slices = original(q, per_head) if share else [slice(0, 2), slice(2, 4), slice(4, 6)]
+        counted.append(len(slices))
+        return slices
+
+    monkeypatch.setattr(triton_backend, "_head_groups", one_group)
+    together = sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision)
+    monkeypatch.setattr(triton_backend, "WORKSPACE_SHARE", share)
+    monkeypatch.setattr(triton_backend, "_head_groups", several_groups)
+    apart = sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision)
+    assert counted == [groups]
+    assert torch.equal(apart[0], together[0]) and torch.equal(apart[1], together[1])
+
+
+@pytest.mark.parametrize("per_head", [0, 1, 10**4, 10**6, 10**9])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 12), (2, 7), (3, 40)])
+def test_groups_cover_every_head_once(batch, heads, per_head):
+    q = torch.zeros(1).expand(batch, heads, 300, 64)
+    groups = triton_backend._head_groups(q, per_head)
+    covered = [head for group in groups for head in range(group.start, group.stop)]
+    assert covered == list(range(batch * heads))
+    assert all(group.stop - group.start <= groups[0].stop for group in groups)
+    fits = (groups[0].stop * per_head) <= triton_backend.WORKSPACE_SHARE * q.numel() * 4
+    assert fits or groups[0].stop == 1

@@ -1,0 +1,94 @@
+"""Inputs that real layers have and Gaussian ones do not: offsets, outlier channels, equal keys, empty values.
+
+Low bit is held to what its torch emulation loses on the same input: the formats set that error, not the kernels.
+"""
+
+import pytest
+import torch
+from operator_inputs import attention_inputs, relative_error
+
+from sla2_kernels import sla2_attention
+
+BARS = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def keys_with_an_offset(inputs):
+    inputs.k += 100
+
+
+def outlier_channels(inputs):
+    for channel in (3, 17):
+        inputs.k[..., channel] *= 15
+        inputs.q[..., channel] *= 10
+
+
+def large_queries_and_keys(inputs):
+    inputs.q *= 6
+    inputs.k *= 6
+
+
+def values_with_an_offset(inputs):
+    inputs.v += 10
+
+
+def tiny_values(inputs):
+    inputs.v *= 1e-3
+
+
+def uneven_values(inputs):
+    inputs.v *= torch.logspace(-3, 3, inputs.v.shape[2])[:, None].to(inputs.v.dtype)
+
+
+def zero_value_block(inputs):
+    inputs.v[:, :, 64:192] = 0
+
+
+def one_hot_values(inputs):
+    inputs.v.zero_()
+    tokens = torch.arange(inputs.v.shape[2])
+    inputs.v[:, :, tokens, tokens % inputs.v.shape[3]] = 1
+
+
+def equal_keys(inputs):
+    inputs.k[:] = inputs.k[:, :, :1]
+
+
+HARD = [
+    keys_with_an_offset, outlier_channels, large_queries_and_keys, values_with_an_offset, tiny_values, uneven_values,
+    zero_value_block, one_hot_values, equal_keys,
+]  # fmt: skip
+
+
+def run(inputs, precision, backend):
+    """(out, reference) on the selection that the torch router makes, with alpha estimated."""
+    from sla2_kernels import select_key_blocks
+
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5, backend="torch")
+    out = sla2_attention(inputs.q, inputs.k, inputs.v, precision=precision, backend=backend, key_blocks=key_blocks)
+    return out, inputs.reference(key_blocks)[0]
+
+
+@pytest.mark.parametrize("dtype", list(BARS))
+@pytest.mark.parametrize("change", HARD)
+def test_16_bit(generator, change, dtype):
+    inputs = attention_inputs(generator, heads=1, tokens=300, keys=420, dtype=dtype, knots=None)
+    change(inputs)
+    assert relative_error(*run(inputs, "16bit", "triton")) < BARS[dtype]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("change", HARD)
+def test_low_bit_loses_no_more_than_its_emulation(generator, change, precision):
+    inputs = attention_inputs(generator, heads=1, tokens=300, keys=420, knots=None)
+    change(inputs)
+    emulated = relative_error(*run(inputs, precision, "torch"))
+    assert relative_error(*run(inputs, precision, "triton")) < 1.2 * emulated + 5e-3
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
+def test_equal_keys_and_equal_values_come_back(generator, precision):
+    inputs = attention_inputs(generator, heads=1, tokens=130, keys=300, knots=None)
+    equal_keys(inputs)
+    inputs.v[:] = 0.75
+    out = sla2_attention(*inputs.tensors(), sparsity=0.5, precision=precision, backend="triton")
+    assert (out - 0.75).abs().max() < (1e-6 if precision == "16bit" else 2e-2)

@@ -1,0 +1,75 @@
+"""Routing in Triton picks what the torch router picks; a selection can be handed in, in any order."""
+
+import pytest
+import torch
+from operator_inputs import assert_same_selection, attention_inputs, normal, projection, relative_error
+
+from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
+from sla2_kernels.reference import router_scores
+
+
+@pytest.mark.parametrize("proj", [None, "shared", "per head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "keys", "sparsity"), [(1, 1, 0.97), (129, 700, 0.5), (300, 2500, 0.9)])
+def test_both_backends_select_the_same(generator, tokens, keys, sparsity, dtype, proj):
+    inputs = attention_inputs(generator, batch=2, heads=3, tokens=tokens, keys=keys, dtype=dtype, proj=proj)
+    arguments = inputs.q, inputs.k, inputs.proj_q, inputs.proj_k
+    found, expected = (
+        select_key_blocks(*arguments, sparsity=sparsity, backend=backend) for backend in ("triton", "torch")
+    )
+    k_smooth = inputs.k.double() - inputs.k.double().mean(dim=2, keepdim=True)
+    scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k)
+    assert_same_selection(found, expected, scores)
+
+
+def test_more_key_blocks_than_one_chunk_of_the_selection(generator):
+    q, k = normal(generator, 1, 1, 130, 32), normal(generator, 1, 1, 600 * 64 + 1, 32)
+    found = select_key_blocks(q, k, sparsity=0.97, backend="triton")
+    expected = select_key_blocks(q, k, sparsity=0.97, backend="torch")
+    scores = router_scores(q.double(), k.double() - k.double().mean(dim=2, keepdim=True))
+    assert found.shape[-1] == 18
+    assert_same_selection(found, expected, scores)
+
+
+def test_equal_keys_select_the_first_blocks(generator):
+    q, k = normal(generator, 1, 2, 130, 64), torch.ones(1, 2, 640, 64)
+    found = select_key_blocks(q, k, sparsity=0.7, backend="triton")
+    assert torch.equal(found, torch.arange(3, dtype=torch.int32).expand(1, 2, 2, 3))
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_given_selection_replaces_the_router_s(generator, dtype, precision):
+    inputs = attention_inputs(generator, heads=3, tokens=300, keys=500, knots=None)
+    key_blocks = torch.rand(1, 3, 3, 8, generator=generator).argsort(dim=-1)[..., :3].to(dtype)
+    options = {"precision": precision, "backend": "triton", "sparsity": 0.1, "key_blocks": key_blocks}
+    # the projections would route elsewhere: with a selection given they play no part
+    weights = (projection(generator, "shared", 3, 64), None, None)
+    out, ratio = sla2_attention(inputs.q, inputs.k, inputs.v, *weights, **options, return_alpha=True)
+    expected, expected_ratio = inputs.reference(key_blocks)
+    bar = {"16bit": 1e-5, "int8": 6e-2, "fp8": 1e-1}[precision]
+    assert relative_error(out, expected) < bar and relative_error(ratio, expected_ratio) < bar
+
+
+def test_the_router_s_own_selection_handed_in_changes_no_bit(generator):
+    inputs = attention_inputs(generator, tokens=300, proj="shared", knots=None)
+    options = {"sparsity": 0.5, "backend": "triton"}
+    routed = select_key_blocks(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, **options)
+    shuffled = routed.flip(-1).long()
+    out = sla2_attention(*inputs.tensors(), **options)
+    assert torch.equal(sla2_attention(*inputs.tensors(), **options, key_blocks=shuffled), out)
+
+
+def test_blocks_out_of_range_are_clamped_where_no_check_can_see_them(generator):
+    """As on a GPU, where checking the contents would wait for it: nothing outside K and V is read."""
+    inputs = attention_inputs(generator, heads=1, tokens=130, keys=300)
+    outside = torch.tensor([-7, 2, 900], dtype=torch.int32).expand(1, 1, 2, 3)
+    inside = torch.tensor([0, 2, 4], dtype=torch.int32).expand(1, 1, 2, 3)
+    results = []
+    for key_blocks in (outside, inside):
+        out = torch.empty(inputs.q.shape)
+        triton_backend.attention(
+            inputs.q, inputs.k, inputs.v, None, None, key_blocks, None, out, sparsity=0.5, scale=0.1, precision="int8"
+        )
+        results.append(out)
+    assert torch.equal(*results) and torch.isfinite(results[0]).all()
