@@ -39,5 +39,5 @@ def plan_for(device, steps=None, tiny=False):
     if tiny:
         return Plan(device, frames=9, height=128, width=128, steps=steps or 2, sparsity=0.75)
     if device == "cpu":
-        return Plan(device, frames=33, height=192, width=192, steps=steps or 30, sparsity=0.75)
+        return Plan(device, frames=33, height=192, width=192, steps=steps or 20, sparsity=0.75)
     return Plan(device, frames=81, height=320, width=320, steps=steps or 30, sparsity=0.9)
