@@ -89,6 +89,8 @@ class Counts:
     def comfyui(self):
         """How many of ComfyUI's tests ran, and why others were left out."""
         left_out = self.comfyui_left_out.total()
+        if not self.comfyui_ran and not left_out:
+            return "ComfyUI tests: NONE RAN, there were none among the tests chosen"
         said = f"ComfyUI tests: {self.comfyui_ran} ran, {left_out} left out"
         if not self.comfyui_ran:
             said = f"ComfyUI tests: NONE RAN, {left_out} left out"
