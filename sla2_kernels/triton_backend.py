@@ -14,7 +14,7 @@ from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
 from .kernels.score import project, scores
-from .kernels.select import new_mask, select
+from .kernels.select import select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability
@@ -67,8 +67,7 @@ def _given(q, k, key_blocks):
     blocks = k_pooled.shape[1]
     # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
     selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
-    unselected = new_mask(selected.shape[:2], blocks, q.dtype, q.device)
-    unselected.fill_(1.0).scatter_(-1, selected.long(), 0.0)
+    unselected = unselected_mask(selected, blocks, q.dtype)
     return Routing(selected, unselected, k_pooled, k_mean)
 
 

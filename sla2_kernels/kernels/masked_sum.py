@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
 def _masked_sum(
-    mask, sums, out, mask_stride_h, mask_stride_m, first_head, rows, blocks, columns,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    mask, sums, out, mask_stride_h, mask_stride_m, first_head, rows, blocks,
+    COLUMNS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     # row tiles run fastest: neighbours share one panel of h, the large operand, in L2
     i = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
@@ -20,18 +20,18 @@ def _masked_sum(
     slot = tl.program_id(2).to(tl.int64)
     kk = tl.arange(0, TILE_K)
     mask_rows = mask + (first_head + slot) * mask_stride_h + i[:, None].to(tl.int64) * mask_stride_m
-    sums += slot * blocks * columns
+    sums += slot * blocks * COLUMNS
     acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
     for start in range(0, blocks, TILE_K):
         j = start + kk
         inside = j < blocks
-        left = tl.load(mask_rows + j[None, :], mask=(i[:, None] < rows) & inside[None, :], other=0.0)
-        right_at = sums + j[:, None].to(tl.int64) * columns + n[None, :]
-        right = tl.load(right_at, mask=inside[:, None] & (n[None, :] < columns), other=0.0)
+        left = tl.load(mask_rows + j[None, :], mask=i[:, None] < rows, other=0.0)  # zero behind the last block
+        right_at = sums + j[:, None].to(tl.int64) * COLUMNS + n[None, :]
+        right = tl.load(right_at, mask=inside[:, None] & (n[None, :] < COLUMNS), other=0.0)
         acc = tl.dot(left, right, acc, input_precision="tf32x3")
-    out_at = out + (slot * rows + i[:, None]) * columns + n[None, :]
+    out_at = out + (slot * rows + i[:, None]) * COLUMNS + n[None, :]
     value = (acc / blocks).to(out.dtype.element_ty)
-    tl.store(out_at, value, mask=(i[:, None] < rows) & (n[None, :] < columns))
+    tl.store(out_at, value, mask=(i[:, None] < rows) & (n[None, :] < COLUMNS))
 
 
 def masked_sum(unselected, sums, out, heads_slice, config):
@@ -44,7 +44,7 @@ def masked_sum(unselected, sums, out, heads_slice, config):
         heads_slice.stop - heads_slice.start,
     )
     _masked_sum[grid](
-        unselected, sums, out, unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks, columns,
-        TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_K=config.tile_k,
+        unselected, sums, out, unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks,
+        COLUMNS=columns, TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_K=config.tile_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

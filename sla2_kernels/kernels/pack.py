@@ -14,7 +14,7 @@ FP8_MAX = tl.constexpr(448.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
 def _pack(
     k, v, k_mean, k_low, k_scale, v_low, v_exponent, sums,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,

@@ -12,7 +12,7 @@ SMOOTH_ROWS = 64
 SMOOTH_FEATURES = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens"])
 def _pool(x, pooled, stride_b, stride_h, stride_n, stride_d, heads, tokens, D: tl.constexpr, BLOCK: tl.constexpr):
     block, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -24,7 +24,7 @@ def _pool(x, pooled, stride_b, stride_h, stride_n, stride_d, heads, tokens, D: t
     tl.store(pooled + (bh * tl.num_programs(0) + block) * D + features, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def _smooth(pooled, mean, tokens, blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     bh = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1) * COLS + tl.arange(0, COLS)

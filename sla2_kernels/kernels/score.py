@@ -12,7 +12,7 @@ TILE = 64
 STEP = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols"])
 def _product(
     a, b, out, b_heads, b_stride_h, rows, cols, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 CHUNK = 512
+MASK_STEP = 128
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def _sortable(x):
     return flipped.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def _select(scores, selected, unselected, count, blocks, mask_stride, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CHUNK)
@@ -58,8 +59,12 @@ def _select(scores, selected, unselected, count, blocks, mask_stride, CHUNK: tl.
 
 
 def new_mask(rows_shape, blocks, dtype, device):
-    """An unset 1 - M_c, (*rows_shape, T_n): a view whose rows start at 16-byte boundaries."""
-    return torch.empty(*rows_shape, triton.cdiv(blocks, 16) * 16, dtype=dtype, device=device)[..., :blocks]
+    """A 1 - M_c to be filled in, (*rows_shape, T_n): a view of rows with zeros up to the next MASK_STEP.
+
+    A product can then walk it in whole steps.
+    """
+    padded = triton.cdiv(blocks, MASK_STEP) * MASK_STEP
+    return torch.zeros(*rows_shape, padded, dtype=dtype, device=device)[..., :blocks]
 
 
 def select(scores, count, mask_dtype):
@@ -71,3 +76,9 @@ def select(scores, count, mask_dtype):
         scores, selected, unselected, count, blocks, unselected.stride(1), CHUNK=CHUNK, num_warps=1
     )
     return selected, unselected
+
+
+def unselected_mask(selected, blocks, dtype):
+    """1 - M_c (B * H, T_m, T_n) of a selection (B * H, T_m, count) that was made elsewhere."""
+    unselected = new_mask(selected.shape[:2], blocks, dtype, selected.device)
+    return unselected.fill_(1.0).scatter_(-1, selected.long(), 0.0)

@@ -118,7 +118,9 @@ def _linear_attention(q, h_at, D: tl.constexpr):
     return tl.dot(exponentials.to(h.dtype), h, input_precision="tf32x3") / norm[:, None]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "q_blocks", "k_blocks", "count"]
+)  # none of them may cost a user a compilation when frames, sparsity or head groups change
 def _sparse_attention(
     q, k, v, out, k_low, k_scale, v_low, v_exponent, sums, selected, unselected, ratios, k_pooled, k_mean, row_ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
