@@ -35,7 +35,8 @@ def git(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def target(tmp_path):
+def target(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield tmp_path / "ComfyUI"
     assert not (tmp_path / "ComfyUI.partial").exists()
 
