@@ -8,10 +8,11 @@ h_j -> H_i -> dH_i (in place) -> dh_j (in h_j's place). Then three walks over th
 import math
 
 import torch
+import torch.nn.functional as F
 
 from .kernels.backward_configs import backward_config
 from .kernels.backward_keys import key_gradients, selecting_blocks
-from .kernels.backward_linear import linear_keys, linear_queries, token_mean
+from .kernels.backward_linear import linear_keys, linear_queries
 from .kernels.backward_queries import query_gradient
 from .kernels.backward_rows import row_statistics
 from .kernels.configs import product_config
@@ -42,12 +43,14 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
             q, k, v, grad_out, selected, row_ratio.contiguous(), shift, delta,
             scale_log2=scales["scale_log2"], q_block=Q_BLOCK, block=K_BLOCK, config=config.statistics,
         )  # fmt: skip
-        grad_ratio = torch.zeros(*q.shape[:2], block_count(q.shape[2], Q_BLOCK), dtype=torch.float32, device=q.device)
-        correction = None
+        correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if selected.shape[2] < blocks:
-            correction = _linear_branch(
-                q, k, v, grad_out, selected, row_ratio.contiguous(), delta, grad_q, grad_k, grad_v, grad_ratio, config
+            correction, product = _linear_branch(
+                q, k, v, grad_out, selected, row_ratio.contiguous(), grad_q, grad_k, grad_v, config.linear
             )
+            # d loss / d alpha = dO (O_s - O_l), and delta is the first product
+            rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
+            grad_ratio = rows.unflatten(1, (-1, Q_BLOCK)).sum(dim=2)
         query_gradient(
             q, k, v, grad_out, grad_q, selected, shift, delta,
             **scales, linear=correction is not None, config=config.queries,
@@ -56,7 +59,7 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
             q, k, v, grad_out, grad_k, grad_v, selecting_blocks(selected, blocks), shift, delta, correction,
             **scales, config=config.keys,
         )  # fmt: skip
-    return grad_ratio
+    return grad_ratio.unflatten(0, q.shape[:2])
 
 
 def _workspace_dtype(dtype):
@@ -64,8 +67,9 @@ def _workspace_dtype(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _linear_branch(q, k, v, grad_out, selected, row_ratio, delta, grad_q, grad_k, grad_v, grad_ratio, config):
-    """Writes the linear branch's gradients and grad_ratio; returns the mean over tokens of its dK, float32 (B * H, D)."""
+def _linear_branch(q, k, v, grad_out, selected, row_ratio, grad_q, grad_k, grad_v, config):
+    """Writes the linear branch's gradients; returns the mean over tokens of its dK, float32 (B * H, D), and
+    rowsum(dO O_l), float32 (B, H, N)."""
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
     dtype = _workspace_dtype(q.dtype)
     k_pooled = pool(k, K_BLOCK)
@@ -78,7 +82,9 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, delta, grad_q, grad_k
     sums = torch.empty(size, blocks, columns, dtype=dtype, device=q.device)
     query_sums = torch.empty(size, q_blocks, columns, dtype=dtype, device=q.device)
     work = Workspace(None, None, None, None, sums, query_sums)
-    block_totals = torch.empty(len(selected), blocks, head_dim, dtype=torch.float32, device=q.device)
+    weight, row_product = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    tiles = block_count(k.shape[2], config.keys)
+    tile_totals = torch.empty(len(selected), tiles, head_dim, dtype=torch.float32, device=q.device)
     product = product_config(capability(q.device), dtype.itemsize)
     # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
     factor = q_blocks / (blocks * K_BLOCK)
@@ -86,13 +92,11 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, delta, grad_q, grad_k
         pack(k, v, k_mean, work, heads, K_BLOCK, "16bit", "16bit")
         masked_sum(unselected, sums, query_sums, heads, product)
         linear_queries(
-            q, grad_out, grad_q, query_sums, row_ratio, delta, grad_ratio, heads, q_block=Q_BLOCK, config=config.linear
+            q, grad_out, grad_q, query_sums, row_ratio, weight, row_product, heads, q_block=Q_BLOCK, config=config
         )
         masked_sum(transposed, query_sums, sums, heads, product)
-        linear_keys(
-            k, v, k_mean, grad_k, grad_v, sums, block_totals, heads, factor=factor, block=K_BLOCK, config=config.linear
-        )
-    return token_mean(block_totals, k.shape[2])
+        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, heads, factor=factor, block=K_BLOCK, config=config)
+    return tile_totals.sum(dim=1) / k.shape[2], row_product
 
 
 def _masks(selected, blocks, dtype):

@@ -16,13 +16,24 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
+class LinearConfig:
+    """rows, keys: as in TileConfig. cols: columns of H at a time."""
+
+    rows: int
+    keys: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class BackwardConfig:
-    """statistics, queries, keys: the three walks over selected pairs. linear: both kernels of the linear branch."""
+    """statistics, queries, keys: the three walks over selected pairs. linear: the kernels of the linear branch."""
 
     statistics: TileConfig
     queries: TileConfig
     keys: TileConfig
-    linear: TileConfig
+    linear: LinearConfig
 
 
 def backward_config(capability, element_size, workspace_size):
@@ -34,5 +45,5 @@ def backward_config(capability, element_size, workspace_size):
         walk = TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
     else:
         walk = (TileConfig(64, 64, 4, 2 if large else 1),) * 3
-    linear = TileConfig(64, 64, 8, 1) if workspace_size == 2 and large else TileConfig(32, 32, 8, 1)
+    linear = LinearConfig(64, 64, 64, 8, 2) if workspace_size == 2 else LinearConfig(32, 32, 32, 4, 1)
     return BackwardConfig(*walk, linear)
