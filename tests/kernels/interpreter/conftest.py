@@ -62,8 +62,10 @@ def poisoned_memory(monkeypatch):
         assert _is_poison(flat[:GUARD]).all() and _is_poison(flat[-GUARD:]).all(), "a kernel wrote outside its output"
 
 
-@pytest.fixture(params=["8.0", "8.9"])
-def each_capability(request, monkeypatch):
-    """The operator as on an A100 (no FP8: "int8" multiplies P and V in 16 bit) and as on an RTX 40."""
-    monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", request.param)
-    return request.param
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """The masked sum in few large tiles: the interpreter pays per program. Its own tests run every card's tiles."""
+    from sla2_kernels.kernels import configs
+
+    wide = configs.ProductConfig(tile_m=16, tile_n=4096, tile_k=32, num_warps=4, num_stages=1)
+    monkeypatch.setattr(configs, "product_config", lambda capability, element_size: wide)

@@ -6,6 +6,8 @@ from operator_inputs import attention_inputs
 
 from sla2_kernels import sla2_attention, triton_backend
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 OPTIONS = {"sparsity": 0.5, "backend": "triton", "return_alpha": True}
 
 

@@ -7,9 +7,15 @@ import pytest
 import torch
 from operator_inputs import attention_inputs, relative_error
 
-from sla2_kernels import sla2_attention
+from sla2_kernels import select_key_blocks, sla2_attention
 
-BARS = {torch.float32: 1e-5, torch.float16: 2e-3}
+pytestmark = [
+    pytest.mark.usefixtures("wide_tiles"),
+    # numpy's word where the unselected mass is that much larger: the ratio is then 0, as it should be
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
+]
+
+BARS = {torch.float32: 1e-4, torch.float16: 5e-3}
 
 
 def keys_with_an_offset(inputs):
@@ -61,8 +67,6 @@ HARD = [
 
 def run(inputs, precision, backend):
     """(out, reference) on the selection that the torch router makes, with alpha estimated."""
-    from sla2_kernels import select_key_blocks
-
     key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5, backend="torch")
     out = sla2_attention(inputs.q, inputs.k, inputs.v, precision=precision, backend=backend, key_blocks=key_blocks)
     return out, inputs.reference(key_blocks)[0]

@@ -6,6 +6,8 @@ from operator_inputs import attention_inputs, relative_error
 
 from sla2_kernels import select_key_blocks, sla2_attention
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 # (precision, compute capability, dtype): highest relative error
 BARS = {
     ("16bit", "8.9", torch.float32): 1e-5,

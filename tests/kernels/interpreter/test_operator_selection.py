@@ -7,6 +7,8 @@ from operator_inputs import assert_same_selection, attention_inputs, normal, pro
 from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
 from sla2_kernels.reference import router_scores
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 
 @pytest.mark.parametrize("proj", [None, "shared", "per head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

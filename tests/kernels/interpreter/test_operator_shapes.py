@@ -5,6 +5,8 @@ from operator_inputs import attention_inputs, relative_error
 
 from sla2_kernels import select_key_blocks, sla2_attention
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 # batch, heads, tokens, keys, head_dim, sparsity, knots, proj
 CASES = {
     "one token": (1, 1, 1, 1, 64, 0.97, None, None),

@@ -6,6 +6,8 @@ from operator_inputs import attention_inputs, embedded, normal
 
 from sla2_kernels import select_key_blocks, sla2_attention
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 PRECISIONS = ("16bit", "int8", "fp8")
 OPTIONS = {"sparsity": 0.5, "backend": "triton", "return_alpha": True}
 

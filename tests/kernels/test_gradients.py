@@ -1,0 +1,144 @@
+"""Gradients of the operator against autograd through the float64 definition."""
+
+import pytest
+import torch
+from operator_inputs import attention_inputs, normal, relative_error
+
+from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels.reference import sla2_reference
+
+
+def leaves_of(inputs):
+    """q, k, v and alpha (None stays None) as separate leaves."""
+    tensors = inputs.q, inputs.k, inputs.v, inputs.alpha
+    return [x if x is None else x.detach().clone().requires_grad_() for x in tensors]
+
+
+def reference_gradients(inputs, key_blocks, weight):
+    q, k, v, alpha = leaves = leaves_of(inputs)
+    out, _ = sla2_reference(q, k, v, alpha=alpha, key_blocks=key_blocks)
+    (out * weight).sum().backward()
+    return [x.grad for x in leaves if x is not None]
+
+
+def operator_gradients(inputs, weight, **options):
+    q, k, v, alpha = leaves = leaves_of(inputs)
+    out = sla2_attention(q, k, v, alpha=alpha, **options)
+    (out * weight.to(out.dtype)).sum().backward()
+    return [x.grad for x in leaves if x is not None]
+
+
+@pytest.mark.parametrize("knots", [None, 0, 3])
+@pytest.mark.parametrize(("tokens", "keys", "sparsity"), [(1, 65, 0.5), (129, 300, 0.5), (300, 200, 0.7), (130, 64, 0.0)])
+def test_float64_gradients_are_exact(generator, tokens, keys, sparsity, knots):
+    inputs = attention_inputs(
+        generator, batch=2, heads=2, tokens=tokens, keys=keys, head_dim=16, dtype=torch.float64, knots=knots
+    )
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=sparsity)
+    weight = normal(generator, *inputs.q.shape).double()
+    expected = reference_gradients(inputs, key_blocks, weight)
+    found = operator_gradients(inputs, weight, sparsity=sparsity, precision="16bit")
+    for grad, wanted in zip(found, expected, strict=True):
+        if sparsity == 0.0 and grad is None:
+            assert not wanted.any()  # alpha, where everything is selected
+        else:
+            assert (grad - wanted).norm() <= 1e-7 * wanted.norm() + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "bar"),
+    [("16bit", torch.float32, 1e-5), ("16bit", torch.float16, 5e-3), ("16bit", torch.bfloat16, 3e-2),
+     ("int8", torch.float32, 1e-1), ("fp8", torch.float32, 1.5e-1)],
+)  # fmt: skip
+def test_gradients_by_format(generator, precision, dtype, bar):
+    inputs = attention_inputs(generator, tokens=200, keys=300, dtype=dtype, knots=2)
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
+    weight = normal(generator, *inputs.q.shape, dtype=dtype)
+    expected = reference_gradients(inputs, key_blocks, weight.double())
+    found = operator_gradients(inputs, weight, sparsity=0.5, precision=precision)
+    for grad, wanted in zip(found[:3], expected[:3], strict=True):
+        assert grad.dtype == dtype and relative_error(grad, wanted) < bar
+    assert found[3].dtype == torch.float32 and found[3].shape == inputs.alpha.shape
+
+
+def test_finite_differences(generator):
+    inputs = attention_inputs(generator, heads=2, tokens=3, keys=130, head_dim=4, dtype=torch.float64, knots=2)
+    inputs.alpha = inputs.alpha.double()
+    key_blocks = torch.tensor([[0, 2], [1, 2]]).view(1, 2, 1, 2)
+
+    def operator(q, k, v, alpha):
+        return sla2_attention(q, k, v, alpha=alpha, key_blocks=key_blocks, precision="16bit")
+
+    assert torch.autograd.gradcheck(operator, leaves_of(inputs), fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_expanded_and_strided_output_gradients(generator, layout):
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16, dtype=torch.float64, knots=None)
+    if layout == "BNHD":
+        inputs.q, inputs.k, inputs.v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    leaves = leaves_of(inputs)[:3]
+    out = sla2_attention(*leaves, sparsity=0.5, precision="16bit", layout=layout)
+    strided = normal(generator, *reversed(out.shape)).double().permute(3, 2, 1, 0)
+    for gradient in (torch.ones(1, dtype=torch.float64).expand_as(out), strided):
+        found = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+        expected = torch.autograd.grad(out, leaves, gradient.contiguous(), retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_tensor_used_three_times_gathers_all_gradients(generator):
+    x = normal(generator, 1, 2, 200, 16).double().requires_grad_()
+    key_blocks = select_key_blocks(x, x, sparsity=0.5)
+    weight = normal(generator, 1, 2, 200, 16).double()
+    (found,) = torch.autograd.grad((sla2_attention(x, x, x, sparsity=0.5, precision="16bit") * weight).sum(), x)
+    (expected,) = torch.autograd.grad((sla2_reference(x, x, x, key_blocks=key_blocks)[0] * weight).sum(), x)
+    assert relative_error(found, expected) < 1e-10
+
+
+def test_expanded_keys_gather_the_gradients_of_their_heads(generator):
+    inputs = attention_inputs(generator, heads=3, tokens=130, keys=200, head_dim=16, dtype=torch.float64)
+    shared = inputs.k[:, :1].clone().requires_grad_()
+    apart = shared.detach().expand(-1, 3, -1, -1).clone().requires_grad_()
+    for k in (shared.expand(-1, 3, -1, -1), apart):
+        sla2_attention(inputs.q, k, inputs.v, sparsity=0.5, precision="16bit").square().sum().backward()
+    assert relative_error(shared.grad, apart.grad.sum(dim=1, keepdim=True)) < 1e-12
+
+
+def test_gradient_flows_through_the_mean_of_k(generator):
+    """An offset of all keys changes no output, so K's gradients sum to zero."""
+    inputs = attention_inputs(generator, tokens=130, keys=200, dtype=torch.float64)
+    k = inputs.k.requires_grad_()
+    sla2_attention(inputs.q, k, inputs.v, sparsity=0.5, precision="16bit").square().sum().backward()
+    assert k.grad.abs().max() > 1e-3 and k.grad.sum(dim=2).abs().max() < 1e-10
+
+
+def test_only_what_asks_for_a_gradient_gets_one_and_the_router_never_does(generator):
+    inputs = attention_inputs(generator, tokens=130, keys=200, proj="shared", knots=2)
+    for x in (inputs.v, inputs.proj_q, inputs.proj_k):
+        x.requires_grad_()
+    sla2_attention(*inputs.tensors(), sparsity=0.5).sum().backward()
+    assert inputs.v.grad.abs().sum() > 0
+    assert all(x.grad is None for x in (inputs.q, inputs.k, inputs.alpha, inputs.proj_q, inputs.proj_k))
+
+
+def test_the_ratio_handed_back_passes_its_gradient_to_alpha(generator):
+    inputs = attention_inputs(generator, batch=2, tokens=300, keys=200, knots=2)
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
+    weight = normal(generator, 2, 2, 300)
+    found, expected = (inputs.alpha.clone().requires_grad_() for _ in range(2))
+    _, ratio = sla2_attention(inputs.q, inputs.k, inputs.v, alpha=found, sparsity=0.5, return_alpha=True)
+    (ratio * weight).sum().backward()
+    _, ratio = sla2_reference(inputs.q, inputs.k, inputs.v, alpha=expected, key_blocks=key_blocks)
+    (ratio * weight).sum().backward()
+    assert relative_error(found.grad, expected.grad) < 1e-5
+
+
+def test_gradients_do_not_depend_on_the_chunks(generator, monkeypatch):
+    from sla2_kernels import torch_backend
+
+    inputs = attention_inputs(generator, tokens=500, keys=300, dtype=torch.float64)
+    weight = normal(generator, *inputs.q.shape).double()
+    whole = operator_gradients(inputs, weight, sparsity=0.5, precision="16bit")
+    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1)
+    chunked = operator_gradients(inputs, weight, sparsity=0.5, precision="16bit")
+    assert all(relative_error(x, y) < 1e-10 for x, y in zip(chunked, whole, strict=True))
