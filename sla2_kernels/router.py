@@ -64,9 +64,10 @@ def project(pooled, proj):
 def router_scores(q, k, proj_q=None, proj_k=None, scale=None):
     """Router logits P_c, (B, H, T_m, T_n), of q (B, H, N, D) and the unsmoothed k (B, H, M, D); None scale is D ** -0.5."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_pooled = pool_blocks(k, K_BLOCK)
-    k_pooled = k_pooled - mean_from_pools(k_pooled, k.shape[2], K_BLOCK)
-    return project(pool_blocks(q, Q_BLOCK), proj_q) @ project(k_pooled, proj_k).transpose(-1, -2) * scale
+    with torch.autocast(q.device.type, enabled=False):
+        k_pooled = pool_blocks(k, K_BLOCK)
+        k_pooled = k_pooled - mean_from_pools(k_pooled, k.shape[2], K_BLOCK)
+        return project(pool_blocks(q, Q_BLOCK), proj_q) @ project(k_pooled, proj_k).transpose(-1, -2) * scale
 
 
 def top_k_blocks(scores, count):
