@@ -123,7 +123,8 @@ def _attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not heads_first:
         out = torch.empty(_swapped(q.shape), dtype=q.dtype, device=q.device).transpose(1, 2)
-    ratios = None if alpha is None else resample_ratio(alpha.float(), block_count(q.shape[2], Q_BLOCK))
+    ratio_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    ratios = None if alpha is None else resample_ratio(alpha.to(ratio_dtype), block_count(q.shape[2], Q_BLOCK))
 
     if backend == "triton":
         from . import triton_backend
