@@ -54,7 +54,7 @@ def sla2_attention(
         layout: "BHND" or "BNHD".
         scale: softmax scale, > 0; None is D ** -0.5.
         key_blocks: integers (B, H, T_m, n), distinct key blocks per query block, instead of routing. Contents are
-            checked on the CPU only (a check on the GPU would wait for it); there, blocks out of range are ignored.
+            checked on the CPU only (a check on the GPU would wait for it); the Triton kernels clamp what is out of range.
         backend: "triton", "torch", or "auto": Triton where it can run, else torch.
         return_alpha: also return the ratio used for each query row.
 
