@@ -19,7 +19,7 @@ from .kernels.configs import product_config
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
-from .kernels.select import new_mask
+from .kernels.select import new_mask, unselected_mask
 from .router import K_BLOCK, Q_BLOCK, block_count
 from .support import capability
 from .triton_backend import Workspace, _head_groups, _on
@@ -101,9 +101,7 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, grad_q, grad_k, grad_
 
 def _masks(selected, blocks, dtype):
     """1 - M_c, (B * H, T_m, T_n), and its transpose, rows of both at 16-byte boundaries."""
-    rows = selected.shape[1]
-    unselected = new_mask(selected.shape[:2], blocks, dtype, selected.device)
-    unselected.fill_(1.0).scatter_(-1, selected.long(), 0.0)
-    transposed = new_mask((len(selected), blocks), rows, dtype, selected.device)
+    unselected = unselected_mask(selected, blocks, dtype)
+    transposed = new_mask((len(selected), blocks), selected.shape[1], dtype, selected.device)
     transposed.copy_(unselected.transpose(1, 2))
     return unselected, transposed

@@ -30,7 +30,7 @@ def selecting_blocks(selected, key_blocks):
     return (pairs % rows).to(torch.int32), starts.to(torch.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "k_blocks", "pairs"])
 def _key_gradient(
     q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,

@@ -18,7 +18,7 @@ def _features(x):
     return exponentials / tl.sum(exponentials, axis=1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_head", "tokens", "q_blocks"])
 def _linear_queries(
     q, grad_out, grad_q, sums, row_ratio, row_weight, row_product,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
@@ -58,7 +58,7 @@ def _linear_queries(
     tl.store(out_at, dq.to(grad_q.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
 def _linear_sums(
     q, grad_out, sums, row_weight, row_product,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
@@ -90,7 +90,7 @@ def _linear_sums(
         tl.store(sums + D * D + d, dz.to(sums.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_head", "tokens", "blocks"])
 def _linear_keys(
     k, v, k_mean, grad_k, grad_v, sums, tile_totals,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,

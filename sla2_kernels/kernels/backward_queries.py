@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "q_blocks", "count"])
 def _query_gradient(
     q, k, v, grad_out, grad_q, selected, row_shift, row_delta,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,

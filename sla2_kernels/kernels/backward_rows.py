@@ -12,7 +12,7 @@ LOWEST = tl.constexpr(-1.0e30)  # a running maximum that no finite score undercu
 SMALLEST_RATIO = tl.constexpr(1.0e-30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "q_blocks", "count"])
 def _row_statistics(
     q, k, v, grad_out, selected, row_ratio, row_shift, row_delta,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,

@@ -1,0 +1,294 @@
+"""Forward and backward time of sla2_attention beside dense FlashAttention-2 and SLA's own Triton backward, in one run.
+
+    python -m benchmarks.backward --peers FOLDER         Wan 1.3B at 480p and 14B at 720p, on a GPU (about 4 minutes)
+    python -m benchmarks.backward --parts check          gradients against float64 only
+    python -m benchmarks.backward --parts phases         time of each kernel of a backward pass
+    python -m benchmarks.backward --parts sweep          other tile sizes than the shipped ones, one kernel at a time
+    TRITON_INTERPRET=1 python -m benchmarks.backward --shapes tiny --device cpu --parts check,time
+
+Times are medians of triton.testing.do_bench over forward plus backward; "kept" is what the forward pass leaves in memory
+for the backward pass, beside q, k, v and the output themselves. Rows go to benchmarks/results/<card>.json.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sla2_kernels import Q_BLOCK, select_key_blocks, sla2_attention
+from sla2_kernels.kernels.backward_configs import BackwardConfig, TileConfig
+from sla2_kernels.reference import sla2_reference
+from sla2_kernels.router import block_count
+
+from . import results
+from .inputs import find_shape, make_inputs
+from .measure import environment, is_gpu, median_ms
+from .ours import weights_for
+from .peers import Method, _sdpa, add_peer_folders
+
+PARTS = ("check", "time", "phases", "sweep")
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+BASELINE = "FlashAttention-2 (PyTorch)"
+
+
+def main(argv=None):
+    args = parse(argv)
+    add_peer_folders(args.peers)
+    print(", ".join(f"{name} {value}" for name, value in environment(args.device).items()), flush=True)
+    failed = False
+    for name in args.shapes:
+        shape = find_shape(name)
+        dtype = torch.bfloat16 if is_gpu(args.device) else torch.float32
+        q, k, v = make_inputs(shape, args.data, device=args.device, dtype=dtype)
+        for sparsity in args.sparsities if "check" in args.parts else ():
+            failed |= not check(q, k, v, shape, sparsity)
+        if "time" in args.parts:
+            time_methods(q, k, v, shape, args)
+        if "phases" in args.parts:
+            print_phases(q, k, v, args.sparsities[0])
+        if "sweep" in args.parts:
+            sweep(q, k, v, args)
+    return 1 if failed else 0
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=_parts, default=["check", "time", "phases"], help=", ".join(PARTS))
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=["1.3B-480p", "14B-720p"])
+    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
+    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["int8", "16bit"])
+    parser.add_argument("--data", default="random", help="random, local or clustered (benchmarks/inputs.py)")
+    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/peers.py)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/<card>.json")
+    return parser.parse_args(argv)
+
+
+def _parts(text):
+    parts = text.split(",")
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
+    return parts
+
+
+def leaves_of(*tensors):
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+def check(q, k, v, shape, sparsity, *, heads=2, blocks=4):
+    """Gradients of a few heads against float64 autograd of the definition; prints one line, returns whether they hold.
+
+    The output's gradient is not zero on a few query blocks only (the ragged last one among them), so that the definition
+    needs just those; a second run on the full gradient must repeat bit by bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen_heads = torch.randperm(q.shape[2], generator=generator)[:heads].tolist()
+    query_blocks = block_count(q.shape[1], Q_BLOCK)
+    chosen = sorted({query_blocks - 1, *torch.randperm(query_blocks, generator=generator)[:blocks].tolist()})
+    rows = torch.cat([torch.arange(i * Q_BLOCK, min((i + 1) * Q_BLOCK, q.shape[1])) for i in chosen]).to(q.device)
+    weights = weights_for("learned", q.shape[2], q.shape[3], q.device)
+    grad = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    grad[:, rows] = torch.randn(q.shape[0], len(rows), *q.shape[2:], generator=generator).to(q)
+    selected = select_key_blocks(
+        q, k, weights.proj_q, weights.proj_k, sparsity=sparsity, layout="BNHD", backend="triton"
+    )
+
+    def ours(grad):
+        leaves = leaves_of(q, k, v, weights.alpha)
+        out = sla2_attention(
+            *leaves[:3], alpha=leaves[3], key_blocks=selected, precision="16bit", layout="BNHD", backend="triton"
+        )
+        return torch.autograd.grad(out, leaves, grad)
+
+    found, worst = ours(grad), dict.fromkeys(("dq", "dk", "dv", "dalpha"), 0.0)
+    for head in chosen_heads:
+        index = slice(head, head + 1)
+        leaves = leaves_of(*(x[:, :, index].transpose(1, 2).double() for x in (q, k, v)), weights.alpha[index].double())
+        out, _ = sla2_reference(*leaves[:3], alpha=leaves[3], key_blocks=selected[:, index], query_blocks=chosen)
+        expected = torch.autograd.grad(out, leaves, grad[:, rows][:, :, index].transpose(1, 2).double())
+        mine = [x[:, :, index].transpose(1, 2).double() for x in found[:3]] + [found[3][index].double()]
+        for name, a, b in zip(worst, mine, expected, strict=True):
+            worst[name] = max(worst[name], ((a - b).norm() / b.norm()).item())
+    full = torch.randn(q.shape, generator=generator).to(q)
+    repeatable = all(torch.equal(a, b) for a, b in zip(ours(full), ours(full), strict=True))
+    passed = repeatable and max(worst.values()) < TOLERANCE[q.dtype]
+    errors = "  ".join(f"{name} {value:.2e}" for name, value in worst.items())
+    state = "ok" if passed else "WRONG" if repeatable else "NOT REPEATABLE"
+    print(f"{shape.name:12s} skips {100 * sparsity:g}%  gradients against float64: {errors}  {state}", flush=True)
+    return passed
+
+
+def sla2_method(sparsity, precision):
+    """prepare(q, k, v) -> (function of no arguments that returns the output, the leaves of its graph)."""
+
+    def prepare(q, k, v):
+        weights = weights_for("learned", q.shape[2], q.shape[3], q.device)
+        leaves = leaves_of(q, k, v, weights.alpha)
+
+        def run():
+            return sla2_attention(
+                *leaves[:3], weights.proj_q, weights.proj_k, leaves[3],
+                sparsity=sparsity, precision=precision, layout="BNHD", backend="triton",
+            )  # fmt: skip
+
+        return run, leaves
+
+    return Method("sla2", prepare, sparsity, {"precision": precision})
+
+
+def _flash(q, k, v):
+    leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in (q, k, v)))
+    from torch.nn.attention import SDPBackend
+
+    return _with_leaves(_sdpa(SDPBackend.FLASH_ATTENTION), leaves)
+
+
+def _with_leaves(prepare, leaves):
+    # heads-first tensors pass through the transposition and contiguous() of peers.py unchanged, leaves included
+    return prepare(*(x.transpose(1, 2) for x in leaves)), leaves
+
+
+def _sla_method(sparsity):
+    import sparse_linear_attention
+
+    def prepare(q, k, v):
+        leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in (q, k, v)))
+        layer = sparse_linear_attention.SparseLinearAttention(q.shape[-1], 1 - sparsity, BLKQ=128, BLKK=64).to(q.device)
+        return lambda: layer(*leaves), leaves + list(layer.parameters())
+
+    return Method("SLA (thu-ml/SLA main)", prepare, sparsity)
+
+
+def methods_for(args):
+    methods = []
+    if is_gpu(args.device):
+        methods.append(Method(BASELINE, _flash))
+        try:
+            methods += [_sla_method(sparsity) for sparsity in args.sparsities]
+        except ImportError as error:
+            print(f"SLA (thu-ml/SLA main) is not here: {error}")
+    return methods + [sla2_method(s, p) for s in args.sparsities for p in args.precisions]
+
+
+def time_methods(q, k, v, shape, args):
+    """Prints and writes down one row per method."""
+    rows, baseline = [], None
+    for method in methods_for(args):
+        row = {
+            "part": "backward", "method": method.name, "shape": shape.name, "tokens": shape.tokens,
+            "heads": shape.heads, "data": args.data, "sparsity": method.sparsity, "precision": None, **method.fields,
+        }  # fmt: skip
+        try:
+            row |= measure(method, q, k, v, args.device)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            # written down and shown: a peer that refuses a shape must not end the run
+            row |= {"ms": None, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        if method.name == BASELINE:
+            baseline = row["ms"]
+        rows.append(row)
+        print(line(row, baseline), flush=True)
+    about = {"environment": environment(args.device)}
+    path = args.out or results.card_file(about["environment"]["card"])
+    old = [r for r in results.load(path).get("rows", []) if r["part"] == "backward" and r["shape"] != shape.name]
+    results.save(path, results.replace_part(results.load(path), "backward", old + rows, about))
+
+
+def measure(method, q, k, v, device):
+    """{"ms": forward plus backward, "forward_ms", "kept_bytes", "peak_bytes"}; bytes are None on the CPU."""
+    run, leaves = method.prepare(q, k, v)
+    grad = torch.randn_like(run())
+
+    def both():
+        return torch.autograd.grad(run(), leaves, grad, allow_unused=True)
+
+    found = {
+        "forward_ms": median_ms(run, device),
+        "ms": median_ms(both, device),
+        "kept_bytes": None,
+        "peak_bytes": None,
+    }
+    if is_gpu(device):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        torch.cuda.synchronize()
+        found["kept_bytes"] = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
+        del out
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        torch.cuda.synchronize()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    found["tensor_bytes"] = q.numel() * q.element_size()
+    return found
+
+
+def line(row, baseline):
+    skips = "dense" if row["sparsity"] is None else f"skips {100 * row['sparsity']:g}%"
+    start = f"{row['shape']:12s} {skips:10s} {row['method']} {row['precision'] or '':6s}"
+    if row["ms"] is None:
+        return f"{start} FAILED {row['failed']}"
+    parts = [f"{start:52s} forward {row['forward_ms']:8.3f} ms, with backward {row['ms']:8.3f} ms"]
+    if baseline is not None:
+        parts.append(f"{baseline / row['ms']:.1f}x")
+    if row["kept_bytes"] is not None:
+        parts.append(
+            f"kept {row['kept_bytes'] / row['tensor_bytes']:.2f}, peak {row['peak_bytes'] / row['tensor_bytes']:.2f} x Q"
+        )
+    return " ".join(parts)
+
+
+def _backward_call(q, k, v, sparsity):
+    """A function that runs the backward operator alone."""
+    weights = weights_for("learned", q.shape[2], q.shape[3], q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    selected = select_key_blocks(q, k, weights.proj_q, weights.proj_k, sparsity=sparsity, backend="triton")
+    ratio = weights.alpha[None, :, None].expand(q.shape[:3]).contiguous()
+    grad = torch.randn_like(q)
+    return lambda: torch.ops.sla2.attention_backward(grad, q, k, v, selected, ratio, True, q.shape[-1] ** -0.5)
+
+
+def print_phases(q, k, v, sparsity):
+    """Time of each kernel of one backward pass, largest first; needs a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run = _backward_call(q, k, v, sparsity)
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+    print(f"backward kernels at {q.shape[1]} tokens, skips {100 * sparsity:g}%:")
+    events = [(e.self_device_time_total / 5000, e.count // 5, e.key) for e in record.key_averages()]
+    for ms, count, name in sorted(events, reverse=True)[:16]:
+        print(f"  {ms:8.3f} ms  {count:3d} x {name[:90]}")
+
+
+def sweep(q, k, v, args):
+    """Time of the whole backward operator with other tiles for one kernel at a time."""
+    from sla2_kernels import triton_backward
+
+    shipped = triton_backward.backward_config
+    run = _backward_call(q, k, v, args.sparsities[0])
+    print(f"shipped tiles: {median_ms(run, args.device):.3f} ms", flush=True)
+    tiles = [TileConfig(r, c, w, s) for r in (64, 128) for c in (32, 64) for w in (4, 8) for s in (1, 2, 3)]
+    for part in ("statistics", "queries", "keys"):
+        for tile in tiles:
+
+            def config(*facts, part=part, tile=tile) -> BackwardConfig:
+                return replace(shipped(*facts), **{part: tile})
+
+            triton_backward.backward_config = config
+            try:
+                print(f"  {part} {tile}: {median_ms(run, args.device, least_ms=40):.3f} ms", flush=True)
+            except RuntimeError as error:
+                # too much shared memory or too many registers: that is what the sweep is to find out
+                print(f"  {part} {tile}: {str(error).splitlines()[0][:80]}", flush=True)
+            finally:
+                triton_backward.backward_config = shipped
+
+
+if __name__ == "__main__":
+    sys.exit(main())
