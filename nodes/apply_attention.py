@@ -2,12 +2,12 @@
 
 from comfy_api.latest import io
 
-from .attention_hook import install
+from .attention_hook import KEY, install
 from .load_router import Router
 from .model_layouts import model_facts, unsupported_model_reason
-from .progress_text import show_on_node
+from .run_outcome import show_outcomes
 from .schema_support import search_aliases
-from .settings import AUTOMATIC, BIT_WIDTHS, RATIO_MODES, AttentionSettings, parse_layers, skips_keeps
+from .settings import AUTOMATIC, BIT_WIDTHS, RATIO_MODES, AttentionSettings, parse_layers
 
 RUN_DENSE, STOP = "run dense and say so", "stop"
 
@@ -88,8 +88,9 @@ class SLA2ApplyAttention(io.ComfyNode):
         )
         if facts and router is not None:
             check_router(router, facts)
-        show_on_node(cls.hidden.unique_id, f"{reason}: every call runs dense" if reason else skips_keeps(sparsity))
-        return io.NodeOutput(install(model, settings, router))
+        patched = install(model, settings, router)
+        show_outcomes(patched.get_attachment(KEY), cls.hidden.unique_id)
+        return io.NodeOutput(patched)
 
 
 def check_router(router, facts):

@@ -89,6 +89,7 @@ class AttentionHook:
         self.model_sampling = model_sampling
         self.weights = LayerWeights(settings, router, facts.num_heads) if facts else None
         self.runs = RunHistory(router_notes(settings, router))
+        self.on_run_end = None  # called with the closed RunRecord
         self._inside = threading.local()
         self._fronted = (None, None)
 
@@ -104,6 +105,8 @@ class AttentionHook:
                 self.weights.clear()
             self._fronted = (None, None)
             _log_outcome(run, self.settings)
+            if self.on_run_end is not None:
+                self.on_run_end(run)
 
     def _window(self, patcher=None):
         if self.settings.whole_run:
@@ -121,6 +124,8 @@ class AttentionHook:
         run = self.run_for_call()
         run.count_model_call()
         grid = self.facts.layout.grid(args, options, self.facts.patch_size) if self.facts else None
+        if run.maps is not None:
+            run.maps.begin_model_call(options.get("sigmas"), options.get("sample_sigmas"), grid)
         call = options[CALL] = ModelCall(self, run, diffusion_model, grid, run.in_window(options.get("sigmas")))
         current = options.get(OVERRIDE)
         known, override = self._fronted
@@ -182,6 +187,9 @@ class AttentionHook:
         q, k, v = request.q, request.k, request.v
         if not request.flat_output:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if run.maps is not None:
+            layout = "BNHD" if request.flat_output else "BHND"
+            run.maps.see(layer, q, k, proj_q, proj_k, self.settings.sparsity, layout)
         with run.timed(layer, "sparse", q.device):
             out, ratio = sla2_attention(
                 q, k, v, proj_q, proj_k, alpha,

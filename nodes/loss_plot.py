@@ -16,7 +16,7 @@ def plot_losses(losses):
     """losses: {layer: [loss per optimisation step]} -> ComfyUI IMAGE (1, 400, 720, 3) float32; logarithmic loss axis."""
     image = Image.new("RGB", SIZE, BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
-    curves = {layer: _smooth(values) for layer, values in sorted(losses.items()) if values}
+    curves = {layer: smooth(values) for layer, values in sorted(losses.items()) if values}
     draw.text((LEFT, 10), "SLA2 router training: loss by layer (share of the output's energy)", fill=TEXT, font=font)
     if curves:
         _draw_curves(draw, font, curves)
@@ -58,13 +58,13 @@ def _curve(draw, place, values, colour, width):
     draw.line(points, fill=colour, width=width)
 
 
-def _smooth(values, weight=0.8):
+def smooth(values, weight=0.8):
     """Running mean: query blocks are drawn anew each step, so single losses jump."""
-    smooth, kept = [], None
+    smoothed, kept = [], None
     for value in values:
         kept = value if kept is None else weight * kept + (1 - weight) * value
-        smooth.append(kept)
-    return smooth
+        smoothed.append(kept)
+    return smoothed
 
 
 def _mean(curves, steps):

@@ -2,12 +2,13 @@
 
 import uuid
 
+import folder_paths
 from comfy_api.latest import io
 
 from .attention_hook import KEY
-from .progress_text import plain, show_on_node
+from .executing import executing_context
+from .progress_text import plain
 from .report_text import report_data, report_text
-from .run_history import executing_context
 from .run_record import difference, sample_of
 from .schema_support import search_aliases
 
@@ -47,13 +48,14 @@ class SLA2Report(io.ComfyNode):
     def execute(cls, model, samples) -> io.NodeOutput:
         hook = model.get_attachment(KEY)
         if hook is None:
+            maps = None
             text, data = "This MODEL did not come through SLA2 Apply Attention: nothing was measured.", None
         else:
             run, caveat = find_run(hook.runs.finished(), samples)
             text, data = report_text(hook, run, caveat), report_data(hook, run, caveat)
+            maps = run and run.maps and run.maps.for_page(folder_paths.get_temp_directory())
         text = plain(text)
-        show_on_node(cls.hidden.unique_id, text)
-        return io.NodeOutput(samples, text, ui={"text": (text,), "sla2_report": (data,)})
+        return io.NodeOutput(samples, text, ui={"text": (text,), "sla2_report": (data,), "sla2_maps": (maps,)})
 
 
 def find_run(runs, samples):

@@ -1,19 +1,12 @@
 """The sampling runs of one patched clone: one under way at most, and the last few finished ones."""
 
 import collections
-import sys
 import threading
 
+from .executing import executing_context
 from .run_record import RunRecord
 
 KEPT_RUNS = 8
-
-
-def executing_context():
-    """(prompt id, node id) of what ComfyUI executes now, or None outside it."""
-    utils = sys.modules.get("comfy_execution.utils")
-    context = utils.get_executing_context() if utils else None
-    return (context.prompt_id, context.node_id) if context else None
 
 
 class RunHistory:

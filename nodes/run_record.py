@@ -9,6 +9,7 @@ import torch
 
 from ..sla2_kernels import K_BLOCK, Q_BLOCK
 from ..sla2_kernels.router import block_count, selected_block_count
+from .routing_maps import wanted_maps
 
 ROUNDING = 1e-6
 
@@ -26,6 +27,7 @@ class LayerRecord:
         self.milliseconds = {}
         self.ratio_bounds = {}
         self.events = defaultdict(list)
+        self.clocked = defaultdict(list)
 
     @property
     def unreached(self):
@@ -54,6 +56,7 @@ class RunRecord:
         self.failure = None
         self.ended = None
         self.latent_sample = None
+        self.maps = wanted_maps()
         self.lock = threading.Lock()
         self._said = set()
         self._window_memo = (None, True)
@@ -107,7 +110,14 @@ class RunRecord:
 
     @contextlib.contextmanager
     def timed(self, layer, kind, device):
-        """Measures one call with a pair of CUDA events; no-op elsewhere, and while a CUDA graph is captured."""
+        """Measures one call: with a pair of CUDA events, on a CPU by the clock; not while a CUDA graph is captured."""
+        if device.type == "cpu":
+            begun = time.perf_counter()
+            yield
+            elapsed = 1000 * (time.perf_counter() - begun)
+            with self.lock:
+                self.layers[layer].clocked[kind].append(elapsed)
+            return
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             yield
             return
@@ -145,6 +155,9 @@ class RunRecord:
                 _collect(record)
             record.ratio_bounds.clear()
             record.events.clear()
+            record.clocked.clear()
+        if self.maps is not None:
+            self.maps.close()
         if failure is None and output is not None:
             self.latent_sample = sample_of(output)
 
@@ -156,7 +169,9 @@ def _collect(record):
     for kind, pairs in record.events.items():
         for _, end in pairs:
             end.synchronize()
-        record.milliseconds[kind] = sum(start.elapsed_time(end) for start, end in pairs) / len(pairs)
+        record.clocked[kind] += [start.elapsed_time(end) for start, end in pairs]
+    for kind, values in record.clocked.items():
+        record.milliseconds[kind] = sum(values) / len(values)
 
 
 def sample_of(latent, count=64):

@@ -11,8 +11,10 @@ from comfy_api.latest import io, ui
 
 from ..sla2_training import TrainerOptions, TrainingError
 from .load_router import FOLDER, Router
+from .loss_curves import loss_curves
 from .loss_plot import plot_losses
 from .model_layouts import model_facts, unsupported_model_reason
+from .page_events import send_event
 from .progress_text import plain, show_on_node
 from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
 from .save_router import save_router
@@ -91,7 +93,12 @@ class SLA2TrainRouter(io.ComfyNode):
         trainer = make_trainer(facts, parse_sparsities(sparsities), options, resume)
         node = cls.hidden.unique_id
         schedule = Schedule(training_steps, steps)
-        training = RouterTraining(model, facts, trainer, schedule, lambda text: show_on_node(node, text))
+
+        def show_progress(text):
+            headline = text.split("\n")[0]
+            send_event("training", node, {"headline": headline, "curves": loss_curves(trainer.losses)})
+
+        training = RouterTraining(model, facts, trainer, schedule, show_progress)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         bar = comfy.utils.ProgressBar((schedule.passes + 1) * steps)
 

@@ -1,0 +1,59 @@
+"""What SLA2 Apply Attention shows after each sampling: one line, and why calls ran dense."""
+
+from collections import Counter
+
+from .page_events import send_event
+from .progress_text import plain
+from .report_text import report_data
+from .settings import skips_keeps
+
+MOST_REASONS = 4
+
+
+def show_outcomes(hook, node_id):
+    """From now on the node ``node_id`` in the page tells how each run of ``hook`` ended."""
+    hook.on_run_end = lambda run: send_event("outcome", node_id, outcome(hook, run))
+
+
+def outcome(hook, run):
+    """{"headline", "reasons": [sentence, ...], "accelerated", "calls"} of a closed run."""
+    data = report_data(hook, run)
+    sparse = data["sparse_calls"]
+    dense = _dense_reasons(data)
+    calls = sparse + dense.total()
+    parts = [skips_keeps(hook.settings.sparsity), f"{sparse} of {calls} attention calls accelerated"]
+    parts += _faster(data)
+    parts += [data["failure"]] if data["failure"] else []
+    sentences = [
+        f"{count} {'call' if count == 1 else 'calls'} ran dense: {reason}" for reason, count in dense.most_common()
+    ]
+    if len(sentences) > MOST_REASONS:
+        left = len(sentences) - MOST_REASONS + 1
+        sentences = [*sentences[: MOST_REASONS - 1], f"{left} more reasons: SLA2 Report names them all"]
+    return {
+        "headline": plain(" · ".join(parts)),
+        "reasons": [plain(sentence) for sentence in [*sentences, *data["notes"]]],
+        "accelerated": sparse,
+        "calls": calls,
+    }
+
+
+def _dense_reasons(data):
+    reasons = Counter(data["unsupported_calls"])
+    for row in data["layers"]:
+        reasons.update(row["dense"])
+    return reasons
+
+
+def _faster(data):
+    """["8.2x faster per call"] or how much slower, where the run timed calls of both kinds."""
+    times = {"sparse": [], "dense": []}
+    for row in data["layers"]:
+        for kind, value in row["milliseconds"].items():
+            times[kind].append(value)
+    if not all(times.values()):
+        return []
+    sparse, dense = (sum(values) / len(values) for values in (times["sparse"], times["dense"]))
+    if not sparse or not dense:
+        return []
+    return [f"{dense / sparse:.1f}x faster per call" if dense >= sparse else f"{sparse / dense:.1f}x slower per call"]
