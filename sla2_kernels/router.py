@@ -15,7 +15,8 @@ K_BLOCK = 64
 
 def block_count(tokens, block):
     """Number of blocks of ``block`` tokens that ``tokens`` tokens fill; the last one may be ragged."""
-    return -(-tokens // block)
+    # not -(-tokens // block): torch.compile cannot reason about a symbolic length below zero
+    return (tokens + block - 1) // block
 
 
 def selected_block_count(sparsity, key_block_count):
