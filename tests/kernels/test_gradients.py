@@ -29,7 +29,9 @@ def operator_gradients(inputs, weight, **options):
 
 
 @pytest.mark.parametrize("knots", [None, 0, 3])
-@pytest.mark.parametrize(("tokens", "keys", "sparsity"), [(1, 65, 0.5), (129, 300, 0.5), (300, 200, 0.7), (130, 64, 0.0)])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "sparsity"), [(1, 65, 0.5), (129, 300, 0.5), (300, 200, 0.7), (130, 64, 0.0)]
+)
 def test_float64_gradients_are_exact(generator, tokens, keys, sparsity, knots):
     inputs = attention_inputs(
         generator, batch=2, heads=2, tokens=tokens, keys=keys, head_dim=16, dtype=torch.float64, knots=knots

@@ -35,9 +35,7 @@ def test_edge(generator, case, precision, bar):
     inputs = attention_inputs(
         generator, batch=batch, heads=heads, tokens=tokens, keys=keys, head_dim=head_dim, knots=knots, proj=proj
     )
-    routed = select_key_blocks(
-        inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, sparsity=sparsity, backend="triton"
-    )
+    routed = select_key_blocks(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, sparsity=sparsity, backend="triton")
     out, ratio = sla2_attention(
         *inputs.tensors(), sparsity=sparsity, precision=precision, backend="triton", return_alpha=True
     )

@@ -54,9 +54,7 @@ def test_both_layouts_agree(generator, precision):
     inputs = attention_inputs(generator, batch=2, heads=3, tokens=130, proj="per head", knots=2)
     out, ratio = sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision)
     swapped = [x.transpose(1, 2) for x in inputs.tensors()[:3]]
-    other, other_ratio = sla2_attention(
-        *swapped, *inputs.tensors()[3:], **OPTIONS, precision=precision, layout="BNHD"
-    )
+    other, other_ratio = sla2_attention(*swapped, *inputs.tensors()[3:], **OPTIONS, precision=precision, layout="BNHD")
     assert other.is_contiguous() and torch.equal(other.transpose(1, 2), out) and torch.equal(other_ratio, ratio)
 
 

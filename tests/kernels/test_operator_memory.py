@@ -1,0 +1,64 @@
+"""No tensor of N x M: the largest one that a long call makes stays within the chunk it was given."""
+
+import pytest
+import torch
+from operator_inputs import normal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sla2_kernels import select_key_blocks, sla2_attention, torch_backend
+
+TOKENS, HEAD_DIM = 8192, 32
+CHUNK_BYTES = 8 * 2**20
+DENSE_BYTES = 4 * TOKENS * TOKENS
+
+
+class LargestStorage(TorchDispatchMode):
+    """Records the bytes of the largest storage behind any tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.fixture
+def long_inputs(generator, monkeypatch):
+    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", CHUNK_BYTES)
+    return [normal(generator, 1, 1, TOKENS, HEAD_DIM) for _ in range(3)]
+
+
+def test_the_measure_sees_a_dense_matrix(long_inputs):
+    q, k, _ = long_inputs
+    with LargestStorage() as largest:
+        q @ k.transpose(2, 3)
+    assert largest.bytes == DENSE_BYTES
+
+
+def test_routing(long_inputs):
+    with LargestStorage() as largest:
+        select_key_blocks(*long_inputs[:2], sparsity=0.97)
+    assert 0 < largest.bytes <= 4 * TOKENS * HEAD_DIM
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.97])
+def test_forward(long_inputs, sparsity, precision):
+    key_blocks = select_key_blocks(*long_inputs[:2], sparsity=sparsity)
+    with torch.no_grad(), LargestStorage() as largest:
+        torch_backend.attention(*long_inputs, key_blocks, None, scale=0.2, precision=precision)
+    assert 0 < largest.bytes <= CHUNK_BYTES < DENSE_BYTES / 30
+
+
+def test_backward(long_inputs):
+    q, k, v = (x.requires_grad_() for x in long_inputs)
+    out = sla2_attention(q, k, v, sparsity=0.9, precision="16bit")
+    with LargestStorage() as largest:
+        out.square().sum().backward()
+    assert 0 < largest.bytes <= CHUNK_BYTES
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))

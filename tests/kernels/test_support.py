@@ -1,0 +1,134 @@
+"""What runs where, and the one sentence why not: every reason, on cards that are made up here."""
+
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+from sla2_kernels import default_precision, support, unsupported_reason
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card((8, 9)): an NVIDIA card of that compute capability with Triton installed."""
+
+    def set_card(capability, hip=None):
+        monkeypatch.setattr(support, "_cuda_capability", lambda index: capability)
+        monkeypatch.setattr(support, "_triton_reason", lambda: None)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return set_card
+
+
+def triton_reason_anew(monkeypatch, version):
+    """_triton_reason() with Triton of that version, or None for no Triton."""
+    found = None if version is None else object()
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    return support._triton_reason.__wrapped__()
+
+
+def assert_sentence(reason):
+    assert "\n" not in reason and len(reason) < 400 and not reason.endswith(".")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("precision", ["16bit", "int8"])
+def test_supported(card, capability, dtype, head_dim, precision):
+    card(capability)
+    assert unsupported_reason(CUDA, dtype, head_dim, precision) is None
+    assert support.resolve_backend("auto", CUDA, dtype, head_dim, precision) == "triton"
+
+
+# device, dtype, head_dim, precision, compute capability, hip; part of the sentence
+REFUSED = {
+    "CPU": (CPU, torch.float16, 64, "int8", (8, 9), None, "tensors are on the CPU"),
+    "another device": (torch.device("mps"), torch.float16, 64, "int8", (8, 9), None, "on a mps device"),
+    "AMD": (CUDA, torch.float16, 64, "int8", (9, 4), "6.0", "AMD card (ROCm)"),
+    "Turing": (CUDA, torch.float16, 64, "int8", (7, 5), None, "8.0 (RTX 30, A100) or newer, and this card has 7.5"),
+    "float64": (CUDA, torch.float64, 64, "16bit", (8, 9), None, "float16, bfloat16 and float32, not float64"),
+    "head_dim": (CUDA, torch.float16, 96, "int8", (8, 9), None, "head_dim 32, 64 and 128, not 96"),
+    "fp8 on an RTX 30": (CUDA, torch.float16, 64, "fp8", (8, 6), None, 'needs compute capability 8.9 (RTX 40) or newer, and this card has 8.6; use "int8"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_refused_with_one_sentence(card, case):
+    *call, capability, hip, part = case
+    card(capability, hip)
+    reason = unsupported_reason(*call, backend="triton")
+    assert_sentence(reason)
+    assert part in reason
+    with pytest.raises(ValueError, match=f"^sla2_attention cannot run: {re.escape(reason)}\\.$"):
+        support.resolve_backend("triton", *call)
+
+
+def test_auto_falls_back_to_torch_but_never_for_fp8_on_a_card_without_it(card):
+    card((8, 6))
+    assert support.resolve_backend("auto", CUDA, torch.float64, 64, "16bit") == "torch"
+    assert support.resolve_backend("auto", CUDA, torch.float16, 80, "int8") == "torch"
+    with pytest.raises(ValueError, match='use "int8"'):
+        support.resolve_backend("auto", CUDA, torch.float16, 64, "fp8")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_torch_is_the_way_on_the_cpu(card, backend):
+    card((8, 9))
+    assert unsupported_reason("cpu", torch.float64, 80, "fp8", backend) is None
+    assert support.resolve_backend(backend, CPU, torch.float64, 80, "fp8") == "torch"
+    assert unsupported_reason("cuda", torch.float64, 80, "fp8", "torch") is None
+
+
+def test_without_triton_the_sentence_is_a_command(monkeypatch):
+    reason = triton_reason_anew(monkeypatch, None)
+    assert_sentence(reason)
+    assert reason == f"Triton is not installed; install it with: {support.triton_install_command()}"
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    reason = triton_reason_anew(monkeypatch, "3.1.0")
+    assert reason.startswith("Triton 3.1.0 is too old (3.2 or newer is needed); update it with: ")
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "3.7.1", "3.10.0+git123", "4.0"])
+def test_newer_tritons_are_taken(monkeypatch, version):
+    assert triton_reason_anew(monkeypatch, version) is None
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "platform", "package"),
+    [("2.6.0+cu124", "linux", '"triton==3.2.*"'), ("2.13.0", "linux", '"triton==3.7.*"'), ("2.99.0", "linux", "triton"),
+     ("2.8.0", "win32", '"triton-windows==3.4.*"'), ("2.15.0", "win32", "triton-windows")],
+)  # fmt: skip
+def test_install_command_pins_what_belongs_to_torch(monkeypatch, torch_version, platform, package):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert support.triton_install_command() == f"{sys.executable} -m pip install {package}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((8, 0), "int8"), ((8, 9), "int8"), ((9, 0), "int8"), ((10, 0), "fp8"), ((10, 3), "fp8"), ((12, 0), "int8")],
+)
+def test_default_precision(card, capability, precision):
+    card(capability)
+    assert default_precision("cuda:0") == precision
+    assert default_precision("cpu") == "16bit"
+
+
+@pytest.mark.parametrize(("told", "capability"), [(None, (8, 9)), ("8.0", (8, 0)), ("12.0", (12, 0))])
+def test_the_interpreter_s_card(monkeypatch, told, capability):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if told is None:
+        monkeypatch.delenv("SLA2_INTERPRET_CAPABILITY", raising=False)
+    else:
+        monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", told)
+    assert support.interpreting() and support.capability(CPU) == capability
+    assert support.has_fp8(CPU) == (capability >= (8, 9))

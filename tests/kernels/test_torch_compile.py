@@ -1,0 +1,99 @@
+"""torch.compile and torch.library see one well-behaved operator."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from operator_inputs import attention_inputs, normal
+
+from sla2_kernels import select_key_blocks, sla2_attention
+
+HOW = {"fullgraph": True, "backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("knots", [None, 3])
+def test_no_graph_break(generator, knots, layout):
+    inputs = attention_inputs(generator, tokens=150, keys=150, proj="per head", knots=knots)
+
+    def layer(q, *rest):
+        out, ratio = sla2_attention(q * 2, *rest, sparsity=0.5, layout=layout, return_alpha=True)
+        return out.transpose(1, 2).flatten(2) + 1, ratio
+
+    tensors = [x.transpose(1, 2) if layout == "BNHD" else x for x in inputs.tensors()[:3]]
+    arguments = *tensors, *inputs.tensors()[3:]
+    for found, expected in zip(torch.compile(layer, **HOW)(*arguments), layer(*arguments), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_one_operator_in_the_graph(generator):
+    inputs = attention_inputs(generator, heads=1, tokens=65)
+    calls = []
+
+    def record(graph_module, _):
+        calls.extend(node.target for node in graph_module.graph.nodes if node.op == "call_function")
+        return graph_module.forward
+
+    torch.compile(sla2_attention, fullgraph=True, backend=record)(*inputs.tensors())
+    assert [str(call) for call in calls if "getitem" not in str(call)] == ["sla2.attention"]
+
+
+def test_lengths_share_their_graphs(generator):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(sla2_attention, dynamic=True, fullgraph=True, backend=counter)
+    for tokens, keys in ((130, 300), (257, 511), (700, 2000), (900, 1100)):
+        inputs = attention_inputs(generator, tokens=tokens, keys=keys, knots=None)
+        expected = sla2_attention(*inputs.tensors()[:3], sparsity=0.5)
+        assert torch.equal(compiled(*inputs.tensors()[:3], sparsity=0.5), expected)
+    assert counter.frame_count <= 2
+
+
+def test_a_selection_handed_in(generator):
+    inputs = attention_inputs(generator, tokens=130, keys=300)
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
+
+    def layer(q, k, v, key_blocks):
+        return sla2_attention(q, k, v, key_blocks=key_blocks)
+
+    arguments = inputs.q, inputs.k, inputs.v, key_blocks
+    assert torch.equal(torch.compile(layer, **HOW)(*arguments), layer(*arguments))
+
+
+def test_gradients_through_a_compiled_layer(generator):
+    inputs = attention_inputs(generator, tokens=130, keys=200, knots=2)
+    weight = normal(generator, *inputs.q.shape)
+    found, expected = [], []
+    for grads, function in ((found, torch.compile(sla2_attention, **HOW)), (expected, sla2_attention)):
+        leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.alpha)]
+        (function(*leaves[:3], alpha=leaves[3], sparsity=0.5) * weight).sum().backward()
+        grads.extend(x.grad for x in leaves)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_the_compiled_call_refuses_what_the_plain_one_refuses(generator):
+    inputs = attention_inputs(generator, heads=1, tokens=65)
+    with pytest.raises(Exception, match="sparsity must be at least 0 and below 1"):
+        torch.compile(sla2_attention, **HOW)(*inputs.tensors(), sparsity=1.5)
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+@pytest.mark.parametrize("given", [True, False], ids=["selection given", "routed"])
+def test_the_operator_s_registration(generator, heads_first, given):
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16, proj="shared", knots=2)
+    tensors = [x.transpose(1, 2) if not heads_first else x for x in (inputs.q, inputs.k, inputs.v)]
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5) if given else None
+    rest = key_blocks, 0.5, "16bit", heads_first, 0.25, "torch"
+    operator = torch.ops.sla2.attention.default
+    torch.library.opcheck(operator, (*tensors, inputs.proj_q, inputs.proj_k, inputs.alpha, *rest))
+    leaves = [x.detach().requires_grad_() for x in (*tensors, inputs.alpha)]
+    arguments = *leaves[:3], inputs.proj_q, inputs.proj_k, leaves[3], *rest
+    torch.library.opcheck(operator, arguments, test_utils=CHECKS)
