@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..sla2_kernels import unsupported_reason
+from .text_mask import HAS_MASK, masks_keys_alone
 
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 KEYWORDS = ("transformer_options", "_inside_attn_wrapper", "low_precision_attention", "scale", "enable_gqa")
@@ -21,10 +22,15 @@ class AttentionCall:
     v: torch.Tensor
     scale: float | None
     flat_output: bool
+    mask: torch.Tensor | None = None  # over keys alone
 
     @property
     def tokens(self):
         return self.q.shape[1]
+
+    @property
+    def key_tokens(self):
+        return self.k.shape[1]
 
 
 def read_call(args, kwargs):
@@ -38,10 +44,13 @@ def read_call(args, kwargs):
     if reason:
         return None, reason
     views = [_blocks_of_heads(asked[name], asked["heads"], asked.get("skip_reshape")) for name in ("q", "k", "v")]
+    mask = asked.get("mask")
     reason = _shape_reason(*views)
+    if reason is None and mask is not None and not masks_keys_alone(mask, views[1].shape[1]):
+        reason = HAS_MASK
     if reason:
         return None, reason
-    return AttentionCall(*views, kwargs.get("scale"), not asked.get("skip_output_reshape")), None
+    return AttentionCall(*views, kwargs.get("scale"), not asked.get("skip_output_reshape"), mask), None
 
 
 def _keyword_reason(args, kwargs):
@@ -58,8 +67,6 @@ def _keyword_reason(args, kwargs):
 
 def _request_reason(asked, kwargs):
     q = asked["q"]
-    if asked.get("mask") is not None:
-        return "the call has an attention mask"
     if kwargs.get("enable_gqa"):
         return "the call uses grouped-query attention"
     if kwargs.get("low_precision_attention") is False:
@@ -101,15 +108,17 @@ def _blocks_of_heads(tensor, heads, heads_first):
 
 
 def _shape_reason(q, k, v):
-    if k.shape[1] != q.shape[1]:
-        return f"the call has {q.shape[1]} query tokens and {k.shape[1]} key tokens"
-    if not q.shape == k.shape == v.shape:
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         return f"q, k and v have unlike shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
     return None
 
 
 def unsupported_call_reason(call, precision, grid):
-    """None, or one sentence why the operator cannot take this call. grid: (t, h, w) of the video tokens, or None."""
+    """None, or one sentence why a router cannot be trained on this call. grid: (t, h, w) of the video tokens, or None."""
+    if call.mask is not None:
+        return HAS_MASK
+    if call.tokens != call.key_tokens:
+        return f"the call has {call.tokens} query tokens and {call.key_tokens} key tokens"
     if grid is not None and call.tokens != math.prod(grid):
         return f"the sequence holds {call.tokens} tokens, and only {math.prod(grid)} of them are the video's grid"
     return unsupported_reason(call.q.device, call.q.dtype, call.q.shape[3], precision)

@@ -15,14 +15,18 @@ from typing import Any
 
 import torch
 
-from ..sla2_kernels import default_precision, sla2_attention
-from .attention_call import read_call, unsupported_call_reason
+from ..sla2_kernels import default_precision, unsupported_reason
+from .attention_call import read_call
 from .layer_weights import LayerWeights, router_notes
-from .model_layouts import model_facts, unsupported_model_reason
+from .model_layouts import model_facts, module_and_method, unsupported_model_reason
 from .override_chain import MARK, leads_to, name_of
 from .run_history import RunHistory
 from .run_record import RunRecord
+from .schedule import RunProgress, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
+from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from .text_mask import HAS_MASK, live_keys
+from .video_tokens import DENSE_BY_NATURE, VideoSpan, call_inputs
 
 logger = logging.getLogger("sla2")
 
@@ -46,17 +50,24 @@ class UnsupportedCall(RuntimeError):
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of the diffusion model: what its attention calls need to know. in_window is None where unknown."""
+    """One call of the diffusion model: what its attention calls need to know. in_window, progress: None where unknown."""
 
     hook: Any
     run: RunRecord
     diffusion_model: Any
-    grid: tuple | None
+    span: VideoSpan | None
     in_window: bool | None
+    progress: float | None = None
+    live_keys: dict = field(default_factory=dict)  # by the shape of a text mask
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
 
     def __deepcopy__(self, memo):
         return self
+
+    @property
+    def grid(self):
+        """(t, h, w) of the video's tokens, or None."""
+        return None if self.span is None else self.span.grid
 
 
 def kept_dense_reason(settings, layer, in_window):
@@ -92,6 +103,7 @@ class AttentionHook:
         self.on_run_end = None  # called with the closed RunRecord
         self._inside = threading.local()
         self._fronted = (None, None)
+        self._progress = None
 
     def begin_run(self, patcher=None):
         """Starts a run; ``patcher`` is the sampler's model, whose sigmas a later node may have shifted."""
@@ -109,9 +121,10 @@ class AttentionHook:
                 self.on_run_end(run)
 
     def _window(self, patcher=None):
+        sampling = self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")
+        self._progress = RunProgress(sampling.percent_to_sigma) if needs_progress(self.settings.schedule) else None
         if self.settings.whole_run:
             return None
-        sampling = self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")
         ends = (self.settings.start_percent, self.settings.end_percent)
         return tuple(float(sampling.percent_to_sigma(percent)) for percent in ends)
 
@@ -119,14 +132,19 @@ class AttentionHook:
         """The run under way, or one for calls that come without a sampler."""
         return self.runs.current(self._window)
 
-    def model_call(self, diffusion_model, args, options):
-        """Prepares transformer_options of one model call: the ModelCall, and our override where it got lost."""
+    def model_call(self, diffusion_model, inputs, options):
+        """Prepares transformer_options of one model call: the ModelCall, and our override where it got lost.
+
+        inputs: the model's arguments by name. options: its transformer_options.
+        """
         run = self.run_for_call()
         run.count_model_call()
-        grid = self.facts.layout.grid(args, options, self.facts.patch_size) if self.facts else None
+        span = self._span(diffusion_model, inputs)
+        grid, sigmas = span and span.grid, options.get("sigmas")
         if run.maps is not None:
             run.maps.begin_model_call(options.get("sigmas"), options.get("sample_sigmas"), grid)
-        call = options[CALL] = ModelCall(self, run, diffusion_model, grid, run.in_window(options.get("sigmas")))
+        progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
+        call = options[CALL] = ModelCall(self, run, diffusion_model, span, run.in_window(sigmas), progress)
         current = options.get(OVERRIDE)
         known, override = self._fronted
         if current is not known or override is None:
@@ -134,6 +152,13 @@ class AttentionHook:
             self._fronted = (current, override)
         options[OVERRIDE] = override
         return call, current
+
+    def _span(self, diffusion_model, inputs):
+        if self.facts is None:
+            return None
+        layout, patch_size = self.facts.layout, self.facts.patch_size
+        front = layout.front(diffusion_model, inputs, patch_size)
+        return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame)
 
     def after_model_call(self, call, current):
         """Notices an override that holds ours but never called it: the next model call goes past it."""
@@ -149,18 +174,38 @@ class AttentionHook:
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
         call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
+        sparsity = sparsity_of(self.settings.schedule, layer, call.progress, self.settings.sparsity)
         reason = kept_dense_reason(self.settings, layer, call.in_window)
+        if reason is None and sparsity is None:
+            reason = "the schedule keeps this step or layer dense"
         if reason is None and request is not None:
-            reason = short_reason(self.settings, request.tokens, request.q.device)
+            reason = short_reason(self.settings, max(request.tokens, request.key_tokens), request.q.device)
         if reason is None:
-            precision = None if request is None else self._precision(request.q.device)
-            reason = unsupported or unsupported_call_reason(request, precision, call.grid)
+            request, exact, reason = (None, None, unsupported) if request is None else self._exact(call, request)
             if reason is None:
-                return self._sparse(call.run, layer, request, precision)
-            if self.settings.stop_on_unsupported:
+                precision = self._precision(request.q.device)
+                reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], precision)
+            if reason is None:
+                return self._sparse(call.run, layer, request, exact, sparsity, precision, below, args, kwargs)
+            if self.settings.stop_on_unsupported and reason not in DENSE_BY_NATURE:
                 raise UnsupportedCall(f"SLA2 stopped in layer {layer}: {reason} (on_unsupported is set to stop).")
             self._say(call.run, layer, reason)
         return self._dense(call.run, layer, reason, below, args, kwargs)
+
+    def _exact(self, call, request):
+        """(request, ExactTokens, None), or (None, None, one sentence); keys that a text mask hides are gone."""
+        exact, reason = call.span.exact_tokens(request.tokens, request.key_tokens)
+        if reason is None and request.mask is not None:
+            shape = request.mask.shape
+            if not self.facts.layout.text_mask:
+                reason = HAS_MASK
+            elif shape not in call.live_keys:
+                call.live_keys[shape] = live_keys(request.mask, exact)
+            if reason is None:
+                live, reason = call.live_keys[shape]
+            if reason is None:
+                request, exact = live.of(request, exact)
+        return (request, exact, None) if reason is None else (None, None, reason)
 
     def _dense(self, run, layer, reason, below, args, kwargs):
         run.count_dense(layer, reason)
@@ -182,22 +227,23 @@ class AttentionHook:
     def is_inside(self):
         return getattr(self._inside, "value", False)
 
-    def _sparse(self, run, layer, request, precision):
-        proj_q, proj_k, alpha = self.weights.on_device(layer, request.q.device)
-        q, k, v = request.q, request.k, request.v
-        if not request.flat_output:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    def _sparse(self, run, layer, request, exact, sparsity, precision, below, args, kwargs):
+        weights = self.weights.on_device(layer, request.q.device, sparsity)
+        part = video_part(request, exact)
         if run.maps is not None:
-            layout = "BNHD" if request.flat_output else "BHND"
-            run.maps.see(layer, q, k, proj_q, proj_k, self.settings.sparsity, layout)
-        with run.timed(layer, "sparse", q.device):
-            out, ratio = sla2_attention(
-                q, k, v, proj_q, proj_k, alpha,
-                sparsity=self.settings.sparsity, precision=precision, scale=request.scale,
-                layout="BNHD" if request.flat_output else "BHND", return_alpha=True,
-            )  # fmt: skip
-        run.count_sparse(layer, ratio.shape, self.settings.sparsity, precision, ratio)
-        return out.flatten(2) if request.flat_output else out
+            run.maps.see(layer, part.q, part.video_k, *weights[:2], sparsity, part.layout)
+
+        def dense_rows(rows):
+            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+            return self.inside(below, new_args, new_kwargs)
+
+        with run.timed(layer, "sparse", request.q.device):
+            out, ratio, kept, blocks = sparse_video(
+                part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale
+            )
+            out = with_dense_rows(out, request, exact, dense_rows)
+        run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
+        return out
 
     def _precision(self, device):
         return default_precision(device) if self.settings.bit_width == "auto" else self.settings.bit_width
@@ -250,13 +296,16 @@ def make_override(hook, base):
     return sla2_attention_override
 
 
-def marked_forward(layer, path, original, replaced):
+WITHOUT_OPTIONS = "the model passes no options here (as with a KV cache), so that nothing can take this call over"
+
+
+def marked_forward(layer, path, original, replaced, method="forward", hook=None):
     """Object patch of one self-attention module's forward: marks its calls with the layer, then runs the module.
 
     The module is looked up in the model of the call (a training node works on a copy of the model); ``original`` serves
     calls that come without one. ``replaced`` is the object patch of another node, called instead where there is one.
     """
-    find = operator.attrgetter(path)
+    find = operator.attrgetter(path.removesuffix(f".{method}"))
 
     def forward(*args, **kwargs):
         module, options = original, kwargs.get("transformer_options")
@@ -266,9 +315,11 @@ def marked_forward(layer, path, original, replaced):
             call.counts["entered"] += 1
             call.run.count_entered(layer)
             kwargs["transformer_options"] = {**options, LAYER: layer}
+        elif hook is not None:
+            hook.run_for_call().count_dense(layer, WITHOUT_OPTIONS)
         if replaced is not None:
             return replaced(*args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
+        return getattr(type(module), method)(module, *args, **kwargs)
 
     forward.sla2_replaced = replaced
     return forward
@@ -299,12 +350,14 @@ def install(model, settings, router):
         options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
         if options is None:
             return executor(*args, **kwargs)
-        call, current = hook.model_call(executor.class_obj, args, options)
+        diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
+        call, current = hook.model_call(diffusion_model, call_inputs(executor.original, args, kwargs), options)
         output = executor(*args, **kwargs)
         hook.after_model_call(call, current)
         return output
 
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling), (WrappersMP.DIFFUSION_MODEL, around_model)):
+    around = WrappersMP.DIFFUSION_MODEL if facts is None else getattr(WrappersMP, facts.layout.wrapper)
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling), (around, around_model)):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     options = patched.model_options.setdefault("transformer_options", {})
@@ -314,15 +367,17 @@ def install(model, settings, router):
     options[OVERRIDE] = make_override(hook, base)
     patched.set_attachments(KEY, hook)
     for layer, path in enumerate(facts.attention_paths if facts else ()):
-        _mark_layer(patched, diffusion_model, layer, path)
+        _mark_layer(patched, hook, diffusion_model, layer, path)
     return patched
 
 
-def _mark_layer(patched, diffusion_model, layer, path):
-    name, module = f"diffusion_model.{path}.forward", operator.attrgetter(path)(diffusion_model)
+def _mark_layer(patched, hook, diffusion_model, layer, path):
+    module, method = module_and_method(path, diffusion_model)
+    path = path.removesuffix(f".{method}")
+    name = f"diffusion_model.{path}.{method}"
     found = patched.get_model_object(name)
     if hasattr(found, "sla2_replaced"):
         replaced = found.sla2_replaced
     else:
-        replaced = None if getattr(found, "__func__", None) is type(module).forward else found
-    patched.add_object_patch(name, marked_forward(layer, path, module, replaced))
+        replaced = None if getattr(found, "__func__", None) is getattr(type(module), method) else found
+    patched.add_object_patch(name, marked_forward(layer, path, module, replaced, method, hook))

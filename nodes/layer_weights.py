@@ -15,30 +15,31 @@ class LayerWeights:
         self._placed = {}
         self._lock = threading.Lock()
 
-    def on_device(self, layer, device):
-        """(proj_q, proj_k, ratios), float32 or None each."""
+    def on_device(self, layer, device, sparsity):
+        """(proj_q, proj_k, ratios for this sparsity), float32 or None each."""
+        key = (layer, device, sparsity)
         with self._lock:
-            if (layer, device) not in self._placed:
+            if key not in self._placed:
                 # not inference tensors: a training step may save them for its backward pass
                 with torch.inference_mode(False), torch.no_grad():
-                    self._placed[layer, device] = tuple(
+                    self._placed[key] = tuple(
                         None if tensor is None else tensor.to(device, torch.float32, copy=True)
-                        for tensor in self._of_layer(layer)
+                        for tensor in self._of_layer(layer, sparsity)
                     )
-            return self._placed[layer, device]
+            return self._placed[key]
 
     def clear(self):
         with self._lock:
             self._placed.clear()
 
-    def _of_layer(self, layer):
+    def _of_layer(self, layer, sparsity):
         alpha = None
         if self._settings.ratio_mode == "fixed":
             alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
         if self._router is None:
             return None, None, alpha
         if self._settings.ratio_mode == "learned":
-            alpha = self._router.ratio(layer, self._settings.sparsity)
+            alpha = self._router.ratio(layer, sparsity)
         trained = self._router.layers[layer]
         return trained.proj_q, trained.proj_k, alpha
 

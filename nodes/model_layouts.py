@@ -1,61 +1,150 @@
-"""Facts per model family: which modules make the video self-attention calls, in what token order, on what grid.
+"""Facts per model family: which modules make the video self-attention calls, and where the video's tokens lie in them.
 
 A new family is a new row of LAYOUTS. A model without a row is passed through.
 """
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import video_tokens as tokens
 
-def wan_grid(args, options, patch_size):
-    """(t, h, w) token grid of one Wan model call: what the model publishes, else from the latent (B, C, T, H, W)."""
-    published = options.get("grid_sizes")
-    if published is not None:
-        return tuple(int(n) for n in published)
-    frames, height, width = args[0].shape[2:]
-    appended = args[4] if len(args) > 4 else None  # time_dim_concat: frames joined behind the latent's own
-    if appended is not None:
-        frames += appended.shape[2]
-    return tuple(math.ceil(n / p) for n, p in zip((frames, height, width), patch_size, strict=True))
+WAN = "comfy.ldm.wan"
+WAN_SELF = f"{WAN}.model.WanSelfAttention"
+FLUX = "comfy.ldm.flux.layers"
+RASTER = "raster"
+BLOCKS_SELF = "blocks.*.self_attn"
 
 
 @dataclass(frozen=True)
 class ModelLayout:
     """One row per model class.
 
-    family: the name router files carry. model_class, attention_class: full names, matched exactly (a subclass may order
-    its tokens otherwise). blocks, attention: attribute of the model, and of a block, that hold the self-attention.
-    token_order: order of the video tokens in the sequence. grid: (t, h, w) of a call, see :func:`wan_grid`.
+    family: the name router files carry. model_class: full name, matched exactly (a subclass may order its tokens
+    otherwise). modules: (path, full class name) of what makes one self-attention call when it runs; "*" stands for every
+    child; a path may end in the name of a method. front: tokens before the video's, see video_tokens.py. grid: (t, h, w) of
+    the video's tokens. token_order: their order in the sequence. by_frame: the model asks for some queries at a time.
+    text_mask: masks of its calls are over text, and the same in every layer. wrapper: the kind of ComfyUI wrapper that
+    meets the model call.
     """
 
     family: str
     model_class: str
-    blocks: str
-    attention: str
-    attention_class: str
-    token_order: str
-    grid: Callable
+    modules: tuple[tuple[str, str], ...]
+    front: Callable = tokens.nothing_in_front
+    grid: Callable = tokens.latent_grid
+    token_order: str = RASTER
+    by_frame: bool = False
+    text_mask: bool = False
+    wrapper: str = "DIFFUSION_MODEL"
+
+
+def wan(name, **facts):
+    """A Wan variant whose blocks hold Wan's own self-attention."""
+    return ModelLayout("wan", f"{WAN}.{name}", ((BLOCKS_SELF, WAN_SELF),), **facts)
 
 
 LAYOUTS = (
-    # Wan 2.1 and 2.2, text and image to video, 1.3B, 5B and 14B
+    # text and image to video, 1.3B, 5B and 14B, Fun control, Phantom, Bernini's references
+    wan("model.WanModel", front=tokens.wan_reference),
     ModelLayout(
-        family="wan",
-        model_class="comfy.ldm.wan.model.WanModel",
-        blocks="blocks",
-        attention="self_attn",
-        attention_class="comfy.ldm.wan.model.WanSelfAttention",
-        token_order="raster",
-        grid=wan_grid,
+        "wan-vace",
+        f"{WAN}.model.VaceWanModel",
+        ((BLOCKS_SELF, WAN_SELF), ("vace_blocks.*.self_attn", WAN_SELF)),
+    ),
+    wan("model.CameraWanModel"),
+    wan("model.WanModel_S2V"),
+    wan("model.HumoWanModel"),
+    wan("model.SCAILWanModel", front=tokens.scail_reference),
+    wan("model.SCAIL2WanModel", front=tokens.scail_reference),
+    wan("model_animate.AnimateWanModel", front=tokens.wan_reference),
+    ModelLayout(
+        "wan",
+        f"{WAN}.model_animate2.WanAnimate2Model",
+        ((f"{BLOCKS_SELF}.forward_gen", f"{WAN}.model_animate2.WanAnimate2SelfAttention"),),
+        front=tokens.first_frame,
+        grid=tokens.grid_after_first_frame,
+        by_frame=True,
+    ),
+    wan("model_wandancer.WanDancerModel", front=tokens.wan_reference),
+    ModelLayout("wan", f"{WAN}.ar_model.CausalWanModel", ((BLOCKS_SELF, f"{WAN}.ar_model.CausalWanSelfAttention"),)),
+    ModelLayout(
+        "hunyuan-video",
+        "comfy.ldm.hunyuan_video.model.HunyuanVideo",
+        (("double_blocks.*", f"{FLUX}.DoubleStreamBlock"), ("single_blocks.*", f"{FLUX}.SingleStreamBlock")),
+        front=tokens.hunyuan_front,
+        text_mask=True,
+    ),
+    ModelLayout(
+        "cogvideox",
+        "comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel",
+        (("blocks.*", "comfy.ldm.cogvideo.model.CogVideoXBlock"),),
+        front=tokens.video_last,
+    ),
+    ModelLayout(
+        "ltx-video",
+        "comfy.ldm.lightricks.model.LTXVModel",
+        (("transformer_blocks.*.attn1", "comfy.ldm.lightricks.model.CrossAttention"),),
+        grid=tokens.ltx_grid,
+    ),
+    ModelLayout(
+        "ltx-2",
+        "comfy.ldm.lightricks.av_model.LTXAVModel",
+        (("transformer_blocks.*.attn1", "comfy.ldm.lightricks.model.CrossAttention"),),
+        grid=tokens.ltx_grid,
+    ),
+    ModelLayout(
+        "mochi",
+        "comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",
+        (("blocks.*.attn", "comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmetricAttention"),),
+        wrapper="APPLY_MODEL",
+    ),
+    ModelLayout(
+        "cosmos",
+        "comfy.ldm.cosmos.model.GeneralDIT",
+        (("blocks.*.blocks.0.block.attn", "comfy.ldm.cosmos.blocks.Attention"),),
+    ),
+    ModelLayout(
+        "cosmos-predict2",
+        "comfy.ldm.cosmos.predict2.MiniTrainDIT",
+        ((BLOCKS_SELF, "comfy.ldm.cosmos.predict2.Attention"),),
+    ),
+    ModelLayout(
+        "kandinsky5",
+        "comfy.ldm.kandinsky5.model.Kandinsky5",
+        (("visual_transformer_blocks.*.self_attention", "comfy.ldm.kandinsky5.model.SelfAttention"),),
+    ),
+    ModelLayout(
+        "minimax-h3",
+        "comfy.ldm.minimax.model.MiniMaxH3Model",
+        (("blocks.*.attn", "comfy.ldm.minimax.model.Attention"),),
+        front=tokens.video_last,
+    ),
+    ModelLayout(
+        "flux",
+        "comfy.ldm.flux.model.Flux",
+        (("double_blocks.*", f"{FLUX}.DoubleStreamBlock"), ("single_blocks.*", f"{FLUX}.SingleStreamBlock")),
+        front=tokens.text_in_front,
+        text_mask=True,
+    ),
+    ModelLayout(
+        "qwen-image",
+        "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
+        (("transformer_blocks.*.attn", "comfy.ldm.qwen_image.model.Attention"),),
+        front=tokens.text_in_front,
+        text_mask=True,
     ),
 )
+
+# models that no override of ComfyUI's attention can reach
+UNREACHABLE = {
+    "comfy.ldm.seedvr.model.NaDiT": "SeedVR2 calls its attention past every override (and works in small windows already)",
+}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What one loaded model is: its layout, its sizes, and the path of each layer's self-attention module."""
+    """What one loaded model is: its layout, its sizes, and the path of each layer's self-attention (module or method)."""
 
     layout: ModelLayout
     num_layers: int
@@ -74,23 +163,70 @@ def model_facts(diffusion_model):
     layout = next((row for row in LAYOUTS if row.model_class == class_name(diffusion_model)), None)
     if layout is None:
         return None
-    blocks = getattr(diffusion_model, layout.blocks)
-    paths = [f"{layout.blocks}.{index}.{layout.attention}" for index in range(len(blocks))]
-    modules = [operator.attrgetter(path)(diffusion_model) for path in paths]
-    if not modules or any(class_name(module) != layout.attention_class for module in modules):
+    found = [
+        (path, module, expected)
+        for pattern, expected in layout.modules
+        for path, module in modules_at(diffusion_model, pattern)
+    ]
+    if not found or any(class_name(module) != expected for _, module, expected in found):
         return None
+    sizes = {head_sizes(module) for _, module, _ in found}
+    if len(sizes) > 1:
+        return None
+    heads, head_dim = sizes.pop()
     return ModelFacts(
         layout=layout,
-        num_layers=len(modules),
-        num_heads=modules[0].num_heads,
-        head_dim=modules[0].head_dim,
-        patch_size=tuple(diffusion_model.patch_size),
-        attention_paths=tuple(paths),
+        num_layers=len(found),
+        num_heads=heads,
+        head_dim=head_dim,
+        patch_size=patch_size(diffusion_model),
+        attention_paths=tuple(path for path, _, _ in found),
     )
+
+
+def modules_at(root, pattern):
+    """[(path, module)] of "blocks.*.attn"; a last part that is a method belongs to the path of the module before it."""
+    found = [("", root)]
+    for part in pattern.split("."):
+        if part == "*":
+            found = [(f"{path}{name}.", child) for path, module in found for name, child in module.named_children()]
+        else:
+            found = [(f"{path}{part}.", getattr(module, part)) for path, module in found if hasattr(module, part)]
+    return [(path[:-1], getattr(thing, "__self__", thing)) for path, thing in found]
+
+
+def module_and_method(path, diffusion_model):
+    """(module, name of the method that makes its attention call) of one of ModelFacts.attention_paths."""
+    thing = operator.attrgetter(path)(diffusion_model)
+    if hasattr(thing, "named_children"):
+        return thing, "forward"
+    parent, _, method = path.rpartition(".")
+    return operator.attrgetter(parent)(diffusion_model), method
+
+
+def head_sizes(module):
+    """(heads, head_dim) of an attention module or block, whatever ComfyUI's class calls them."""
+    heads = next(getattr(module, name) for name in ("num_heads", "heads", "n_heads") if hasattr(module, name))
+    for name in ("head_dim", "dim_head"):
+        if hasattr(module, name):
+            return heads, getattr(module, name)
+    width = module.hidden_size if hasattr(module, "hidden_size") else module.hidden_dim
+    return heads, width // heads
+
+
+def patch_size(diffusion_model):
+    """(t, h, w) latent cells per token."""
+    if hasattr(diffusion_model, "patch_spatial"):
+        return (diffusion_model.patch_temporal, diffusion_model.patch_spatial, diffusion_model.patch_spatial)
+    size = getattr(diffusion_model, "patch_size", 1)
+    if isinstance(size, int):
+        return (getattr(diffusion_model, "patch_size_t", None) or 1, size, size)
+    return (1,) * (3 - len(size)) + tuple(size)
 
 
 def unsupported_model_reason(diffusion_model):
     """None, or one sentence why no call of this model can run sparse."""
     if model_facts(diffusion_model) is not None:
         return None
-    return f"model family {type(diffusion_model).__name__} is not supported yet"
+    name = class_name(diffusion_model)
+    return UNREACHABLE.get(name, f"model family {type(diffusion_model).__name__} is not supported yet")

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 
 import torch
 
-from ..sla2_kernels import K_BLOCK, Q_BLOCK
-from ..sla2_kernels.router import block_count, selected_block_count
+from ..sla2_kernels import Q_BLOCK
+from ..sla2_kernels.router import block_count
 from .routing_maps import wanted_maps
 
 ROUNDING = 1e-6
@@ -59,7 +59,7 @@ class RunRecord:
         self.maps = wanted_maps()
         self.lock = threading.Lock()
         self._said = set()
-        self._window_memo = (None, True)
+        self._sigma_memo = (None, None)
 
     def first_time(self, reason):
         """True once per run and reason: what is logged once."""
@@ -91,16 +91,18 @@ class RunRecord:
         with self.lock:
             self.layers[layer].dense[reason] += 1
 
-    def count_sparse(self, layer, shape, sparsity, precision, ratio):
-        """shape: (batch, heads, tokens); ratio: the row ratios used, float32 (batch, heads, tokens), left on its device."""
+    def count_sparse(self, layer, shape, kept, key_blocks, precision, ratio):
+        """shape: (batch, heads, query tokens); ratio: the row ratios used, float32 of that shape, left on its device.
+
+        kept of key_blocks key blocks were attended by each query block.
+        """
         batch, heads, tokens = shape
-        key_blocks = block_count(tokens, K_BLOCK)
         rows = batch * heads * block_count(tokens, Q_BLOCK)
         bounds = torch.stack(torch.aminmax(ratio.detach()))
         with self.lock:
             record = self.layers[layer]
             record.sparse += 1
-            record.kept_blocks += rows * selected_block_count(sparsity, key_blocks)
+            record.kept_blocks += rows * kept
             record.all_blocks += rows * key_blocks
             self.precisions.add(precision)
             seen = record.ratio_bounds.get(ratio.device)
@@ -129,27 +131,31 @@ class RunRecord:
         with self.lock:
             self.layers[layer].events[kind].append((start, end))
 
+    def sigma(self, sigmas):
+        """The step's sigma as a number: one read of the device per step."""
+        with self.lock:
+            known, sigma = self._sigma_memo
+        if known is not sigmas:
+            sigma = float(sigmas.max())
+            with self.lock:
+                self._sigma_memo = (sigmas, sigma)
+        return sigma
+
     def in_window(self, sigmas):
-        """Whether this step lies inside the window; None where the sampler does not say. One read of the device per step."""
+        """Whether this step lies inside the window; None where the sampler does not say."""
         if self.window is None:
             return True
         if sigmas is None:
             return None
-        with self.lock:
-            known, decision = self._window_memo
-        if known is not sigmas:
-            highest, lowest = self.window
-            # steps have float32 sigmas, and a step on the edge lies inside
-            decision = lowest * (1 - ROUNDING) <= float(sigmas.max()) <= highest * (1 + ROUNDING)
-            with self.lock:
-                self._window_memo = (sigmas, decision)
-        return decision
+        highest, lowest = self.window
+        # steps have float32 sigmas, and a step on the edge lies inside
+        return lowest * (1 - ROUNDING) <= self.sigma(sigmas) <= highest * (1 + ROUNDING)
 
     def close(self, failure=None, output=None):
         """Ends the run; unless it failed, fetches what was left on the device."""
         self.ended = time.monotonic()
         self.failure = failure
-        self._window_memo = (None, True)
+        self._sigma_memo = (None, None)
         for record in self.layers.values():
             if failure is None:
                 _collect(record)

@@ -21,6 +21,7 @@ class AttentionSettings:
     dense_layers: frozenset[int] = frozenset()
     minimum_tokens: int = AUTOMATIC
     stop_on_unsupported: bool = False
+    schedule: tuple = ()  # of schedule.Rule
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:

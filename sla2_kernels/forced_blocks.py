@@ -57,8 +57,8 @@ def selected_with_forced(tokens, sparsity, front, back):
 def _select(
     q: Tensor,
     k: Tensor,
-    proj_q: Optional[Tensor],
-    proj_k: Optional[Tensor],
+    proj_q: Optional[Tensor],  # noqa: UP045  torch 2.6 derives an operator's schema from Optional only
+    proj_k: Optional[Tensor],  # noqa: UP045
     sparsity: float,
     front: int,
     back: int,

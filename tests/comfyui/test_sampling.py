@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_wan import save_wan
 
 STEPS, LAYERS = 3, 3
 ALL = STEPS * LAYERS
@@ -117,8 +118,16 @@ def test_a_cached_sampler_is_reported_with_its_own_run(comfy, prompt):
     assert "came from the cache" in third["caveat"]
 
 
+def unknown(comfy, prompt):
+    """A model of a class without a row in our table; its file is no other test's."""
+    path = comfy.base / "models/diffusion_models/tiny_unknown.safetensors"
+    if not path.exists():
+        save_wan(path, layers=2, seed=7)
+    return prompt.add("SLA2TestUnknownModel", model=prompt.model(path.name))
+
+
 def test_an_unsupported_family_is_passed_through_with_the_reason(comfy, prompt):
-    model = prompt.model("tiny_vace.safetensors")
+    model = unknown(comfy, prompt)
     plain = prompt.save(prompt.sample(model))
     patched = prompt.apply(model)
     samples = prompt.sample(patched)
@@ -126,16 +135,23 @@ def test_an_unsupported_family_is_passed_through_with_the_reason(comfy, prompt):
     outputs = comfy.run(prompt)
     assert torch.equal(comfy.latent(outputs, plain), comfy.latent(outputs, saved))
     found = comfy.report(outputs, report)
-    # a self- and a cross-attention in each of the 3 blocks and the control block
-    assert found["unsupported_calls"] == {"model family VaceWanModel is not supported yet": STEPS * 8}
+    # a self- and a cross-attention in each of the 2 blocks
+    assert found["unsupported_calls"] == {"model family UnknownModel is not supported yet": STEPS * 4}
 
 
 def test_stop_refuses_an_unsupported_family_in_one_sentence(comfy, prompt):
-    patched = prompt.apply(prompt.model("tiny_vace.safetensors"), on_unsupported="stop")
+    patched = prompt.apply(unknown(comfy, prompt), on_unsupported="stop")
     prompt.save(prompt.sample(patched))
     node, message = comfy.error(prompt)
     assert node == patched[0]
-    assert "model family VaceWanModel is not supported yet (on_unsupported is set to stop)." in message
+    assert "model family UnknownModel is not supported yet (on_unsupported is set to stop)." in message
+
+
+def test_vace_runs_its_control_blocks_sparse_too(comfy, prompt):
+    model = prompt.model("tiny_vace.safetensors")
+    found, latent = sampled(comfy, prompt, model, prompt.apply(model))
+    assert found["sparse_calls"] == STEPS * 4 and found["dense_calls"] == 0 and found["other_calls"] == STEPS * 4
+    assert torch.isfinite(latent).all()
 
 
 @pytest.mark.parametrize(

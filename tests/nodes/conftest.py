@@ -17,6 +17,9 @@ def dense_attention(
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     if kwargs.get("enable_gqa"):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if mask is not None:
+        mask = mask[(None,) * (mask.dim() == 2)]
+        mask = mask[:, None] if mask.dim() == 3 else mask
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=kwargs.get("scale"))
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
@@ -48,10 +51,17 @@ class Sampling:
 class Bench:
     """One hook and the calls of one model call."""
 
-    def __init__(self, pack_module, router=None, grid=None, **settings):
+    def __init__(self, pack_module, router=None, grid=(3, 10, 10), front=0, by_frame=False, text_mask=True, **settings):
         self.hook_module = pack_module("nodes.attention_hook")
         layouts, make = pack_module("nodes.model_layouts"), pack_module("nodes.settings").AttentionSettings
-        layout = SimpleNamespace(grid=lambda args, options, patch: grid, family="wan", token_order="raster")
+        layout = SimpleNamespace(
+            grid=lambda inputs, patch: grid,
+            front=lambda model, inputs, patch: front,
+            by_frame=by_frame,
+            text_mask=text_mask,
+            family="wan",
+            token_order="raster",
+        )
         facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
         settings = make(**{"sparsity": 0.5, "bit_width": "16bit", "minimum_tokens": 0} | settings)
         self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling())
@@ -61,7 +71,7 @@ class Bench:
 
     def model_call(self, sigma=0.5, override=None):
         self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
-        return self.hook.model_call(SimpleNamespace(), [], self.options)
+        return self.hook.model_call(SimpleNamespace(), {}, self.options)
 
     def attend(self, *args, layer=0, **kwargs):
         options = self.options if layer is None else self.options | {self.hook_module.LAYER: layer}

@@ -112,16 +112,9 @@ def test_calls_of_unlike_or_unexpected_tensors_have_a_reason(bench, qkv, change,
     assert found.startswith(reason)
 
 
-def test_reference_tokens_beside_the_grid_stay_dense(bench, qkv):
-    b = bench(grid=(3, 8, 10))
-    b.model_call()
-    b.attend(*qkv, heads=HEADS)
-    assert b.run.layers[0].dense == {"the sequence holds 300 tokens, and only 240 of them are the video's grid": 1}
-
-
 def test_the_operators_own_reason_is_the_one_that_is_counted(bench, qkv, pack_module, monkeypatch):
     sentence = "the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has 7.5"
-    monkeypatch.setattr(pack_module("nodes.attention_call"), "unsupported_reason", lambda *args: sentence)
+    monkeypatch.setattr(pack_module("nodes.attention_hook"), "unsupported_reason", lambda *args: sentence)
     b = bench()
     b.model_call()
     assert torch.equal(b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS))

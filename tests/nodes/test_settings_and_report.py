@@ -81,19 +81,6 @@ def test_no_markup_reaches_the_page(pack_module):
     assert "<" not in pack_module("nodes.progress_text").plain("<img src=x onerror=alert(1)>")
 
 
-@pytest.mark.parametrize(
-    ("options", "appended", "grid"),
-    [
-        ({}, None, (3, 8, 9)),
-        ({}, torch.zeros(1, 16, 2, 16, 17), (5, 8, 9)),
-        ({"grid_sizes": (4, 8, 9)}, None, (4, 8, 9)),
-    ],
-)
-def test_wan_grid(pack_module, options, appended, grid):
-    args = [torch.zeros(2, 16, 3, 16, 17), None, None, None, appended]
-    assert pack_module("nodes.model_layouts").wan_grid(args, options, (1, 2, 2)) == grid
-
-
 def test_subclasses_of_a_supported_model_are_not_taken_for_it(pack_module):
     layouts = pack_module("nodes.model_layouts")
     model = type("VaceWanModel", (), {})()

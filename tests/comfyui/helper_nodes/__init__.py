@@ -52,6 +52,24 @@ class SLA2TestNeighbour:
         return (patched,)
 
 
+class SLA2TestUnknownModel:
+    """Makes the loaded model one of a class that nobody knows. Only for a file that no other test loads."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "sla2 tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        diffusion_model = model.model.diffusion_model
+        if type(diffusion_model).__name__ != "UnknownModel":
+            diffusion_model.__class__ = type("UnknownModel", (type(diffusion_model),), {})
+        return (model.clone(),)
+
+
 def chaining(previous):
     def override(func, *args, **kwargs):
         below = functools.partial(previous, func) if previous else func
@@ -82,4 +100,4 @@ def failing(previous):
 
 
 OVERRIDES = {"chains": chaining, "overwrites": overwriting, "keeps but never calls": forgetful, "fails": failing}
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestConditioning, SLA2TestNeighbour)}
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestConditioning, SLA2TestNeighbour, SLA2TestUnknownModel)}

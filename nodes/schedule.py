@@ -1,0 +1,101 @@
+"""Sparsity per step and layer: a short text of rules, and which sparsity a call gets from them."""
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass
+
+FORM = '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85"'
+NUMBER = r"(\d*\.?\d+)"
+STEPS = re.compile(rf"{NUMBER}\s*%\s*-\s*{NUMBER}\s*%")
+LAYERS = re.compile(r"layers?\s+(.+)")
+VALUE = re.compile(rf"{NUMBER}(?:\s*->\s*{NUMBER})?")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """sparsity: (at the first step, at the last step) of the range, None where it is dense. steps: shares of the run."""
+
+    sparsity: tuple[float, float] | None
+    steps: tuple[float, float] = (0.0, 1.0)
+    layers: frozenset[int] | None = None
+
+    def covers(self, layer, progress):
+        if self.layers is not None and layer not in self.layers:
+            return False
+        return self.steps == (0.0, 1.0) or (progress is not None and self.steps[0] <= progress <= self.steps[1])
+
+    def at(self, progress):
+        if self.sparsity is None:
+            return None
+        first, last = self.sparsity
+        if first == last or progress is None:
+            return first
+        start, end = self.steps
+        share = min(max((progress - start) / (end - start), 0.0), 1.0)
+        return round(first + (last - first) * share, 2)  # few values, so that few sets of weights are kept
+
+
+def sparsity_of(rules, layer, progress, otherwise):
+    """Sparsity of a call, None for dense: that of the last rule that covers it, else ``otherwise``. progress: 0 to 1 or None."""
+    rule = next((rule for rule in reversed(rules) if rule.covers(layer, progress)), None)
+    return otherwise if rule is None else rule.at(progress)
+
+
+def needs_progress(rules):
+    return any(rule.steps != (0.0, 1.0) or (rule.sparsity and len(set(rule.sparsity)) > 1) for rule in rules)
+
+
+def parse_schedule(text, num_layers, parse_layers):
+    """Rules separated by ";" or line ends, in order; raises ValueError with one sentence. parse_layers: see settings.py."""
+    parts = [part.strip() for part in re.split(r"[;\n]", text)]
+    return tuple(_parse_rule(part, num_layers, parse_layers) for part in parts if part)
+
+
+def _parse_rule(part, num_layers, parse_layers):
+    where, colon, what = part.rpartition(":")
+    if not colon:
+        raise ValueError(f"schedule must look like {FORM}, but {part!r} has no colon.")
+    steps, layers = (0.0, 1.0), None
+    rest = where.strip()
+    found = STEPS.search(rest)
+    if found:
+        steps = tuple(float(number) / 100 for number in found.groups())
+        rest = (rest[: found.start()] + rest[found.end() :]).strip(" ,")
+    found = LAYERS.fullmatch(rest)
+    if found:
+        layers, rest = parse_layers(found[1], num_layers), ""
+    if rest or not where.strip():
+        raise ValueError(f"schedule must look like {FORM}, but {where.strip()!r} is no range of steps or layers.")
+    if not 0 <= steps[0] < steps[1] <= 1:
+        raise ValueError(f"schedule holds the steps {where.strip()!r}: they must rise and lie between 0% and 100%.")
+    return Rule(_parse_value(what.strip()), steps, layers)
+
+
+def _parse_value(text):
+    if text == "dense":
+        return None
+    found = VALUE.fullmatch(text)
+    values = [float(number) for number in found.groups() if number is not None] if found else []
+    if not values or not all(0 <= value < 1 for value in values):
+        raise ValueError(f'schedule needs "dense" or a sparsity of at least 0 and below 1, got {text!r}.')
+    return values[0], values[-1]
+
+
+class RunProgress:
+    """Share of the sampling, 0 to 1, from a step's sigma, as ComfyUI's start_percent counts it."""
+
+    POINTS = 200
+
+    def __init__(self, percent_to_sigma):
+        self._percents = [number / self.POINTS for number in range(self.POINTS, -1, -1)]
+        self._sigmas = [float(percent_to_sigma(percent)) for percent in self._percents]
+
+    def at(self, sigma):
+        if sigma >= self._sigmas[-1]:
+            return 0.0
+        above = bisect_left(self._sigmas, sigma)
+        if above == 0:
+            return 1.0
+        low, high = self._sigmas[above - 1], self._sigmas[above]
+        share = (sigma - low) / (high - low) if high > low else 1.0
+        return self._percents[above - 1] + share * (self._percents[above] - self._percents[above - 1])

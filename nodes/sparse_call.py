@@ -1,0 +1,90 @@
+"""One self-attention call of a video model, computed: the video's queries sparse, those of other tokens dense.
+
+Text, reference and pose tokens keep their exact share: their keys are attended by every query, their queries see every key.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..sla2_kernels import K_BLOCK, sla2_attention
+from ..sla2_kernels.forced_blocks import select_with_forced_blocks, selected_with_forced
+from ..sla2_kernels.router import block_count
+
+
+@dataclass(frozen=True)
+class SparseResult:
+    """out: as the caller wants it. ratio: of the video's query rows, (B, H, N). kept, blocks: key blocks per query block."""
+
+    out: torch.Tensor
+    ratio: torch.Tensor
+    kept: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """The video's own queries and keys of one call, as views, and all keys and values. ``layout`` is the operator's."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    video_k: torch.Tensor
+    layout: str
+
+    @property
+    def token_axis(self):
+        return 1 if self.layout == "BNHD" else 2
+
+
+def video_part(request, exact):
+    """VideoPart of an AttentionCall with these ExactTokens."""
+    layout = "BNHD" if request.flat_output else "BHND"
+    q, k, v = request.q, request.k, request.v
+    queries = q[:, exact.query_front : q.shape[1] - exact.query_back]
+    keys = k[:, exact.key_front : k.shape[1] - exact.key_back]
+    views = (queries, k, v, keys)
+    return VideoPart(*(views if request.flat_output else (t.transpose(1, 2) for t in views)), layout)
+
+
+def sparse_video(part, exact, weights, *, sparsity, precision, scale):
+    """(out, ratio, kept, blocks) for the video's queries. weights: (proj_q, proj_k, alpha), None each where untrained."""
+    proj_q, proj_k, alpha = weights
+    keys = part.k.shape[part.token_axis]
+    selection = None
+    if exact.key_front or exact.key_back:
+        selection = select_with_forced_blocks(
+            part.q,
+            part.k,
+            proj_q,
+            proj_k,
+            sparsity=sparsity,
+            front=exact.key_front,
+            back=exact.key_back,
+            layout=part.layout,
+        )
+    out, ratio = sla2_attention(
+        part.q, part.k, part.v, proj_q, proj_k, alpha,
+        sparsity=sparsity, precision=precision, scale=scale, layout=part.layout, key_blocks=selection, return_alpha=True,
+    )  # fmt: skip
+    kept = selected_with_forced(keys, sparsity, exact.key_front, exact.key_back)
+    return out, ratio, kept, block_count(keys, K_BLOCK)
+
+
+def with_dense_rows(out, request, exact, dense):
+    """The whole call's output: ``out`` of the video's queries between the rows that ``dense`` computes exactly."""
+    out = out.flatten(2) if request.flat_output else out
+    axis = 1 if request.flat_output else 2
+    if exact.query_front:
+        out = torch.cat([dense(slice(0, exact.query_front)), out], dim=axis)
+    if exact.query_back:
+        out = torch.cat([out, dense(slice(request.tokens - exact.query_back, request.tokens))], dim=axis)
+    return out
+
+
+def rows_of_call(args, kwargs, rows):
+    """(args, kwargs) of the same call with only these query rows."""
+    heads_first = kwargs["skip_reshape"] if "skip_reshape" in kwargs else len(args) > 6 and args[6]
+    q = args[0] if args else kwargs["q"]
+    q = q[:, :, rows] if heads_first else q[:, rows]
+    return ((q, *args[1:]), kwargs) if args else (args, {**kwargs, "q": q})

@@ -1,0 +1,129 @@
+"""Where the video's tokens lie in a self-attention call, and what stands before and behind them.
+
+Text, reference and pose tokens are few and matter to every query: as keys they are always attended, as queries they run
+dense. A ``front`` function of a layout says how many tokens stand before the video's (None: the video is last); whatever is
+left stands behind them. ``inputs`` are the arguments of one model call by name.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+
+
+def call_inputs(function, args, kwargs):
+    """The arguments of ``function`` by name, its extra keywords among them."""
+    inputs = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    return inputs | inputs.pop("kwargs", {})
+
+
+def latent_of(inputs):
+    """The video's latent (B, C, T, H, W) or (B, C, H, W); models with sound get it first in a list."""
+    latent = inputs["x"]
+    return latent[0] if isinstance(latent, (list, tuple)) else latent
+
+
+def latent_grid(inputs, patch_size):
+    """(t, h, w) tokens of the latent itself."""
+    shape = tuple(latent_of(inputs).shape[2:])
+    return tokens_of((1,) * (3 - len(shape)) + shape, patch_size)
+
+
+def tokens_of(shape, patch_size):
+    return tuple(math.ceil(cells / size) for cells, size in zip(shape, patch_size, strict=True))
+
+
+def grid_after_first_frame(inputs, patch_size):
+    frames, height, width = latent_grid(inputs, patch_size)
+    return frames - 1, height, width
+
+
+def ltx_grid(inputs, patch_size):
+    """LTX appends its guides as latent frames: they are references, not video, and may lose tokens on the way."""
+    frames, height, width = latent_grid(inputs, patch_size)
+    guides = inputs.get("keyframe_idxs")
+    guide_frames = 0 if guides is None else guides.shape[2] // (height * width)
+    return frames - guide_frames, height, width
+
+
+def nothing_in_front(model, inputs, patch_size):
+    return 0
+
+
+def video_last(model, inputs, patch_size):
+    return None
+
+
+def first_frame(model, inputs, patch_size):
+    """Animate-2: the reference image is the latent's first frame."""
+    _, height, width = latent_grid(inputs, patch_size)
+    return height * width
+
+
+def wan_reference(model, inputs, patch_size):
+    """Fun control and Animate put one reference image in front, if the model has the weights for it."""
+    reference = inputs.get("reference_latent")
+    if reference is None or getattr(model, "ref_conv", None) is None:
+        return 0
+    return math.prod(size // patch for size, patch in zip(reference.shape[-2:], patch_size[1:], strict=True))
+
+
+def scail_reference(model, inputs, patch_size):
+    """SCAIL joins its reference frames in front; its pose tokens come last."""
+    reference = inputs.get("reference_latent")
+    return 0 if reference is None else math.prod(tokens_of(tuple(reference.shape[2:]), patch_size))
+
+
+def hunyuan_front(model, inputs, patch_size):
+    """Text and reference come first, in ComfyUI before 0.4 the text last."""
+    if not getattr(model.double_blocks[0], "flipped_img_txt", False):
+        return None
+    reference = inputs.get("ref_latent")
+    return 0 if reference is None else math.prod(tokens_of(tuple(reference.shape[2:]), patch_size))
+
+
+def text_in_front(model, inputs, patch_size):
+    """Flux and Qwen-Image: text, image, references."""
+    return inputs["context"].shape[1]
+
+
+REFERENCE_QUERIES = "the queries are those of the reference image"
+DENSE_BY_NATURE = {REFERENCE_QUERIES}  # dense calls that are no failure
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """How many queries at both ends run dense, and how many keys at both ends every query attends."""
+
+    query_front: int = 0
+    query_back: int = 0
+    key_front: int = 0
+    key_back: int = 0
+
+    @property
+    def any(self):
+        return bool(self.query_front or self.query_back or self.key_front or self.key_back)
+
+
+@dataclass(frozen=True)
+class VideoSpan:
+    """Where the video's tokens lie in one model call. grid: (t, h, w). front: tokens before them, None: they are last."""
+
+    grid: tuple
+    front: int | None = 0
+    by_frame: bool = False
+
+    def exact_tokens(self, queries, keys):
+        """(ExactTokens, None) of a call with so many query and key tokens, or (None, one sentence) where it is no such call."""
+        if queries != keys and not self.by_frame:
+            return None, f"the call has {queries} query tokens and {keys} key tokens"
+        video = math.prod(self.grid)
+        front = keys - video if self.front is None else self.front
+        back = keys - video - front
+        if video <= 0 or front < 0 or back < 0:
+            needed = video + max(front, 0)
+            return None, f"the call has {keys} key tokens, fewer than the {needed} of this model's video"
+        if queries == keys:
+            return ExactTokens(front, back, front, back), None
+        if not back:
+            return None, REFERENCE_QUERIES
+        return ExactTokens(0, 0, front, back), None

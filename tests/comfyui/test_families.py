@@ -1,0 +1,63 @@
+"""Every model family on ComfyUI's own class, at miniature size: the video's self-attention runs sparse, nothing else does.
+
+Each ComfyUI at hand runs them once, in a process of its own: the one of the other tests, and older ones in folders
+"ComfyUI-*" beside it.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from family_models import FAMILIES
+
+from tooling.comfyui import find_comfyui
+from tooling.plan import ROOT
+
+HERE = Path(__file__).parent
+NO_OPTIONS = "the model passes no options here (as with a KV cache), so that nothing can take this call over"
+REFERENCE = "the queries are those of the reference image"
+
+
+def versions():
+    path, _ = find_comfyui()
+    return [] if path is None else [path, *sorted(p for p in path.parent.glob("ComfyUI-*") if (p / "comfy").is_dir())]
+
+
+@pytest.fixture(scope="session")
+def probe_of(comfyui_path):
+    """probe_of(path of a ComfyUI) is what family_probe.py found there."""
+    found = {}
+
+    def probe(path):
+        if path not in found:
+            command = [sys.executable, str(HERE / "family_probe.py"), str(path), str(ROOT)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[path] = json.loads(done.stdout.splitlines()[-1])
+        return found[path]
+
+    return probe
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("path", versions() or [None], ids=lambda path: path.name if path else "no ComfyUI")
+def test_family(probe_of, path, name):
+    found, (*_, sparse, other) = probe_of(path)[name], FAMILIES[name]
+    if found.get("missing"):
+        pytest.skip(f"{path.name} does not have this model")
+    assert "error" not in found, found["error"]
+    assert found["family"] is None and found["plain again"]
+    if not found["calls"]:  # S2V in 0.3.64 calls its attention past every override, and the report says so
+        assert set(found["sparse"]["dense"]) == {NO_OPTIONS} and found["sparse"]["difference"] == 0
+        return
+    for run in (found["exact"], found["sparse"]):
+        assert run["sparse"] == sparse and run["other"] == other and run["unreached"] == 0
+        assert set(run["dense"]) <= {REFERENCE} and run["model_calls"] == 1
+        # every call the model makes is accounted for
+        assert run["sparse"] + run["other"] + len(run["dense"]) == found["calls"]
+        assert run["finite"]
+    assert found["exact"]["difference"] < 2e-6
+    assert found["sparse"]["difference"] > 2e-4
+    assert all(share > 0.25 for share in found["sparse"]["sparsity"])

@@ -1,0 +1,133 @@
+"""Text, reference and pose tokens beside the video's: exact as keys and as queries; where each family has them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+HEADS, DIM = 2, 64
+
+
+def call(seed=0, queries=600, keys=600):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, n, HEADS * DIM, generator=generator) for n in (queries, keys, keys)]
+
+
+def heads_first(tensors):
+    return [t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in tensors]
+
+
+@pytest.mark.parametrize(("front", "expected"), [(70, (70, 90)), (None, (160, 0)), (0, (0, 160))])
+def test_rows_of_other_tokens_are_exact_and_those_of_the_video_are_sparse(bench, front, expected):
+    qkv, (before, after) = call(), expected
+    b = bench(grid=(11, 4, 10), front=front)  # 440 of 600 tokens
+    b.model_call()
+    out, dense = b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS)
+    video = slice(before, 600 - after)
+    torch.testing.assert_close(out[:, :before], dense[:, :before])
+    torch.testing.assert_close(out[:, 600 - after :], dense[:, 600 - after :])
+    assert not torch.allclose(out[:, video], dense[:, video], atol=1e-3)
+    assert b.run.layers[0].sparse == 1 and not b.run.layers[0].dense
+
+
+def test_every_video_query_attends_the_other_tokens_exactly(bench):
+    """Values of text tokens alone: with softmax over all keys, a query's output is the text's share of its attention."""
+    q, k, v = call()
+    k[:, :100] *= 3  # most of the mass lies on the text
+    v[:, 100:] = 0
+    b = bench(grid=(5, 10, 10), front=100, sparsity=0.7)
+    b.model_call()
+    out, dense = b.attend(q, k, v, heads=HEADS), b.attention(q, k, v, heads=HEADS)
+    assert (out - dense).norm() / dense.norm() < 0.1
+    b = bench(grid=(6, 10, 10), front=0, sparsity=0.7)
+    b.model_call()
+    assert (b.attend(q, k, v, heads=HEADS) - dense).norm() / dense.norm() > 0.3
+
+
+@pytest.mark.parametrize("layout", ["flat", "heads first", "heads first in and out"])
+def test_sparsity_0_equals_dense_in_every_layout(bench, layout):
+    qkv, b = call(), bench(grid=(11, 4, 10), front=70, sparsity=0.0)
+    keywords = {"skip_reshape": layout != "flat", "skip_output_reshape": layout.endswith("out")}
+    tensors = qkv if layout == "flat" else heads_first(qkv)
+    b.model_call()
+    out = b.attend(*tensors, HEADS, **keywords)
+    torch.testing.assert_close(out, b.attention(*tensors, HEADS, **keywords), rtol=1e-4, atol=1e-5)
+    out = b.attend(*tensors, HEADS, None, None, *keywords.values())
+    torch.testing.assert_close(out, b.attention(*tensors, HEADS, **keywords), rtol=1e-4, atol=1e-5)
+
+
+def test_queries_of_one_frame_see_the_video_and_the_pose_frame_behind_it(bench):
+    q, k, v = call(queries=100, keys=700)
+    b = bench(grid=(5, 10, 10), front=100, by_frame=True, sparsity=0.0)
+    b.model_call()
+    torch.testing.assert_close(b.attend(q, k, v, heads=HEADS), b.attention(q, k, v, heads=HEADS), rtol=1e-4, atol=1e-5)
+    assert b.run.layers[0].sparse == 1
+    b.attend(q, k[:, :600], v[:, :600], heads=HEADS, layer=1)
+    assert b.run.layers[1].dense == {"the queries are those of the reference image": 1}
+
+
+def test_the_reference_images_queries_are_no_reason_to_stop(bench):
+    b = bench(grid=(5, 10, 10), front=100, by_frame=True, stop_on_unsupported=True)
+    b.model_call()
+    q, k, v = call(queries=100, keys=600)
+    assert torch.equal(b.attend(q, k, v, heads=HEADS), b.attention(q, k, v, heads=HEADS))
+
+
+@pytest.mark.parametrize("grid", [(7, 10, 10), (0, 10, 10)])
+def test_a_call_without_the_whole_video_stays_dense(bench, grid):
+    b = bench(grid=grid)
+    b.model_call()
+    b.attend(*call(), heads=HEADS)
+    (reason,) = b.run.layers[0].dense
+    assert "the call has 600 key tokens, fewer than" in reason
+
+
+def test_the_report_counts_forced_blocks_as_kept(bench):
+    b = bench(grid=(5, 10, 10), front=100, sparsity=0.5)
+    b.model_call()
+    b.attend(*call(), heads=HEADS)
+    # 10 key blocks: 2 forced, 8 free of which 4 are kept
+    assert b.run.layers[0].sparsity == pytest.approx(0.4)
+
+
+LATENT = torch.zeros(1, 16, 5, 16, 20)
+GRIDS = {
+    "padded": ("latent_grid", {"x": torch.zeros(1, 16, 3, 15, 17)}, (3, 8, 9)),
+    "image": ("latent_grid", {"x": LATENT[:, :, 0]}, (1, 8, 10)),
+    "with sound": ("latent_grid", {"x": [LATENT, torch.zeros(1, 8, 2, 9)]}, (5, 8, 10)),
+    "after the reference frame": ("grid_after_first_frame", {"x": LATENT}, (4, 8, 10)),
+    "without guides": ("ltx_grid", {"x": LATENT, "keyframe_idxs": torch.zeros(1, 3, 160)}, (3, 8, 10)),
+}
+
+
+@pytest.mark.parametrize(("name", "inputs", "grid"), GRIDS.values(), ids=GRIDS)
+def test_grids(pack_module, name, inputs, grid):
+    assert getattr(pack_module("nodes.video_tokens"), name)(inputs, (1, 2, 2)) == grid
+
+
+PLAIN, WITH_REFERENCE = SimpleNamespace(ref_conv=None), SimpleNamespace(ref_conv=object())
+OLD, NEW = (SimpleNamespace(double_blocks=[SimpleNamespace(flipped_img_txt=flipped)]) for flipped in (True, False))
+FRONTS = {
+    "Wan without the weights": ("wan_reference", PLAIN, {"reference_latent": LATENT[:, :, 0]}, 0),
+    "Wan with them": ("wan_reference", WITH_REFERENCE, {"reference_latent": LATENT[:, :, 0]}, 80),
+    "Wan without a reference": ("wan_reference", WITH_REFERENCE, {}, 0),
+    "SCAIL": ("scail_reference", PLAIN, {"reference_latent": LATENT[:, :, :2]}, 160),
+    "Hunyuan": ("hunyuan_front", NEW, {}, None),
+    "Hunyuan before 0.4": ("hunyuan_front", OLD, {}, 0),
+    "Hunyuan before 0.4 with a reference": ("hunyuan_front", OLD, {"ref_latent": LATENT[:, :, :1]}, 80),
+    "Animate-2": ("first_frame", PLAIN, {"x": LATENT}, 80),
+    "Flux": ("text_in_front", PLAIN, {"context": torch.zeros(1, 77, 8)}, 77),
+}
+
+
+@pytest.mark.parametrize(("name", "model", "inputs", "front"), FRONTS.values(), ids=FRONTS)
+def test_fronts(pack_module, name, model, inputs, front):
+    assert getattr(pack_module("nodes.video_tokens"), name)(model, inputs, (1, 2, 2)) == front
+
+
+def test_inputs_are_known_by_name_however_they_are_passed(pack_module):
+    def forward(x, timestep, context, options=None, **kwargs):
+        return None
+
+    found = pack_module("nodes.video_tokens").call_inputs(forward, (1, 2), {"context": 3, "reference_latent": 4})
+    assert found == {"x": 1, "timestep": 2, "context": 3, "reference_latent": 4}
