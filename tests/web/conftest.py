@@ -9,6 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "comfyui"))
 
+from canvas import Canvas
 from tiny_wan import save_router, save_wan
 
 from tooling.plan import PACK_FOLDER, ROOT
@@ -51,3 +52,39 @@ def browser():
         running = driver.chromium.launch(executable_path=chromium, headless=True, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def canvas(server, browser, pictures):
+    """The page, opened once per file of tests."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    yield Canvas(context.new_page(), server.url, pictures)
+    context.close()
+
+
+SAMPLER = {"seed": 5, "steps": 3, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
+
+
+@pytest.fixture
+def sampling_prompt():
+    """API prompt: tiny Wan through SLA2 Apply Attention, sampled, reported. 768 tokens, 3 steps, 3 layers."""
+    apply = {
+        "model": ["1", 0], "sparsity": 0.75, "bit_width": "16bit", "ratio_mode": "learned", "fixed_ratio": 0.8,
+        "start_percent": 0.0, "end_percent": 1.0, "dense_layers": "1", "minimum_tokens": 0,
+        "on_unsupported": "run dense and say so",
+    }  # fmt: skip
+    conditioning = {"number": 1, "image": False, "label": ""}
+    return {
+        "1": node("UNETLoader", unet_name="tiny_wan.safetensors", weight_dtype="default"),
+        "2": node("SLA2ApplyAttention", **apply),
+        "3": node("SLA2TestConditioning", **conditioning),
+        "4": node("SLA2TestConditioning", **conditioning | {"number": 2}),
+        "5": node("EmptyHunyuanLatentVideo", width=256, height=256, length=9, batch_size=1),
+        "6": node("KSampler", model=["2", 0], positive=["3", 0], negative=["4", 0], latent_image=["5", 0],
+                  denoise=1.0, **SAMPLER),
+        "7": node("SLA2Report", model=["2", 0], samples=["6", 0]),
+    }  # fmt: skip
+
+
+def node(class_type, /, **inputs):
+    return {"class_type": class_type, "inputs": inputs}

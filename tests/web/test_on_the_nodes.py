@@ -1,0 +1,190 @@
+"""What our nodes show and hide in the page, in the classic canvas and as Vue nodes, light and dark."""
+
+import itertools
+import time
+
+import pytest
+
+pytestmark = pytest.mark.web
+LOOKS = [(False, False), (False, True), (True, False), (True, True)]
+seeds = itertools.count(100)
+
+
+def look_name(look):
+    return f"{'vue' if look[0] else 'classic'}_{'light' if look[1] else 'dark'}"
+
+
+@pytest.fixture(params=LOOKS, ids=look_name)
+def look(request, canvas):
+    canvas.look(*request.param)
+    yield look_name(request.param)
+    assert canvas.errors == []
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "vue"])
+def renderer(request, canvas):
+    canvas.look(vue=request.param)
+    yield "vue" if request.param else "classic"
+    assert canvas.errors == []
+
+
+def is_shown(canvas, renderer, label, shown=True):
+    """Whether the page draws (or, where not ``shown``, has stopped drawing) a widget of SLA2 Apply Attention."""
+    node = canvas.node("SLA2ApplyAttention")
+    if renderer == "classic":
+        return canvas.js(f"{node}.isWidgetVisible({node}.widgets.find((w) => w.name === a))", label) == shown
+    drawn = canvas.page.locator(f"[data-node-id='{canvas.js(node + '.id')}']").get_by_text(label, exact=True)
+    deadline = time.monotonic() + 3
+    while (drawn.count() > 0) != shown and time.monotonic() < deadline:
+        canvas.page.wait_for_timeout(50)
+    return (drawn.count() > 0) == shown
+
+
+def colours(canvas, selector):
+    """Number of different colours in a canvas of the page."""
+    return canvas.js(
+        "((c) => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size)"
+        "(document.querySelector(a))",
+        selector,
+    )
+
+
+def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    assert canvas.panel("SLA2ApplyAttention") is None
+    canvas.queue()
+    canvas.picture(f"apply_{look}", "SLA2ApplyAttention")
+    text = canvas.panel("SLA2ApplyAttention")
+    assert "skips 75%, keeps 25% · 6 of 9 attention calls accelerated" in text
+    assert "3 calls ran dense: dense_layers keeps this layer dense" in text
+    canvas.picture(f"report_{look}", "SLA2Report")
+    bars = canvas.page.locator(".sla2 svg g title")
+    assert [bar.split("\n")[0] for bar in bars.all_text_contents()] == [
+        "layer 0: 3 accelerated, 0 dense", "layer 1: 0 accelerated, 3 dense", "layer 2: 3 accelerated, 0 dense",
+    ]  # fmt: skip
+    assert colours(canvas, ".sla2 canvas") >= 2
+    choose_by_keyboard(canvas)
+
+
+def choose_by_keyboard(canvas):
+    """Another layer and step of the routing map."""
+    layer, step = canvas.page.locator(".sla2 select").all()
+    assert layer.locator("option").all_text_contents() == ["0", "2"]
+    assert step.locator("option").all_text_contents() == ["1", "2", "3"]
+    drawn = canvas.page.locator(".sla2 canvas")
+    first = drawn.evaluate("(c) => c.toDataURL()")
+    for choice in (layer, step):
+        choice.focus()
+        canvas.page.keyboard.press("ArrowDown")
+    assert drawn.get_attribute("aria-label") == "routing map of layer 2, step 2"
+    assert drawn.evaluate("(c) => c.toDataURL()") != first
+
+
+def test_a_run_whose_every_call_is_dense_says_why(canvas, renderer, sampling_prompt):
+    sampling_prompt["2"]["inputs"].update(minimum_tokens=-1, dense_layers="")
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    canvas.queue()
+    text = canvas.panel("SLA2ApplyAttention")
+    assert "0 of 9 attention calls accelerated" in text
+    assert "9 calls ran dense: the sequence has 768 tokens, minimum_tokens is 8192" in text
+    assert canvas.page.locator(".sla2 .sla2-warn").count() == 1
+    assert canvas.page.locator(".sla2 canvas").count() == 0
+
+
+def test_markup_from_the_server_stays_text(canvas, renderer, sampling_prompt):
+    canvas.load_prompt(sampling_prompt)
+    evil = "<img src=x onerror=window.broken=1><b>bold</b>"
+    detail = {"headline": evil, "reasons": [evil], "accelerated": 1, "calls": 1, "node": "2", "workflow": None}
+    canvas.js("app.api.dispatchEvent(new CustomEvent('sla2.outcome', { detail: a }))", detail)
+    canvas.page.wait_for_timeout(200)
+    assert evil in canvas.panel("SLA2ApplyAttention")
+    assert canvas.page.locator(".sla2 :is(img, b)").count() == 0 and canvas.js("window.broken === undefined")
+
+
+def test_fixed_ratio_is_shown_only_where_it_counts(canvas, renderer, sampling_prompt):
+    canvas.load_prompt(sampling_prompt)
+    kind = "SLA2ApplyAttention"
+    assert is_shown(canvas, renderer, "fixed_ratio", False) and is_shown(canvas, renderer, "start_percent")
+    canvas.set(kind, "ratio_mode", "fixed")
+    assert is_shown(canvas, renderer, "fixed_ratio")
+    canvas.picture(f"fixed_{renderer}", kind)
+    canvas.set(kind, "fixed_ratio", 0.35)
+    canvas.set(kind, "ratio_mode", "estimated")
+    assert is_shown(canvas, renderer, "fixed_ratio", False) and canvas.value(kind, "fixed_ratio") == 0.35
+    saved = canvas.save()
+    prompt = canvas.js("app.graphToPrompt().then((p) => p.output)")
+    assert prompt["2"]["inputs"]["fixed_ratio"] == 0.35
+    canvas.load(saved)
+    assert canvas.value(kind, "fixed_ratio") == 0.35 and is_shown(canvas, renderer, "fixed_ratio", False)
+    assert canvas.value(kind, "on_unsupported") == "run dense and say so"
+    canvas.set(kind, "ratio_mode", "fixed")
+    assert is_shown(canvas, renderer, "fixed_ratio") and canvas.value(kind, "fixed_ratio") == 0.35
+
+
+def test_hidden_values_survive_undo(canvas, renderer, sampling_prompt):
+    canvas.load_prompt(sampling_prompt)
+    kind, tracker = "SLA2ApplyAttention", "app.extensionManager.workflow.activeWorkflow.changeTracker"
+    capture = f"({tracker}.captureCanvasState ?? {tracker}.checkState).call({tracker})"
+    canvas.set(kind, "fixed_ratio", 0.4)
+    canvas.js(capture)
+    canvas.page.wait_for_timeout(150)  # changes within 50 ms become one step of the undo
+    canvas.set(kind, "ratio_mode", "fixed")
+    canvas.js(capture)
+    canvas.page.wait_for_timeout(150)  # changes within 50 ms become one step of the undo
+    canvas.js(f"{tracker}.undo()")
+    canvas.page.wait_for_timeout(400)
+    assert canvas.value(kind, "ratio_mode") == "learned" and canvas.value(kind, "fixed_ratio") == 0.4
+    assert is_shown(canvas, renderer, "fixed_ratio", False)
+
+
+def test_in_a_subgraph_modes_and_outcome_work(canvas, renderer, sampling_prompt):
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    kind = "SLA2ApplyAttention"
+    canvas.set(kind, "fixed_ratio", 0.45)
+    made = canvas.js(f"app.graph.convertToSubgraph(new Set([{canvas.node(kind)}])).node.id")
+    canvas.queue()
+    canvas.js("app.canvas.openSubgraph(app.graph.getNodeById(a).subgraph, app.graph.getNodeById(a))", made)
+    canvas.page.wait_for_timeout(500)
+    assert "6 of 9 attention calls accelerated" in canvas.panel(kind)
+    assert canvas.value(kind, "fixed_ratio") == 0.45 and is_shown(canvas, renderer, "fixed_ratio", False)
+    canvas.set(kind, "ratio_mode", "fixed")
+    assert is_shown(canvas, renderer, "fixed_ratio") and canvas.value(kind, "fixed_ratio") == 0.45
+    canvas.picture(f"subgraph_{renderer}")
+    canvas.js("app.canvas.setGraph(app.rootGraph)")
+    prompt = canvas.js("app.graphToPrompt().then((p) => p.output)")
+    inner = next(entry for entry in prompt.values() if entry["class_type"] == kind)
+    assert inner["inputs"]["fixed_ratio"] == 0.45 and inner["inputs"]["ratio_mode"] == "fixed"
+
+
+def test_another_tab_and_back_shows_the_outcome_again(canvas, renderer, sampling_prompt):
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    canvas.load(canvas.save())  # which gives it the id that a saved workflow has
+    canvas.queue()
+    saved = canvas.save()
+    canvas.load_prompt({"1": sampling_prompt["1"]})
+    canvas.load(saved)
+    assert "6 of 9 attention calls accelerated" in canvas.panel("SLA2ApplyAttention")
+
+
+def test_while_a_router_trains_its_loss_is_drawn(canvas, renderer, sampling_prompt):
+    sampler = {"seed": next(seeds), "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    train = {"sparsities": "0.75", "training_steps": 8, "learning_rate": 0.003, "query_blocks": 4}
+    links = {"model": ["1", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
+    nodes = {name: sampling_prompt[name] for name in ("1", "3", "4", "5")}
+    nodes["8"] = {"class_type": "SLA2TrainRouter", "inputs": links | sampler | train}
+    nodes["9"] = {"class_type": "SLA2SaveRouter", "inputs": {"router": ["8", 0], "filename_prefix": "trained"}}
+    canvas.load_prompt(nodes)
+    canvas.js(
+        "(window.seen = [], window.listens ??= "
+        "app.api.addEventListener('sla2.training', (e) => window.seen.push(e.detail.curves.steps)) ?? true)"
+    )
+    canvas.queue()
+    canvas.picture(f"training_{renderer}", "SLA2TrainRouter")
+    assert canvas.js("window.seen") == [4, 8, 8, 8], "two steps that train, two that measure"
+    assert canvas.page.locator(".sla2 svg polyline").count() == 1
+    assert "step 8" in canvas.page.locator(".sla2 svg").text_content()
+    assert "mean loss" in canvas.panel("SLA2TrainRouter")

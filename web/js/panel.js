@@ -1,0 +1,82 @@
+// A panel below a node's widgets. What comes from the server is only ever set as text.
+
+const SVG = "http://www.w3.org/2000/svg";
+const STYLE = `
+.sla2 { box-sizing: border-box; width: 100%; height: 100%; overflow: hidden auto; padding: 6px 8px; border-radius: 6px;
+  color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); font: 12px/1.4 Inter, Arial, sans-serif; }
+.sla2 p { margin: 0 0 3px; overflow-wrap: anywhere; }
+.sla2 .sla2-head { font-weight: 600; }
+.sla2 pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 11px; user-select: text; }
+.sla2 summary { cursor: pointer; }
+.sla2 .sla2-quiet { color: var(--descrip-text, #999); }
+.sla2 .sla2-warn::before { content: "\\26A0 "; }
+.sla2 svg, .sla2 canvas { display: block; width: 100%; }
+.sla2 text { fill: var(--descrip-text, #999); font-size: 10px; }
+.sla2 .sla2-row { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; margin: 4px 0; }
+.sla2 label { display: flex; gap: 4px; align-items: center; }
+.sla2 select, .sla2 button { color: inherit; background: var(--comfy-menu-bg, #333); font: inherit; padding: 2px 8px;
+  border: 1px solid var(--border-color, #555); border-radius: 4px; }
+.sla2 button { cursor: pointer; }
+.sla2 :is(select, button, summary):focus-visible { outline: 2px solid var(--p-primary-color, #4a90e2); }
+.sla2 table { width: 100%; border-collapse: collapse; }
+.sla2 :is(td, th) { padding: 1px 6px 1px 0; text-align: left; font-weight: 400; vertical-align: top; }
+.sla2 td { font-variant-numeric: tabular-nums; }
+.sla2 { --sla2-main: #2f7fd6; --sla2-rest: #8a8a8a; }
+`;
+
+function addStyle() {
+  if (document.getElementById("sla2-style")) return;
+  const style = document.createElement("style");
+  style.id = "sla2-style";
+  style.textContent = STYLE;
+  document.head.append(style);
+}
+
+export function el(tag, { text, ...attributes } = {}, ...children) {
+  const element = document.createElement(tag);
+  return fill(element, text, attributes, children);
+}
+
+export function svg(tag, { text, ...attributes } = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), text, attributes, children);
+}
+
+function fill(element, text, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (text !== undefined) element.textContent = text;
+  element.append(...children);
+  return element;
+}
+
+// The panel of a node, made at its first use: {show(...children)}. It is no value of the workflow. It is as high as what
+// it shows, and the node becomes at least `width` wide.
+export function panelOf(node, width) {
+  if (node.sla2Panel) return node.sla2Panel;
+  addStyle();
+  const content = el("div");
+  const element = el("div", { class: "sla2" }, content);
+  element.addEventListener("keydown", (event) => event.stopPropagation());
+  let height = 40;
+  const widget = node.addDOMWidget("sla2_panel", "sla2_panel", element, {
+    serialize: false,
+    hideOnZoom: false,
+    margin: 8,
+    getMinHeight: () => height + 16,
+    getMaxHeight: () => height + 16,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false;
+  if (node.size[0] < width) node.setSize([width, node.size[1]]);
+  new ResizeObserver(() => {
+    const needed = content.offsetHeight + 14;
+    if (!content.offsetHeight || Math.abs(needed - height) < 2) return;
+    const spare = Math.max(0, node.size[1] - node.computeSize()[1]);
+    height = needed;
+    // Vue nodes grow by themselves
+    if (!globalThis.LiteGraph?.vueNodesMode) node.setSize([node.size[0], node.computeSize()[1] + spare]);
+    node.setDirtyCanvas?.(true, true);
+  }).observe(content);
+  node.sla2Panel = { element, show: (...children) => content.replaceChildren(...children) };
+  return node.sla2Panel;
+}

@@ -1,0 +1,132 @@
+// SLA2 Report: a bar per layer, and the routing map of a layer and a step.
+import { api } from "../../../scripts/api.js";
+import { el, panelOf, svg } from "./panel.js";
+
+const WIDTH = 320;
+const BARS = 70;
+const MAP = 240;
+
+export function showReport(node, output) {
+  const data = output.sla2_report?.[0];
+  const [headline, ...text] = (output.text?.[0] ?? "").split("\n");
+  const panel = panelOf(node, 360);
+  const head = el("p", { class: "sla2-head", text: headline, role: "status" });
+  if (!data?.layers) {
+    panel.show(head);
+    return;
+  }
+  const maps = output.sla2_maps?.[0];
+  const choice = maps ? mapChooser(node, maps) : null;
+  panel.show(
+    head,
+    el("p", { class: "sla2-quiet", text: "accelerated calls per layer" }),
+    layerBars(data.layers, choice),
+    ...(choice ? [choice.controls, choice.picture, choice.caption] : []),
+    el("details", {}, el("summary", { text: "every layer as text" }), el("pre", { text: text.join("\n") })),
+  );
+}
+
+function layerBars(layers, choice) {
+  const picture = svg("svg", {
+    viewBox: `0 0 ${WIDTH} ${BARS + 14}`,
+    role: "img",
+    "aria-label": "accelerated and dense calls per layer",
+  });
+  const step = WIDTH / Math.max(1, layers.length);
+  layers.forEach((row, number) => {
+    const dense = Object.values(row.dense).reduce((sum, count) => sum + count, 0);
+    const total = row.sparse + dense;
+    const height = total ? (BARS * row.sparse) / total : 0;
+    const at = { x: number * step + step * 0.1, width: step * 0.8 };
+    const bar = svg(
+      "g",
+      {},
+      svg("rect", { ...at, y: 0, height: BARS, fill: "var(--sla2-rest)", "fill-opacity": total ? 0.35 : 0.1 }),
+      svg("rect", { ...at, y: BARS - height, height, fill: "var(--sla2-main)" }),
+      svg("title", { text: sentence(row, dense) }),
+    );
+    bar.addEventListener("click", () => choice?.chooseLayer(row.layer));
+    picture.append(bar);
+  });
+  if (layers.length) {
+    picture.append(
+      svg("text", { x: 2, y: BARS + 11, text: `layer ${layers[0].layer}` }),
+      svg("text", { x: WIDTH - 2, y: BARS + 11, "text-anchor": "end", text: `layer ${layers.at(-1).layer}` }),
+    );
+  }
+  return picture;
+}
+
+function sentence(row, dense) {
+  const parts = [`layer ${row.layer}: ${row.sparse} accelerated, ${dense} dense`];
+  if (row.sparsity !== null) parts.push(`skips ${(100 * row.sparsity).toFixed(1)}%`);
+  for (const [kind, value] of Object.entries(row.milliseconds)) parts.push(`${value.toFixed(2)} ms per ${kind} call`);
+  for (const [reason, count] of Object.entries(row.dense)) parts.push(`${count} x ${reason}`);
+  return parts.join("\n");
+}
+
+function mapChooser(node, maps) {
+  // chosen last, also of an earlier run
+  const chosen = (node.sla2Map ??= { layer: maps.layers[0], step: maps.steps[0] });
+  const picture = el("canvas", { width: MAP * 2, height: MAP * 2, role: "img" });
+  picture.style.maxWidth = `${MAP}px`;
+  picture.style.margin = "0 auto";
+  const caption = el("p", { class: "sla2-quiet" });
+  const image = new Image();
+  const draw = () => drawMap(picture, image, maps, chosen);
+  const layer = chooser("layer", maps.layers, chosen, "layer", (value) => `${value}`, draw);
+  const step = chooser("step", maps.steps, chosen, "step", (value) => `${value + 1}`, draw);
+  const size = `${maps.tokens} tokens` + (maps.frames ? `, ${maps.frames} latent frames (lines)` : "");
+  caption.textContent = `down: query blocks, across: key blocks; bright: computed exactly by most heads. ${size}`;
+  image.addEventListener("load", draw);
+  image.addEventListener("error", () => {
+    caption.textContent = "the map's file is gone (ComfyUI empties its temporary folder at start): run again";
+  });
+  const { filename, subfolder, type } = maps;
+  image.src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  return {
+    picture,
+    caption,
+    controls: el("div", { class: "sla2-row" }, el("span", { text: "routing map of" }), layer.label, step.label),
+    chooseLayer(value) {
+      if (!maps.layers.includes(value)) return;
+      layer.select.value = value;
+      chosen.layer = value;
+      draw();
+    },
+  };
+}
+
+function chooser(text, values, chosen, key, name, draw) {
+  if (!values.includes(chosen[key])) chosen[key] = values[0];
+  const select = el("select", {}, ...values.map((value) => el("option", { value, text: name(value) })));
+  select.value = chosen[key];
+  select.addEventListener("change", () => {
+    chosen[key] = Number(select.value);
+    draw();
+  });
+  return { select, label: el("label", {}, el("span", { text }), select) };
+}
+
+function drawMap(canvas, image, maps, { layer, step }) {
+  if (!image.complete || !image.naturalWidth) return;
+  const [width, height] = maps.tile;
+  const pen = canvas.getContext("2d");
+  pen.imageSmoothingEnabled = false;
+  const from = [maps.steps.indexOf(step) * width, maps.layers.indexOf(layer) * height];
+  pen.drawImage(image, ...from, width, height, 0, 0, canvas.width, canvas.height);
+  canvas.setAttribute("aria-label", `routing map of layer ${layer}, step ${step + 1}`);
+  canvas.dataset.shown = `${layer}/${step}`;
+  if (!maps.frames || maps.frames > 60) return;
+  pen.strokeStyle = "rgba(80, 160, 255, 0.55)";
+  pen.lineWidth = 1;
+  for (let frame = 1; frame < maps.frames; frame++) {
+    const at = Math.round((frame * canvas.width) / maps.frames) + 0.5;
+    pen.beginPath();
+    pen.moveTo(at, 0);
+    pen.lineTo(at, canvas.height);
+    pen.moveTo(0, at);
+    pen.lineTo(canvas.width, at);
+    pen.stroke();
+  }
+}

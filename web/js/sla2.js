@@ -1,0 +1,57 @@
+// The extension: finds our nodes as they are made, and hands each event of the server to the node it belongs to.
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { hideByMode } from "./modes.js";
+import { showOutcome } from "./outcome.js";
+import { showTraining } from "./training.js";
+import { showReport } from "./report.js";
+import { showComparison } from "./comparison.js";
+import { nodeOfExecution, remember, remembered } from "./graph.js";
+
+// what an output of an executed node is drawn by
+const DRAWN_OUTPUTS = { SLA2Report: showReport, SLA2Compare: showComparison };
+// what an event of the server is drawn by
+const DRAWN_EVENTS = { outcome: showOutcome, training: showTraining };
+const HIDDEN_BY_MODE = { SLA2ApplyAttention: { fixed_ratio: { ratio_mode: ["fixed"] } } };
+
+function onEvent(kind, detail) {
+  remember(kind, detail);
+  const node = nodeOfExecution(app, detail.workflow, detail.node);
+  if (node) DRAWN_EVENTS[kind](node, detail);
+}
+
+function restore(node) {
+  for (const kind of Object.keys(DRAWN_EVENTS)) {
+    const detail = remembered(app, kind, node);
+    if (detail) DRAWN_EVENTS[kind](node, detail);
+  }
+  const output = app.nodeOutputs?.[node.id];
+  if (output && !node.graph?.isSubgraph) DRAWN_OUTPUTS[node.comfyClass]?.(node, output);
+}
+
+function chain(node, name, added) {
+  const before = node[name];
+  node[name] = function (...values) {
+    const result = before?.apply(this, values);
+    added(...values);
+    return result;
+  };
+}
+
+app.registerExtension({
+  name: "SLA2.Nodes",
+  setup() {
+    for (const kind of Object.keys(DRAWN_EVENTS)) {
+      api.addEventListener(`sla2.${kind}`, ({ detail }) => onEvent(kind, detail));
+    }
+  },
+  nodeCreated(node) {
+    const modes = HIDDEN_BY_MODE[node.comfyClass];
+    if (modes) hideByMode(node, modes, chain);
+    const draw = DRAWN_OUTPUTS[node.comfyClass];
+    if (draw) chain(node, "onExecuted", (output) => draw(node, output));
+  },
+  loadedGraphNode(node) {
+    if (node.comfyClass?.startsWith("SLA2")) restore(node);
+  },
+});
