@@ -1,6 +1,6 @@
 """The forward pass in Triton: route all heads, then work through groups of heads in one reused workspace.
 
-pools -> scores -> top-k, then per group: pack K and V -> masked sums -> sparse loop with the linear branch and the mix.
+pools -> scores -> top-k, then per group: pack K and V -> masked sums -> linear branch -> sparse loop and the mix.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import configs
+from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
@@ -29,7 +30,7 @@ class Routing:
 
     selected: torch.Tensor  # int32 (B * H, T_m, n), ascending
     unselected: torch.Tensor  # 1 - M_c, (B * H, T_m, T_n)
-    k_pooled: torch.Tensor  # float32 (B * H, T_n, D), smoothed
+    k_means: torch.Tensor  # (B * H, T_n, D), the block means of smoothed K in q's dtype
     k_mean: torch.Tensor  # float32 (B * H, D)
 
 
@@ -49,26 +50,25 @@ def _on(device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _pools(q, k):
-    q_pooled, k_pooled = pool(q, Q_BLOCK), pool(k, K_BLOCK)
-    k_mean = smooth(k_pooled, k.shape[2], K_BLOCK)
-    return q_pooled, k_pooled, k_mean
+def _pool_keys(k, dtype):
+    pooled = pool(k, K_BLOCK)
+    means = torch.empty_like(pooled, dtype=dtype)
+    return pooled, means, smooth(pooled, k.shape[2], K_BLOCK, means)
 
 
 def _route(q, k, proj_q, proj_k, count):
-    q_pooled, k_pooled, k_mean = _pools(q, k)
-    selected, unselected = select(scores(project(q_pooled, proj_q), project(k_pooled, proj_k)), count, q.dtype)
-    return Routing(selected, unselected, k_pooled, k_mean)
+    k_pooled, k_means, k_mean = _pool_keys(k, q.dtype)
+    routing_scores = scores(project(pool(q, Q_BLOCK), proj_q), project(k_pooled, proj_k))
+    selected, unselected = select(routing_scores, k_pooled.shape[1], count, q.dtype)
+    return Routing(selected, unselected, k_means, k_mean)
 
 
 def _given(q, k, key_blocks):
-    k_pooled = pool(k, K_BLOCK)
-    k_mean = smooth(k_pooled, k.shape[2], K_BLOCK)
-    blocks = k_pooled.shape[1]
+    _, k_means, k_mean = _pool_keys(k, q.dtype)
+    blocks = k_means.shape[1]
     # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
     selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
-    unselected = unselected_mask(selected, blocks, q.dtype)
-    return Routing(selected, unselected, k_pooled, k_mean)
+    return Routing(selected, unselected_mask(selected, blocks, q.dtype), k_means, k_mean)
 
 
 def route(q, k, proj_q, proj_k, count):
@@ -127,15 +127,22 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
         groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear))
         work = _allocate(q, k, groups[0].stop, qk, pv, linear)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        ratio = "none" if not linear else "estimated" if ratios is None else "learned"
         ratios = None if ratios is None else ratios.to(q.device).contiguous()
+        sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
         product = configs.product_config(capability(q.device), q.element_size())
+        branch = configs.linear_config(capability(q.device), q.element_size())
         loop = configs.loop_config(capability(q.device), qk, pv, q.shape[3], q.element_size())
         for heads in groups:
             pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv)
             if linear:
                 masked_sum(routed.unselected, work.sums, work.query_sums, heads, product)
+                linear_attention(
+                    q, work, out, routed, row_ratio if ratio == "estimated" else None, heads, k.shape[2],
+                    smoothed=qk != "16bit", config=branch, **sizes,
+                )  # fmt: skip
             sparse_attention(
-                q, k, v, out, work, routed, ratios, row_ratio, heads,
-                scale_log2=scale * math.log2(math.e), qk=qk, pv=pv, q_block=Q_BLOCK, block=K_BLOCK, config=loop,
+                q, k, v, out, work, routed.selected, ratios, row_ratio, heads,
+                ratio=ratio, qk=qk, pv=pv, config=loop, **sizes,
             )  # fmt: skip
     return row_ratio, routed.selected.unflatten(0, q.shape[:2])

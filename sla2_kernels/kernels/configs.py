@@ -5,9 +5,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The sparse loop: query rows per program, warps, pipeline stages."""
+    """The sparse loop: query rows per program, warps, pipeline stages, most registers per thread (None: no limit)."""
 
     tile_m: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """The linear branch: query rows per program, key block means a step, warps, pipeline stages."""
+
+    tile_m: int
+    step: int
     num_warps: int
     num_stages: int
 
@@ -46,6 +57,13 @@ def loop_config(capability, qk, pv, head_dim, element_size):
     if qk == "16bit":
         return LoopConfig(128, 8, 3 if _large_shared_memory(capability) else 2)
     return LoopConfig(128, 4, 3)
+
+
+def linear_config(capability, element_size):
+    """The linear branch's configuration; element_size is that of q in bytes."""
+    if element_size == 4:
+        return LinearConfig(64, 32, 4, 1)
+    return LinearConfig(128, 64, 8, 3 if _large_shared_memory(capability) else 2)
 
 
 def product_config(capability, element_size):

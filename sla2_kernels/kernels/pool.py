@@ -25,7 +25,9 @@ def _pool(x, pooled, stride_b, stride_h, stride_n, stride_d, heads, tokens, D: t
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
-def _smooth(pooled, mean, tokens, blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _smooth(
+    pooled, mean, means, tokens, blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
     bh = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1) * COLS + tl.arange(0, COLS)
     base = pooled + bh * blocks * D + features
@@ -40,8 +42,11 @@ def _smooth(pooled, mean, tokens, blocks, BLOCK: tl.constexpr, D: tl.constexpr, 
     for start in range(0, blocks, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = rows[:, None] < blocks
-        tile = tl.load(base + rows[:, None] * D, mask=inside, other=0.0)
-        tl.store(base + rows[:, None] * D, tile - token_mean, mask=inside)
+        tile = tl.load(base + rows[:, None] * D, mask=inside, other=0.0) - token_mean
+        tl.store(base + rows[:, None] * D, tile, mask=inside)
+        if means is not None:
+            at = means + bh * blocks * D + features + rows[:, None] * D
+            tl.store(at, tile.to(means.dtype.element_ty), mask=inside)
 
 
 def pool(x, block):
@@ -49,16 +54,27 @@ def pool(x, block):
     batch, heads, tokens, head_dim = x.shape
     pooled = torch.empty(batch * heads, triton.cdiv(tokens, block), head_dim, dtype=torch.float32, device=x.device)
     grid = (pooled.shape[1], pooled.shape[0])
-    _pool[grid](x, pooled, *x.stride(), heads, tokens, D=head_dim, BLOCK=block, num_warps=4)
+    _pool[grid](x, pooled, *x.stride(), heads, tokens, D=head_dim, BLOCK=block, num_warps=2)
     return pooled
 
 
-def smooth(pooled, tokens, block):
-    """Subtracts the mean over tokens from the block means (B * H, T, D) in place; returns that mean, (B * H, D)."""
+def smooth(pooled, tokens, block, means=None):
+    """Subtracts the mean over tokens from the block means (B * H, T, D) in place; returns that mean, float32 (B * H, D).
+
+    means: (B * H, T, D) of another dtype, or None: where a copy of the smoothed block means goes.
+    """
     rows, blocks, head_dim = pooled.shape
     mean = torch.empty(rows, head_dim, dtype=torch.float32, device=pooled.device)
-    grid = (rows, head_dim // SMOOTH_FEATURES)
-    _smooth[grid](
-        pooled, mean, tokens, blocks, BLOCK=block, D=head_dim, ROWS=SMOOTH_ROWS, COLS=SMOOTH_FEATURES, num_warps=4
+    _smooth[(rows, head_dim // SMOOTH_FEATURES)](
+        pooled,
+        mean,
+        means,
+        tokens,
+        blocks,
+        BLOCK=block,
+        D=head_dim,
+        ROWS=SMOOTH_ROWS,
+        COLS=SMOOTH_FEATURES,
+        num_warps=4,
     )
     return mean

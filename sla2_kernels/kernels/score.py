@@ -1,20 +1,29 @@
 """Products of pooled tensors to float32 precision: the router's projections and its scores.
 
-One program per 64 x 64 tile of A B^T. Each product is three TF32 ones, whatever torch's flags say: a single one would
-change the selection, and float32 units are slower.
+One program per TILE x TILE tile of A B^T. Each product is three TF32 ones, whatever torch's flags say: a single one would
+change the selection, and float32 units are slower. Scores leave as integers of the same order: selecting is counting.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-TILE = 64
+TILE = 128
 STEP = 32
+LOWEST = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def _ordered(x):
+    """float32 -> int32 in the same order (-0.0 counts as 0.0)."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols"])
 def _product(
-    a, b, out, b_heads, b_stride_h, rows, cols, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr
+    a, b, out, b_heads, b_stride_h, rows, cols, out_stride,
+    D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -27,15 +36,21 @@ def _product(
         left = tl.load(a_rows + d[None, :], mask=i[:, None] < rows, other=0.0)
         right = tl.load(b_rows + d[:, None], mask=j[None, :] < cols, other=0.0)
         tile = tl.dot(left, right, tile, input_precision="tf32x3")
-    inside = (i[:, None] < rows) & (j[None, :] < cols)
-    tl.store(out + (bh * rows + i[:, None]) * cols + j[None, :], tile, mask=inside)
+    out_at = out + (bh * rows + i[:, None]) * out_stride + j[None, :]
+    inside = (i[:, None] < rows) & (j[None, :] < out_stride)
+    if ORDERED:
+        tl.store(out_at, tl.where(j[None, :] < cols, _ordered(tile), LOWEST), mask=inside)
+    else:
+        tl.store(out_at, tile, mask=inside)
 
 
-def _launch(a, b, b_heads, b_stride_h, cols):
+def _launch(a, b, out, b_heads, b_stride_h, cols):
     batch_heads, rows, head_dim = a.shape
-    out = torch.empty(batch_heads, rows, cols, dtype=torch.float32, device=a.device)
     grid = (triton.cdiv(rows, TILE), triton.cdiv(cols, TILE), batch_heads)
-    _product[grid](a, b, out, b_heads, b_stride_h, rows, cols, D=head_dim, TILE=TILE, STEP=STEP, num_warps=4)
+    _product[grid](
+        a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1],
+        D=head_dim, TILE=TILE, STEP=STEP, ORDERED=out.dtype == torch.int32, num_warps=8,
+    )  # fmt: skip
     return out
 
 
@@ -45,10 +60,15 @@ def project(pooled, proj):
         return pooled
     proj = proj.to(device=pooled.device, dtype=torch.float32).contiguous()
     heads = 1 if proj.dim() == 2 else proj.shape[0]
-    return _launch(pooled, proj, heads, proj.shape[-1] ** 2, proj.shape[-1])
+    return _launch(pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1] ** 2, proj.shape[-1])
 
 
 def scores(q_pooled, k_pooled):
-    """Router scores up to a positive factor: (B * H, T_m, D), (B * H, T_n, D) -> float32 (B * H, T_m, T_n)."""
+    """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole tiles).
+
+    They order as the float32 scores do, up to a positive factor; the padding orders below all.
+    """
     batch_heads, key_blocks, head_dim = k_pooled.shape
-    return _launch(q_pooled, k_pooled, batch_heads, key_blocks * head_dim, key_blocks)
+    width = triton.cdiv(key_blocks, TILE) * TILE
+    out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
+    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks * head_dim, key_blocks)
