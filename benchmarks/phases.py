@@ -20,7 +20,7 @@ KERNELS = (
     ("pool", ("pool", "smooth")),
     ("select", ("select", "topk", "radix")),
     ("pack", ("pack",)),
-    ("linear", ("masked_sum", "mask_gemm", "linear")),
+    ("linear", ("masked_sum", "linear")),
     ("loop", ("sparse_attention", "attend", "attention")),
     ("score", ("score", "product", "project")),
 )
