@@ -4,10 +4,16 @@ import pytest
 import torch
 from operator_inputs import assert_same_selection, attention_inputs, embedded, normal, relative_error
 
-from sla2_kernels import select_key_blocks
 from sla2_kernels import reference as ref
+from sla2_kernels import select_key_blocks
 from sla2_kernels.router import (
-    block_count, mean_from_pools, pool_blocks, resample_ratio, router_scores, selected_block_count, top_k_blocks,
+    block_count,
+    mean_from_pools,
+    pool_blocks,
+    resample_ratio,
+    router_scores,
+    selected_block_count,
+    top_k_blocks,
     unselected_mask,
 )  # fmt: skip
 

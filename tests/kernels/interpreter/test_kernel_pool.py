@@ -10,7 +10,7 @@ from sla2_kernels.reference import pool as reference_pool
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128, 129, 300])
+@pytest.mark.parametrize("tokens", [1, 63, 65, 128, 300])
 def test_block_means_of_a_strided_view(generator, tokens, block, dtype):
     x = embedded(normal(generator, 2, 3, tokens, 64, dtype=dtype) + 1)
     expected = reference_pool(x.double(), block).flatten(0, 1)

@@ -17,10 +17,10 @@ def assert_selects(scores, count, dtype=torch.float32):
     assert unselected.dtype == dtype and torch.equal(unselected, 1 - chosen.to(dtype))
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 31, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
+@pytest.mark.parametrize("blocks", [1, 31, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 @pytest.mark.parametrize("share", [0.03, 0.5, 1.0])
 def test_random_scores(generator, blocks, share):
-    assert_selects(normal(generator, 2, 3, blocks), max(1, int(share * blocks)))
+    assert_selects(normal(generator, 2, 2, blocks), max(1, int(share * blocks)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
