@@ -4,7 +4,6 @@ import inspect
 import logging
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io, ui
@@ -17,6 +16,7 @@ from .model_layouts import model_facts, unsupported_model_reason
 from .page_events import send_event
 from .progress_text import plain, show_on_node
 from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
+from .sample_once import sample_once
 from .save_router import save_router
 from .schema_support import search_aliases
 
@@ -116,24 +116,6 @@ class SLA2TrainRouter(io.ComfyNode):
         show_on_node(node, text)
         images = ui.PreviewImage(plot_losses(trainer.losses), cls=cls).as_dict()
         return io.NodeOutput(trainer.router(), text, ui={**images, "text": (text,)})
-
-
-def sample_once(model, positive, negative, latent_image, seed, callback, sampler):
-    """One sampling from pure noise, as the KSampler node does it; the result is of no use here."""
-    ratios = [latent_image[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent_image]
-    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *ratios)
-    comfy.sample.sample(
-        model,
-        comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
-        positive=positive,
-        negative=negative,
-        latent_image=latent,
-        denoise=1.0,
-        callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-        **sampler,
-    )
 
 
 def keep_trained(training, facts, node, what):

@@ -55,6 +55,8 @@ def main():
         (base / "custom_nodes" / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
         with Server(comfyui, base) as server:
             texts = english(server.get("/object_info"))
+    if not texts:
+        sys.exit("ComfyUI did not load this pack: start it by hand to see why.")
     ENGLISH.parent.mkdir(parents=True, exist_ok=True)
     ENGLISH.write_text(json.dumps(texts, indent=2) + "\n", encoding="utf-8")
     print(f"{len(texts)} nodes: {ENGLISH.relative_to(ROOT)}")

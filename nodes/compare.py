@@ -1,0 +1,153 @@
+"""SLA2 Compare: is SLA2 worth it here? The same noise, dense and with SLA2, on the graph's own model, size and card."""
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.latest import io
+
+from ..sla2_kernels import default_precision, sla2_attention
+from .attention_hook import KEY, install
+from .break_even import break_even, time_lengths
+from .comparison import Measured, StepClock, attention_seconds, comparison_data, comparison_text
+from .model_layouts import unsupported_model_reason
+from .progress_text import plain, show_on_node
+from .sample_once import sample_once
+from .schema_support import search_aliases
+from .settings import AttentionSettings, skips_keeps
+
+
+class SLA2Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        as_sampler = "As in the sampler node."
+        return io.Schema(
+            node_id="SLA2Compare",
+            display_name="SLA2 Compare",
+            category="model/sla2",
+            description="Samples twice with the same noise, dense and with SLA2, and measures both: time per step, attention's "
+            "share of it, the speed-up that is possible at all, the latent error, peak memory, and from how many tokens on SLA2 "
+            "is faster on this card.",
+            is_output_node=True,
+            **search_aliases("SLA2 benchmark", "speed test", "break-even", "A/B test", "is it faster", "minimum tokens"),
+            hidden=[io.Hidden.unique_id],
+            # saved workflows store widget values by position: new inputs go to the end
+            inputs=[
+                io.Model.Input("model", tooltip="From SLA2 Apply Attention, whose settings are measured."),
+                io.Conditioning.Input("positive", tooltip=as_sampler),
+                io.Conditioning.Input("negative", tooltip=as_sampler),
+                io.Latent.Input(
+                    "latent_image", tooltip="The size to measure at: the longer and larger the video, the more SLA2 saves."
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Both samplings start from the same noise.",
+                ),
+                io.Int.Input(
+                    "steps", default=8, min=2, max=10000,
+                    tooltip="Steps of each sampling. The first one warms up and is left out of the median.",
+                ),
+                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=as_sampler),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="uni_pc", tooltip=as_sampler
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip=as_sampler
+                ),
+                io.Boolean.Input(
+                    "find_break_even", default=True,
+                    tooltip="Also times both attentions at growing lengths (about 20 s) to find from how many tokens on "
+                    "SLA2 is faster on this card.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("dense", display_name="dense", tooltip="What dense attention makes."),
+                io.Latent.Output("sla2", display_name="sla2", tooltip="What SLA2 makes."),
+                io.String.Output("report", display_name="report", tooltip="The measured numbers as text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, find_break_even,
+    ) -> io.NodeOutput:  # fmt: skip
+        hook = model.get_attachment(KEY)
+        if hook is None:
+            raise ValueError(
+                "SLA2 Compare: connect the MODEL of SLA2 Apply Attention; this one did not come through it."
+            )
+        if hook.facts is None:
+            raise ValueError(f"SLA2 Compare: {unsupported_model_reason(model.model.diffusion_model)}.")
+        node, bar = cls.hidden.unique_id, comfy.utils.ProgressBar(2 * steps)
+        sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        all_layers = frozenset(range(hook.facts.num_layers))
+        dense_model = install(model, AttentionSettings(dense_layers=all_layers), None)
+        measured = []
+        for name, candidate in (("dense", dense_model), ("with SLA2", model)):
+            show_on_node(node, f"sampling {name}")
+            measured.append(measure(candidate, positive, negative, latent_image, seed, lambda: bar.update(1), sampler))
+        dense, sla2 = measured
+        found = None
+        if find_break_even:
+            show_on_node(node, "looking for the break-even length")
+            found = search_break_even(model, hook)
+        name = comfy.model_management.get_torch_device_name(model.load_device)
+        data = comparison_data(dense, sla2, plain(name), skips_keeps(hook.settings.sparsity), found)
+        text = comparison_text(data)
+        show_on_node(node, "done")
+        latents = [latent_image | {"samples": one.latent} for one in measured]
+        return io.NodeOutput(*latents, text, ui={"text": (text,), "sla2_comparison": (data,)})
+
+
+def measure(model, positive, negative, latent_image, seed, after_step, sampler):
+    """Samples once; Measured. The model carries an SLA2 hook, which knows what the attention calls took."""
+    device = torch.device(model.load_device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = StepClock(device, after_step)
+    latent = sample_once(model, positive, negative, latent_image, seed, clock, sampler)
+    run = model.get_attachment(KEY).runs.finished()[-1]
+    return Measured(
+        latent=latent.cpu(),
+        step_s=clock.seconds(),
+        attention_s=attention_seconds(run, len(clock.ends)),
+        sparse_calls=sum(record.sparse for record in run.layers.values()),
+        dense_calls=sum(record.dense.total() + record.unreached for record in run.layers.values()),
+        peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+def search_break_even(model, hook):
+    """(tokens or None, longest length tried): the model's heads, its dtype and first layer's router, on its device."""
+    settings, facts, device = hook.settings, hook.facts, torch.device(model.load_device)
+    precision = default_precision(device) if settings.bit_width == "auto" else settings.bit_width
+    proj_q, proj_k, alpha = first_layer(hook, device)
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+
+    def tensors(tokens):
+        generator = torch.Generator(device).manual_seed(tokens)
+        shape = (1, tokens, facts.num_heads * facts.head_dim)
+        return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3)]
+
+    def dense(tokens):
+        q, k, v = tensors(tokens)
+        return lambda: optimized_attention(q, k, v, heads=facts.num_heads)
+
+    def sparse(tokens):
+        q, k, v = (t.unflatten(-1, (facts.num_heads, -1)) for t in tensors(tokens))
+        return lambda: sla2_attention(
+            q, k, v, proj_q, proj_k, alpha, sparsity=settings.sparsity, precision=precision, layout="BNHD"
+        )
+
+    rows = time_lengths(dense, sparse, device)
+    return break_even(rows), rows[-1][0]
+
+
+def first_layer(hook, device):
+    """(proj_q, proj_k, ratios) of the router's first layer on ``device``, None each where nothing is trained."""
+    if hook.router is None:
+        return None, None, None
+    layer = hook.router.layers[0]
+    tensors = (layer.proj_q, layer.proj_k, hook.router.ratio(0, hook.settings.sparsity))
+    return tuple(None if tensor is None else tensor.to(device, torch.float32) for tensor in tensors)

@@ -1,0 +1,94 @@
+"""What SLA2 Compare makes of times and latents, and its search for the break-even length."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def comparison(pack_module):
+    return pack_module("nodes.comparison")
+
+
+@pytest.fixture
+def even(pack_module):
+    return pack_module("nodes.break_even")
+
+
+def measured(comparison, **changes):
+    values = {
+        "latent": torch.ones(4),
+        "step_s": 2.0,
+        "attention_s": 1.5,
+        "sparse_calls": 0,
+        "dense_calls": 90,
+        "peak": None,
+    }
+    return comparison.Measured(**values | changes)
+
+
+def test_data_says_speed_up_share_ceiling_and_error(comparison):
+    sla2 = measured(
+        comparison, latent=torch.tensor([1, 1, 1, 1.2]), step_s=0.8, attention_s=0.3, sparse_calls=90, dense_calls=0
+    )
+    data = comparison.comparison_data(measured(comparison), sla2, "card", "skips 90%, keeps 10%", (5376, 8192))
+    rows = dict(data["rows"])
+    assert data["headline"] == "SLA2 (skips 90%, keeps 10%) is 2.50x faster per step than dense"
+    assert rows["attention's share of a dense step"] == "75%" and rows["ceiling (Amdahl's law)"] == "4.00x"
+    assert rows["self-attention alone"] == "5.00x as fast" and rows["latent error, relative to dense"] == "0.1000"
+    assert rows["seconds per step, SLA2"] == "0.800 (90 of 90 calls accelerated)"
+    assert data["break_even"] == 5376 and rows["break-even on card"] == "5376 tokens"
+
+
+def test_slower_is_said_and_peaks_are_in_gib(comparison):
+    sla2 = measured(comparison, step_s=4.0, peak=3 * 2**30)
+    data = comparison.comparison_data(measured(comparison, peak=2**30), sla2, "card", "skips 90%", (None, 4096))
+    rows = dict(data["rows"])
+    assert "2.00x slower" in data["headline"] and rows["peak memory, dense and SLA2"] == "1.00 and 3.00 GiB"
+    assert rows["break-even on card"] == "none up to 4096 tokens: SLA2 was slower" and data["break_even"] is None
+
+
+def test_attention_seconds_adds_up_calls_of_both_kinds(comparison):
+    layer = SimpleNamespace(
+        sparse=4, dense=SimpleNamespace(total=lambda: 2), milliseconds={"sparse": 10.0, "dense": 30.0}
+    )
+    assert comparison.attention_seconds(SimpleNamespace(layers={0: layer, 1: layer}), 4) == pytest.approx(0.05)
+
+
+def test_the_first_step_is_left_out_and_one_step_is_refused(comparison):
+    clock = comparison.StepClock(torch.device("cpu"), lambda: None)
+    clock.ends = [10.0, 11.0, 12.5, 13.5]
+    assert clock.seconds() == 1.0
+    clock.ends = [10.0]
+    with pytest.raises(ValueError, match="fewer than two steps"):
+        clock.seconds()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens"),
+    [
+        ([(1024, 1, 2), (2048, 4, 4.5), (4096, 16, 9)], None),
+        ([(1024, 1, 0.5)], 1024),
+        ([(1024, 1, 2), (2048, 4, 5)], "none"),
+        # faster at one length by chance, slower again beyond it
+        ([(1024, 1, 0.9), (2048, 4, 5)], "none"),
+    ],
+)
+def test_break_even_is_interpolated_between_lengths(even, rows, tokens):
+    found = even.break_even(rows)
+    if tokens is None:
+        assert 2048 < found < 4096 and found % 128 == 0
+        slow, fast = math.log(4.5 / 4), math.log(9 / 16)
+        assert abs(found - 2048 * 2 ** (slow / (slow - fast))) <= 128
+    else:
+        assert found == (None if tokens == "none" else tokens)
+
+
+def test_lengths_double_until_clearly_faster_or_out_of_time(even, monkeypatch):
+    monkeypatch.setattr(even, "_median_time", lambda call, device: call())
+    rows = even.time_lengths(lambda n: lambda: n * n * 1e-9, lambda n: lambda: n * 4e-6, torch.device("cpu"))
+    assert [tokens for tokens, *_ in rows] == [1024, 2048, 4096, 8192]
+    rows = even.time_lengths(lambda n: lambda: n * 1e-3, lambda n: lambda: n * 1e-3, torch.device("cpu"), seconds=20)
+    assert [tokens for tokens, *_ in rows] == [1024, 2048], "the next length would take 16 s each"
