@@ -21,7 +21,7 @@ from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability
 
 # Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
-WORKSPACE_SHARE = 1.3
+WORKSPACE_SHARE = 1.4
 
 
 @dataclass

@@ -54,6 +54,8 @@ def loop_config(capability, qk, pv, head_dim, element_size):
         return LoopConfig(64, 4, 2 if _large_shared_memory(capability) else 1)
     if pv == "16bit" and element_size == 4:
         return LoopConfig(64, 4, 2)
+    if qk == "16bit" and capability[0] == 9:
+        return LoopConfig(64, 4, 3)
     if qk == "16bit":
         return LoopConfig(128, 8, 3 if _large_shared_memory(capability) else 2)
     return LoopConfig(128, 4, 3)
@@ -63,7 +65,7 @@ def linear_config(capability, element_size):
     """The linear branch's configuration; element_size is that of q in bytes."""
     if element_size == 4:
         return LinearConfig(64, 32, 4, 1)
-    return LinearConfig(128, 64, 8, 3 if _large_shared_memory(capability) else 2)
+    return LinearConfig(128, 64, 4, 3 if _large_shared_memory(capability) else 2)
 
 
 def product_config(capability, element_size):

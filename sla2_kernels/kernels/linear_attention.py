@@ -47,17 +47,16 @@ def _linear_attention(
     rows, d = (tile * TILE + tl.arange(0, TILE)).to(tl.int64), tl.arange(0, D)
     inside = rows[:, None] < q_tokens
     q_at = q + bh // heads * q_stride_b + bh % heads * q_stride_h + rows[:, None] * q_stride_n + d * q_stride_d
+    h_at = sums + (slot * q_blocks + q_block) * ((D + 1) * D)
+    h = tl.load(h_at + d[:, None] * D + d)
+    z = tl.load(h_at + D * D + d).to(tl.float32)
     queries = tl.load(q_at, mask=inside, other=0.0)
-    wide = queries.to(tl.float32)
 
     # phi's own denominator cancels between numerator and normaliser
+    wide = queries.to(tl.float32)
     exponentials = tl.exp(wide - tl.max(wide, axis=1)[:, None])
-    h_at = sums + (slot * q_blocks + q_block) * ((D + 1) * D)
-    norm = tl.sum(exponentials * tl.load(h_at + D * D + d).to(tl.float32), axis=1)
-    h = tl.load(h_at + d[:, None] * D + d)
-    product = tl.dot(exponentials.to(h.dtype), h, input_precision="tf32x3")
-    # where Q and every unselected key are sharp in other features, float16 keeps nothing of phi(K): 0, not 0 / 0
-    o_linear = tl.where(norm[:, None] > 0, product / norm[:, None], 0.0)
+    norm = tl.sum(exponentials * z, axis=1)
+    o_linear = tl.dot(exponentials.to(h.dtype), h, input_precision="tf32x3") / norm[:, None]
     out_at = out + bh // heads * out_stride_b + bh % heads * out_stride_h
     tl.store(out_at + rows[:, None] * out_stride_n + d * out_stride_d, o_linear.to(out.dtype.element_ty), mask=inside)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .score import LOWEST
 
-CHUNK = 256
+CHUNK = 128
 MASK_STEP = 128
 
 
