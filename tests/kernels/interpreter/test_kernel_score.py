@@ -1,4 +1,4 @@
-"""The router's products: projections x @ W^T and scores, float32 whatever the weights' dtype and strides."""
+"""The router's products: projections x @ W^T, and scores as integers of the same order."""
 
 import pytest
 import torch
@@ -7,6 +7,11 @@ from operator_inputs import normal, projection, relative_error
 from sla2_kernels.kernels.score import project, scores
 
 BATCH, HEADS = 2, 3
+
+
+def as_float(ordered):
+    """The float32 scores behind the integers that the kernel writes."""
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
 @pytest.mark.parametrize("blocks", [1, 63, 65, 130])
@@ -34,4 +39,14 @@ def test_projection_takes_a_transposed_float64_weight(generator):
 @pytest.mark.parametrize(("q_blocks", "k_blocks"), [(1, 1), (3, 65), (64, 64), (65, 130)])
 def test_scores_are_all_inner_products(generator, q_blocks, k_blocks, head_dim):
     q, k = (normal(generator, 3, blocks, head_dim) for blocks in (q_blocks, k_blocks))
-    assert relative_error(scores(q, k), q.double() @ k.double().transpose(1, 2)) < 1e-6
+    found = scores(q, k)
+    assert relative_error(as_float(found[..., :k_blocks]), q.double() @ k.double().transpose(1, 2)) < 1e-6
+    assert (found[..., k_blocks:] == -(2**31)).all(), "padding that could be selected"
+
+
+def test_integer_scores_order_as_the_float_ones():
+    """Products with one: the scores are the keys' first features, of both signs and all sizes."""
+    values = torch.tensor([-3e38, -1.0, -1e-30, 0.0, 1e-30, 0.5, 1.0, 3e38])
+    q, k = torch.zeros(1, 1, 32), torch.zeros(1, 8, 32)
+    q[..., 0], k[..., 0] = 1, values
+    assert (scores(q, k)[0, 0, :8].diff() > 0).all()

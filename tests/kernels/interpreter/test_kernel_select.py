@@ -8,9 +8,16 @@ from sla2_kernels.kernels.select import CHUNK, select
 from sla2_kernels.reference import top_k_mask
 
 
+def ordered(scores):
+    """float32 scores as the integers that select() takes, padded as scores() pads."""
+    bits = (scores + 0.0).view(torch.int32)
+    padding = (0, -scores.shape[2] % 128)
+    return torch.nn.functional.pad(bits ^ ((bits >> 31) & 0x7FFFFFFF), padding, value=-(2**31))
+
+
 def assert_selects(scores, count, dtype=torch.float32):
     """Checks one call against a stable sort in float64."""
-    selected, unselected = select(scores, count, dtype)
+    selected, unselected = select(ordered(scores), scores.shape[2], count, dtype)
     chosen = top_k_mask(scores.double() + 0.0, count)
     expected = chosen.nonzero()[:, -1].view(*scores.shape[:2], count)
     assert selected.dtype == torch.int32 and torch.equal(selected, expected.int())

@@ -1,4 +1,4 @@
-"""The sparse loop on its own: selection, linear sums and ratios handed in, so that no other kernel takes part."""
+"""The linear branch and the sparse loop that mixes it in: selection, linear sums and ratios are handed in."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,8 @@ import pytest
 import torch
 from operator_inputs import embedded, normal, relative_error
 
-from sla2_kernels.kernels.configs import LoopConfig, loop_config
+from sla2_kernels.kernels.configs import LoopConfig, linear_config, loop_config
+from sla2_kernels.kernels.linear_attention import linear_attention
 from sla2_kernels.kernels.sparse_attention import sparse_attention
 from sla2_kernels.reference import phi, pool
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
@@ -28,8 +29,8 @@ class Loop:
         selected = top_k_blocks(torch.rand(BATCH * HEADS, q_blocks, k_blocks, generator=generator), count)
         mask = unselected_mask(selected[None], k_blocks, torch.float32)[0]
         mean = self.k.mean(dim=2)
-        k_pooled = pool(self.k, 64) - mean[:, :, None]
-        self.routed = Routing(selected, mask, k_pooled.flatten(0, 1), mean.flatten(0, 1))
+        k_means = pool(self.k, 64) - mean[:, :, None]
+        self.routed = Routing(selected, mask, k_means.flatten(0, 1), mean.flatten(0, 1))
         # sums of any numbers do: the loop only multiplies phi(q) with them
         self.sums = normal(generator, BATCH * HEADS, q_blocks, head_dim + 1, head_dim).abs() if linear else None
         self.ratios = torch.rand(HEADS, q_blocks, generator=generator) if ratios else None
@@ -40,10 +41,16 @@ class Loop:
         row_ratio = torch.full(self.q.shape[:3], torch.nan)
         sums = None if self.sums is None else self.sums[heads].contiguous()
         work = Workspace(None, None, None, None, sums, sums)
+        sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e), "q_block": 128, "block": 64}
+        ratio = "none" if sums is None else "estimated" if self.ratios is None else "learned"
+        if sums is not None:
+            linear_attention(
+                self.q, work, out, self.routed, row_ratio if ratio == "estimated" else None, heads, self.k.shape[2],
+                smoothed=False, config=linear_config((8, 9), 4), **sizes,
+            )  # fmt: skip
         sparse_attention(
-            self.q, self.k, self.v, out, work, self.routed, self.ratios, row_ratio, heads,
-            scale_log2=self.q.shape[3] ** -0.5 * math.log2(math.e), qk="16bit", pv="16bit", q_block=128, block=64,
-            config=config,
+            self.q, self.k, self.v, out, work, self.routed.selected, self.ratios, row_ratio, heads,
+            ratio=ratio, qk="16bit", pv="16bit", config=config, **sizes,
         )  # fmt: skip
         assert out._base.isnan().sum() == out._base.numel() - out.numel(), "wrote between the output's elements"
         return out, row_ratio
@@ -65,9 +72,9 @@ class Loop:
         if self.ratios is not None:
             ratio = self.ratios.double().repeat_interleave(128, dim=1)[:, : q.shape[1]].repeat(BATCH, 1)
         else:
-            live = torch.full((self.routed.k_pooled.shape[1],), 64.0, dtype=torch.float64)
+            live = torch.full((self.routed.k_means.shape[1],), 64.0, dtype=torch.float64)
             live[-1] = tokens - 64 * (len(live) - 1)
-            rest = q @ self.routed.k_pooled.double().transpose(1, 2) * q.shape[2] ** -0.5 + live.log()
+            rest = q @ self.routed.k_means.double().transpose(1, 2) * q.shape[2] ** -0.5 + live.log()
             mask = self.routed.unselected.bool().repeat_interleave(128, dim=1)[:, : q.shape[1]]
             rest = rest.masked_fill(~mask, -torch.inf).logsumexp(dim=-1)
             ratio = torch.sigmoid(selected_logits.logsumexp(dim=-1) - rest)
