@@ -1,0 +1,125 @@
+"""The one configuration file of stage 2: JSON, every setting checked before a model is loaded."""
+
+import json
+from dataclasses import dataclass, fields
+
+PRECISIONS = ("auto", "16bit", "int8", "fp8")
+LOSSES = ("distill", "flow")
+TARGETS = ("self_attn", "cross_attn", "ffn")
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Settings of one stage 2 run; raises ValueError naming the first setting that does not fit.
+
+    model: folder or name of a diffusers Wan transformer. subfolder: of it. router: stage 1's file, None for the untrained
+    router. data, validation_data: files of load_latents(). output: folder for checkpoints, log and exports.
+    sparsity, precision, backend: as in sla2_attention; precision "auto" takes what inference takes on the card.
+    loss: "distill", the distance to the velocity of the same model run dense, or "flow", flow matching on the videos.
+    steps, batch: optimisation steps, videos per step over all processes; micro_batch: videos at a time on one device.
+    lora_rank, lora_alpha, lora_targets: of the adapters; learning_rate: theirs, ratio_learning_rate: the mixing ratios'.
+    warmup: steps until the full learning rate, which falls to zero over the last quarter. clip: largest gradient norm.
+    drop_caption: share of videos trained with the empty caption. shift: of the noise levels, as in sampling.
+    mixed_precision: "bf16" or "no". gradient_checkpointing: recompute blocks, less memory. fsdp: shard the weights.
+    checkpoint_every, keep: steps between checkpoints, and how many stay. validate_every, validation_levels.
+    """
+
+    model: str = ""
+    output: str = ""
+    data: str = ""
+    validation_data: str | None = None
+    subfolder: str = "transformer"
+    router: str | None = None
+    sparsity: float = 0.97
+    precision: str = "auto"
+    backend: str = "auto"
+    loss: str = "distill"
+    steps: int = 500
+    batch: int = 16
+    micro_batch: int = 1
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] = TARGETS
+    learning_rate: float = 1e-4
+    ratio_learning_rate: float = 1e-2
+    warmup: int = 20
+    clip: float = 1.0
+    drop_caption: float = 0.1
+    shift: float = 5.0
+    seed: int = 0
+    mixed_precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    fsdp: bool = False
+    checkpoint_every: int = 50
+    keep: int = 2
+    validate_every: int = 100
+    validation_levels: int = 4
+
+    def __post_init__(self):
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for name, options in (("precision", PRECISIONS), ("loss", LOSSES), ("mixed_precision", ("bf16", "no"))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}.")
+        if not 0 <= self.drop_caption <= 1:
+            raise ValueError(f"drop_caption must be 0 to 1, got {self.drop_caption}.")
+        for name in ("steps", "batch", "micro_batch", "lora_rank", "keep", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        unknown = sorted(set(self.lora_targets) - set(TARGETS))
+        if unknown or not self.lora_targets:
+            raise ValueError(f"lora_targets must be some of {', '.join(TARGETS)}, got {list(self.lora_targets)}.")
+
+    def rounds(self, processes):
+        """Micro batches per step on each of ``processes`` devices; raises ValueError where the batch does not divide."""
+        at_once = self.micro_batch * processes
+        if self.batch % at_once:
+            raise ValueError(
+                f"batch is {self.batch}, which {processes} processes with micro_batch {self.micro_batch} cannot share "
+                f"equally: make it a multiple of {at_once}."
+            )
+        return self.batch // at_once
+
+    def learning_rate_factor(self, step):
+        """What both learning rates are multiplied by at ``step``."""
+        return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.steps // 4))
+
+
+def load_config(path):
+    """The Stage2Config of a JSON file. Raises ValueError: one sentence with the file and the setting."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except OSError as error:
+        raise ValueError(f"Configuration {path} cannot be read: {error.strerror or error}.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Configuration {path} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"Configuration {path} must be one JSON object of settings.")
+    known = {f.name: f for f in fields(Stage2Config)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"Configuration {path} has the unknown setting {unknown[0]!r}; known are {', '.join(known)}.")
+    missing = [name for name in ("model", "output", "data") if not values.get(name)]
+    if missing:
+        raise ValueError(f"Configuration {path} must set {missing[0]!r}.")
+    for name, value in values.items():
+        _check_type(path, name, value, known[name].default)
+    return Stage2Config(**values)
+
+
+def _check_type(path, name, value, default):
+    if default is None:
+        fits = value is None or isinstance(value, str)
+    elif isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, float):
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif isinstance(default, tuple):
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    else:
+        fits = isinstance(value, type(default)) and not isinstance(value, bool)
+    if not fits:
+        kind = "text or null" if default is None else f"like {json.dumps(default)}"
+        raise ValueError(f"Configuration {path}: {name} must be {kind}, got {json.dumps(value)}.")

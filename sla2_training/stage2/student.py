@@ -1,0 +1,115 @@
+"""A model whose self-attention is SLA2 with a trainable mixing ratio, and which can still be run dense as its own teacher."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sla2_kernels import RouterLayer, RouterWeights, default_precision, sla2_attention
+
+from .lora import set_lora_scale
+
+LORA, RATIOS = "lora_", "ratio_logits"
+
+
+class Student(nn.Module):
+    """forward(noisy, t, context, dense=False) -> velocity.
+
+    Args:
+        model: the network, LoRA already in it (add_lora). run(model, noisy, t, context, attend) -> velocity: one call of it;
+            noisy (B, C, T, h, w), t (B,) in 0 to 1; attend(layer, q, k, v) -> out on (B, N, H, D) is its self-attention.
+        router: RouterWeights. sparsity, precision, backend: as in sla2_attention, precision also "auto".
+
+    Dense runs attend to everything and leave the LoRA out: that is the model as it was.
+    """
+
+    def __init__(self, model, run, router, *, sparsity, precision="auto", backend="auto"):
+        super().__init__()
+        self.model, self.run, self.router = model, run, router
+        self.sparsity, self.precision, self.backend = sparsity, precision, backend
+        self.dense = False
+        self.seen_ratios = None
+        for index, layer in enumerate(router.layers):
+            self.register_buffer(f"proj_q_{index}", layer.proj_q, persistent=False)
+            self.register_buffer(f"proj_k_{index}", layer.proj_k, persistent=False)
+        starts = [router.ratio(index, sparsity) for index in range(router.num_layers)]
+        self.ratio_logits = nn.ParameterList(
+            # without a learned ratio start_ratios() sets one: what the run itself estimates
+            nn.Parameter(torch.zeros(router.num_heads, 1) if ratio is None else torch.logit(ratio))
+            for ratio in starts
+        )
+        self.needs_start = any(ratio is None for ratio in starts)
+
+    def forward(self, noisy, t, context, dense=False):
+        self.dense = dense
+        set_lora_scale(self.model, 0.0 if dense else 1.0)
+        try:
+            return self.run(self.model, noisy, t, context, self.attend)
+        finally:
+            # the backward pass of checkpointed blocks runs the sparse forward again
+            self.dense = False
+            set_lora_scale(self.model, 1.0)
+
+    def attend(self, layer, q, k, v):
+        """Self-attention of one layer, all (B, N, H, D)."""
+        if self.dense:
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        precision = default_precision(q.device) if self.precision == "auto" else self.precision
+        ratio = None if self.seen_ratios is not None else torch.sigmoid(self.ratio_logits[layer].float())
+        with torch.autocast(q.device.type, enabled=False):
+            out = sla2_attention(
+                q, k, v, getattr(self, f"proj_q_{layer}"), getattr(self, f"proj_k_{layer}"), ratio,
+                sparsity=self.sparsity, precision=precision, layout="BNHD", backend=self.backend,
+                return_alpha=ratio is None,
+            )  # fmt: skip
+        if ratio is None:
+            out, estimated = out
+            self.seen_ratios.setdefault(layer, []).append(estimated.mean(dim=(0, 2)))
+        return out
+
+    @torch.no_grad()
+    def start_ratios(self, noisy, t, context):
+        """Starts the ratios at what a run estimates, for routers that have none; a no-op for those that do."""
+        if not self.needs_start:
+            return
+        self.seen_ratios = {}
+        try:
+            self(noisy, t, context)
+            for layer, seen in self.seen_ratios.items():
+                ratio = torch.stack(seen).mean(dim=0).clamp(0.02, 0.98)
+                self.ratio_logits[layer].copy_(torch.logit(ratio)[:, None])
+        finally:
+            self.seen_ratios = None
+        self.needs_start = False
+
+    def trained_router(self, logits, precision):
+        """The router with the trained ratios at this sparsity; logits: one (H, A) tensor per layer."""
+        old = self.router
+        sparsities = sorted({*(old.sparsities if old.layers[0].alpha_logits is not None else ()), self.sparsity})
+        layers = []
+        for index, (layer, own) in enumerate(zip(old.layers, logits, strict=True)):
+            rows = [
+                own.detach().float().cpu()
+                if s == self.sparsity
+                else torch.logit(old.ratio(index, s)).expand_as(own).clone()
+                for s in sparsities
+            ]
+            layers.append(RouterLayer(layer.proj_q, layer.proj_k, torch.stack(rows)))
+        return RouterWeights(
+            tuple(layers),
+            old.model_family,
+            old.num_heads,
+            old.head_dim,
+            sparsities=tuple(sparsities),
+            precision=precision,
+        )
+
+
+def freeze_all_but(student):
+    """LoRA weights and ratios train, nothing else; returns (LoRA parameters, ratio parameters)."""
+    lora, ratios = [], []
+    for name, parameter in student.named_parameters():
+        kind = lora if LORA in name else ratios if name.startswith(RATIOS) else None
+        parameter.requires_grad_(kind is not None)
+        if kind is not None:
+            kind.append(parameter)
+    return lora, ratios

@@ -1,0 +1,282 @@
+"""Stage 2 on a tiny diffusers Wan transformer: training, exports, resuming, bad input, and two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from diffusers import WanTransformer3DModel
+
+from sla2_kernels import RouterLayer, RouterWeights, load_router
+from sla2_training import TrainingError
+from sla2_training.stage2 import Stage2Config, Stage2Trainer, VideoLatents, load_config, load_latents
+from sla2_training.stage2.checkpoint import checkpoints
+from sla2_training.stage2.wan import run, wan_student
+
+ROOT = Path(__file__).parents[2]
+LAYERS, HEADS, HEAD_DIM = 2, 2, 32
+CONFIG = Stage2Config(
+    model="tiny", output="", data="", sparsity=0.6, precision="16bit", steps=4, batch=2, lora_rank=4, lora_alpha=8.0,
+    warmup=1, mixed_precision="no", gradient_checkpointing=False, checkpoint_every=2, validate_every=4,
+    validation_levels=2, learning_rate=2e-3, ratio_learning_rate=0.05,
+)  # fmt: skip
+
+
+def tiny_model(layers=LAYERS, seed=0):
+    """Random, with self-attention that is sharp and weighs something."""
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=layers
+    )
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn1.norm_q.weight.fill_(2.0)
+            block.attn1.norm_k.weight.fill_(2.0)
+            block.attn1.to_out[0].weight.mul_(4)
+            block.scale_shift_table[:, 2] += 1
+    return model
+
+
+def videos(count=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, 16, 3, 12, 16, generator=generator)  # 144 tokens: 2 query blocks, 3 key blocks
+    context = torch.randn(count, 6, 32, generator=generator)
+    return VideoLatents(latents, context, torch.arange(count), torch.zeros(1, 6, 32))
+
+
+def trainer(tmp_path, config=CONFIG, *, model=None, data=None, name="tiny", **options):
+    config = replace(config, output=str(tmp_path))
+    student = wan_student(tiny_model() if model is None else model, config)
+    options.setdefault("say", lambda text: None)
+    return Stage2Trainer(config, student, videos() if data is None else data, model_name=name, **options)
+
+
+def merged(model, lora):
+    """The model with the exported LoRA in its weights, as a LoRA loader does it."""
+    import diffusers.loaders.lora_conversion_utils as conversion
+
+    state = dict(model.state_dict())
+    # diffusers' reader of Wan LoRAs is the judge of the file's names
+    found = conversion._convert_non_diffusers_wan_lora_to_diffusers({n: t.float() for n, t in lora.items()})
+    found = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+    layers = {name.rsplit(".lora_", 1)[0] for name in found}
+    for layer in layers:
+        product = found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"]
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] + product
+    assert len(layers) == LAYERS * 10
+    model.load_state_dict(state)
+    return model
+
+
+def test_distillation_comes_closer_to_the_dense_model_and_exports_what_it_trained(tmp_path):
+    config = replace(CONFIG, steps=30, batch=4, validate_every=100)
+    made = trainer(tmp_path, config, validation=videos(2, seed=2))
+    report = made.train()
+    first, last = report.validations[0], report.validations[-1]
+    assert first.step == 0 and last.step == 30 and last.distance < 0.9 * first.distance
+    assert "| dense |" in report.table() and json.loads((tmp_path / "log.json").read_text())["validations"]
+
+    router = load_router(tmp_path / "router.safetensors")
+    assert router.sparsities == (0.6,) and router.precision == "16bit"
+    trained = torch.sigmoid(made.student.ratio_logits[1])
+    torch.testing.assert_close(router.ratio(1, 0.6), trained.detach())
+
+    # the files alone give the trained model: LoRA in the weights, router in the operator
+    lora = safetensors.torch.load_file(tmp_path / "lora.safetensors")
+    fresh = merged(tiny_model(), lora)
+    untouched = wan_student(fresh, replace(config, router=str(tmp_path / "router.safetensors")))
+    data = videos(2, seed=3)
+    with torch.no_grad():
+        arguments = data.latents, torch.tensor([0.3, 0.8]), data.context
+        expected, found = made.student(*arguments), untouched(*arguments)
+        assert (expected - found).norm() / expected.norm() < 1e-3  # the LoRA file has 16 bits
+        assert (made.student(*arguments, dense=True) - expected).norm() / expected.norm() > 1e-2
+
+
+def test_dense_runs_are_the_model_as_it_was(tmp_path):
+    made = trainer(tmp_path)
+    data = videos(1)
+    arguments = data.latents, torch.tensor([0.5]), data.context
+    with torch.no_grad():
+        expected = run(tiny_model(), *arguments, None)
+        for name, parameter in made.student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        torch.testing.assert_close(made.student(*arguments, dense=True), expected)
+        assert not torch.allclose(made.student(*arguments), expected)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    assert [path.name for path in checkpoints(tmp_path / "whole")] == ["step-000002", "step-000004"]
+    resumed = trainer(tmp_path / "resumed")
+    report = resumed.train(tmp_path / "whole" / "step-000002")
+    assert sorted(report.losses) == [2, 3]
+    for a, b in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = trainer(tmp_path / "plain")
+    plain.train()
+    saving = trainer(tmp_path / "saving", replace(CONFIG, gradient_checkpointing=True))
+    saving.train()
+    for a, b in zip(plain.parameters, saving.parameters, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "told"),
+    [
+        (lambda: tiny_model(layers=3), "other", "was made for tiny and this run trains other"),
+        (lambda: tiny_model(seed=5), "tiny", "its digest of the weights is"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, model, name, told):
+    trainer(tmp_path, replace(CONFIG, steps=1)).train()
+    with pytest.raises(TrainingError, match=told):
+        trainer(tmp_path, model=model(), name=name).train(resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    trainer(tmp_path, replace(CONFIG, steps=1)).train()
+    path = checkpoints(tmp_path)[-1]
+    (path / "trained.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(TrainingError, match=f"Checkpoint {path} is damaged"):
+        trainer(tmp_path).train(resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    made = trainer(tmp_path, replace(CONFIG, steps=8, checkpoint_every=1))
+    forward = made._loss
+    made._loss = lambda *batch: forward(*batch) * (torch.nan if made.step == 3 else 1.0)
+    with pytest.raises(TrainingError, match="stopped at step 3: the loss is not finite") as caught:
+        made.train()
+    last = checkpoints(tmp_path)[-1]
+    assert last.name == "step-000002" and str(last) in str(caught.value)
+    tensors = safetensors.torch.load_file(last / "trained.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert not (tmp_path / "lora.safetensors").exists()
+    assert all(p.isfinite().all() for p in made.parameters)
+
+
+def test_running_out_of_memory_says_what_to_lower(tmp_path):
+    made = trainer(tmp_path, replace(CONFIG, micro_batch=2))
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made._loss = exhausted
+    with pytest.raises(TrainingError, match="at step 0: lower micro_batch, or set gradient_checkpointing to true"):
+        made.train()
+
+
+def test_micro_batches_add_up_to_the_same_step(tmp_path):
+    losses = {}
+    for micro_batch in (1, 4):
+        made = trainer(tmp_path / str(micro_batch), replace(CONFIG, batch=4, micro_batch=micro_batch))
+        losses[micro_batch] = made.train().losses
+    assert losses[1] == pytest.approx(losses[4], rel=1e-4)
+
+
+def test_the_ratio_of_other_sparsities_stays(tmp_path):
+    logits = torch.randn(2, HEADS, 3)
+    layer = RouterLayer(torch.eye(HEAD_DIM), torch.eye(HEAD_DIM), logits)
+    RouterWeights((layer,) * LAYERS, "wan", HEADS, HEAD_DIM, sparsities=(0.9, 0.6)).save(
+        tmp_path / "router.safetensors"
+    )
+    config = replace(CONFIG, router=str(tmp_path / "router.safetensors"), steps=2, loss="flow")
+    made = trainer(tmp_path / "out", config)
+    made.train()
+    router = load_router(tmp_path / "out" / "router.safetensors")
+    assert router.sparsities == (0.6, 0.9)
+    torch.testing.assert_close(router.ratio(0, 0.9), torch.sigmoid(logits[0]))
+    assert not torch.equal(router.ratio(0, 0.6), torch.sigmoid(logits[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sparsty": 0.9}, "unknown setting 'sparsty'"),
+        ({"data": ""}, "must set 'data'"),
+        ({"steps": "many"}, "steps must be like 500"),
+        ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
+        ({"loss": "l1"}, "loss must be one of distill, flow"),
+        ({"lora_targets": ["head"]}, "lora_targets must be some of"),
+    ],
+)
+def test_a_bad_configuration_is_told_in_one_sentence(tmp_path, change, told):
+    path = tmp_path / "stage2.json"
+    path.write_text(json.dumps({"model": "m", "output": "o", "data": "d"} | change))
+    with pytest.raises(ValueError, match=told):
+        load_config(path)
+
+
+def test_bad_training_data_is_told(tmp_path):
+    path = tmp_path / "data.safetensors"
+    tensors = {"latents": torch.zeros(2, 16, 3, 12, 16), "context": torch.zeros(1, 6, 32)}
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match="2 videos need one row"):
+        load_latents(path)
+    safetensors.torch.save_file({"context": tensors["context"]}, path)
+    with pytest.raises(ValueError, match="must hold 'latents' with 5 dimensions, got nothing"):
+        load_latents(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_latents(tmp_path / "absent.safetensors")
+
+
+def test_a_batch_that_processes_cannot_share_is_told():
+    with pytest.raises(ValueError, match="make it a multiple of 6"):
+        replace(CONFIG, batch=8, micro_batch=2).rounds(3)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    """Whole weights on each, and weights split between them."""
+    tiny_model().save_pretrained(tmp_path / "model" / "transformer")
+    data, file = videos(), str(tmp_path / "data.safetensors")
+    tensors = {"latents": data.latents, "context": data.context, "empty_context": data.empty}
+    safetensors.torch.save_file(tensors, file)
+    values = {name: getattr(CONFIG, name) for name in ("sparsity", "precision", "lora_rank", "mixed_precision")}
+    values |= {"gradient_checkpointing": False, "steps": 3, "batch": 4, "checkpoint_every": 2, "warmup": 1}
+    values |= {"learning_rate": 1e-3, "model": str(tmp_path / "model"), "data": file, "validation_data": file}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def launch(processes, fsdp, resume=()):
+        out = tmp_path / f"{processes}-{fsdp}"
+        (tmp_path / "stage2.json").write_text(json.dumps({**values, "output": str(out), "fsdp": fsdp}))
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*start, "-m", "sla2_training.stage2", "--config", str(tmp_path / "stage2.json"), *resume]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("| dense |") == 1
+        assert f"{processes} process(es), {'sharded' if fsdp else 'whole'} weights" in done.stdout
+        log = json.loads((out / "log.json").read_text())
+        return out, log["losses"], log["validations"][-1]
+
+    def same_weights(a, b):
+        one, two = (safetensors.torch.load_file(out / "step-000003" / "trained.safetensors") for out in (a, b))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)
+
+    alone, losses, end = launch(1, False)
+    for fsdp in (False, True):
+        together, shared_losses, shared_end = launch(2, fsdp)
+        assert shared_losses == pytest.approx(losses, rel=1e-4) and shared_end == pytest.approx(end, rel=1e-4)
+        same_weights(alone, together)
+    # a checkpoint of one process goes on in two that split the weights
+    together, shared_losses, _ = launch(2, True, ("--resume", str(alone / "step-000002")))
+    assert shared_losses == pytest.approx({"2": losses["2"]}, rel=1e-4)
+    same_weights(alone, together)
