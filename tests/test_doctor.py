@@ -1,0 +1,61 @@
+"""sla2 doctor: what it prints on this machine, as users start it, and what it says of wrong kernels."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tooling import doctor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _short_benchmark(monkeypatch):
+    monkeypatch.setattr(doctor, "BENCHMARK_S", 0.1)
+
+
+def test_the_report_of_this_machine_can_be_pasted(capsys):
+    assert doctor.main() == 0
+    said = capsys.readouterr().out
+    assert said.startswith("```text\nsla2 doctor\n") and said.endswith("```\n")
+    for name in ("sla2-attention: ", "ComfyUI: ", "Python: ", f"PyTorch: {torch.__version__}", "Triton: ", "card"):
+        assert name in said
+    assert re.search(r"16bit: right, relative error 0\.\d+", said)
+    assert re.search(r"dense attention [\d.]+ ms, SLA2 skipping 90% in \w+ [\d.]+ ms, [\d.]+x as fast", said)
+    if not torch.cuda.is_available():
+        assert "No speed-up on this machine: the Triton kernels need an NVIDIA GPU" in said
+    assert str(Path.home()) not in said, "paths of the user's machine are not for an issue"
+
+
+def test_wrong_kernels_are_called_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "sla2_attention", lambda q, k, v, **_: torch.zeros_like(q))
+    assert doctor.main() == 1
+    assert "16bit: WRONG, relative error 1.00000" in capsys.readouterr().out
+
+
+def test_a_failing_call_is_named(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(doctor, "sla2_attention", fail)
+    assert doctor.main() == 1
+    said = capsys.readouterr().out
+    assert "16bit: FAILED: RuntimeError: out of resource: shared memory" in said and "no benchmark" in said
+
+
+def test_it_starts_as_a_file_without_the_folder_on_the_path(tmp_path):
+    # as a portable ComfyUI's python_embeded does
+    code = f"import runpy; runpy.run_path({str(ROOT / 'tooling' / 'doctor.py')!r}, run_name='doctor')['environment']()"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_archive_holds_the_doctor_and_no_other_tool():
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.rstrip("/") for line in lines}
+    tools = {f"tooling/{path.name}" for path in (ROOT / "tooling").iterdir() if path.name != "__pycache__"}
+    assert tools - left_out == {"tooling/__init__.py", "tooling/doctor.py"}, "name the new tool in .comfyignore"
