@@ -97,7 +97,7 @@ class Stage2Trainer:
         first = self.step
         while self.step < self.config.steps:
             if (self.step - first) % self.config.validate_every == 0:
-                self._validate()
+                self.validate()
             loss = self._guarded(self._forward_backward)
             # saved before the update: these weights are known to give a finite loss
             if self.step > first and self.step % self.config.checkpoint_every == 0:
@@ -108,7 +108,7 @@ class Stage2Trainer:
             if self.step % 10 == 0 or self.step == self.config.steps:
                 self._say(f"step {self.step} of {self.config.steps}: {self.config.loss} loss {loss:.5f}")
         self._guarded(self._final_loss)
-        self._validate()
+        self.validate()
         self._save()
         self.export()
         return self.report
@@ -221,8 +221,8 @@ class Stage2Trainer:
         self.optimiser.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _validate(self):
-        """Both losses on the validation videos at even noise levels; processes share the work out."""
+    def validate(self):
+        """Adds both losses on the validation videos, at even noise levels, to the report; processes share the work out."""
         if self.validation is None:
             return
         self.wrapped.eval()
