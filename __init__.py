@@ -9,6 +9,7 @@ async def comfy_entrypoint():
     from .nodes.apply_attention import SLA2ApplyAttention
     from .nodes.compare import SLA2Compare
     from .nodes.load_router import SLA2LoadRouter, register_router_folder
+    from .nodes.load_sla import SLA2LoadSLAModel
     from .nodes.report import SLA2Report
     from .nodes.save_router import SLA2SaveRouter
     from .nodes.train_router import SLA2TrainRouter
@@ -17,6 +18,14 @@ async def comfy_entrypoint():
 
     class SLA2Extension(ComfyExtension):
         async def get_node_list(self):
-            return [SLA2LoadRouter, SLA2ApplyAttention, SLA2Report, SLA2Compare, SLA2TrainRouter, SLA2SaveRouter]
+            return [
+                SLA2LoadRouter,
+                SLA2ApplyAttention,
+                SLA2Report,
+                SLA2Compare,
+                SLA2TrainRouter,
+                SLA2SaveRouter,
+                SLA2LoadSLAModel,
+            ]
 
     return SLA2Extension()

@@ -116,7 +116,7 @@ def sla2_name(args):
 def with_sla2(model, args):
     """The model as the node SLA2 Apply Attention patches it."""
     pack = load_pack().__name__
-    hook = __import__(f"{pack}.nodes.attention_hook", fromlist=["install"])
+    hook = __import__(f"{pack}.nodes.patching", fromlist=["install"])
     settings = __import__(f"{pack}.nodes.settings", fromlist=["AttentionSettings"])
     chosen = settings.AttentionSettings(
         sparsity=args.sparsity,

@@ -2,12 +2,17 @@
 
 from comfy_api.latest import io
 
-from .attention_hook import KEY, install
+from .attention_hook import KEY
 from .load_router import Router
+from .load_sla import SLAWeightsType
 from .model_layouts import model_facts, unsupported_model_reason
+from .patching import install
+from .presets import CUSTOM, NAMES, preset_named, preset_notes
 from .run_outcome import show_outcomes
+from .schedule import parse_schedule
 from .schema_support import search_aliases
-from .settings import AUTOMATIC, BIT_WIDTHS, RATIO_MODES, AttentionSettings, parse_layers
+from .settings import AUTOMATIC, BIT_WIDTHS, METHODS, RATIO_MODES, AttentionSettings, parse_layers
+from .weight_checks import check_router, check_sla_weights
 
 RUN_DENSE, STOP = "run dense and say so", "stop"
 
@@ -26,7 +31,9 @@ class SLA2ApplyAttention(io.ComfyNode):
             **search_aliases("sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs. Other models pass through unchanged."),
+                io.Model.Input("model", tooltip="A video model after its LoRAs: Wan in all variants, HunyuanVideo, LTX, CogVideoX, Mochi, Cosmos, "
+                    "Kandinsky 5, MiniMax H3; Flux and Qwen-Image. Out of reach, and unchanged: SeedVR2, the audio and "
+                    "face branches of S2V, InfiniteTalk and Animate, Uni3C, Causal Wan with its cache.",),
                 Router.Input("router", optional=True, tooltip="From SLA2 Load Router. Not connected: untrained."),
                 io.Float.Input(
                     "sparsity", default=0.9, min=0.0, max=0.99, step=0.01, round=0.01,
@@ -62,6 +69,25 @@ class SLA2ApplyAttention(io.ComfyNode):
                     "on_unsupported", options=[RUN_DENSE, STOP], default=RUN_DENSE,
                     tooltip="What to do where SLA2 cannot run (other model family, no Triton, a mask, ...).",
                 ),
+                io.Combo.Input(
+                    "method", optional=True, options=list(METHODS), default="automatic",
+                    tooltip="automatic: SLA where sla_weights are connected, else SLA2. top-k only: no linear part, for "
+                    "LoRAs that were distilled with block top-k alone (such as lightx2v's SLA LoRAs).",
+                ),
+                io.Combo.Input(
+                    "preset", optional=True, options=list(NAMES), default=CUSTOM,
+                    tooltip="Fills in sparsity and schedule, in place of the widgets. custom: the widgets count. Those with "
+                    "4-8 steps are for distilled models. fast needs a trained router.",
+                ),
+                io.String.Input(
+                    "schedule", optional=True, default="", multiline=True,
+                    tooltip='Other sparsities for some steps or layers; of several rules the last that fits counts: '
+                    '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85". Empty: sparsity everywhere.',
+                ),
+                SLAWeightsType.Input(
+                    "sla_weights", optional=True,
+                    tooltip="From SLA2 Load SLA Model: runs SLA (version 1) as these weights were trained.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
@@ -69,12 +95,15 @@ class SLA2ApplyAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, sparsity, bit_width, ratio_mode, fixed_ratio, start_percent, end_percent, dense_layers,
-        minimum_tokens, on_unsupported, router=None,
+        minimum_tokens, on_unsupported, router=None, method="automatic", preset=CUSTOM, schedule="", sla_weights=None,
     ) -> io.NodeOutput:  # fmt: skip
         facts = model_facts(model.model.diffusion_model)
         reason = unsupported_model_reason(model.model.diffusion_model)
         if reason and on_unsupported == STOP:
             raise ValueError(f"SLA2 Apply Attention: {reason} (on_unsupported is set to stop).")
+        chosen = preset_named(preset)
+        if chosen is not None:
+            sparsity, schedule = chosen.sparsity, chosen.schedule
         settings = AttentionSettings(
             sparsity=sparsity,
             bit_width=bit_width,
@@ -85,24 +114,14 @@ class SLA2ApplyAttention(io.ComfyNode):
             dense_layers=parse_layers(dense_layers, facts.num_layers) if facts else frozenset(),
             minimum_tokens=minimum_tokens,
             stop_on_unsupported=on_unsupported == STOP,
+            schedule=parse_schedule(schedule, facts.num_layers if facts else 1, parse_layers),
+            method=method,
         )
         if facts and router is not None:
             check_router(router, facts)
-        patched = install(model, settings, router)
+        if facts and sla_weights is not None:
+            check_sla_weights(sla_weights, facts, method)
+        patched = install(model, settings, router, sla_weights)
+        patched.get_attachment(KEY).runs.add_notes(preset_notes(chosen, router, sla_weights))
         show_outcomes(patched.get_attachment(KEY), cls.hidden.unique_id)
         return io.NodeOutput(patched)
-
-
-def check_router(router, facts):
-    """Raises ValueError with one sentence where the router was made for another model or token order."""
-    router.require_model(
-        model_family=facts.layout.family,
-        num_layers=facts.num_layers,
-        num_heads=facts.num_heads,
-        head_dim=facts.head_dim,
-    )
-    if router.token_order != facts.layout.token_order:
-        raise ValueError(
-            f"The router was trained for token order {router.token_order!r}, and {facts.layout.family} models have "
-            f"{facts.layout.token_order!r}."
-        )

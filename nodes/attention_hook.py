@@ -1,13 +1,10 @@
 """The one place that meets ComfyUI's attention: decides per call sparse or dense, and says why.
 
-A patched clone of a MODEL carries an attention override, two wrappers (around sampling, around each model call) and, per
-layer, an object patch that marks the self-attention calls. All are closures over one AttentionHook, because ComfyUI
-copies model options deeply in places, and functions are what such a copy shares.
+patching.py puts it into a clone of a MODEL.
 """
 
 import functools
 import logging
-import operator
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,7 +15,6 @@ import torch
 from ..sla2_kernels import default_precision, unsupported_reason
 from .attention_call import read_call
 from .layer_weights import LayerWeights, router_notes
-from .model_layouts import model_facts, module_and_method, unsupported_model_reason
 from .override_chain import MARK, leads_to, name_of
 from .run_history import RunHistory
 from .run_record import RunRecord
@@ -26,7 +22,7 @@ from .schedule import RunProgress, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
 from .text_mask import HAS_MASK, live_keys
-from .video_tokens import DENSE_BY_NATURE, VideoSpan, call_inputs
+from .video_tokens import DENSE_BY_NATURE, VideoSpan
 
 logger = logging.getLogger("sla2")
 
@@ -92,14 +88,15 @@ def short_reason(settings, tokens, device):
 class AttentionHook:
     """State of one patched clone, shared by its own clones. Reset for each sampling run."""
 
-    def __init__(self, settings, router, facts, family_reason, model_sampling):
+    def __init__(self, settings, router, facts, family_reason, model_sampling, sla_weights=None):
         self.settings = settings
         self.router = router
+        self.sla_weights = sla_weights
         self.facts = facts
         self.family_reason = family_reason
         self.model_sampling = model_sampling
-        self.weights = LayerWeights(settings, router, facts.num_heads) if facts else None
-        self.runs = RunHistory(router_notes(settings, router))
+        self.weights = LayerWeights(settings, router, facts.num_heads, sla_weights) if facts else None
+        self.runs = RunHistory(router_notes(settings, router, sla_weights))
         self.on_run_end = None  # called with the closed RunRecord
         self._inside = threading.local()
         self._fronted = (None, None)
@@ -231,7 +228,7 @@ class AttentionHook:
         weights = self.weights.on_device(layer, request.q.device, sparsity)
         part = video_part(request, exact)
         if run.maps is not None:
-            run.maps.see(layer, part.q, part.video_k, *weights[:2], sparsity, part.layout)
+            run.maps.see(layer, part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity, part.layout)
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
@@ -294,90 +291,3 @@ def make_override(hook, base):
     setattr(sla2_attention_override, MARK, hook)
     sla2_attention_override.sla2_base = base
     return sla2_attention_override
-
-
-WITHOUT_OPTIONS = "the model passes no options here (as with a KV cache), so that nothing can take this call over"
-
-
-def marked_forward(layer, path, original, replaced, method="forward", hook=None):
-    """Object patch of one self-attention module's forward: marks its calls with the layer, then runs the module.
-
-    The module is looked up in the model of the call (a training node works on a copy of the model); ``original`` serves
-    calls that come without one. ``replaced`` is the object patch of another node, called instead where there is one.
-    """
-    find = operator.attrgetter(path.removesuffix(f".{method}"))
-
-    def forward(*args, **kwargs):
-        module, options = original, kwargs.get("transformer_options")
-        call = options.get(CALL) if options else None
-        if call is not None:
-            module = find(call.diffusion_model)
-            call.counts["entered"] += 1
-            call.run.count_entered(layer)
-            kwargs["transformer_options"] = {**options, LAYER: layer}
-        elif hook is not None:
-            hook.run_for_call().count_dense(layer, WITHOUT_OPTIONS)
-        if replaced is not None:
-            return replaced(*args, **kwargs)
-        return getattr(type(module), method)(module, *args, **kwargs)
-
-    forward.sla2_replaced = replaced
-    return forward
-
-
-def install(model, settings, router):
-    """A patched clone of a ComfyUI ModelPatcher; its hook is the attachment "sla2". An earlier SLA2 on it is replaced."""
-    from comfy.patcher_extension import WrappersMP
-
-    patched = model.clone()
-    diffusion_model = patched.model.diffusion_model
-    facts = model_facts(diffusion_model)
-    hook = AttentionHook(
-        settings, router, facts, unsupported_model_reason(diffusion_model), patched.get_model_object("model_sampling")
-    )
-
-    def around_sampling(executor, *args, **kwargs):
-        hook.begin_run(getattr(executor.class_obj, "model_patcher", None))
-        failure, output = "stopped before its end", None
-        try:
-            output = executor(*args, **kwargs)
-            failure = None
-            return output
-        finally:
-            hook.end_run(failure, output)
-
-    def around_model(executor, *args, **kwargs):
-        options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
-        if options is None:
-            return executor(*args, **kwargs)
-        diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
-        call, current = hook.model_call(diffusion_model, call_inputs(executor.original, args, kwargs), options)
-        output = executor(*args, **kwargs)
-        hook.after_model_call(call, current)
-        return output
-
-    around = WrappersMP.DIFFUSION_MODEL if facts is None else getattr(WrappersMP, facts.layout.wrapper)
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling), (around, around_model)):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
-    options = patched.model_options.setdefault("transformer_options", {})
-    base, earlier = options.get(OVERRIDE), patched.get_attachment(KEY)
-    if earlier is not None and getattr(base, MARK, None) is earlier:
-        base = base.sla2_base
-    options[OVERRIDE] = make_override(hook, base)
-    patched.set_attachments(KEY, hook)
-    for layer, path in enumerate(facts.attention_paths if facts else ()):
-        _mark_layer(patched, hook, diffusion_model, layer, path)
-    return patched
-
-
-def _mark_layer(patched, hook, diffusion_model, layer, path):
-    module, method = module_and_method(path, diffusion_model)
-    path = path.removesuffix(f".{method}")
-    name = f"diffusion_model.{path}.{method}"
-    found = patched.get_model_object(name)
-    if hasattr(found, "sla2_replaced"):
-        replaced = found.sla2_replaced
-    else:
-        replaced = None if getattr(found, "__func__", None) is getattr(type(module), method) else found
-    patched.add_object_patch(name, marked_forward(layer, path, module, replaced, method, hook))

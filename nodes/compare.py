@@ -8,10 +8,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 
 from ..sla2_kernels import default_precision, sla2_attention
-from .attention_hook import KEY, install
+from .attention_hook import KEY
 from .break_even import break_even, time_lengths
 from .comparison import Measured, StepClock, attention_seconds, comparison_data, comparison_text
 from .model_layouts import unsupported_model_reason
+from .patching import install
 from .progress_text import plain, show_on_node
 from .sample_once import sample_once
 from .schema_support import search_aliases

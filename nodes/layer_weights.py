@@ -1,59 +1,89 @@
 """What the operator needs per layer: projections and ratios, on the device of the call, moved there once per run."""
 
 import threading
+from dataclasses import dataclass
 
 import torch
 
 
-class LayerWeights:
-    """Router weights of one patched clone by layer and device. Used by several threads (MultiGPU)."""
+@dataclass(frozen=True)
+class CallWeights:
+    """float32 tensors or None. linear_branch: SLA2's own; without it proj_l is SLA v1's (weight, bias), None: top-k only."""
 
-    def __init__(self, settings, router, num_heads):
+    proj_q: torch.Tensor | None = None
+    proj_k: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+    proj_l: tuple[torch.Tensor, torch.Tensor] | None = None
+    linear_branch: bool = True
+
+
+class LayerWeights:
+    """Weights of one patched clone by layer, device and sparsity. Used by several threads (MultiGPU)."""
+
+    def __init__(self, settings, router, num_heads, sla_weights=None):
         self._settings = settings
         self._router = router
         self._num_heads = num_heads
+        self._sla_weights = sla_weights
         self._placed = {}
         self._lock = threading.Lock()
 
     def on_device(self, layer, device, sparsity):
-        """(proj_q, proj_k, ratios for this sparsity), float32 or None each."""
+        """CallWeights of a call of this layer at this sparsity."""
         key = (layer, device, sparsity)
         with self._lock:
             if key not in self._placed:
                 # not inference tensors: a training step may save them for its backward pass
                 with torch.inference_mode(False), torch.no_grad():
-                    self._placed[key] = tuple(
-                        None if tensor is None else tensor.to(device, torch.float32, copy=True)
-                        for tensor in self._of_layer(layer, sparsity)
-                    )
+                    self._placed[key] = self._of_layer(layer, sparsity, device)
             return self._placed[key]
 
     def clear(self):
         with self._lock:
             self._placed.clear()
 
-    def _of_layer(self, layer, sparsity):
-        alpha = None
+    def _of_layer(self, layer, sparsity, device):
+        def placed(tensor):
+            return None if tensor is None else tensor.to(device, torch.float32, copy=True)
+
+        if self._sla_weights is not None:
+            return CallWeights(proj_l=tuple(map(placed, self._sla_weights.layers[layer])), linear_branch=False)
+        proj_q = proj_k = alpha = None
+        if self._router is not None:
+            proj_q, proj_k = self._router.layers[layer].proj_q, self._router.layers[layer].proj_k
+        if self._settings.method == "top-k only":
+            return CallWeights(placed(proj_q), placed(proj_k), linear_branch=False)
         if self._settings.ratio_mode == "fixed":
             alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
-        if self._router is None:
-            return None, None, alpha
-        if self._settings.ratio_mode == "learned":
+        elif self._router is not None and self._settings.ratio_mode == "learned":
             alpha = self._router.ratio(layer, sparsity)
-        trained = self._router.layers[layer]
-        return trained.proj_q, trained.proj_k, alpha
+        return CallWeights(placed(proj_q), placed(proj_k), placed(alpha))
 
 
-def router_notes(settings, router):
-    """Sentences for the report where a run differs from what its router was trained for."""
-    if router is None or not router.sparsities:
+def router_notes(settings, router, sla_weights=None):
+    """Sentences for the report where a run differs from what its weights were trained for."""
+    if sla_weights is not None:
+        unused = "the SLA weights were trained with their own simple router: the connected router is not used"
+        return [unused] if router is not None else []
+    if router is None:
         return []
+    return [note for note in (_sparsity_note(settings, router), _precision_note(settings, router)) if note]
+
+
+def _sparsity_note(settings, router):
     trained = router.sparsities
-    if min(trained) <= settings.sparsity <= max(trained):
-        return []
-    nearest = min(trained, key=lambda sparsity: abs(sparsity - settings.sparsity))
-    note = (
+    used = settings.sparsities
+    if not trained or not used or all(min(trained) <= sparsity <= max(trained) for sparsity in used):
+        return None
+    sparsity = next(sparsity for sparsity in used if not min(trained) <= sparsity <= max(trained))
+    nearest = min(trained, key=lambda known: abs(known - sparsity))
+    return (
         f"the router was trained for sparsity {', '.join(f'{s:g}' for s in trained)} and this run uses "
-        f"{settings.sparsity:g}: the ratios trained for {nearest:g} are taken"
+        f"{sparsity:g}: the ratios trained for {nearest:g} are taken"
     )
-    return [note]
+
+
+def _precision_note(settings, router):
+    if router.precision is None or settings.bit_width in ("auto", router.precision):
+        return None
+    return f"the router was trained at {router.precision} and this run uses {settings.bit_width}"

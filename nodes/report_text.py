@@ -4,6 +4,7 @@ import math
 import os
 import time
 
+from .advice import advice
 from .settings import skips_keeps
 
 
@@ -12,6 +13,7 @@ def report_data(hook, run, caveat=None):
     settings = hook.settings
     data = {
         "sparsity_setting": settings.sparsity,
+        "method": method_name(hook),
         "router": router_name(hook.router),
         "ratio": ratio_name(hook),
         "caveat": caveat,
@@ -31,6 +33,7 @@ def report_data(hook, run, caveat=None):
         "unsupported_calls": dict(run.family_reasons),
         "layers": layers,
         "notes": list(run.notes),
+        "advice": advice(hook, run),
     }
 
 
@@ -59,7 +62,15 @@ def router_name(router):
     return os.path.basename(router.source) or "unsaved"
 
 
+def method_name(hook):
+    if hook.sla_weights is not None:
+        return f"SLA version 1, weights of {hook.sla_weights.source or 'an unnamed file'}"
+    return "top-k only" if hook.settings.method == "top-k only" else "SLA2"
+
+
 def ratio_name(hook):
+    if method_name(hook) != "SLA2":
+        return "none"
     mode = hook.settings.ratio_mode
     if mode == "fixed":
         return f"fixed at {hook.settings.fixed_ratio:g}"
@@ -79,13 +90,14 @@ def report_text(hook, run, caveat=None):
         f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({setting})",
         f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"
         + (f", {run.failure}" if run.failure else ""),
-        f"router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",
+        f"method: {data['method']}; router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",
     ]
     lines += [f"{count} calls ran dense: {reason}" for reason, count in data["unsupported_calls"].items()]
     lines += [_layer_line(row) for row in data["layers"]]
     if data["other_calls"]:
         lines.append(f"other attention calls (cross-attention and the like), passed through: {data['other_calls']}")
     lines += [f"note: {sentence}" for sentence in ([caveat] if caveat else []) + data["notes"]]
+    lines += [f"advice: {sentence}" for sentence in data["advice"]]
     return "\n".join(lines)
 
 

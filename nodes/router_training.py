@@ -8,7 +8,8 @@ from collections import Counter
 
 from ..sla2_training import RouterTrainer
 from .attention_call import read_call, unsupported_call_reason
-from .attention_hook import CALL, LAYER, OVERRIDE, install
+from .attention_hook import CALL, LAYER, OVERRIDE
+from .patching import install
 from .settings import AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more on one tensor teach little

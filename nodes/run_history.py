@@ -20,6 +20,10 @@ class RunHistory:
         self._count = 0
         self._lock = threading.Lock()
 
+    def add_notes(self, notes):
+        """More sentences for every run from now on."""
+        self._notes += tuple(notes)
+
     def begin(self, window=None):
         """Starts a run; inside a run that has begun already, only goes one level deeper."""
         with self._lock:

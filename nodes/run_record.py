@@ -54,6 +54,7 @@ class RunRecord:
         self.precisions = set()
         self.notes = {}
         self.failure = None
+        self.started = time.monotonic()
         self.ended = None
         self.latent_sample = None
         self.maps = wanted_maps()

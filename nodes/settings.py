@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
 RATIO_MODES = ("learned", "estimated", "fixed")
+METHODS = ("automatic", "sla2", "top-k only")
 AUTOMATIC = -1
 
 
@@ -22,6 +23,7 @@ class AttentionSettings:
     minimum_tokens: int = AUTOMATIC
     stop_on_unsupported: bool = False
     schedule: tuple = ()  # of schedule.Rule
+    method: str = "automatic"
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -37,6 +39,15 @@ class AttentionSettings:
             raise ValueError(f"bit_width must be one of {', '.join(BIT_WIDTHS)}, got {self.bit_width!r}.")
         if self.ratio_mode not in RATIO_MODES:
             raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {self.ratio_mode!r}.")
+
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+
+    @property
+    def sparsities(self):
+        """Every sparsity that a call of a run may get, the ends of ramps among them."""
+        ruled = [sparsity for rule in self.schedule for sparsity in rule.sparsity or ()]
+        return tuple(dict.fromkeys([self.sparsity, *ruled]))
 
     @property
     def whole_run(self):

@@ -10,6 +10,7 @@ import torch
 from ..sla2_kernels import K_BLOCK, sla2_attention
 from ..sla2_kernels.forced_blocks import select_with_forced_blocks, selected_with_forced
 from ..sla2_kernels.router import block_count
+from ..sla2_kernels.sla_v1 import sla_attention
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def video_part(request, exact):
 
 
 def sparse_video(part, exact, weights, *, sparsity, precision, scale):
-    """(out, ratio, kept, blocks) for the video's queries. weights: (proj_q, proj_k, alpha), None each where untrained."""
-    proj_q, proj_k, alpha = weights
+    """(out, ratio, kept, blocks) for the video's queries. weights: CallWeights."""
+    proj_q, proj_k = weights.proj_q, weights.proj_k
     keys = part.k.shape[part.token_axis]
     selection = None
     if exact.key_front or exact.key_back:
@@ -63,10 +64,14 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale):
             back=exact.key_back,
             layout=part.layout,
         )
-    out, ratio = sla2_attention(
-        part.q, part.k, part.v, proj_q, proj_k, alpha,
-        sparsity=sparsity, precision=precision, scale=scale, layout=part.layout, key_blocks=selection, return_alpha=True,
-    )  # fmt: skip
+    options = {
+        "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
+        "layout": part.layout, "key_blocks": selection, "return_alpha": True,
+    }  # fmt: skip
+    if weights.linear_branch:
+        out, ratio = sla2_attention(part.q, part.k, part.v, alpha=weights.alpha, **options)
+    else:
+        out, ratio = sla_attention(part.q, part.k, part.v, weights.proj_l, **options)
     kept = selected_with_forced(keys, sparsity, exact.key_front, exact.key_back)
     return out, ratio, kept, block_count(keys, K_BLOCK)
 

@@ -97,7 +97,7 @@ def probe(name):
     cls = class_of(path)
     if cls is None:
         return {"missing": True}
-    hook, settings = pack_module("nodes.attention_hook"), pack_module("nodes.settings")
+    hook, settings = pack_module("nodes.patching"), pack_module("nodes.settings")
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patcher = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
     inputs = inputs_for(cls, inputs)

@@ -23,7 +23,8 @@ def test_a_sparsity_the_router_was_not_trained_for_is_said(comfy, prompt):
     patched = with_router(prompt, "good.safetensors", sparsity=0.5)
     report = prompt.report(patched, prompt.sample(patched))
     notes = comfy.report(comfy.run(prompt), report)["notes"]
-    assert len(notes) == 1 and "trained for sparsity 0.75, 0.97" in notes[0]
+    assert "trained for sparsity 0.75, 0.97" in notes[0]
+    assert notes[1:] == ["the router was trained at int8 and this run uses 16bit"]
 
 
 def test_a_fixed_ratio_wins_over_the_router(comfy, prompt):

@@ -8,7 +8,8 @@ import pytest
 from comfy_server import PACK, PACK_FOLDER
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
-OURS = ["SLA2ApplyAttention", "SLA2LoadRouter", "SLA2Report"]
+PAGE_ONLY = ["MarkdownNote", "Note"]
+OURS = ["SLA2ApplyAttention", "SLA2LoadRouter", "SLA2LoadSLAModel", "SLA2Report"]
 
 
 def test_there_are_workflows():
@@ -28,7 +29,7 @@ def test_every_node_is_known_and_every_value_is_allowed(comfy, path):
     workflow, known = json.loads(path.read_text(encoding="utf-8")), comfy.server.get("/object_info")
     nodes = {node["id"]: node for node in workflow["nodes"]}
     for node in nodes.values():
-        assert node["type"] in known, node["type"]
+        assert node["type"] in known or node["type"] in PAGE_ONLY, node["type"]
     for _, source, slot, target, target_slot, kind in workflow["links"]:
         assert kind in nodes[source]["outputs"][slot]["type"].split(",")
         assert kind in nodes[target]["inputs"][target_slot]["type"].split(",")
@@ -45,8 +46,9 @@ def check_values(node, inputs):
         if isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "COMBO")
     }
     values = node.get("widgets_values") or []
-    assert len(values) == len(widgets)
-    for value, (name, spec) in zip(values, widgets.items(), strict=True):
+    # an older file has fewer: the page fills in the defaults of inputs that came later
+    assert len(values) <= len(widgets) and bool(values) == bool(widgets)
+    for value, (name, spec) in zip(values, widgets.items(), strict=False):
         options = spec[0] if isinstance(spec[0], list) else spec[1].get("options")
         if options:
             assert value in options, name
@@ -58,7 +60,8 @@ def check_values(node, inputs):
 def test_dense_and_sla2_share_seed_and_inputs_and_models_have_links(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
     samplers = [node for node in workflow["nodes"] if node["type"] == "KSampler"]
-    assert len(samplers) == 2 and samplers[0]["widgets_values"] == samplers[1]["widgets_values"]
+    assert len({json.dumps(sampler["widgets_values"]) for sampler in samplers}) <= 1
+    assert len(samplers) == 2 or not path.stem.endswith("_sla2")
     loaders = [node for node in workflow["nodes"] if node["type"] in ("UNETLoader", "CLIPLoader", "VAELoader")]
     for node in loaders:
         (model,) = node["properties"]["models"]

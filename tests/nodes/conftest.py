@@ -51,7 +51,17 @@ class Sampling:
 class Bench:
     """One hook and the calls of one model call."""
 
-    def __init__(self, pack_module, router=None, grid=(3, 10, 10), front=0, by_frame=False, text_mask=True, **settings):
+    def __init__(
+        self,
+        pack_module,
+        router=None,
+        grid=(3, 10, 10),
+        front=0,
+        by_frame=False,
+        text_mask=True,
+        sla_weights=None,
+        **settings,
+    ):
         self.hook_module = pack_module("nodes.attention_hook")
         layouts, make = pack_module("nodes.model_layouts"), pack_module("nodes.settings").AttentionSettings
         layout = SimpleNamespace(
@@ -64,7 +74,7 @@ class Bench:
         )
         facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
         settings = make(**{"sparsity": 0.5, "bit_width": "16bit", "minimum_tokens": 0} | settings)
-        self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling())
+        self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling(), sla_weights)
         self.override = self.hook_module.make_override(self.hook, None)
         self.attention = wrapped(dense_attention)
         self.options = {}

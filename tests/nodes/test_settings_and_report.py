@@ -89,7 +89,7 @@ def test_subclasses_of_a_supported_model_are_not_taken_for_it(pack_module):
 
 
 def test_a_marked_module_is_looked_up_in_the_model_of_the_call(pack_module):
-    hook = pack_module("nodes.attention_hook")
+    hook = pack_module("nodes.patching")
 
     class Module:
         def __init__(self, name):

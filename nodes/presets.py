@@ -1,0 +1,55 @@
+"""Presets of SLA2 Apply Attention, as data. A preset fills in sparsity and schedule; every other widget stays as it is.
+
+``measured`` names the row of the quality table a preset rests on; None says that nobody has measured it yet, and the report
+says so. Distilled models of 4 to 8 steps spend an eighth to a quarter of the run in each step, so that their first step is
+kept dense instead of a share of the run.
+"""
+
+from dataclasses import dataclass
+
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """steps: sampling steps it is meant for. trained: whether it needs a trained router (or SLA weights)."""
+
+    name: str
+    steps: str
+    sparsity: float
+    schedule: str = ""
+    trained: bool = False
+    measured: str | None = None
+
+
+PRESETS = (
+    Preset("quality", "20-50", 0.80, "0%-20%: dense"),
+    Preset("balanced", "20-50", 0.90, "0%-10%: dense"),
+    Preset("fast", "20-50", 0.97, "0%-10%: 0.9 -> 0.97", trained=True),
+    Preset("quality, 4-8 steps", "4-8", 0.80, "0%-13%: dense"),
+    Preset("balanced, 4-8 steps", "4-8", 0.90, "0%-13%: dense"),
+    Preset("fast, 4-8 steps", "4-8", 0.95, "0%-13%: 0.9", trained=True),
+)
+NAMES = (CUSTOM, *(preset.name for preset in PRESETS))
+
+
+def preset_named(name):
+    """The Preset, or None for "custom"; raises ValueError with one sentence."""
+    if name == CUSTOM:
+        return None
+    found = next((preset for preset in PRESETS if preset.name == name), None)
+    if found is None:
+        raise ValueError(f"preset must be one of {', '.join(NAMES)}, got {name!r}.")
+    return found
+
+
+def preset_notes(preset, router, sla_weights=None):
+    """Sentences for the report on what a preset rests on."""
+    if preset is None:
+        return []
+    notes = (
+        [] if preset.measured else [f'the preset "{preset.name}" has not been measured yet: compare with a dense run']
+    )
+    if preset.trained and router is None and sla_weights is None:
+        notes.append(f'the preset "{preset.name}" is meant for a trained router, and none is connected')
+    return notes
