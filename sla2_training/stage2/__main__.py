@@ -30,11 +30,11 @@ def main(argv=None):
         data = load_latents(config.data)
         validation = load_latents(config.validation_data) if config.validation_data else None
         trainer = Stage2Trainer(
-            config, _student(config), data, validation=validation, model_name=config.model,
+            config, load_student(config), data, validation=validation, model_name=config.model,
             accelerator=make_accelerator(config),
         )  # fmt: skip
         report = trainer.train(args.resume)
-    except (TrainingError, RouterFileError, ValueError) as error:
+    except (TrainingError, RouterFileError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
@@ -42,7 +42,8 @@ def main(argv=None):
     return 0
 
 
-def _student(config):
+def load_student(config):
+    """The Student of the configured model, on the CPU. Raises RouterFileError, ValueError, OSError for what is not there."""
     from diffusers import WanTransformer3DModel
 
     from .wan import wan_student

@@ -19,7 +19,7 @@ from diffusers import WanTransformer3DModel
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
-from sla2_training.stage2 import Stage2Config, Stage2Trainer, VideoLatents, load_config, load_latents
+from sla2_training.stage2 import Stage2Config, Stage2Trainer, VideoLatents, load_config, load_latents, samples
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.wan import run, wan_student
 
@@ -239,6 +239,29 @@ def test_bad_training_data_is_told(tmp_path):
 def test_a_batch_that_processes_cannot_share_is_told():
     with pytest.raises(ValueError, match="make it a multiple of 6"):
         replace(CONFIG, batch=8, micro_batch=2).rounds(3)
+
+
+def test_the_models_own_samples_are_training_data(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model" / "transformer")
+    settings = {"model": str(tmp_path / "model"), "output": "o", "data": str(tmp_path / "data.safetensors")}
+    settings |= {"mixed_precision": "no", "lora_rank": 4}
+    (tmp_path / "stage2.json").write_text(json.dumps(settings))
+    texts = {"context": torch.randn(2, 6, 32), "empty_context": torch.zeros(1, 6, 32)}
+    safetensors.torch.save_file(texts, tmp_path / "texts.safetensors")
+    command = ["--config", str(tmp_path / "stage2.json"), "--texts", str(tmp_path / "texts.safetensors")]
+    assert samples.main([*command, "--size", "9x96x128", "--steps", "2", "--device", "cpu"]) == 0
+    data = load_latents(tmp_path / "data.safetensors")
+    assert data.latents.shape == (2, 16, 3, 12, 16) and torch.equal(data.context, texts["context"])
+    # one Euler step from noise is the velocity that the dense model gives there
+    student = wan_student(tiny_model(), CONFIG)
+    one = samples.own_samples(
+        student, data.context[:1], texts["empty_context"], (16, 3, 12, 16), steps=1, guidance=1.0, say=lambda text: None
+    )
+    noise = torch.randn(16, 3, 12, 16, generator=torch.Generator().manual_seed(0))[None]
+    with torch.no_grad():
+        expected = noise - run(tiny_model(), noise, torch.ones(1), data.context[:1], None)
+    torch.testing.assert_close(one.latents, expected)
+    assert samples.main([*command, "--size", "8x96x128"]) == 1 and "4n + 1 frames" in capsys.readouterr().err
 
 
 @pytest.mark.slow

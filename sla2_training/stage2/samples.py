@@ -1,0 +1,93 @@
+"""Training data without videos: latents that the dense model itself makes from texts. Distillation needs no others.
+
+    python -m sla2_training.stage2.samples --config stage2.json --texts texts.safetensors --size 81x480x832
+
+texts.safetensors holds "context" (K, L, D), the text encoder's output for K prompts, and "empty_context" (1, L, D), that of
+the empty (or negative) prompt. Writes the file that the configuration names as "data".
+"""
+
+import argparse
+import itertools
+import sys
+
+import safetensors.torch
+import torch
+
+from .config import load_config
+from .data import VideoLatents, noise_like
+from .lora import replace_file
+
+
+@torch.no_grad()
+def own_samples(student, context, empty, shape, *, steps=30, guidance=5.0, shift=5.0, seed=0, say=print):
+    """VideoLatents of one sample per row of context, by Euler steps along the dense model's flow with guidance.
+
+    Args:
+        student: Student. context: (K, L, D). empty: (1, L, D). shape: (C, T, h, w) of the latents.
+    """
+    device = next(student.parameters()).device
+    u = torch.linspace(1, 0, steps + 1)
+    levels = (shift * u / (1 + (shift - 1) * u)).tolist()
+    made = []
+    for number, row in enumerate(context):
+        x = noise_like(torch.empty(1, *shape, device=device), [seed + number])
+        both = torch.cat([row[None], empty]).to(device)
+        for level, following in itertools.pairwise(levels):
+            t = torch.full((1,), level, device=device)
+            with_text, without = (student(x, t, c[None], dense=True).float() for c in both)
+            x = x + (following - level) * (without + guidance * (with_text - without))
+        made.append(x.cpu())
+        say(f"{number + 1} of {len(context)} videos")
+    return VideoLatents(torch.cat(made), context, torch.arange(len(context)), empty)
+
+
+def save_latents(path, data):
+    """Writes VideoLatents as load_latents() reads them, whole or not at all."""
+    tensors = {"latents": data.latents, "context": data.context, "caption": data.caption, "empty_context": data.empty}
+    tensors = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+    replace_file(path, lambda draft: safetensors.torch.save_file(tensors, draft))
+
+
+def latent_shape(size, channels=16):
+    """(C, T, h, w) of Wan2.1's latents for "FRAMESxHEIGHTxWIDTH". Raises ValueError for sizes that Wan has not."""
+    try:
+        frames, height, width = (int(n) for n in size.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"size must look like 81x480x832 (frames, height, width), got {size!r}.") from None
+    if frames % 4 != 1 or height % 16 or width % 16 or min(frames, height, width) < 1:
+        raise ValueError(f"size must have 4n + 1 frames and sides that are multiples of 16, got {size!r}.")
+    return channels, (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def main(argv=None):
+    from .__main__ import load_student
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--texts", required=True)
+    parser.add_argument("--size", required=True, help="FRAMESxHEIGHTxWIDTH, as 81x480x832")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        config, shape = load_config(args.config), latent_shape(args.size)
+        texts = safetensors.torch.load_file(args.texts)
+        missing = [name for name in ("context", "empty_context") if name not in texts]
+        if missing:
+            raise ValueError(f"{args.texts} must hold {missing[0]!r}.")
+        student = load_student(config).to(args.device).eval()
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    data = own_samples(
+        student, texts["context"], texts["empty_context"], shape,
+        steps=args.steps, guidance=args.guidance, shift=config.shift, seed=args.seed,
+    )  # fmt: skip
+    save_latents(config.data, data)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
