@@ -1,0 +1,137 @@
+"""Bundled workflows, the blueprint and the museum, loaded in the page; what trains, compares and accelerates is queued, too."""
+
+import json
+
+import pytest
+
+from tooling.plan import ROOT
+
+pytestmark = pytest.mark.web
+
+BUNDLED = sorted((ROOT / "workflows").glob("*.json"))
+BLUEPRINT = ROOT / "subgraphs" / "Accelerate this model.json"
+MUSEUM = sorted((ROOT / "tests" / "museum").glob("*/*.json"))
+TINY = {"width": 256, "height": 256, "length": 9}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def saved_nodes(workflow):
+    """Nodes of ours in a saved workflow, also those inside its subgraphs."""
+    inner = [node for graph in (workflow.get("definitions") or {}).get("subgraphs", []) for node in graph["nodes"]]
+    return [node for node in workflow["nodes"] + inner if node["type"].startswith("SLA2")]
+
+
+@pytest.mark.parametrize("path", BUNDLED + [BLUEPRINT] + MUSEUM, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_it_loads_without_a_missing_node_and_with_every_value(canvas, path):
+    workflow = read(path)
+    canvas.load(workflow)
+    unknown = canvas.js(
+        "[app.rootGraph, ...(app.rootGraph.subgraphs?.values() ?? [])].flatMap((g) => g.nodes)"
+        ".filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
+    )
+    assert unknown == []
+    values = canvas.js(
+        "[app.rootGraph, ...(app.rootGraph.subgraphs?.values() ?? [])].flatMap((g) => g.nodes)"
+        ".filter((n) => n.type.startsWith('SLA2'))"
+        ".map((n) => [n.type, Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value]))])"
+    )
+    found = {kind: named for kind, named in values}
+    nodes = saved_nodes(workflow)
+    assert nodes and {node["type"] for node in nodes} == set(found)
+    for node in nodes:
+        saved = node.get("widgets_values_named") or {}
+        assert {name: found[node["type"]].get(name) for name in saved} == saved, node["type"]
+    assert canvas.errors == []
+
+
+def test_values_are_saved_by_name_in_every_exhibit():
+    nodes = [node for path in MUSEUM for node in saved_nodes(read(path)) if node.get("widgets_values")]
+    assert len(nodes) >= 6 and all(node["widgets_values_named"] for node in nodes)
+
+
+def made_tiny(prompt, **changes):
+    """The page's prompt with the tiny model and random conditioning; what decodes or saves videos is left out."""
+    kept = {}
+    for name, node in prompt.items():
+        kind, inputs = node["class_type"], dict(node["inputs"])
+        if kind == "CLIPTextEncode":
+            kind, inputs = "SLA2TestConditioning", {"number": len(name), "image": False, "label": ""}
+        elif kind in (
+            "CLIPLoader",
+            "VAELoader",
+            "VAEDecode",
+            "CreateVideo",
+            "SaveVideo",
+            "ImageStitch",
+            "MarkdownNote",
+        ):
+            continue
+        elif kind == "UNETLoader":
+            inputs["unet_name"] = "tiny_wan.safetensors"
+        for key, value in (TINY | changes).items():
+            inputs = inputs | ({key: value} if key in inputs else {})
+        kept[name] = {"class_type": kind, "inputs": inputs}
+    return kept
+
+
+def prompt_of(canvas, workflow):
+    canvas.load(workflow)
+    return canvas.js("app.graphToPrompt().then((p) => p.output)")
+
+
+def output_of(server, prompt, kind):
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    return entry["outputs"][next(name for name, node in prompt.items() if node["class_type"] == kind)]
+
+
+def test_the_training_workflow_trains_and_uses_its_router(server, canvas):
+    prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/wan2.1_t2v_1.3b_train_router.json")), steps=2,
+                       training_steps=8, minimum_tokens=0, sparsity=0.75, sparsities="0.75", cfg=1.0)  # fmt: skip
+    apply = next(name for name, node in prompt.items() if node["class_type"] == "SLA2ApplyAttention")
+    sampler = next(name for name, node in prompt.items() if node["class_type"] == "KSampler")
+    prompt["report"] = {"class_type": "SLA2Report", "inputs": {"model": [apply, 0], "samples": [sampler, 0]}}
+    report = output_of(server, prompt, "SLA2Report")["sla2_report"][0]
+    assert report["sparse_calls"] == 6 and report["dense_calls"] == 0 and report["router"] == "unsaved"
+    assert list((server.base / "models/sla2").glob("wan2.1_t2v_1.3b_*_.safetensors"))
+
+
+def test_the_comparing_workflow_compares(server, canvas):
+    workflow = read(ROOT / "workflows/wan2.1_t2v_1.3b_compare.json")
+    prompt = made_tiny(prompt_of(canvas, workflow), steps=3, minimum_tokens=0, find_break_even=False)
+    data = output_of(server, prompt, "SLA2Compare")["sla2_comparison"][0]
+    assert "(9 of 9 calls accelerated)" in dict(data["rows"])["seconds per step, SLA2"]
+
+
+def test_the_blueprint_is_offered_and_accelerates(server, canvas, sampling_prompt):
+    offered = [entry for entry in server.get("/global_subgraphs").values() if entry["source"] == "custom_node"]
+    assert [entry["name"] for entry in offered] == [BLUEPRINT.stem]
+    known = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('subgraph')"
+    shown = canvas.js(f"{known}.subgraphBlueprints.map((blueprint) => blueprint.display_name)")
+    assert BLUEPRINT.stem in shown, "the page refuses a blueprint that it cannot read"
+    canvas.load(read(BLUEPRINT))
+    canvas.picture("blueprint")
+    canvas.js(
+        "(() => { const g = app.graph, src = LiteGraph.createNode('UNETLoader'), end = LiteGraph.createNode('KSampler');"
+        "g.add(src); g.add(end); const sub = g.nodes.find((n) => n.subgraph);"
+        "sub.widgets.find((w) => w.name === 'sparsity').value = 0.75;"
+        "sub.widgets.find((w) => w.name === 'minimum_tokens').value = 0;"
+        "src.connect(0, sub, 'model'); sub.connect(0, end, 'model'); })()"
+    )
+    inside = canvas.js("app.graphToPrompt().then((p) => p.output)")
+    apply = next(name for name, node in inside.items() if node["class_type"] == "SLA2ApplyAttention")
+    assert inside[apply]["inputs"]["sparsity"] == 0.75 and inside[apply]["inputs"]["minimum_tokens"] == 0
+    loader = inside[apply]["inputs"]["model"][0]
+    prompt = {name: node for name, node in inside.items() if node["class_type"] != "KSampler"}
+    prompt[loader]["inputs"]["unet_name"] = "tiny_wan.safetensors"
+    for name in ("3", "4", "5", "6", "7"):
+        inputs = sampling_prompt[name]["inputs"]
+        moved = {
+            key: [f"test{value[0]}", value[1]] if isinstance(value, list) else value for key, value in inputs.items()
+        }
+        moved |= {"model": [apply, 0]} if "model" in inputs else {}
+        prompt[f"test{name}"] = {"class_type": sampling_prompt[name]["class_type"], "inputs": moved}
+    assert output_of(server, prompt, "SLA2Report")["sla2_report"][0]["sparse_calls"] == 9
