@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import configs
+from .kernels.launch import plan_for
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
@@ -18,7 +19,7 @@ from .kernels.score import project, scores
 from .kernels.select import select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
-from .support import capability
+from .support import capability, interpreting
 
 # Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
 WORKSPACE_SHARE = 1.4
@@ -46,35 +47,43 @@ class Workspace:
     query_sums: torch.Tensor | None  # (G, T_m, (D + 1) * D): H_i and Z_i
 
 
+def _sums_dtype(q):
+    """Format of the mask, h_j and H_i: q's, but bfloat16 for float16, which loses phi(K) below 6e-8.
+
+    Triton's interpreter cannot multiply bfloat16.
+    """
+    return torch.bfloat16 if q.dtype == torch.float16 and not interpreting() else q.dtype
+
+
 def _on(device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _pool_keys(k, dtype):
-    pooled = pool(k, K_BLOCK)
+def _pool_keys(k, dtype, plan=None):
+    pooled = pool(k, K_BLOCK, plan)
     means = torch.empty_like(pooled, dtype=dtype)
-    return pooled, means, smooth(pooled, k.shape[2], K_BLOCK, means)
+    return pooled, means, smooth(pooled, k.shape[2], K_BLOCK, means, plan)
 
 
-def _route(q, k, proj_q, proj_k, count):
-    k_pooled, k_means, k_mean = _pool_keys(k, q.dtype)
-    routing_scores = scores(project(pool(q, Q_BLOCK), proj_q), project(k_pooled, proj_k))
-    selected, unselected = select(routing_scores, k_pooled.shape[1], count, q.dtype)
+def _route(q, k, proj_q, proj_k, count, dtype, plan=None):
+    k_pooled, k_means, k_mean = _pool_keys(k, q.dtype, plan)
+    q_routed, k_routed = project(pool(q, Q_BLOCK, plan), proj_q, plan), project(k_pooled, proj_k, plan)
+    selected, unselected = select(scores(q_routed, k_routed, plan), k_pooled.shape[1], count, dtype, plan)
     return Routing(selected, unselected, k_means, k_mean)
 
 
-def _given(q, k, key_blocks):
-    _, k_means, k_mean = _pool_keys(k, q.dtype)
+def _given(q, k, key_blocks, dtype, plan):
+    _, k_means, k_mean = _pool_keys(k, q.dtype, plan)
     blocks = k_means.shape[1]
     # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
     selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
-    return Routing(selected, unselected_mask(selected, blocks, q.dtype), k_means, k_mean)
+    return Routing(selected, unselected_mask(selected, blocks, dtype), k_means, k_mean)
 
 
 def route(q, k, proj_q, proj_k, count):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with _on(q.device):
-        return _route(q, k, proj_q, proj_k, count).selected.unflatten(0, q.shape[:2])
+        return _route(q, k, proj_q, proj_k, count, q.dtype).selected.unflatten(0, q.shape[:2])
 
 
 def _workspace_bytes_per_head(q, k, qk, pv, linear):
@@ -105,8 +114,8 @@ def _allocate(q, k, group, qk, pv, linear):
         k_scale=empty(qk != "16bit", blocks, dtype=torch.float32),
         v_low=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=torch.float8_e4m3fn),
         v_exponent=empty(pv == "fp8", blocks, dtype=torch.float32),
-        sums=empty(linear, blocks, sum_shape, dtype=q.dtype),
-        query_sums=empty(linear, q_blocks, sum_shape, dtype=q.dtype),
+        sums=empty(linear, blocks, sum_shape, dtype=_sums_dtype(q)),
+        query_sums=empty(linear, q_blocks, sum_shape, dtype=_sums_dtype(q)),
     )
 
 
@@ -119,24 +128,25 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
     qk, pv = configs.loop_formats(precision, capability(q.device))
     blocks = block_count(k.shape[2], K_BLOCK)
     with _on(q.device):
+        ratios = None if ratios is None else ratios.to(q.device).contiguous()
+        plan, dtype = plan_for(q, k, v, out, proj_q, proj_k, ratios), _sums_dtype(q)
         if key_blocks is None:
-            routed = _route(q, k, proj_q, proj_k, selected_block_count(sparsity, blocks))
+            routed = _route(q, k, proj_q, proj_k, selected_block_count(sparsity, blocks), dtype, plan)
         else:
-            routed = _given(q, k, key_blocks)
+            routed = _given(q, k, key_blocks, dtype, plan)
         linear = routed.selected.shape[2] < blocks
         groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear))
         work = _allocate(q, k, groups[0].stop, qk, pv, linear)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         ratio = "none" if not linear else "estimated" if ratios is None else "learned"
-        ratios = None if ratios is None else ratios.to(q.device).contiguous()
-        sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
+        sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
         product = configs.product_config(capability(q.device), q.element_size())
-        branch = configs.linear_config(capability(q.device), q.element_size())
+        branch = configs.linear_config(capability(q.device), q.element_size(), ratio == "estimated")
         loop = configs.loop_config(capability(q.device), qk, pv, q.shape[3], q.element_size())
         for heads in groups:
-            pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv)
+            pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan)
             if linear:
-                masked_sum(routed.unselected, work.sums, work.query_sums, heads, product)
+                masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
                 linear_attention(
                     q, work, out, routed, row_ratio if ratio == "estimated" else None, heads, k.shape[2],
                     smoothed=qk != "16bit", config=branch, **sizes,

@@ -61,11 +61,13 @@ def loop_config(capability, qk, pv, head_dim, element_size):
     return LoopConfig(128, 4, 3)
 
 
-def linear_config(capability, element_size):
-    """The linear branch's configuration; element_size is that of q in bytes."""
+def linear_config(capability, element_size, estimate):
+    """The linear branch's configuration; element_size is that of q in bytes. estimate: it sums the unselected mass too."""
     if element_size == 4:
         return LinearConfig(64, 32, 4, 1)
-    return LinearConfig(128, 64, 4, 3 if _large_shared_memory(capability) else 2)
+    if not estimate:
+        return LinearConfig(64, 64, 4, 1)
+    return LinearConfig(128, 128, 4, 2) if _large_shared_memory(capability) else LinearConfig(128, 64, 4, 2)
 
 
 def product_config(capability, element_size):

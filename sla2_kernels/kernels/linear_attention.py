@@ -10,6 +10,9 @@ log2. It is the mass that the ratio weighs against the selected blocks' exact on
 import triton
 import triton.language as tl
 
+from ..router import block_count
+from .launch import launch
+
 LOWEST = tl.constexpr(-1.0e30)  # finite, so that differences of maxima are
 
 
@@ -74,7 +77,7 @@ def _linear_attention(
 
 
 def linear_attention(
-    q, work, out, routed, log2_mass, heads_slice, k_tokens, *, scale_log2, smoothed, q_block, block, config
+    q, work, out, routed, log2_mass, heads_slice, k_tokens, *, scale_log2, smoothed, q_block, block, config, plan=None
 ):
     """Writes O_l into out (B, H, N, D) for the heads of ``heads_slice``, and the unselected log2 mass (B, H, N).
 
@@ -82,10 +85,11 @@ def linear_attention(
     """
     heads, tokens, head_dim = q.shape[1:]
     mask = routed.unselected
-    grid = (triton.cdiv(tokens, config.tile_m), heads_slice.stop - heads_slice.start)
-    _linear_attention[grid](
-        q, work.query_sums, out, log2_mass, routed.k_means, routed.k_mean, mask, *q.stride(), *out.stride(),
+    grid = (block_count(tokens, config.tile_m), heads_slice.stop - heads_slice.start)
+    launch(
+        plan, _linear_attention, grid, q, work.query_sums, out, log2_mass, routed.k_means, routed.k_mean, mask, *q.stride(), *out.stride(),
         mask.stride(0), mask.stride(1), heads, heads_slice.start, tokens, k_tokens, mask.shape[1], mask.shape[2],
         scale_log2, D=head_dim, TILE=config.tile_m, Q_BLOCK=q_block, BLOCK=block, STEP=config.step,
-        ESTIMATE=log2_mass is not None, SMOOTHED=smoothed, num_warps=config.num_warps, num_stages=config.num_stages,
+        ESTIMATE=log2_mass is not None, SMOOTHED=smoothed,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )  # fmt: skip

@@ -8,6 +8,9 @@ key blocks so that float16 holds the sums; the factor cancels in O_l.
 import triton
 import triton.language as tl
 
+from ..router import block_count
+from .launch import launch
+
 
 @triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
 def _masked_sum(
@@ -34,17 +37,17 @@ def _masked_sum(
     tl.store(out_at, value, mask=(i[:, None] < rows) & (n[None, :] < COLUMNS))
 
 
-def masked_sum(unselected, sums, out, heads_slice, config):
+def masked_sum(unselected, sums, out, heads_slice, config, plan=None):
     """out[g] = unselected[first + g] @ sums[g] / T_n; (B * H, T_m, T_n) x (G, T_n, F) -> (G, T_m, F)."""
     rows, blocks = unselected.shape[1:]
     columns = out.shape[-1]
     grid = (
-        triton.cdiv(rows, config.tile_m),
-        triton.cdiv(columns, config.tile_n),
+        block_count(rows, config.tile_m),
+        block_count(columns, config.tile_n),
         heads_slice.stop - heads_slice.start,
     )
-    _masked_sum[grid](
-        unselected, sums, out, unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks,
+    launch(
+        plan, _masked_sum, grid, unselected, sums, out, unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks,
         COLUMNS=columns, TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_K=config.tile_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )  # fmt: skip

@@ -8,7 +8,9 @@ and z_j, the column sums of phi(K_j), as its last row; both divided by the block
 import triton
 import triton.language as tl
 
+from ..router import block_count
 from .fp8 import to_fp8
+from .launch import launch
 
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
@@ -65,16 +67,15 @@ def _pack(
         tl.store(h_out + D * D + d, tl.sum(phi, axis=0).to(phi_low.dtype))
 
 
-def pack(k, v, k_mean, work, heads_slice, block, qk, pv):
+def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None):
     """Fills ``work`` (a Workspace) for the heads of ``heads_slice`` of k and v (B, H, M, D), any stride."""
     heads, tokens, head_dim = k.shape[1:]
     linear = work.sums is not None
     if qk == "16bit" and not linear:
         return
-    grid = (triton.cdiv(tokens, block), heads_slice.stop - heads_slice.start)
-    _pack[grid](
-        k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent, work.sums,
+    grid = (block_count(tokens, block), heads_slice.stop - heads_slice.start)
+    launch(
+        plan, _pack, grid, k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent, work.sums,
         *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
-        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear,
-        num_warps=8,
+        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, options={"num_warps": 8},
     )  # fmt: skip

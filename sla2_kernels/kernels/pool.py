@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..router import block_count
+from .launch import launch
+
 SMOOTH_ROWS = 64
 SMOOTH_FEATURES = 32
 
@@ -49,32 +52,24 @@ def _smooth(
             tl.store(at, tile.to(means.dtype.element_ty), mask=inside)
 
 
-def pool(x, block):
+def pool(x, block, plan=None):
     """Block means of x (B, H, N, D), any stride -> float32 (B * H, T, D)."""
     batch, heads, tokens, head_dim = x.shape
-    pooled = torch.empty(batch * heads, triton.cdiv(tokens, block), head_dim, dtype=torch.float32, device=x.device)
+    pooled = torch.empty(batch * heads, block_count(tokens, block), head_dim, dtype=torch.float32, device=x.device)
     grid = (pooled.shape[1], pooled.shape[0])
-    _pool[grid](x, pooled, *x.stride(), heads, tokens, D=head_dim, BLOCK=block, num_warps=2)
+    launch(plan, _pool, grid, x, pooled, *x.stride(), heads, tokens, D=head_dim, BLOCK=block, options={"num_warps": 2})
     return pooled
 
 
-def smooth(pooled, tokens, block, means=None):
+def smooth(pooled, tokens, block, means=None, plan=None):
     """Subtracts the mean over tokens from the block means (B * H, T, D) in place; returns that mean, float32 (B * H, D).
 
     means: (B * H, T, D) of another dtype, or None: where a copy of the smoothed block means goes.
     """
     rows, blocks, head_dim = pooled.shape
     mean = torch.empty(rows, head_dim, dtype=torch.float32, device=pooled.device)
-    _smooth[(rows, head_dim // SMOOTH_FEATURES)](
-        pooled,
-        mean,
-        means,
-        tokens,
-        blocks,
-        BLOCK=block,
-        D=head_dim,
-        ROWS=SMOOTH_ROWS,
-        COLS=SMOOTH_FEATURES,
-        num_warps=4,
-    )
+    launch(
+        plan, _smooth, (rows, head_dim // SMOOTH_FEATURES), pooled, mean, means, tokens, blocks,
+        BLOCK=block, D=head_dim, ROWS=SMOOTH_ROWS, COLS=SMOOTH_FEATURES, options={"num_warps": 4},
+    )  # fmt: skip
     return mean

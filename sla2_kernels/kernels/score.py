@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..router import block_count
+from .launch import launch
+
 TILE = 128
 STEP = 32
 LOWEST = tl.constexpr(-(2**31))
@@ -44,31 +47,31 @@ def _product(
         tl.store(out_at, tile, mask=inside)
 
 
-def _launch(a, b, out, b_heads, b_stride_h, cols):
+def _launch(plan, a, b, out, b_heads, b_stride_h, cols):
     batch_heads, rows, head_dim = a.shape
-    grid = (triton.cdiv(rows, TILE), triton.cdiv(cols, TILE), batch_heads)
-    _product[grid](
-        a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1],
-        D=head_dim, TILE=TILE, STEP=STEP, ORDERED=out.dtype == torch.int32, num_warps=8,
+    grid = (block_count(rows, TILE), block_count(cols, TILE), batch_heads)
+    launch(
+        plan, _product, grid, a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1],
+        D=head_dim, TILE=TILE, STEP=STEP, ORDERED=out.dtype == torch.int32, options={"num_warps": 8},
     )  # fmt: skip
     return out
 
 
-def project(pooled, proj):
+def project(pooled, proj, plan=None):
     """x @ W^T of pooled (B * H, T, D) with W (D, D) or (H, D, D); None is the identity."""
     if proj is None:
         return pooled
     proj = proj.to(device=pooled.device, dtype=torch.float32).contiguous()
     heads = 1 if proj.dim() == 2 else proj.shape[0]
-    return _launch(pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1] ** 2, proj.shape[-1])
+    return _launch(plan, pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1] ** 2, proj.shape[-1])
 
 
-def scores(q_pooled, k_pooled):
+def scores(q_pooled, k_pooled, plan=None):
     """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole tiles).
 
     They order as the float32 scores do, up to a positive factor; the padding orders below all.
     """
     batch_heads, key_blocks, head_dim = k_pooled.shape
-    width = triton.cdiv(key_blocks, TILE) * TILE
+    width = block_count(key_blocks, TILE) * TILE
     out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
-    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks * head_dim, key_blocks)
+    return _launch(plan, q_pooled, k_pooled, out, batch_heads, key_blocks * head_dim, key_blocks)

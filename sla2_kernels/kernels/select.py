@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..router import block_count
+from .launch import launch
 from .score import LOWEST
 
 CHUNK = 128
@@ -61,18 +63,19 @@ def new_mask(rows_shape, blocks, dtype, device):
 
     A product can then walk it in whole steps.
     """
-    padded = triton.cdiv(blocks, MASK_STEP) * MASK_STEP
+    padded = block_count(blocks, MASK_STEP) * MASK_STEP
     return torch.zeros(*rows_shape, padded, dtype=dtype, device=device)[..., :blocks]
 
 
-def select(scores, blocks, count, mask_dtype):
+def select(scores, blocks, count, mask_dtype, plan=None):
     """Integer scores (B * H, T_m, >= T_n) -> int32 (B * H, T_m, count), ascending, and 1 - M_c (B * H, T_m, T_n)."""
     batch_heads, rows, width = scores.shape
     selected = torch.empty(batch_heads, rows, count, dtype=torch.int32, device=scores.device)
     unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device)
-    _select[(batch_heads * rows,)](
-        scores, selected, unselected, count, blocks, width, unselected.stride(1), CHUNK=CHUNK, num_warps=1
-    )
+    launch(
+        plan, _select, (batch_heads * rows,), scores, selected, unselected, count, blocks, width, unselected.stride(1),
+        CHUNK=CHUNK, options={"num_warps": 1},
+    )  # fmt: skip
     return selected, unselected
 
 

@@ -11,7 +11,9 @@ V blocks are stored over powers of two: the exponent joins the scores (p V is wh
 import triton
 import triton.language as tl
 
+from ..router import block_count
 from .fp8 import to_fp8
+from .launch import launch
 
 INT8_BIAS_BITS = tl.constexpr(0x4B400000)
 INT8_BIAS = tl.constexpr(12582912.0)
@@ -154,7 +156,24 @@ def _sparse_attention(
 
 
 def sparse_attention(
-    q, k, v, out, work, selected, ratios, row_ratio, heads_slice, *, ratio, scale_log2, qk, pv, q_block, block, config
+    q,
+    k,
+    v,
+    out,
+    work,
+    selected,
+    ratios,
+    row_ratio,
+    heads_slice,
+    *,
+    ratio,
+    scale_log2,
+    qk,
+    pv,
+    q_block,
+    block,
+    config,
+    plan=None,
 ):
     """Writes out (B, H, N, D) and row_ratio (B, H, N) for the heads of ``heads_slice``.
 
@@ -164,11 +183,14 @@ def sparse_attention(
     """
     heads, tokens, head_dim = q.shape[1:]
     q_blocks, count = selected.shape[1:]
-    grid = (triton.cdiv(tokens, config.tile_m), heads_slice.stop - heads_slice.start)
-    _sparse_attention[grid](
-        q, k, v, out, work.k_low, work.k_scale, work.v_low, work.v_exponent, selected, ratios, row_ratio,
+    grid = (block_count(tokens, config.tile_m), heads_slice.stop - heads_slice.start)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    launch(
+        plan, _sparse_attention, grid, q, k, v, out, work.k_low, work.k_scale, work.v_low, work.v_exponent, selected, ratios, row_ratio,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        heads, heads_slice.start, tokens, k.shape[2], q_blocks, triton.cdiv(k.shape[2], block), count, scale_log2,
+        heads, heads_slice.start, tokens, k.shape[2], q_blocks, block_count(k.shape[2], block), count, scale_log2,
         D=head_dim, TILE=config.tile_m, Q_BLOCK=q_block, BLOCK=block, QK=qk, PV=pv, SEVERAL=count > 1, RATIO=ratio,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+        options=options,
     )  # fmt: skip

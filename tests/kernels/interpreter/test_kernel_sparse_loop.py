@@ -46,7 +46,7 @@ class Loop:
         if sums is not None:
             linear_attention(
                 self.q, work, out, self.routed, row_ratio if ratio == "estimated" else None, heads, self.k.shape[2],
-                smoothed=False, config=linear_config((8, 9), 4), **sizes,
+                smoothed=False, config=linear_config((8, 9), 4, True), **sizes,
             )  # fmt: skip
         sparse_attention(
             self.q, self.k, self.v, out, work, self.routed.selected, self.ratios, row_ratio, heads,
