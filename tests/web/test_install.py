@@ -1,0 +1,96 @@
+"""The pack as the Registry ships it, in a fresh ComfyUI: what the Manager leaves in custom_nodes after unpacking."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tooling.locales import english
+from tooling.plan import PACK_FOLDER, ROOT
+from tooling.server import Server
+
+SLOWEST_IMPORT_S = 0.5
+
+
+def archive(target):
+    """A zip of the files under git (or, in an unpacked archive, of all files) that .comfyignore does not leave out."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    names = listed.stdout.decode().split("\0") if listed.returncode == 0 else []
+    names = [name for name in names if name] or [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = tuple(line for line in lines if line and not line.startswith("#"))
+    with zipfile.ZipFile(target, "w") as zipped:
+        for name in names:
+            is_left_out = any(name == line or (line.endswith("/") and name.startswith(line)) for line in left_out)
+            if not is_left_out and (ROOT / name).is_file() and "__pycache__" not in name:
+                zipped.write(ROOT / name, name)
+
+
+@pytest.fixture(scope="module")
+def fresh(comfyui_path, tmp_path_factory):
+    """A ComfyUI with nothing in it but the unpacked archive."""
+    base = tmp_path_factory.mktemp("fresh")
+    pack = base / "custom_nodes" / PACK_FOLDER
+    for folder in ("models", "custom_nodes", "input", "output", "user"):
+        (base / folder).mkdir()
+    archive(base / "pack.zip")
+    with zipfile.ZipFile(base / "pack.zip") as zipped:
+        zipped.extractall(pack)
+    with Server(comfyui_path, base, wait_s=120, OMP_NUM_THREADS="1") as running:
+        yield running
+
+
+def test_every_node_template_and_help_is_there(fresh):
+    nodes = english(fresh.get("/object_info"))
+    assert {
+        "SLA2LoadRouter",
+        "SLA2ApplyAttention",
+        "SLA2Report",
+        "SLA2TrainRouter",
+        "SLA2SaveRouter",
+        "SLA2Compare",
+    } <= set(nodes)
+    assert fresh.get("/workflow_templates")[PACK_FOLDER]
+    assert f"/extensions/{PACK_FOLDER}/js/sla2.js" in fresh.get("/extensions")
+    assert "Accelerate this model" in [entry["name"] for entry in fresh.get("/global_subgraphs").values()]
+    assert "SLA2Compare" in fresh.get("/i18n")["zh"]["nodeDefs"]
+
+
+def test_the_import_is_quick_and_without_complaint(fresh):
+    log = Path(fresh.log).read_text(encoding="utf-8", errors="replace")
+    (seconds,) = re.findall(rf"([\d.]+) seconds: \S*{PACK_FOLDER}", log)
+    assert float(seconds) <= SLOWEST_IMPORT_S
+    assert "IMPORT FAILED" not in log and "comfy_entrypoint" not in log
+
+
+def test_importing_the_nodes_leaves_triton_alone(fresh, comfyui_path):
+    # nothing but a kernel call may pay for Triton's import, or need it
+    pack = fresh.base / "custom_nodes" / PACK_FOLDER
+    code = (
+        "import sys, importlib.util, asyncio\n"
+        "sys.argv = ['main.py', '--cpu']\n"
+        "import comfy.options\n"
+        "comfy.options.enable_args_parsing()\n"
+        f"spec = importlib.util.spec_from_file_location('pack', {str(pack / '__init__.py')!r}, "
+        f"submodule_search_locations=[{str(pack)!r}])\n"
+        "pack = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['pack'] = pack\n"
+        "spec.loader.exec_module(pack)\n"
+        "asyncio.run(pack.comfy_entrypoint())\n"
+        "ours = {name: module for name, module in sys.modules.items() if name.startswith('pack.')}\n"
+        "print(len(ours), [name for name, module in ours.items() if '.kernels.' in name or 'triton' in vars(module)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=comfyui_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, using_triton = done.stdout.split(maxsplit=1)
+    assert int(count) > 20 and using_triton.strip() == "[]"
+
+
+def test_the_doctor_was_shipped_and_runs_from_the_unpacked_folder(fresh):
+    pack = fresh.base / "custom_nodes" / PACK_FOLDER
+    code = f"import runpy; print(runpy.run_path({str(pack / 'tooling' / 'doctor.py')!r}, run_name='doctor')['environment']())"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "('sla2-attention', '" in done.stdout, done.stderr
