@@ -38,6 +38,7 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
         blocks = block_count(k.shape[2], K_BLOCK)
         config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
+        k_mean = smooth(pool(k, K_BLOCK), k.shape[2], K_BLOCK)
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
         row_statistics(
             q, k, v, grad_out, selected, row_ratio.contiguous(), shift, delta,
@@ -46,13 +47,13 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if selected.shape[2] < blocks:
             correction, product = _linear_branch(
-                q, k, v, grad_out, selected, row_ratio.contiguous(), grad_q, grad_k, grad_v, config.linear
+                q, k, v, grad_out, selected, row_ratio.contiguous(), k_mean, grad_q, grad_k, grad_v, config.linear
             )
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
             grad_ratio = rows.unflatten(1, (-1, Q_BLOCK)).sum(dim=2)
         query_gradient(
-            q, k, v, grad_out, grad_q, selected, shift, delta,
+            q, k, v, grad_out, grad_q, selected, shift, delta, k_mean,
             **scales, linear=correction is not None, config=config.queries,
         )  # fmt: skip
         key_gradients(
@@ -67,13 +68,11 @@ def _workspace_dtype(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _linear_branch(q, k, v, grad_out, selected, row_ratio, grad_q, grad_k, grad_v, config):
+def _linear_branch(q, k, v, grad_out, selected, row_ratio, k_mean, grad_q, grad_k, grad_v, config):
     """Writes the linear branch's gradients; returns the mean over tokens of its dK, float32 (B * H, D), and
     rowsum(dO O_l), float32 (B, H, N)."""
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
     dtype = _workspace_dtype(q.dtype)
-    k_pooled = pool(k, K_BLOCK)
-    k_mean = smooth(k_pooled, k.shape[2], K_BLOCK)
     unselected, transposed = _masks(selected, blocks, dtype)
 
     columns = (head_dim + 1) * head_dim

@@ -47,10 +47,12 @@ def _linear_queries(
         out = tl.dot(phi_low, h_sum, input_precision="tf32x3")
         product += tl.sum(grad.to(tl.float32) * out, axis=1)
         dphi = tl.dot(grad.to(h_sum.dtype), tl.trans(h_sum), dphi, input_precision="tf32x3")
-    product /= norm
+    # where the workspace's format keeps nothing of phi(K) in the features that Q looks at, O_l is 0, not 0 / 0
+    inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
+    product *= inverse
 
     row_at = bh * tokens + rows
-    weight = (1.0 - tl.load(row_ratio + row_at, mask=live, other=1.0)) / norm
+    weight = (1.0 - tl.load(row_ratio + row_at, mask=live, other=1.0)) * inverse
     tl.store(row_weight + row_at, weight, mask=live)
     tl.store(row_product + row_at, product, mask=live)
     dq = phi * (dphi - product[:, None] * z_sum[None, :]) * weight[:, None]

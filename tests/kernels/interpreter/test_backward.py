@@ -67,6 +67,25 @@ def test_float16_gradients(generator):
     assert_gradients(gradients(inputs, grad, key_blocks=blocks), expected_gradients(inputs, grad, blocks), 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_with_a_large_mean(generator, dtype):
+    """Softmax does not see it, so the gradients must not either, whatever rounding does to a row of dS."""
+    inputs = attention_inputs(generator, tokens=130, keys=260, head_dim=32, sparsity=0.5, dtype=dtype)
+    inputs.k += 40
+    grad, blocks = normal(generator, *inputs.q.shape, dtype=dtype), selection(inputs)
+    bar = 1e-4 if dtype == torch.float32 else 2e-3
+    assert_gradients(gradients(inputs, grad, key_blocks=blocks), expected_gradients(inputs, grad, blocks), bar)
+
+
+def test_sharp_queries_and_keys(generator):
+    """Features far apart: phi(Q) Z is tiny, and nothing may become infinite."""
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=32, sparsity=0.5)
+    inputs.q *= 12
+    inputs.k *= 12
+    grad, blocks = normal(generator, *inputs.q.shape), selection(inputs)
+    assert_gradients(gradients(inputs, grad, key_blocks=blocks), expected_gradients(inputs, grad, blocks), 1e-3)
+
+
 def test_views_of_any_stride_and_both_layouts(generator):
     inputs = attention_inputs(generator, tokens=150, keys=200, head_dim=32, sparsity=0.5)
     grad, blocks = normal(generator, *inputs.q.shape), selection(inputs)
