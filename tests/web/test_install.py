@@ -1,8 +1,13 @@
 """The pack as the Registry ships it, in a fresh ComfyUI: what the Manager leaves in custom_nodes after unpacking."""
 
+import functools
+import http.server
+import importlib.util
+import os
 import re
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -29,18 +34,42 @@ def archive(target):
                 zipped.write(ROOT / name, name)
 
 
-@pytest.fixture(scope="module")
-def fresh(comfyui_path, tmp_path_factory):
-    """A ComfyUI with nothing in it but the unpacked archive."""
+def unpacked(base, comfyui):
+    with zipfile.ZipFile(base / "served" / "pack.zip") as zipped:
+        zipped.extractall(base / "custom_nodes" / PACK_FOLDER)
+
+
+def with_manager(base, comfyui, *what):
+    """Runs the Manager on the archive, served over HTTP as the Registry does."""
+    if importlib.util.find_spec("comfyui_manager") is None:
+        pytest.skip("comfyui-manager is not installed")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=base / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as registry:
+        threading.Thread(target=registry.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{registry.server_port}/pack.zip"
+        command = [sys.executable, str(Path(__file__).with_name("manager_install.py")), url, PACK_FOLDER, *what]
+        variables = os.environ | {"COMFYUI_PATH": str(comfyui), "COMFYUI_FOLDERS_BASE_PATH": str(base)}
+        done = subprocess.run(command, cwd=base, env=variables, capture_output=True, text=True, check=False)
+        registry.shutdown()
+    assert done.returncode == 0 and re.search(r"result: \S+ True", done.stdout), (
+        done.stdout[-2000:] + done.stderr[-2000:]
+    )
+
+
+@pytest.fixture(scope="module", params=[unpacked, with_manager], ids=["unpacked", "manager"])
+def fresh(request, comfyui_path, tmp_path_factory):
+    """A ComfyUI with nothing in it but the archive, unpacked by hand or installed by the Manager."""
     base = tmp_path_factory.mktemp("fresh")
-    pack = base / "custom_nodes" / PACK_FOLDER
-    for folder in ("models", "custom_nodes", "input", "output", "user"):
+    for folder in ("models", "custom_nodes", "input", "output", "user", "served"):
         (base / folder).mkdir()
-    archive(base / "pack.zip")
-    with zipfile.ZipFile(base / "pack.zip") as zipped:
-        zipped.extractall(pack)
+    archive(base / "served" / "pack.zip")
+    request.param(base, comfyui_path)
     with Server(comfyui_path, base, wait_s=120, OMP_NUM_THREADS="1") as running:
         yield running
+    if request.param is with_manager:
+        assert (base / "custom_nodes" / PACK_FOLDER / ".tracking").is_file()
+        with_manager(base, comfyui_path, "uninstall")
+        assert not (base / "custom_nodes" / PACK_FOLDER).exists(), "uninstalling leaves nothing behind"
 
 
 def test_every_node_template_and_help_is_there(fresh):
