@@ -105,7 +105,7 @@ def _words(allowed):
 
 
 class Bench:
-    """Measures parts and writes each one down as soon as it is done."""
+    """Measures parts and writes down what is there after each shape."""
 
     def __init__(self, args):
         self.args = args
@@ -124,8 +124,10 @@ class Bench:
         self.rows, self.part = [], part
         self.about["absent"] = {}
         getattr(self, f"_{part}")()
+
+    def _save(self):
         content = results.load(self.args.out)
-        results.save(self.args.out, results.replace_part(content, part, self.rows, dict(self.about)))
+        results.save(self.args.out, results.replace_part(content, self.part, self.rows, dict(self.about)))
 
     def _methods(self, sparsities, *, precisions=None, alphas=None, dense=True):
         if not self.args.no_peers and is_gpu(self.device):
@@ -184,6 +186,7 @@ class Bench:
             print(line(row), flush=True)
             if is_gpu(self.device):
                 torch.cuda.empty_cache()
+        self._save()
 
     def _row(self, method, shape, kind, q):
         return {
