@@ -14,6 +14,7 @@ import torch
 
 from ..sla2_kernels import default_precision, unsupported_reason
 from .attention_call import read_call
+from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
 from .override_chain import MARK, leads_to, name_of
 from .run_history import RunHistory
@@ -159,6 +160,8 @@ class AttentionHook:
 
     def after_model_call(self, call, current):
         """Notices an override that holds ours but never called it: the next model call goes past it."""
+        if self.facts is not None and not call.counts["entered"] and not call.run.has_hidden_calls:
+            call.run.count_answered()
         never_asked = call.counts["entered"] and not call.counts["attended"]
         if never_asked and self._fronted == (current, current) and not self.family_reason:
             self._fronted = (current, self._front(call.run, current))
@@ -274,6 +277,7 @@ def _log_outcome(run, settings):
 def make_override(hook, base):
     """The attention override: a closure over ``hook`` that falls back to ``base``, the override that was there before."""
 
+    @not_compiled
     def sla2_attention_override(func, *args, **kwargs):
         below = func if base is None else functools.partial(base, func)
         options = kwargs.get("transformer_options") or {}

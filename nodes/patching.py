@@ -8,6 +8,7 @@ deeply in places, and functions are what such a copy shares.
 import operator
 
 from .attention_hook import CALL, KEY, LAYER, MARK, OVERRIDE, AttentionHook, make_override
+from .compiled_models import not_compiled
 from .model_layouts import model_facts, module_and_method, unsupported_model_reason
 from .video_tokens import call_inputs
 
@@ -22,20 +23,28 @@ def marked_forward(layer, path, original, replaced, method="forward", hook=None)
     """
     find = operator.attrgetter(path.removesuffix(f".{method}"))
 
-    def forward(*args, **kwargs):
-        module, options = original, kwargs.get("transformer_options")
+    @not_compiled
+    def enter(kwargs):
+        """(module, keywords) of one call, counted."""
+        options = kwargs.get("transformer_options")
         call = options.get(CALL) if options else None
         if call is not None:
-            module = find(call.diffusion_model)
             call.counts["entered"] += 1
             call.run.count_entered(layer)
-            kwargs["transformer_options"] = {**options, LAYER: layer}
-        elif hook is not None:
-            hook.run_for_call().count_dense(layer, WITHOUT_OPTIONS)
+            return find(call.diffusion_model), {**kwargs, "transformer_options": {**options, LAYER: layer}}
+        if hook is not None:
+            run = hook.run_for_call()
+            run.has_hidden_calls = True
+            run.count_dense(layer, WITHOUT_OPTIONS)
+        return original, kwargs
+
+    def forward(*args, **kwargs):
+        module, kwargs = enter(kwargs)
         if replaced is not None:
             return replaced(*args, **kwargs)
         return getattr(type(module), method)(module, *args, **kwargs)
 
+    forward = not_compiled(forward, inside=True)
     forward.sla2_replaced = replaced
     return forward
 
@@ -63,18 +72,23 @@ def install(model, settings, router, sla_weights=None):
         finally:
             hook.end_run(failure, output)
 
+    prepare, finish = not_compiled(hook.model_call), not_compiled(hook.after_model_call)
+
     def around_model(executor, *args, **kwargs):
         options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
         if options is None:
             return executor(*args, **kwargs)
         diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
-        call, current = hook.model_call(diffusion_model, call_inputs(executor.original, args, kwargs), options)
+        call, current = prepare(diffusion_model, call_inputs(executor.original, args, kwargs), options)
         output = executor(*args, **kwargs)
-        hook.after_model_call(call, current)
+        finish(call, current)
         return output
 
     around = WrappersMP.DIFFUSION_MODEL if facts is None else getattr(WrappersMP, facts.layout.wrapper)
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling), (around, around_model)):
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, around_sampling),
+        (around, not_compiled(around_model, inside=True)),
+    ):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     options = patched.model_options.setdefault("transformer_options", {})

@@ -26,6 +26,7 @@ def report_data(hook, run, caveat=None):
         "run": run.number,
         "failure": run.failure,
         "model_calls": run.model_calls,
+        "answered_calls": run.answered_calls,
         "bit_widths": sorted(run.precisions),
         "sparse_calls": sum(row["sparse"] for row in layers),
         "dense_calls": sum(sum(row["dense"].values()) for row in layers),
@@ -94,6 +95,10 @@ def report_text(hook, run, caveat=None):
     ]
     lines += [f"{count} calls ran dense: {reason}" for reason, count in data["unsupported_calls"].items()]
     lines += [_layer_line(row) for row in data["layers"]]
+    if data["answered_calls"]:
+        lines.append(
+            f"a step cache answered {data['answered_calls']} of {run.model_calls} model calls without the model"
+        )
     if data["other_calls"]:
         lines.append(f"other attention calls (cross-attention and the like), passed through: {data['other_calls']}")
     lines += [f"note: {sentence}" for sentence in ([caveat] if caveat else []) + data["notes"]]

@@ -51,6 +51,8 @@ class RunRecord:
         self.family_reasons = Counter()
         self.other_calls = 0
         self.model_calls = 0
+        self.answered_calls = 0
+        self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
         self.precisions = set()
         self.notes = {}
         self.failure = None
@@ -76,6 +78,11 @@ class RunRecord:
     def count_model_call(self):
         with self.lock:
             self.model_calls += 1
+
+    def count_answered(self):
+        """A model call that never reached the model's layers: a step cache answered it."""
+        with self.lock:
+            self.answered_calls += 1
 
     def count_other(self, family_reason=None):
         with self.lock:

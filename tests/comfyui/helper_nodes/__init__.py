@@ -70,6 +70,37 @@ class SLA2TestUnknownModel:
         return (model.clone(),)
 
 
+class SLA2TestQuantisedLoader:
+    """A diffusion model whose linear weights stay 8-bit integers and are unpacked in every call, as GGUF loaders do."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "sla2 tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    def load(self, name):
+        import comfy.ops
+        import comfy.sd
+        import comfy.utils
+        import folder_paths
+
+        class Linear(comfy.ops.manual_cast.Linear):
+            def forward(self, x):
+                if not hasattr(self, "packed"):
+                    weight = self.weight.float()
+                    self.scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+                    self.packed = (weight / self.scale).round().to(torch.int8)
+                weight = (self.packed.float() * self.scale).to(x.dtype)
+                return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+        operations = type("QuantisedOps", (comfy.ops.manual_cast,), {"Linear": Linear})
+        state = comfy.utils.load_torch_file(folder_paths.get_full_path("diffusion_models", name))
+        return (comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": operations}),)
+
+
 def chaining(previous):
     def override(func, *args, **kwargs):
         below = functools.partial(previous, func) if previous else func
@@ -100,4 +131,7 @@ def failing(previous):
 
 
 OVERRIDES = {"chains": chaining, "overwrites": overwriting, "keeps but never calls": forgetful, "fails": failing}
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestConditioning, SLA2TestNeighbour, SLA2TestUnknownModel)}
+NODE_CLASS_MAPPINGS = {
+    cls.__name__: cls
+    for cls in (SLA2TestConditioning, SLA2TestNeighbour, SLA2TestQuantisedLoader, SLA2TestUnknownModel)
+}
