@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from .configs import _large_shared_memory
-
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -37,13 +35,15 @@ class BackwardConfig:
 
 
 def backward_config(capability, element_size, workspace_size):
-    """Configurations of all backward kernels; the sizes are those of an element of q and of the workspace, in bytes."""
-    large = _large_shared_memory(capability)
+    """Configurations of all backward kernels; the sizes are those of an element of q and of the workspace, in bytes.
+
+    The small tiles keep every kernel within the 99 KB of shared memory that sm_86, sm_89 and sm_120 have.
+    """
     if element_size == 4:
-        walk = (TileConfig(32, 32, 4, 1),) * 3
+        walks = (TileConfig(32, 32, 4, 1),) * 3
     elif capability[0] in (9, 10):
-        walk = TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
+        walks = TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
     else:
-        walk = (TileConfig(64, 64, 4, 2 if large else 1),) * 3
+        walks = TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2)
     linear = LinearConfig(64, 64, 64, 8, 2) if workspace_size == 2 else LinearConfig(32, 32, 32, 4, 1)
-    return BackwardConfig(*walk, linear)
+    return BackwardConfig(*walks, linear)

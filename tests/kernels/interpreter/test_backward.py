@@ -8,6 +8,11 @@ from sla2_kernels import select_key_blocks, sla2_attention, triton_backward
 from sla2_kernels.kernels.backward_keys import selecting_blocks
 from sla2_kernels.reference import sla2_reference
 
+# a key past the ragged end may get any P: nothing of it is written
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{word} encountered") for word in ("overflow", "invalid value", "divide by zero")
+]
+
 CASES = {
     "ragged queries and keys": {"tokens": 300, "keys": 330, "sparsity": 0.5, "knots": 3, "head_dim": 32},
     "whole blocks": {"tokens": 256, "keys": 256, "sparsity": 0.7, "heads": 1, "head_dim": 64},
