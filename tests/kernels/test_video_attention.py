@@ -1,0 +1,77 @@
+"""The function for packs with models of their own: what ComfyUI's hook does, without ComfyUI."""
+
+import pytest
+import torch
+
+from sla2_kernels import sla2_attention
+from sla2_kernels.sla_v1 import sla_attention
+from sla2_kernels.video_attention import video_attention, why_dense
+
+
+def tensors(tokens=640, dim=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, 2, tokens, dim, generator=generator) for _ in range(3)]
+
+
+def dense(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize(("front", "back"), [(0, 0), (70, 0), (0, 33), (70, 33)])
+def test_sparsity_0_is_dense_and_exact_rows_always_are(layout, front, back):
+    qkv = tensors()
+    given = qkv if layout == "BHND" else [t.transpose(1, 2) for t in qkv]
+    options = {"front": front, "back": back, "layout": layout, "precision": "16bit"}
+    outs = [video_attention(*given, sparsity=sparsity, **options) for sparsity in (0.0, 0.7)]
+    exact, sparse = outs if layout == "BHND" else [out.transpose(1, 2) for out in outs]
+    torch.testing.assert_close(exact, dense(*qkv), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sparse[:, :, :front], dense(*qkv)[:, :, :front])
+    torch.testing.assert_close(sparse[:, :, 640 - back :], dense(*qkv)[:, :, 640 - back :])
+    assert (sparse - exact).abs().max() > 1e-2
+
+
+def test_without_other_tokens_it_is_the_operator():
+    qkv = tensors()
+    expected = sla2_attention(*qkv, sparsity=0.7, precision="16bit")
+    assert torch.equal(video_attention(*qkv, sparsity=0.7, precision="16bit"), expected)
+    proj_l = torch.eye(32) / 2, torch.zeros(32)
+    for method, weights in (("sla", proj_l), ("top-k only", None)):
+        out = video_attention(*qkv, sparsity=0.7, precision="16bit", method=method, proj_l=weights)
+        assert torch.equal(out, sla_attention(*qkv, weights, sparsity=0.7, precision="16bit"))
+
+
+def test_the_callers_dense_attention_runs_the_exact_rows():
+    seen = []
+
+    def own(q, k, v):
+        seen.append(q.shape[2])
+        return dense(q, k, v)
+
+    video_attention(*tensors(), front=70, back=33, precision="16bit", dense=own)
+    assert seen == [70, 33]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method": "sla"}, 'or "sla" with proj_l'),
+        ({"method": "best"}, "got 'best'"),
+        ({"front": 600, "back": 40}, "leave video tokens, got 600 and 40 of 640"),
+        ({"front": -1}, "at least 0"),
+        ({"sparsity": 1.0}, "sparsity must be"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        video_attention(*tensors(), **{"precision": "16bit"} | changes)
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="equally many tokens, got 640 and 600"):
+        video_attention(q, k[:, :, :600], v[:, :, :600])
+
+
+def test_why_dense():
+    q, *_ = tensors()
+    assert why_dense(q) == "the sequence has 640 tokens, minimum_tokens is 8192"
+    assert why_dense(q, minimum_tokens=0) is None
+    assert why_dense(q.to("meta"), minimum_tokens=0, precision="16bit")
