@@ -10,6 +10,7 @@ async def comfy_entrypoint():
     from .nodes.compare import SLA2Compare
     from .nodes.load_router import SLA2LoadRouter, register_router_folder
     from .nodes.load_sla import SLA2LoadSLAModel
+    from .nodes.miniature import miniature_nodes
     from .nodes.report import SLA2Report
     from .nodes.save_router import SLA2SaveRouter
     from .nodes.train_router import SLA2TrainRouter
@@ -26,6 +27,7 @@ async def comfy_entrypoint():
                 SLA2TrainRouter,
                 SLA2SaveRouter,
                 SLA2LoadSLAModel,
+                *miniature_nodes(),
             ]
 
     return SLA2Extension()

@@ -54,9 +54,9 @@ def browser():
         running.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def canvas(server, browser, pictures):
-    """The page, opened once per file of tests."""
+    """The page, opened once."""
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     yield Canvas(context.new_page(), server.url, pictures)
     context.close()

@@ -81,7 +81,8 @@ def choose_by_keyboard(canvas):
     assert drawn.evaluate("(c) => c.toDataURL()") != first
 
 
-def test_a_run_whose_every_call_is_dense_says_why(canvas, renderer, sampling_prompt):
+def test_a_run_whose_every_call_is_dense_says_why(canvas, sampling_prompt):
+    canvas.look()
     sampling_prompt["2"]["inputs"].update(minimum_tokens=-1, dense_layers="")
     sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
     canvas.load_prompt(sampling_prompt)
@@ -93,7 +94,8 @@ def test_a_run_whose_every_call_is_dense_says_why(canvas, renderer, sampling_pro
     assert canvas.page.locator(".sla2 canvas").count() == 0
 
 
-def test_markup_from_the_server_stays_text(canvas, renderer, sampling_prompt):
+def test_markup_from_the_server_stays_text(canvas, sampling_prompt):
+    canvas.look()
     canvas.load_prompt(sampling_prompt)
     evil = "<img src=x onerror=window.broken=1><b>bold</b>"
     detail = {"headline": evil, "reasons": [evil], "accelerated": 1, "calls": 1, "node": "2", "workflow": None}
@@ -121,6 +123,18 @@ def test_fixed_ratio_is_shown_only_where_it_counts(canvas, renderer, sampling_pr
     assert canvas.value(kind, "on_unsupported") == "run dense and say so"
     canvas.set(kind, "ratio_mode", "fixed")
     assert is_shown(canvas, renderer, "fixed_ratio") and canvas.value(kind, "fixed_ratio") == 0.35
+
+
+def test_a_preset_hides_what_it_fills_in(canvas, renderer, sampling_prompt):
+    canvas.load_prompt(sampling_prompt)
+    kind = "SLA2ApplyAttention"
+    options = canvas.js(f"{canvas.node(kind)}.widgets.find((w) => w.name === 'preset').options.values")
+    assert is_shown(canvas, renderer, "sparsity")
+    canvas.set(kind, "preset", next(name for name in options if name != "custom"))
+    assert is_shown(canvas, renderer, "sparsity", False) and is_shown(canvas, renderer, "start_percent")
+    canvas.picture(f"preset_{renderer}", kind)
+    canvas.set(kind, "preset", "custom")
+    assert is_shown(canvas, renderer, "sparsity") and canvas.value(kind, "sparsity") == 0.75
 
 
 def test_hidden_values_survive_undo(canvas, renderer, sampling_prompt):
@@ -159,7 +173,8 @@ def test_in_a_subgraph_modes_and_outcome_work(canvas, renderer, sampling_prompt)
     assert inner["inputs"]["fixed_ratio"] == 0.45 and inner["inputs"]["ratio_mode"] == "fixed"
 
 
-def test_another_tab_and_back_shows_the_outcome_again(canvas, renderer, sampling_prompt):
+def test_another_tab_and_back_shows_the_outcome_again(canvas, sampling_prompt):
+    canvas.look(vue=True)
     sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
     canvas.load_prompt(sampling_prompt)
     canvas.load(canvas.save())  # which gives it the id that a saved workflow has

@@ -106,6 +106,14 @@ def test_the_comparing_workflow_compares(server, canvas):
     assert "(9 of 9 calls accelerated)" in dict(data["rows"])["seconds per step, SLA2"]
 
 
+def test_the_miniatures_workflow_samples_twice(server, canvas):
+    prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/miniature_sla2.json")), steps=2)
+    kinds = [node["class_type"] for node in prompt.values()]
+    assert kinds.count("KSampler") == 2 and kinds.count("SLA2MiniatureCaption") == 1
+    report = output_of(server, prompt, "SLA2Report")["sla2_report"][0]
+    assert report["sparse_calls"] == 6 and report["dense_calls"] == 0
+
+
 def test_the_blueprint_is_offered_and_accelerates(server, canvas, sampling_prompt):
     offered = [entry for entry in server.get("/global_subgraphs").values() if entry["source"] == "custom_node"]
     assert [entry["name"] for entry in offered] == [BLUEPRINT.stem]

@@ -25,7 +25,7 @@ export function hideByMode(node, modes, chain) {
       if (!widget(name)) continue;
       // a value that comes over a wire is unknown here
       const counts = Object.entries(needs).every(
-        ([other, values]) => isLinked(node, other) || values.includes(widget(other)?.value),
+        ([other, values]) => !widget(other) || isLinked(node, other) || values.includes(widget(other).value),
       );
       changed = setHidden(widget(name), !counts && !isLinked(node, name)) || changed;
     }

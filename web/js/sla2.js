@@ -12,7 +12,13 @@ import { nodeOfExecution, remember, remembered } from "./graph.js";
 const DRAWN_OUTPUTS = { SLA2Report: showReport, SLA2Compare: showComparison };
 // what an event of the server is drawn by
 const DRAWN_EVENTS = { outcome: showOutcome, training: showTraining };
-const HIDDEN_BY_MODE = { SLA2ApplyAttention: { fixed_ratio: { ratio_mode: ["fixed"] } } };
+const HIDDEN_BY_MODE = {
+  SLA2ApplyAttention: {
+    fixed_ratio: { ratio_mode: ["fixed"] },
+    sparsity: { preset: ["custom"] },
+    schedule: { preset: ["custom"] },
+  },
+};
 
 function onEvent(kind, detail) {
   remember(kind, detail);
