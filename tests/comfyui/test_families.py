@@ -41,6 +41,17 @@ def probe_of(comfyui_path):
     return probe
 
 
+def documented():
+    """{family: cells of its row} of the table in docs/FAMILIES.md."""
+    lines = (ROOT / "docs" / "FAMILIES.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {cells[0]: cells for cells in rows if cells[0] in FAMILIES}
+
+
+def test_every_family_is_documented():
+    assert list(documented()) == list(FAMILIES)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("path", versions() or [None], ids=lambda path: path.name if path else "no ComfyUI")
 def test_family(probe_of, path, name):
@@ -58,6 +69,8 @@ def test_family(probe_of, path, name):
         # every call the model makes is accounted for
         assert run["sparse"] + run["other"] + len(run["dense"]) == found["calls"]
         assert run["finite"]
+    video = run["sparse"] + len(run["dense"])
+    assert documented()[name][3:5] == [f"{run['sparse']} of {video}", f"{run['sparse']} of {found['calls']}"]
     assert found["exact"]["difference"] < 2e-6
     assert found["sparse"]["difference"] > 2e-4
     assert all(share > 0.25 for share in found["sparse"]["sparsity"])
