@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from sla2_kernels import Q_BLOCK, select_key_blocks, sla2_attention
 from sla2_kernels.kernels.backward_configs import BackwardConfig, TileConfig
@@ -141,8 +142,6 @@ def sla2_method(sparsity, precision):
 
 def _flash(q, k, v):
     leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in (q, k, v)))
-    from torch.nn.attention import SDPBackend
-
     return _with_leaves(_sdpa(SDPBackend.FLASH_ATTENTION), leaves)
 
 

@@ -84,7 +84,7 @@ def parse(argv=None):
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ratio-learning-rate", type=float, default=2e-2)
-    parser.add_argument("--clips", type=int, default=256, help="training clips, encoded at the start")
+    parser.add_argument("--clips", type=int, default=192, help="training clips, encoded at the start")
     parser.add_argument("--validation-clips", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=6, help="videos sampled for stage 1")
     parser.add_argument("--observations", type=int, default=150, help="stage 1's steps per layer")
