@@ -9,7 +9,7 @@ from comfy_server import PACK, PACK_FOLDER
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 PAGE_ONLY = ["MarkdownNote", "Note"]
-OURS = ["SLA2ApplyAttention", "SLA2LoadRouter", "SLA2LoadSLAModel", "SLA2Report"]
+OURS = ["SLA2ApplyAttention", "SLA2LoadRouter", "SLA2Report"]
 
 
 def test_there_are_workflows():
