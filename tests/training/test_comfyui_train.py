@@ -1,6 +1,7 @@
 """Train, save, load and apply in a real ComfyUI; cancelling keeps what was trained; wrong input is one sentence."""
 
 import importlib.util
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -131,9 +132,12 @@ def test_wrong_settings_are_one_sentence(comfy, prompt, changes, words):
 
 
 def test_an_unknown_model_is_refused(comfy, prompt):
-    router = train(prompt, prompt.model("tiny_vace.safetensors"))
-    prompt.add("SLA2SaveRouter", router=router, filename_prefix="wrong")
-    assert "SLA2 Train Router: model family VaceWanModel is not supported yet" in comfy.error(prompt)[1]
+    # a file that no other test loads: the helper node changes the class of what is loaded
+    folder = comfy.base / "models/diffusion_models"
+    shutil.copy(folder / "tiny_wan.safetensors", folder / "tiny_untrainable.safetensors")
+    unknown = prompt.add("SLA2TestUnknownModel", model=prompt.model("tiny_untrainable.safetensors"))
+    prompt.add("SLA2SaveRouter", router=train(prompt, unknown), filename_prefix="wrong")
+    assert "SLA2 Train Router: model family UnknownModel is not supported yet" in comfy.error(prompt)[1]
 
 
 def test_another_models_router_is_not_resumed(comfy, prompt):
