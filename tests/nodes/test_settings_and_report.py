@@ -108,3 +108,21 @@ def test_a_marked_module_is_looked_up_in_the_model_of_the_call(pack_module):
     )
     assert forward(0, transformer_options={hook.CALL: call}) == ("copied", 3)
     assert forward(0, transformer_options={}) == ("first", None)
+
+
+def test_a_module_that_is_called_without_options_is_counted_and_said(pack_module, bench):
+    patching, b = pack_module("nodes.patching"), bench()
+
+    class Module:
+        def forward(self, x, transformer_options=None):
+            return x
+
+    b.hook.begin_run()
+    forward = patching.marked_forward(2, "blocks.2.self_attn", Module(), None, hook=b.hook)
+    assert forward(7) == forward(7, transformer_options={}) == 7
+    run = b.run
+    b.hook.end_run()
+    assert run.layers[2].dense == {patching.WITHOUT_OPTIONS: 2} and run.has_hidden_calls
+    text = pack_module("nodes.report_text").report_text(b.hook, run)
+    assert "2 dense (the model passes no options here" in text
+    assert "advice: most calls could not run sparse: the model passes no options here" in text
