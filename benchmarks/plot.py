@@ -1,8 +1,9 @@
-"""Line plots as SVG, with no plotting library: time against sequence length and against sparsity."""
+"""Plots as SVG, with no plotting library: speed-up bars of the table, time against sequence length and sparsity."""
 
 import math
 from html import escape
 
+from .peers import BASELINE
 from .results import timed
 from .table import label
 
@@ -32,6 +33,44 @@ def sparsity_plot(rows):
         [{**row, "end": end} for row in rows if row["sparsity"] is None for end in (min(ends), max(ends))], "end"
     )
     return draw({**dense, **sparse}, "Attention, forward, Wan 1.3B at 480p", "skipped key blocks in %", log_x=False)
+
+
+def speed_plot(rows, percent=97):
+    """SVG text: how many times faster than the baseline each method is, a bar per shape, sparse ones at ``percent``."""
+    rows = [row for row in timed(rows) if row["data"] == "random" and row["percent"] in (None, percent)]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    base = {row["shape"]: row["ms"] for row in rows if row["method"] == BASELINE}
+    bars = {}
+    for row in rows:
+        bars.setdefault(label(row).replace("*", ""), {})[row["shape"]] = base[row["shape"]] / row["ms"]
+    longest = max(value for values in bars.values() for value in values.values())
+    thick, gap, top, left = 14, 10, 64, 250
+    step = thick * len(shapes) + gap
+    height = top + step * len(bars) + 10
+    title = f"Times faster than {BASELINE}, sparse methods skip {percent}% of key blocks"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="20" y="26" font-size="16">{escape(title)}</text>',
+    ]
+    for number, shape in enumerate(shapes):
+        parts.append(f'<rect x="{left + 190 * number}" y="38" width="14" height="12" fill="{COLOURS[2 + number]}"/>')
+        parts.append(f'<text x="{left + 190 * number + 20}" y="49">{escape(shape)}</text>')
+    for number, (name, values) in enumerate(bars.items()):
+        y = top + step * number
+        weight = ' font-weight="bold"' if name.startswith("SLA2") else ""
+        middle = y + thick * len(shapes) / 2 + 4
+        parts.append(f'<text x="{left - 10}" y="{middle:.1f}" text-anchor="end"{weight}>{escape(name)}</text>')
+        for line, shape in enumerate(shapes):
+            if shape not in values:
+                continue
+            width = (WIDTH - left - 80) * values[shape] / longest
+            at = y + thick * line
+            parts.append(
+                f'<rect x="{left}" y="{at}" width="{width:.1f}" height="{thick - 2}" fill="{COLOURS[2 + line]}"/>'
+            )
+            parts.append(f'<text x="{left + width + 6:.1f}" y="{at + 11}">{values[shape]:.1f}x</text>')
+    return "\n".join([*parts, "</svg>", ""])
 
 
 def draw(lines, title, x_name, *, log_x):
