@@ -47,9 +47,9 @@ class SLA2WanProcessor:
         if reason:
             self.counts.dense[reason] += 1
             return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
-        q, k, v = _project(attn, hidden_states)
+        q, k, v = project_qkv(attn, hidden_states)
         if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         proj_q, proj_k, alpha = self._weights_on(q.device)
         out = sla2_attention(
             q, k, v, proj_q, proj_k, alpha, sparsity=self.settings.sparsity, precision=precision,
@@ -93,8 +93,8 @@ class SLA2WanProcessor:
         self.counts.all_blocks += rows * key_blocks
 
 
-def _project(attn, x):
-    """q, k, v as views (B, N, H, D), q and k normalised."""
+def project_qkv(attn, x):
+    """q, k, v of a Wan self-attention as views (B, N, H, D), q and k normalised; x (B, N, C)."""
     if getattr(attn, "fused_projections", False):
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
     else:
@@ -102,7 +102,7 @@ def _project(attn, x):
     return tuple(t.unflatten(2, (attn.heads, -1)) for t in (attn.norm_q(q), attn.norm_k(k), v))
 
 
-def _rotate(x, cos, sin):
+def rotate(x, cos, sin):
     """Rotary embedding of neighbouring pairs of x (B, N, H, D); cos and sin (1, N, 1, D) hold every angle twice."""
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -1,6 +1,6 @@
 """diffusers' Wan transformer as stage 2's model. Run from the repository, where sla2_diffusers.py lies beside this package."""
 
-from sla2_diffusers import MODEL_FAMILY, _project, _rotate
+from sla2_diffusers import MODEL_FAMILY, project_qkv, rotate
 from sla2_kernels import identity_router, load_router
 
 from .lora import add_lora
@@ -14,9 +14,9 @@ class StudentProcessor:
         self.student, self.layer = student, layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        q, k, v = _project(attn, hidden_states)
+        q, k, v = project_qkv(attn, hidden_states)
         if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         out = self.student.attend(self.layer, q.to(v.dtype), k.to(v.dtype), v).flatten(2)
         for step in attn.to_out:
             out = step(out)
