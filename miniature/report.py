@@ -52,7 +52,9 @@ def results_table(weights: Path) -> str:
         ("Validation loss, training captions, new scenes", f"{flow['validation_loss_full_seen_captions']:.4f}"),
         ("Validation loss, small clips, held-out captions", f"{flow['validation_loss_small']:.4f}"),
     ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join([*table, "", "Sampled after training, held-out captions, rows from the top:", "",
+                      *(f"{number}. {caption}" for number, caption in enumerate(flow["sampled"], 1))])  # fmt: skip
 
 
 def fill(readme: Path, weights: Path) -> None:

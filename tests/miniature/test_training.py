@@ -98,6 +98,7 @@ def test_report_fills_the_readme_from_the_logs(tiny_weights, tmp_path):
     text = readme.read_text()
     loss = json.loads((tiny_weights / "dit_log.json").read_text())["results"]["validation_loss_full"]
     assert f"| Validation loss, held-out captions | {loss:.4f} |" in text
+    assert "1. two red balls bounce over tiles, camera pans right" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
