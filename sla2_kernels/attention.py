@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import router, torch_backend
+from . import router, torch_backend, torch_backward
 from .router import (
     K_BLOCK,
     Q_BLOCK,
@@ -54,7 +54,8 @@ def sla2_attention(
         layout: "BHND" or "BNHD".
         scale: softmax scale, > 0; None is D ** -0.5.
         key_blocks: integers (B, H, T_m, n), distinct key blocks per query block, instead of routing. Contents are
-            checked on the CPU only (a check on the GPU would wait for it); the Triton kernels clamp what is out of range.
+            checked on the CPU only. On a GPU, where a check would wait for it, what is out of range is clamped and a
+            block named twice counts once: the next one takes the second place.
         backend: "triton", "torch", or "auto": Triton where it can run, else torch.
         return_alpha: also return the ratio used for each query row.
 
@@ -71,7 +72,7 @@ def sla2_attention(
     key_block_count = block_count(k.shape[2 if heads_first else 1], K_BLOCK)
     _check_weights(proj_q, proj_k, alpha, heads, head_dim)
     if key_blocks is not None:
-        _check_key_blocks(key_blocks, (batch, heads, query_blocks), key_block_count)
+        _check_key_blocks(key_blocks, (batch, heads, query_blocks), key_block_count, q.device)
     backend = resolve_backend(backend, q.device, q.dtype, head_dim, precision)
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, row_ratio, _ = torch.ops.sla2.attention(
@@ -123,25 +124,38 @@ def _attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not heads_first:
         out = torch.empty(_swapped(q.shape), dtype=q.dtype, device=q.device).transpose(1, 2)
-    ratio_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    ratios = None if alpha is None else resample_ratio(alpha.to(ratio_dtype), block_count(q.shape[2], Q_BLOCK))
-
+    ratios = _ratios_of(alpha, q)
+    if key_blocks is not None:
+        key_blocks = _distinct(key_blocks.to(torch.int32), block_count(k.shape[2], K_BLOCK))
     if backend == "triton":
         from . import triton_backend
 
-        if key_blocks is not None:
-            key_blocks = key_blocks.to(torch.int32).sort(dim=-1).values
         row_ratio, key_blocks = triton_backend.attention(
             q, k, v, proj_q, proj_k, key_blocks, ratios, out, sparsity=sparsity, scale=scale, precision=precision
         )
     else:
         if key_blocks is None:
             key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend)
-        else:
-            key_blocks = key_blocks.to(torch.int32).sort(dim=-1).values
         result, row_ratio = torch_backend.attention(q, k, v, key_blocks, ratios, scale=scale, precision=precision)
         out.copy_(result)
     return out if heads_first else out.transpose(1, 2), row_ratio.float(), key_blocks
+
+
+def _ratios_of(alpha, q):
+    """alpha as one ratio per query block of q (B, H, N, D), (H, T_m) on q's device; None stays None."""
+    if alpha is None:
+        return None
+    return resample_ratio(alpha.to(q.device, torch_backend.compute_dtype(q)), block_count(q.shape[2], Q_BLOCK))
+
+
+def _distinct(key_blocks, count):
+    """Ascending rows of distinct indices in 0 to count - 1; those of a sound selection are only sorted. Never waits for a GPU.
+
+    A repeat becomes the next index up; where that would leave the range, the last indices are taken.
+    """
+    steps = torch.arange(key_blocks.shape[-1], dtype=key_blocks.dtype, device=key_blocks.device)
+    ordered = key_blocks.clamp(0, count - 1).sort(dim=-1).values
+    return ((ordered - steps).cummax(dim=-1).values + steps).minimum(steps + (count - len(steps)))
 
 
 def _swapped(shape):
@@ -170,14 +184,11 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
-    """16-bit gradients on the saved selection in Triton; in torch those of its own forward, recomputed chunk by chunk."""
+    """Gradients on the saved selection: 16-bit in Triton; in torch those of its own formats, recomputed chunk by chunk."""
     q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
-    if ctx.backend == "triton":
-        *grads, grad_ratio = torch.ops.sla2.attention_backward(
-            grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale
-        )
-    else:
-        *grads, grad_ratio = _torch_backward(ctx, grad_out, q, k, v, alpha, key_blocks)
+    *grads, grad_ratio = torch.ops.sla2.attention_backward(
+        grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend
+    )
     grad_alpha = None
     if alpha is not None:
         blocks = block_count(k.shape[2 if ctx.heads_first else 1], K_BLOCK)
@@ -185,23 +196,8 @@ def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
         if grad_row_ratio is not None and key_blocks.shape[-1] < blocks:
             rows = F.pad(grad_row_ratio, (0, -grad_row_ratio.shape[-1] % Q_BLOCK)).unflatten(-1, (-1, Q_BLOCK))
             grad_ratio = grad_ratio + rows.sum(dim=(0, -1))
-        grad_alpha = resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha.dtype)
+        grad_alpha = resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
     return *grads, None, None, grad_alpha, *[None] * 6
-
-
-def _torch_backward(ctx, grad_out, q, k, v, alpha, key_blocks):
-    """(dq, dk, dv, d loss / d ratio (H, T_m))."""
-    ratios = None if alpha is None else resample_ratio(alpha.detach(), key_blocks.shape[2]).contiguous()
-    leaves = [t if t is None else t.detach().requires_grad_(True) for t in (q, k, v, ratios)]
-    with torch.enable_grad():
-        q, k, v = leaves[:3] if ctx.heads_first else (t.transpose(1, 2) for t in leaves[:3])
-        out, _ = torch_backend.attention(q, k, v, key_blocks, leaves[3], scale=ctx.scale, precision=ctx.precision)
-        out = out if ctx.heads_first else out.transpose(1, 2)
-    wanted = [t for t in leaves if t is not None]
-    found = list(torch.autograd.grad(out, wanted, grad_out, allow_unused=True))
-    if ratios is None:
-        return *found, None
-    return *found[:3], torch.zeros_like(ratios) if found[3] is None else found[3]
 
 
 @torch.library.custom_op("sla2::attention_backward", mutates_args=())
@@ -214,10 +210,11 @@ def _attention_backward(
     row_ratio: Tensor,
     heads_first: bool,
     scale: float,
+    alpha: Optional[Tensor] = None,
+    precision: str = "16bit",
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, d loss / d ratio (H, T_m) float32) of the Triton backend."""
-    from . import triton_backward
-
+    """(dq, dk, dv, d loss / d ratio (H, T_m) float32, float64 for float64 inputs)."""
     tensors = (grad_out.to(q.dtype), q, k, v)
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     if not heads_first:
@@ -225,14 +222,23 @@ def _attention_backward(
     else:
         views = grads
     grad_out, q, k, v = tensors
-    grad_ratio = triton_backward.attention_backward(q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale)
+    if backend == "triton":
+        from . import triton_backward
+
+        grad_ratio = triton_backward.attention_backward(q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale)
+    else:
+        ratios = _ratios_of(alpha, q)
+        grad_ratio = torch_backward.attention_backward(
+            q, k, v, grad_out, key_blocks, ratios, *views, scale=scale, precision=precision
+        )
     return *grads, grad_ratio.sum(dim=0)
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale):
+def _(grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale, alpha=None, precision="16bit", backend="triton"):
     grads = (t.new_empty(t.shape) for t in (q, k, v))
-    return *grads, q.new_empty((key_blocks.shape[1], key_blocks.shape[2]), dtype=torch.float32)
+    dtype = torch_backend.compute_dtype(q)
+    return *grads, q.new_empty((key_blocks.shape[1], key_blocks.shape[2]), dtype=dtype)
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -282,7 +288,9 @@ def _check_weights(proj_q, proj_k, alpha, heads, head_dim):
         raise ValueError(f"alpha must be ({heads},) or ({heads}, knots), got {tuple(alpha.shape)}.")
 
 
-def _check_key_blocks(key_blocks, rows, key_block_count):
+def _check_key_blocks(key_blocks, rows, key_block_count, device):
+    if key_blocks.device != device:
+        raise ValueError(f"key_blocks must lie on q's device {device}, got {key_blocks.device}.")
     if key_blocks.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"key_blocks must be int32 or int64, got {key_blocks.dtype}.")
     if key_blocks.dim() != 4 or tuple(key_blocks.shape[:3]) != rows or not 1 <= key_blocks.shape[3] <= key_block_count:

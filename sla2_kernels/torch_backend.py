@@ -1,12 +1,13 @@
 """The forward pass in plain torch, head by head and a few query blocks at a time: for devices without Triton.
 
 No tensor grows with N x M: one chunk of query blocks holds its gathered keys and its scores, within CHUNK_BYTES.
-It is differentiable (each chunk is recomputed in the backward pass) and emulates the low-bit formats.
+It emulates the low-bit formats; torch_backward.py has its gradients.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from . import quantization as quant
 from .router import K_BLOCK, Q_BLOCK, block_count
@@ -14,7 +15,27 @@ from .router import K_BLOCK, Q_BLOCK, block_count
 CHUNK_BYTES = 256 * 2**20
 
 
-def _blocks(x, block):
+@dataclass
+class Head:
+    """One head in blocks: q (T_m, 128, D), k, smoothed, and v (T_n, 64, D), each also as the low-bit formats see it.
+
+    live (T_n, 64): False on the padding of the last block. selected: (T_m, n). sums: (T_n, D, D + 1), None where every
+    block is selected.
+    """
+
+    q_blocks: torch.Tensor
+    k_blocks: torch.Tensor
+    v_blocks: torch.Tensor
+    q_low: torch.Tensor
+    k_low: torch.Tensor
+    v_low: torch.Tensor
+    live: torch.Tensor
+    k_means: torch.Tensor
+    sums: torch.Tensor | None
+    selected: torch.Tensor
+
+
+def blocks_of(x, block):
     """(N, D) -> (T, block, D), the ragged last block filled up with zeros."""
     count = block_count(x.shape[0], block)
     return F.pad(x, (0, 0, 0, count * block - x.shape[0])).unflatten(0, (count, block))
@@ -44,72 +65,89 @@ def _linear_sums(k_blocks, v_blocks, live):
     return phi_k.transpose(1, 2) @ values_and_one
 
 
-def _estimated_ratio(q, k_means, log_live, unselected, scale, selected_log_mass):
+def prepare_head(q, k, v, selected, precision):
+    """Head of q (N, D), k and v (M, D)."""
+    k = k - k.mean(dim=0, keepdim=True)
+    q_blocks, k_blocks, v_blocks = blocks_of(q, Q_BLOCK), blocks_of(k, K_BLOCK), blocks_of(v, K_BLOCK)
+    live = blocks_of(torch.ones_like(k[:, :1]), K_BLOCK)[..., 0].bool()
+    k_means = k_blocks.sum(dim=1) / live.sum(dim=1, keepdim=True)
+    sums = _linear_sums(k_blocks, v_blocks, live) if selected.shape[1] < k_blocks.shape[0] else None
+    low = _quantize(q_blocks, k_blocks, v_blocks, precision)
+    return Head(q_blocks, k_blocks, v_blocks, *low, live, k_means, sums, selected)
+
+
+def chunks(head):
+    """Slices of query blocks that fit CHUNK_BYTES each: fixed by shapes, never by free memory."""
+    count, head_dim = head.selected.shape[1], head.q_blocks.shape[2]
+    per_query_block = head.q_blocks.element_size() * (
+        Q_BLOCK * count * K_BLOCK * 3 + 2 * count * K_BLOCK * head_dim + head_dim**2
+    )
+    step = max(1, CHUNK_BYTES // per_query_block)
+    return [slice(start, start + step) for start in range(0, len(head.q_blocks), step)]
+
+
+def softmax_numerators(q, keys, live, scale):
+    """(exp(S - row maximum) (C, 128, n * 64), row maximum, row sum) of q (C, 128, D) over gathered keys (C, n * 64, D)."""
+    logits = (q @ keys.transpose(1, 2) * scale).masked_fill(~live[:, None, :], -torch.inf)
+    row_max = logits.amax(dim=-1, keepdim=True)
+    p = torch.exp(logits - row_max)
+    return p, row_max, p.sum(dim=-1, keepdim=True)
+
+
+def unselected_blocks(selected, blocks):
+    """(C, n) -> (C, T_n) bool."""
+    return torch.ones(len(selected), blocks, dtype=torch.bool, device=selected.device).scatter(1, selected, False)
+
+
+def linear_parts(q, unselected, sums):
+    """Numerator (C, 128, D) and denominator (C, 128, 1) of the linear branch."""
+    h_and_z = (unselected.to(q.dtype) @ sums.flatten(1)).unflatten(1, sums.shape[1:])
+    found = q.softmax(dim=-1) @ h_and_z
+    return found[..., :-1], found[..., -1:]
+
+
+def estimated_ratio(q, k_means, live, unselected, scale, selected_log_mass):
     """m_s / (m_s + m_u): m_s from the log-sum-exp, m_u from one mean key per unselected block (facts: estimated alpha)."""
-    logits = q @ k_means.T * scale + log_live
+    logits = q @ k_means.T * scale + live.sum(dim=1).to(q.dtype).log()
     unselected_log_mass = logits.masked_fill(~unselected[:, None, :], -torch.inf).logsumexp(dim=-1)
     return torch.sigmoid(selected_log_mass - unselected_log_mass)
 
 
-def _attend_chunk(q, q_low, k_low, v_low, sums, k_means, live, selected, ratio, scale, low_bit):
-    """One chunk of C query blocks of one head: q (C, 128, D), selected (C, n) -> out (C, 128, D), ratio (C, 128)."""
-    chunk, count = selected.shape
-    keys = k_low[selected].flatten(1, 2)
-    values = v_low[selected].flatten(1, 2)
-    dead = ~live[selected].flatten(1, 2)
-
-    logits = (q_low @ keys.transpose(1, 2) * scale).masked_fill(dead[:, None, :], -torch.inf)
-    row_max = logits.detach().amax(dim=-1, keepdim=True)
-    p = torch.exp(logits - row_max)
-    row_sum = p.sum(dim=-1, keepdim=True)
+def _attend_chunk(head, rows, ratio, scale, low_bit):
+    """One chunk of C query blocks of one head: out (C, 128, D), ratio (C, 128)."""
+    selected, q = head.selected[rows], head.q_blocks[rows]
+    keys, values = head.k_low[selected].flatten(1, 2), head.v_low[selected].flatten(1, 2)
+    p, row_max, row_sum = softmax_numerators(head.q_low[rows], keys, head.live[selected].flatten(1, 2), scale)
     o_sparse = (quant.fake_fp8_probabilities(p) if low_bit else p) @ values / row_sum
-    if count == k_low.shape[0]:
+    if head.sums is None:
         return o_sparse, torch.ones_like(row_sum[..., 0])
 
-    unselected = torch.ones(chunk, k_low.shape[0], dtype=torch.bool, device=q.device).scatter(1, selected, False)
-    h_and_z = (unselected.to(q.dtype) @ sums.flatten(1)).unflatten(1, sums.shape[1:])
-    numerator_and_norm = q.softmax(dim=-1) @ h_and_z
-    o_linear = numerator_and_norm[..., :-1] / numerator_and_norm[..., -1:]
-
+    unselected = unselected_blocks(selected, len(head.k_low))
+    numerator, norm = linear_parts(q, unselected, head.sums)
     if ratio is None:
-        with torch.no_grad():
-            log_live = live.sum(dim=1).to(q.dtype).log()
-            selected_log_mass = (row_max + row_sum.log())[..., 0]
-            row_ratio = _estimated_ratio(q, k_means, log_live, unselected, scale, selected_log_mass)
+        log_mass = (row_max + row_sum.log())[..., 0]
+        row_ratio = estimated_ratio(q, head.k_means, head.live, unselected, scale, log_mass)
     else:
         row_ratio = ratio[:, None].expand(-1, Q_BLOCK)
-    return row_ratio[..., None] * o_sparse + (1 - row_ratio[..., None]) * o_linear, row_ratio
-
-
-def _chunk_size(count, head_dim, element_bytes):
-    per_query_block = element_bytes * (Q_BLOCK * count * K_BLOCK * 3 + 2 * count * K_BLOCK * head_dim + head_dim**2)
-    return max(1, CHUNK_BYTES // per_query_block)
+    return row_ratio[..., None] * o_sparse + (1 - row_ratio[..., None]) * (numerator / norm), row_ratio
 
 
 def _attend_head(q, k, v, selected, ratio, scale, precision):
     """One head: q (N, D), k and v (M, D), selected (T_m, n), ratio (T_m,) or None -> out (N, D), ratio (N,)."""
-    k = k - k.mean(dim=0, keepdim=True)
-    q_blocks, k_blocks, v_blocks = _blocks(q, Q_BLOCK), _blocks(k, K_BLOCK), _blocks(v, K_BLOCK)
-    live = _blocks(torch.ones_like(k[:, :1]), K_BLOCK)[..., 0].bool()
-    k_means = k_blocks.sum(dim=1) / live.sum(dim=1, keepdim=True)
-    sums = _linear_sums(k_blocks, v_blocks, live) if selected.shape[1] < k_blocks.shape[0] else None
-    q_low, k_low, v_low = _quantize(q_blocks, k_blocks, v_blocks, precision)
-
+    head = prepare_head(q, k, v, selected, precision)
     outputs, ratios = [], []
-    step = _chunk_size(selected.shape[1], q.shape[1], q.element_size())
-    for start in range(0, q_blocks.shape[0], step):
-        rows = slice(start, start + step)
-        chunk_ratio = None if ratio is None else ratio[rows]
-        arguments = (q_blocks[rows], q_low[rows], k_low, v_low, sums, k_means, live, selected[rows], chunk_ratio)
-        if torch.is_grad_enabled():
-            out, row_ratio = checkpoint(_attend_chunk, *arguments, scale, precision != "16bit", use_reentrant=False)
-        else:
-            out, row_ratio = _attend_chunk(*arguments, scale, precision != "16bit")
+    for rows in chunks(head):
+        out, row_ratio = _attend_chunk(head, rows, None if ratio is None else ratio[rows], scale, precision != "16bit")
         outputs.append(out.flatten(0, 1))
         ratios.append(row_ratio.flatten())
     return torch.cat(outputs)[: q.shape[0]], torch.cat(ratios)[: q.shape[0]]
 
 
+def compute_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
 def attention(q, k, v, key_blocks, ratios, *, scale, precision):
     """SLA2 over BHND views, given the selection.
 
@@ -121,7 +159,7 @@ def attention(q, k, v, key_blocks, ratios, *, scale, precision):
     Returns:
         out (B, H, N, D) in q's dtype and the ratio per query row (B, H, N), float32 (float64 for float64 inputs).
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q)
     outputs, row_ratios = [], []
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):

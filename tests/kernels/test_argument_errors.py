@@ -86,6 +86,10 @@ CASES = {
     ),
     "key_blocks below 0": ({"key_blocks": blocks(2, 3, 2, 2) - 1}, "key_blocks must lie in 0 to 3."),
     "key_blocks too high": ({"key_blocks": blocks(2, 3, 2, 2) + 3}, "key_blocks must lie in 0 to 3."),
+    "key_blocks on another device": (
+        {"key_blocks": blocks(2, 3, 2, 1).to("meta")},
+        "key_blocks must lie on q's device cpu, got meta.",
+    ),
     "a key block twice": (
         {"key_blocks": torch.ones(2, 3, 2, 2, dtype=torch.int64)},
         "key_blocks must not name a key block twice for one query block.",
