@@ -1,68 +1,80 @@
 """The router experiments of sla2_training.explore on the miniature's own Q, K, V: training and held-out captions apart.
 
     python -m benchmarks.explore_router --device cuda
-    python -m benchmarks.explore_router --random-weights --frames 9 --size 128 --sampling-steps 2 --keep 2 --steps 2
+    python -m benchmarks.explore_router --device cpu --keep-captures FOLDER --bf16 --studies ""     sample once ...
+    python -m benchmarks.explore_router --device cpu --captures FOLDER --studies routers            ... and explore often
+    python -m benchmarks.explore_router --tiny --device cpu
 
-Captures of a few timesteps stay on the device: at 81 frames of 320 x 320 about 13 MB per layer, timestep and video.
+At 81 frames of 320 x 320 a captured call is 13 MB in 16 bit; they stay on the device.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
-from miniature.captions import embed, split_captions
-from miniature.sample import load_models, sample_latents
-from miniature.wan import WanConfig, WanModel
 from sla2_training import TrainerOptions
-from sla2_training.explore import Recorder, run_studies
+from sla2_training.explore import load_captures, run_studies, save_captures
 from sla2_training.explore.studies import STUDIES
 
+from .miniature_model import Miniature
 
-def capture(model, captions, args, first_seed):
-    """Captures of one dense sampling per caption: every n-th call, so that ``--keep`` timesteps of each are kept."""
-    shape = (1, 16, (args.frames - 1) // 4 + 1, args.size // 8, args.size // 8)
-    grid = (shape[2], shape[3] // 2, shape[4] // 2)
-    dtype = torch.bfloat16 if args.device != "cpu" else None
-    captures = []
-    for number, caption in enumerate(captions):
-        recorder = Recorder(grid, every=max(1, args.sampling_steps // args.keep), dtype=dtype)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-            sample_latents(
-                model, embed(str(caption)), shape=shape, seed=first_seed + number, steps=args.sampling_steps, cfg=1.0,
-                device=args.device, attention=recorder,
-            )  # fmt: skip
-        captures += recorder.captures
-    return captures
+FILES = "train.safetensors", "held_out.safetensors"
+
+
+def sampled(args):
+    """(captures to train on, held-out ones) of dense sampling runs: other captions, other seeds."""
+    miniature = Miniature.tiny(args.device) if args.tiny else Miniature.load(
+        args.weights, args.device, steps=args.sampling_steps, bf16=args.bf16
+    )
+    train = miniature.record("train", prompts=args.videos, per_video=args.keep)
+    return train, miniature.record("held out", prompts=args.held_out, per_video=args.keep)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--size", type=int, default=320, help="height and width, a multiple of 16")
-    parser.add_argument("--sampling-steps", type=int, default=30)
-    parser.add_argument("--keep", type=int, default=6, help="timesteps kept of each sampling")
-    parser.add_argument("--videos", type=int, default=6, help="captions to train on; a third as many are held out")
+    parser.add_argument("--weights", type=Path, help="folder of the miniature's weights")
+    parser.add_argument("--bf16", action="store_true", help="sample in bfloat16 on a CPU too (a GPU always does)")
+    parser.add_argument("--keep", type=int, default=4, help="model calls kept of each sampling")
+    parser.add_argument("--videos", type=int, default=6, help="captions to train on")
+    parser.add_argument("--held-out", type=int, default=2, help="held-out captions to measure on")
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--keep-captures", type=Path, help="folder for the captures")
+    parser.add_argument("--captures", type=Path, help="folder of captures kept before, instead of sampling")
+    parser.add_argument("--layers", help="explore these layers only, such as 0,3,5")
     parser.add_argument("--steps", type=int, default=120, help="optimisation steps per layer")
+    parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per step and head")
     parser.add_argument("--sparsities", default="0.97,0.95,0.90")
     parser.add_argument("--studies", default=",".join(STUDIES))
-    parser.add_argument("--random-weights", action="store_true", help="an untrained miniature: to try this script")
+    parser.add_argument("--frozen", action="store_true", help="draw each capture's query blocks once: faster, more memory")
+    parser.add_argument("--tiny", action="store_true", help="a random miniature of a few tokens: tries this script")
     args = parser.parse_args(argv)
-    model = WanModel(WanConfig()).to(args.device).eval() if args.random_weights else load_models(device=args.device)[0]
-    train_captions, held_out_captions = split_captions()
-    step = max(1, len(train_captions) // args.videos)
-    train = capture(model, train_captions[::step][: args.videos], args, 0)
-    held_out = capture(
-        model, held_out_captions[:: 24 // max(1, args.videos // 3)][: max(1, args.videos // 3)], args, 1000
+    if args.captures:
+        train, held_out = (load_captures(args.captures / name, args.device) for name in FILES)
+    else:
+        train, held_out = sampled(args)
+    if args.keep_captures:
+        args.keep_captures.mkdir(parents=True, exist_ok=True)
+        for name, captures in zip(FILES, (train, held_out), strict=True):
+            save_captures(args.keep_captures / name, captures)
+    if args.layers:
+        chosen = {int(layer) for layer in args.layers.split(",")}
+        train, held_out = ([c for c in captures if c.layer in chosen] for captures in (train, held_out))
+    print(
+        f"{len(train)} captures to train on, {len(held_out)} held out, {train[0].q.shape[2]} tokens; "
+        f"{args.steps} steps per layer, {args.query_blocks} query blocks per step and head",
+        flush=True,
     )
-    print(f"{len(train)} captures to train on, {len(held_out)} held out, {train[0].q.shape[2]} tokens")
     run_studies(
         train,
         held_out,
         steps=args.steps,
         sparsities=tuple(float(s) for s in args.sparsities.split(",")),
-        options=TrainerOptions(),
-        names=tuple(args.studies.split(",")),
+        options=TrainerOptions(query_blocks=args.query_blocks),
+        names=tuple(name for name in args.studies.split(",") if name),
+        frozen=args.frozen,
+        say=lambda text: print(text, flush=True),
     )
 
 

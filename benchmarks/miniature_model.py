@@ -19,7 +19,10 @@ SEED = 4000
 
 @dataclass
 class Miniature:
-    """size: (frames, height, width) of its videos. steps: of sampling. levels: noise levels of the validation loss."""
+    """size: (frames, height, width) of its videos. steps: of sampling. levels: noise levels of the validation loss.
+
+    bf16: run and record in bfloat16, as ComfyUI runs the model.
+    """
 
     model: WanModel
     vae: WanVAE
@@ -27,19 +30,22 @@ class Miniature:
     steps: int
     device: torch.device
     levels: int = 8
+    bf16: bool = False
 
     @classmethod
-    def load(cls, folder, device):
+    def load(cls, folder, device, *, steps=20, levels=8, bf16=False):
         """The trained model at its evaluated size."""
         model, vae = load_models(Path(folder) if folder else WEIGHTS, device)
-        return cls(model, vae, (81, 320, 320), 20, torch.device(device))
+        bf16 = bf16 or torch.device(device).type != "cpu"
+        return cls(model, vae, (81, 320, 320), steps, torch.device(device), levels, bf16)
 
     @classmethod
     def tiny(cls, device):
         """A random model: 320 tokens, 2 layers."""
         torch.manual_seed(0)
         model = WanModel(WanConfig(dim=128, ffn_dim=128, num_layers=2, text_dim=4096))
-        return cls(model.to(device).eval(), WanVAE(2).to(device).eval(), (17, 128, 128), 2, torch.device(device), 1)
+        vae, device = WanVAE(2).to(device).eval(), torch.device(device)
+        return cls(model.to(device).eval(), vae, (17, 128, 128), 2, device, 1, device.type != "cpu")
 
     @property
     def latent_shape(self):
@@ -55,7 +61,8 @@ class Miniature:
         calls = 2 * self.steps
         # an odd stride meets both halves of guidance
         every = max(1, calls // per_video) | 1
-        recorder = Recorder((frames, height // 2, width // 2), every=every)
+        dtype = torch.bfloat16 if self.bf16 else None
+        recorder = Recorder((frames, height // 2, width // 2), every=every, dtype=dtype)
         seed = SEED if split == "train" else 2 * SEED
         for number, caption in enumerate(self._captions(split, prompts)):
             recorder.calls.clear()
@@ -63,7 +70,7 @@ class Miniature:
         return recorder.captures
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _captions(self, split, count):
         captions = split_captions()[0 if split == "train" else 1]

@@ -93,16 +93,19 @@ class RouterTrainer:
             TrainingError: NaN or infinity in the tensors, or no memory even for one head and query block.
         """
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-            live = LiveLayer(layer, q, k, v, layout, scale)
-            live.check(self.start.num_heads, self.start.head_dim)
-            state = self._state(layer).on(q.device)
-            if live.k_pooled.shape[2] == 1:
-                # one key block is always selected: nothing to learn from it
-                return 0.0
-            for _ in range(self.options.steps_per_observation if steps is None else steps):
-                loss = self._within_memory(live, lambda: self._step(state, live))
-                self.steps[layer] = self.steps.get(layer, 0) + 1
-                self.losses.setdefault(layer, []).append(loss)
+            return self.observe_live(LiveLayer(layer, q, k, v, layout, scale), steps)
+
+    def observe_live(self, live, steps=None):
+        """observe() of a LiveLayer, outside inference mode and autocast."""
+        live.check(self.start.num_heads, self.start.head_dim)
+        layer, state = live.layer, self.layer_state(live.layer).on(live.q.device)
+        if live.k_pooled.shape[2] == 1:
+            # one key block is always selected: nothing to learn from it
+            return 0.0
+        for _ in range(self.options.steps_per_observation if steps is None else steps):
+            loss = self._within_memory(live, lambda: self._step(state, live))
+            self.steps[layer] = self.steps.get(layer, 0) + 1
+            self.losses.setdefault(layer, []).append(loss)
         return loss
 
     def evaluate(self, layer, q, k, v, *, layout="BHND", scale=None):
@@ -111,17 +114,21 @@ class RouterTrainer:
         Returns LayerErrors of this call; the report sums those of all calls.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            live = LiveLayer(layer, q, k, v, layout, scale)
-            live.check(self.start.num_heads, self.start.head_dim)
-            state = self._state(layer).on(q.device)
-            errors = self._within_memory(live, lambda: self._evaluate(state, live))
-        self.errors[layer] = self.errors[layer] + errors if layer in self.errors else errors
+            return self.evaluate_live(LiveLayer(layer, q, k, v, layout, scale))
+
+    @torch.no_grad()
+    def evaluate_live(self, live):
+        """evaluate() of a LiveLayer, outside inference mode and autocast."""
+        live.check(self.start.num_heads, self.start.head_dim)
+        state = self.layer_state(live.layer).on(live.q.device)
+        errors = self._within_memory(live, lambda: self._evaluate(state, live))
+        self.errors[live.layer] = self.errors[live.layer] + errors if live.layer in self.errors else errors
         return errors
 
     def router(self):
         """The RouterWeights as trained so far; layers never seen stay as they were at the start."""
         layers = tuple(
-            self._state(i).weights() if i in self.states else self._start_layer(i) for i in range(self.start.num_layers)
+            self.layer_state(i).weights() if i in self.states else self._start_layer(i) for i in range(self.start.num_layers)
         )
         return RouterWeights(
             layers,
@@ -139,7 +146,8 @@ class RouterTrainer:
     def _start_layer(self, layer):
         return resumed_layer(self.start, layer, self.sparsities, self.options.knots)
 
-    def _state(self, layer):
+    def layer_state(self, layer):
+        """The LayerState of a layer, made from the start router when it is first asked for."""
         if layer not in self.states:
             if not 0 <= layer < self.start.num_layers:
                 raise ValueError(f"layer must be 0 to {self.start.num_layers - 1}, got {layer}.")

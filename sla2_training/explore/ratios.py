@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..live_layer import LiveLayer
 from .captures import by_layer
-from .training import table, train
+from .training import live_layer, table, train
 
 KNOTS = (2, 4, 8)
 
@@ -40,9 +39,9 @@ def collect_rows(trainer, captures):
     parts = {name: [] for name in ("c", "p", "n", "log_odds", "log_odds_second_order", "share", "position")}
     energy = 0.0
     for capture in captures:
-        live = LiveLayer(capture.layer, capture.q, capture.k, capture.v, "BHND", None)
+        live = live_layer(capture)
         blocks = live.draw(trainer.query_blocks, trainer.generator)
-        weights = trainer.states[capture.layer]
+        weights = trainer.layer_state(capture.layer)
         masks = trainer.hard_masks(live.scores(weights.proj_q, weights.proj_k, blocks))
         heads = live.q.shape[1]
         for pair in range(masks.shape[0]):

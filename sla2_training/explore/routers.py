@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from ..live_layer import LiveLayer
 from ..report import BEFORE
 from ..trainer import TrainerOptions
 from .captures import by_layer
-from .training import evaluate, table, train
+from .training import evaluate, live_layer, table, train
 
 # name -> (changed options, annealed temperature)
 VARIANTS = {
@@ -50,7 +49,7 @@ def oracle_errors(trainer, captures):
     for of_layer in by_layer(captures).values():
         squared, energy = 0.0, 0.0
         for capture in of_layer:
-            live = LiveLayer(capture.layer, capture.q, capture.k, capture.v, "BHND", None)
+            live = live_layer(capture)
             blocks = live.draw(trainer.query_blocks, trainer.generator)
             for chunk in live.chunks(blocks, trainer.memory_bytes):
                 sums = live.sums(blocks, chunk)

@@ -4,8 +4,16 @@ import time
 
 import torch
 
+from ..live_layer import LiveLayer
 from ..trainer import RouterTrainer
 from .captures import by_layer, model_shape
+
+
+def live_layer(capture):
+    """The LiveLayer of a Capture; a FrozenLayer is one already."""
+    if isinstance(capture, LiveLayer):
+        return capture
+    return LiveLayer(capture.layer, capture.q, capture.k, capture.v, "BHND", None)
 
 
 def train(captures, options, *, steps, sparsities, tau=None):
@@ -23,9 +31,9 @@ def train(captures, options, *, steps, sparsities, tau=None):
     for step in range(steps):
         if tau is not None:
             trainer.tau = tau[0] * (tau[1] / tau[0]) ** (step / max(1, steps - 1))
-        for layer, of_layer in layers.items():
+        for of_layer in layers.values():
             capture = of_layer[step % len(of_layer)]
-            trainer.observe(layer, capture.q, capture.k, capture.v)
+            trainer.observe_live(live_layer(capture))
     return trainer, (time.perf_counter() - start) / max(1, steps * len(layers))
 
 
@@ -34,7 +42,7 @@ def evaluate(trainer, captures):
     trainer.errors = {}
     trainer.generator.manual_seed(1)
     for capture in captures:
-        trainer.evaluate(capture.layer, capture.q, capture.k, capture.v)
+        trainer.evaluate_live(live_layer(capture))
     return trainer.report()
 
 

@@ -1,6 +1,7 @@
 """The quality table at tiny size: it runs whole, its formulas are right, its bars are judged from its rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from sla2_training.explore.captures import Capture, save_captures, synthetic_cap
 @pytest.mark.slow
 def test_tiny_mode_writes_every_variant_with_every_metric(tmp_path):
     quality.main(
-        ["--tiny", "--device", "cpu", "--out", str(tmp_path / "quality"), "--save-router", str(tmp_path / "r.st")]
-    )
+        ["--tiny", "--device", "cpu", "--out", str(tmp_path / "quality"), "--save-router", str(tmp_path / "r.st"),
+         "--sheet", str(tmp_path / "frames.jpg")]
+    )  # fmt: skip
     content = json.loads((tmp_path / "quality.json").read_text())
     found = {(row["variant"], row["precision"]) for row in content["rows"]}
     assert {(names.STAGE_1, "16bit"), (names.STAGE_1, "int8"), (names.UNTRAINED, "16bit"), (names.DENSE, None)} <= found
@@ -32,6 +34,7 @@ def test_tiny_mode_writes_every_variant_with_every_metric(tmp_path):
     text = (tmp_path / "quality.md").read_text()
     assert "a test of the script, not a measurement" in text and "layer 1" in text
     assert (tmp_path / "r.st").exists()
+    assert (tmp_path / "frames.jpg").read_bytes()[:2] == b"\xff\xd8"
 
 
 @pytest.fixture
@@ -57,6 +60,20 @@ def test_captures_of_any_model_give_output_errors_alone(capture_files, tmp_path)
     assert by_name[names.STAGE_1]["error"] < by_name[names.BLOCK_SPARSE]["error"]
     assert by_name[names.STAGE_1]["kept"] == 0.25
     assert "PSNR" not in out.with_suffix(".md").read_text()
+
+
+def test_the_heuristic_routers_ratio_is_the_best_constant():
+    captures = [Capture(0, *(x.transpose(1, 2) for x in _qkv(tokens=1024, seed=seed)), (4, 16, 16)) for seed in range(2)]
+    router = quality.fit_heuristic(captures, [0.5])
+    expected = quality.dense_outputs(captures)
+
+    def error(shift):
+        layer = router.layers[0]
+        moved = replace(router, layers=(replace(layer, alpha_logits=layer.alpha_logits + shift),))
+        return quality.output_errors(names._sla2("h", 0.5, "16bit", moved, True), captures, expected)["error"]
+
+    assert error(0.0) < min(error(0.1), error(-0.1))
+    assert router.layers[0].proj_q is None
 
 
 def test_captures_come_in_pairs(capsys):
@@ -162,6 +179,6 @@ def test_output_errors_weigh_layers_alike():
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         return out * (0.5 if layer == 0 else 1.0)
 
-    found = quality.output_errors(names.Variant("half", half_of_layer_0), captures)
+    found = quality.output_errors(names.Variant("half", half_of_layer_0), captures, quality.dense_outputs(captures))
     assert found["error_by_layer"] == {"0": pytest.approx(0.5), "1": pytest.approx(0.0, abs=1e-6)}
     assert found["error"] == pytest.approx(0.5 / 2**0.5)

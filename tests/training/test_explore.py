@@ -4,13 +4,15 @@ import itertools
 
 import torch
 
-from sla2_training import TrainerOptions
+from sla2_training import RouterTrainer, TrainerOptions
 from sla2_training.explore import Recorder, load_captures, run_studies, save_captures, synthetic_captures
 from sla2_training.explore.budgets import spread
+from sla2_training.explore.frozen import freeze
 from sla2_training.explore.orders import morton_order, tile_order
 from sla2_training.explore.ratios import Rows, fit_constant, fit_knots, hat_basis
 from sla2_training.explore.routers import VARIANTS
 from sla2_training.explore.studies import STUDIES
+from sla2_training.live_layer import LiveLayer
 
 GRID = (2, 16, 32)
 
@@ -34,6 +36,20 @@ def test_every_study_prints_its_table(monkeypatch):
     ):
         assert row in text
     assert "nan" not in text and "inf" not in text
+
+
+def test_frozen_layers_give_what_a_fresh_computation_gives():
+    capture = synthetic_captures(1, layers=1, grid=GRID)[0]
+    frozen = freeze([capture], 3)[0]
+    errors = []
+    for live in (frozen, frozen, LiveLayer(0, capture.q, capture.k, capture.v, "BHND", None)):
+        if live is not frozen:
+            live.draw = lambda count, generator: frozen.blocks
+        trainer = RouterTrainer("m", 1, 2, 32, sparsities=(0.8,), options=TrainerOptions(query_blocks=3))
+        trainer.observe_live(live)
+        errors.append(trainer.evaluate_live(live).relative(("trained", "learned"), 0.8))
+    assert errors[0] == errors[1] == errors[2]
+    assert len(frozen.kept) == 1 and frozen.draw(2, None).shape[2] == 2
 
 
 def test_captures_survive_a_file(tmp_path):
