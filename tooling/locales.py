@@ -5,12 +5,9 @@ The nodes' own texts are the source; translations in locales/<language>/ must na
 
 import json
 import sys
-import tempfile
-from pathlib import Path
 
-from .comfyui import find_comfyui
+from .pack_server import pack_server
 from .plan import PACK_FOLDER, ROOT
-from .server import Server
 
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
 
@@ -45,16 +42,8 @@ def _filled(**texts):
 
 
 def main():
-    comfyui, looked = find_comfyui()
-    if comfyui is None:
-        sys.exit(f"No ComfyUI found at {looked}.")
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        for name in ("models", "custom_nodes", "input", "output", "user"):
-            (base / name).mkdir()
-        (base / "custom_nodes" / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
-        with Server(comfyui, base) as server:
-            texts = english(server.get("/object_info"))
+    with pack_server() as server:
+        texts = english(server.get("/object_info"))
     if not texts:
         sys.exit("ComfyUI did not load this pack: start it by hand to see why.")
     ENGLISH.parent.mkdir(parents=True, exist_ok=True)
