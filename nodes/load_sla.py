@@ -1,8 +1,10 @@
 """SLA2 Load SLA Model: a TurboDiffusion checkpoint (Wan with SLA v1 weights inside) as MODEL and SLA weights."""
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
+from ..sla2_kernels.router_format import printable
 from ..sla2_kernels.sla_v1 import take_sla_weights
 from .schema_support import search_aliases
 
@@ -43,19 +45,39 @@ class SLA2LoadSLAModel(io.ComfyNode):
 
 def read_checkpoint(path, name):
     """(tensors as ComfyUI's Wan has them, SLAWeights) of a TurboDiffusion file; ValueError with one sentence."""
-    import comfy.utils
-
-    state = comfy.utils.load_torch_file(path, safe_load=True)
-    state = {key.removeprefix("net."): tensor for key, tensor in state.get("state_dict", state).items()}
+    state = _tensors_of(path, name)
     if any(key.endswith(".int8_weight") for key in state):
         raise ValueError(f"{name} is one of TurboDiffusion's quantised files: load the one without -quant in its name.")
     weights = take_sla_weights(state, name)
     for key in [key for key in state if ".attn_op." in key or key.startswith("rope_position_embedding.")]:
         del state[key]
     patch = state.get("patch_embedding.weight")
-    if patch is not None and patch.dim() == 2:  # theirs is a linear layer over patches of 1 x 2 x 2 cells
+    if (
+        patch is not None and patch.dim() == 2 and patch.shape[1] % 4 == 0
+    ):  # theirs is a linear layer over patches of 1 x 2 x 2 cells
         state["patch_embedding.weight"] = patch.unflatten(1, (-1, 1, 2, 2))
     return state, weights
+
+
+def _tensors_of(path, name):
+    """Tensors by name, without the prefix "net.". Pickles are read by torch's unpickler for weights alone: no code runs."""
+    import comfy.utils
+
+    try:
+        state = comfy.utils.load_torch_file(path, safe_load=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch.load answers damage with errors of twenty kinds
+        said = str(error).split("\n")[0]
+        raise ValueError(f"{name} cannot be read, it is damaged or no checkpoint: {printable(said)}.") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{name} holds no table of tensors: it is no checkpoint.")
+    return {
+        key.removeprefix("net."): tensor
+        for key, tensor in state.items()
+        if isinstance(key, str) and isinstance(tensor, torch.Tensor)
+    }
 
 
 def _model_of(state, name, **options):

@@ -6,6 +6,7 @@ import re
 import folder_paths
 from comfy_api.latest import io
 
+from ..sla2_kernels.weights import RouterFileError
 from .load_router import FOLDER, Router
 from .progress_text import plain, show_on_node
 from .schema_support import search_aliases
@@ -47,21 +48,51 @@ def save_router(router, prefix):
     folder = folder_paths.get_folder_paths(FOLDER)[0]
     target = checked_prefix(prefix, folder)
     directory, stem = os.path.split(target)
-    os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, f"{stem}_{next_number(directory, stem):05}_.safetensors")
-    router.save(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        path = reserved_path(directory, stem)
+    except OSError as error:
+        raise RouterFileError(f"Router file {target} cannot be written: {error.strerror or error}.") from error
+    try:
+        router.save(path)
+    except BaseException:
+        os.remove(path)  # what was reserved is empty
+        raise
     return os.path.relpath(path, folder)
+
+
+def reserved_path(directory, stem):
+    """An empty file under the next free number: of two that save at one moment, as two servers may, neither gets the other's."""
+    while True:
+        path = os.path.join(directory, f"{stem}_{next_number(directory, stem):05}_.safetensors")
+        try:
+            open(path, "xb").close()
+        except FileExistsError:
+            continue
+        return path
 
 
 def checked_prefix(prefix, folder):
     """Absolute path of a prefix below ``folder``. Raises ValueError where it leads elsewhere, or is no file name."""
     parts = prefix.replace("\\", "/").split("/")
-    names = all(part not in ("", ".", "..") and not re.search(r'[<>:"|?*\x00-\x1f]', part) for part in parts)
+    names = all(map(is_file_name, parts))
     target = os.path.join(folder, *parts) if names else folder
     inside = os.path.realpath(folder)
-    if not names or os.path.commonpath([inside, os.path.realpath(os.path.dirname(target))]) != inside:
+    if not names or not is_inside(os.path.realpath(os.path.dirname(target)), inside):
         raise ValueError(f"SLA2 Save Router: filename_prefix must be a name inside models/{FOLDER}, got {prefix!r}.")
     return target
+
+
+def is_inside(path, folder):
+    # on Windows another drive has no common path at all
+    return os.path.splitdrive(path)[0] == os.path.splitdrive(folder)[0] and os.path.commonpath([folder, path]) == folder
+
+
+def is_file_name(part):
+    """A name that every system takes: a folder of models is often shared by several."""
+    if part in ("", ".", "..") or re.search(r'[<>:"|?*\x00-\x1f\ud800-\udfff]', part) or part[-1] in ". ":
+        return False
+    return not re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)", part.split(".")[0].strip(), re.IGNORECASE)
 
 
 def next_number(directory, stem):

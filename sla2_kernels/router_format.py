@@ -15,6 +15,7 @@ FORMAT_VERSION = 1
 TOKEN_ORDERS = ("raster",)
 KINDS = ("proj_q", "proj_k", "alpha_logits")
 MAX_HEADER_BYTES = 4 * 2**20
+MAX_FILE_BYTES = 4 * 2**30  # ten times what 50 layers of 56 heads of head_dim 128 need
 MAX_COUNT = 4096  # layers, heads and head_dim: generous for any model, small enough to be harmless
 
 
@@ -47,6 +48,7 @@ def read_header(file, size):
         raise RouterFileError("it must be safetensors, but its header is not a table of tensors.")
     facts, listed = _parse_metadata(header.pop("__metadata__", None))
     _check_names(header, listed, facts["num_layers"])
+    last = 0
     for name, entry in header.items():
         dtype, shape, end = _entry(name, entry)
         check_tensor(name, dtype, shape, facts["num_heads"], facts["head_dim"], len(facts["sparsities"]))
@@ -54,6 +56,13 @@ def read_header(file, size):
             raise RouterFileError(
                 f"it is cut short: tensor {name} must end at byte {8 + length + end}, but the file has {size} bytes."
             )
+        last = max(last, end)
+    if size != 8 + length + last:
+        raise RouterFileError(f"it must end with its last tensor at byte {8 + length + last}, but has {size} bytes.")
+    if size > MAX_FILE_BYTES:
+        raise RouterFileError(
+            f"it must have at most {MAX_FILE_BYTES} bytes, which any router keeps to, but has {size}."
+        )
     return facts, header.keys()
 
 

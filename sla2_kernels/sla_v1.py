@@ -14,7 +14,7 @@ from .attention import sla2_attention
 
 TINY = 1e-5  # added to the linear branch's denominator where these weights were trained
 CHUNK_BYTES = 128 * 2**20
-KEY = re.compile(r"(?:.*\.)?blocks\.(\d+)\.self_attn\.attn_op\.local_attn\.proj_l\.(weight|bias)")
+KEY = re.compile(r"(?:.*\.)?blocks\.(\d{1,4})\.self_attn\.attn_op\.local_attn\.proj_l\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,32 @@ class SLAWeights:
 
 def take_sla_weights(state_dict, source=""):
     """SLAWeights out of a checkpoint's tensors, which are removed from it; ValueError with one sentence where there are none."""
+    where = source or "this checkpoint"
     found = {}
-    for name in [name for name in state_dict if KEY.fullmatch(name)]:
+    for name in [name for name in state_dict if isinstance(name, str) and KEY.fullmatch(name)]:
         layer, kind = KEY.fullmatch(name).groups()
-        found[int(layer), kind] = state_dict.pop(name).float()
-    count = 1 + max((layer for layer, _ in found), default=-1)
+        if (int(layer), kind) in found:
+            raise ValueError(f"{where} holds the SLA {kind} of layer {layer} twice.")
+        found[int(layer), kind] = state_dict.pop(name)
     if not found:
-        raise ValueError(f"{source or 'this checkpoint'} holds no SLA weights (proj_l of the self-attention).")
+        raise ValueError(f"{where} holds no SLA weights (proj_l of the self-attention).")
+    count = len({layer for layer, _ in found})
+    layers = []
     for layer in range(count):
         weight, bias = found.get((layer, "weight")), found.get((layer, "bias"))
-        if weight is None or bias is None or weight.shape != (bias.numel(), bias.numel()):
-            raise ValueError(
-                f"{source or 'this checkpoint'} holds SLA weights, but those of layer {layer} are not complete."
-            )
-    return SLAWeights(tuple((found[layer, "weight"], found[layer, "bias"]) for layer in range(count)), source)
+        if not (_is_floating(weight) and _is_floating(bias)) or weight.shape != (bias.numel(), bias.numel()):
+            raise ValueError(f"{where} holds SLA weights, but those of layer {layer} are not complete.")
+        weight, bias = weight.float(), bias.float().flatten()
+        if weight.shape != (layers or [(weight, bias)])[0][0].shape:
+            raise ValueError(f"{where} holds SLA weights of another head_dim in layer {layer} than in layer 0.")
+        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise ValueError(f"{where} holds NaN or infinity in the SLA weights of layer {layer}.")
+        layers.append((weight, bias))
+    return SLAWeights(tuple(layers), source)
+
+
+def _is_floating(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > 0
 
 
 def linear_over_all_keys(q, k, v):

@@ -7,6 +7,7 @@ whatever is wrong with it becomes a RouterFileError: one sentence with the file,
 import json
 import os
 import secrets
+import stat
 from dataclasses import dataclass, field, fields
 
 import safetensors.torch
@@ -182,6 +183,9 @@ def load_router(path):
     """
     path = os.fspath(path)
     try:
+        # opening a pipe would wait for somebody to write into it
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise RouterFileError("it cannot be read: it must be a file, but it is a folder, a pipe or a device.")
         with open(path, "rb") as file:
             facts, names = read_header(file, os.fstat(file.fileno()).st_size)
             file.seek(0)
