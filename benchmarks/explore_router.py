@@ -15,20 +15,21 @@ import torch
 
 from sla2_training import TrainerOptions
 from sla2_training.explore import load_captures, run_studies, save_captures
+from sla2_training.explore.captures import FILES
 from sla2_training.explore.studies import STUDIES
 
 from .miniature_model import Miniature
 
-FILES = "train.safetensors", "held_out.safetensors"
-
 
 def sampled(args):
     """(captures to train on, held-out ones) of dense sampling runs: other captions, other seeds."""
-    miniature = Miniature.tiny(args.device) if args.tiny else Miniature.load(
-        args.weights, args.device, steps=args.sampling_steps, bf16=args.bf16
+    miniature = (
+        Miniature.tiny(args.device)
+        if args.tiny
+        else Miniature.load(args.weights, args.device, steps=args.sampling_steps, bf16=args.bf16)
     )
     train = miniature.record("train", prompts=args.videos, per_video=args.keep)
-    return train, miniature.record("held out", prompts=args.held_out, per_video=args.keep)
+    return train, miniature.record("held out", prompts=args.held_out, per_video=args.keep_held_out or args.keep)
 
 
 def main(argv=None):
@@ -39,7 +40,9 @@ def main(argv=None):
     parser.add_argument("--keep", type=int, default=4, help="model calls kept of each sampling")
     parser.add_argument("--videos", type=int, default=6, help="captions to train on")
     parser.add_argument("--held-out", type=int, default=2, help="held-out captions to measure on")
+    parser.add_argument("--keep-held-out", type=int, help="the same of the held-out ones; as --keep where left out")
     parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--keep-captures", type=Path, help="folder for the captures")
     parser.add_argument("--captures", type=Path, help="folder of captures kept before, instead of sampling")
     parser.add_argument("--layers", help="explore these layers only, such as 0,3,5")
@@ -47,7 +50,9 @@ def main(argv=None):
     parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per step and head")
     parser.add_argument("--sparsities", default="0.97,0.95,0.90")
     parser.add_argument("--studies", default=",".join(STUDIES))
-    parser.add_argument("--frozen", action="store_true", help="draw each capture's query blocks once: faster, more memory")
+    parser.add_argument(
+        "--frozen", action="store_true", help="draw each capture's query blocks once: faster, more memory"
+    )
     parser.add_argument("--tiny", action="store_true", help="a random miniature of a few tokens: tries this script")
     args = parser.parse_args(argv)
     if args.captures:

@@ -21,7 +21,7 @@ SEED = 4000
 class Miniature:
     """size: (frames, height, width) of its videos. steps: of sampling. levels: noise levels of the validation loss.
 
-    bf16: run and record in bfloat16, as ComfyUI runs the model.
+    bf16: run and record in bfloat16, as ComfyUI runs the model. cfg: guidance scale, 1 turns guidance off.
     """
 
     model: WanModel
@@ -31,13 +31,14 @@ class Miniature:
     device: torch.device
     levels: int = 8
     bf16: bool = False
+    cfg: float = 3.0
 
     @classmethod
-    def load(cls, folder, device, *, steps=20, levels=8, bf16=False):
+    def load(cls, folder, device, *, steps=20, levels=8, bf16=False, cfg=3.0):
         """The trained model at its evaluated size."""
         model, vae = load_models(Path(folder) if folder else WEIGHTS, device)
         bf16 = bf16 or torch.device(device).type != "cpu"
-        return cls(model, vae, (81, 320, 320), steps, torch.device(device), levels, bf16)
+        return cls(model, vae, (81, 320, 320), steps, torch.device(device), levels, bf16, cfg)
 
     @classmethod
     def tiny(cls, device):
@@ -58,9 +59,11 @@ class Miniature:
         split: "train" or "held out" captions. With guidance every other call has the empty caption; both are met.
         """
         _, _, frames, height, width = self.latent_shape
-        calls = 2 * self.steps
-        # an odd stride meets both halves of guidance
-        every = max(1, calls // per_video) | 1
+        guided = self.cfg != 1
+        every = max(1, self.steps * (2 if guided else 1) // per_video)
+        if guided:
+            # an odd stride meets both halves of guidance
+            every |= 1
         dtype = torch.bfloat16 if self.bf16 else None
         recorder = Recorder((frames, height // 2, width // 2), every=every, dtype=dtype)
         seed = SEED if split == "train" else 2 * SEED
@@ -79,8 +82,8 @@ class Miniature:
     def _sample(self, caption, seed, attention):
         with self._autocast():
             return sample_latents(
-                self.model, embed(caption), shape=self.latent_shape, seed=seed, steps=self.steps, device=self.device,
-                attention=attention,
+                self.model, embed(caption), shape=self.latent_shape, seed=seed, steps=self.steps, cfg=self.cfg,
+                device=self.device, attention=attention,
             )  # fmt: skip
 
     def validation_loss(self, attention, clips):

@@ -46,7 +46,7 @@ def main(argv=None):
         miniature = Miniature.tiny(args.device)
     elif args.miniature or not args.captures:
         miniature = Miniature.load(
-            args.weights, args.device, steps=args.sampling_steps, levels=args.levels, bf16=args.bf16
+            args.weights, args.device, steps=args.sampling_steps, levels=args.levels, bf16=args.bf16, cfg=args.cfg
         )
     if args.captures:
         train, held_out = (load_captures(path, args.device) for path in (args.train_captures, args.captures))
@@ -129,12 +129,17 @@ def parse(argv=None):
     parser.add_argument("--captures-per-video", type=int, default=4, help="model calls kept of each sampled video")
     parser.add_argument("--fit-captures", type=int, default=8, help="captures per layer that the rivals are fitted to")
     parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--levels", type=int, default=8, help="noise levels of the validation loss")
-    parser.add_argument("--loss-clips", type=int, help="clips of the validation loss; as many as prompts where left out")
+    parser.add_argument(
+        "--loss-clips", type=int, help="clips of the validation loss; as many as prompts where left out"
+    )
     parser.add_argument("--video-sparsities", type=numbers, help="sparsities with loss and videos; all where left out")
     parser.add_argument("--video-variants", type=lambda text: text.split(";"), help="starts of names, between ;")
     parser.add_argument("--sheet", type=Path, help="a JPEG: frames of dense, untrained and stage 1, one row each")
-    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16 on a CPU too (a GPU always does)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="run the model in bfloat16 on a CPU too (a GPU always does)"
+    )
     parser.add_argument("--peers", help="folder with comfy-kitchen, for sol_attn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=results.RESULTS / "quality")

@@ -1,10 +1,12 @@
 """Stage 1 for the miniature: trains its SLA2 router on the live Q, K, V of dense sampling, without ComfyUI.
 
     python -m miniature.train_router --out weights/wan_miniature_router.safetensors
+    python -m miniature.train_router --captures FOLDER --steps 120 --out router.safetensors     on calls that were kept before
     python -m miniature.train_router --tiny --out router.safetensors      a random model of a few tokens, in seconds
 
 Every attention call of every sampling step trains its layer for ``--steps-per-call`` steps, then runs dense. Afterwards
 held-out captions with other seeds are sampled densely and the hard top-k error of every layer is measured, before and after.
+A folder of captures is what benchmarks.explore_router --keep-captures writes: it spares a slow machine the sampling.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from pathlib import Path
 import torch
 
 from sla2_training import RouterTrainer, TrainerOptions
+from sla2_training.explore.captures import FILES, by_layer, load_captures, model_shape
 
 from .captions import embed, split_captions
 from .sample import WEIGHTS, load_models, sample_latents
-from .wan import WanConfig, WanModel, dense_attention
+from .wan import HEAD_DIM, WanConfig, WanModel, dense_attention
 
 FAMILY = "wan"
 TRAIN_SEED, HELD_OUT_SEED = 7000, 9000
@@ -55,19 +58,17 @@ def sample_all(model, captions, first_seed, attention, args):
         yield number, caption
 
 
-def train(model, args):
-    """A RouterTrainer that was trained on training captions and measured on held-out ones."""
+def make_trainer(shape, args):
+    """A RouterTrainer for (layers, heads, head_dim)."""
+    options = TrainerOptions(seed=args.seed, steps_per_observation=args.steps_per_call, query_blocks=args.query_blocks)
+    return RouterTrainer(FAMILY, *shape, sparsities=args.sparsities, options=options)
+
+
+def train_live(model, args):
+    """A RouterTrainer that was trained on training captions and measured on held-out ones, while they were sampled."""
     config = model.config
-    trainer = RouterTrainer(
-        FAMILY,
-        config.num_layers,
-        config.num_heads,
-        config.dim // config.num_heads,
-        sparsities=args.sparsities,
-        options=TrainerOptions(seed=args.seed, steps_per_observation=args.steps_per_call),
-    )
+    trainer = make_trainer((config.num_layers, config.num_heads, HEAD_DIM), args)
     train_captions, held_out_captions = split_captions()
-    start = time.perf_counter()
 
     def observe(layer, q, k, v):
         trainer.observe(layer, q, k, v, layout="BNHD")
@@ -77,20 +78,41 @@ def train(model, args):
 
     learning = EveryNth(observe, args.train_every)
     for number, caption in sample_all(model, spread(train_captions, args.videos), TRAIN_SEED, learning, args):
-        loss = " ".join(f"{losses[-1]:.4f}" for _, losses in sorted(trainer.losses.items()))
-        steps = max(trainer.steps.values())
-        print(f"{time.perf_counter() - start:.0f} s, video {number + 1}, {steps} steps: {caption}: loss {loss}", flush=True)
+        say_losses(trainer, f"video {number + 1}, {caption}")
     measuring = EveryNth(evaluate, args.evaluate_every)
     for _ in sample_all(model, spread(held_out_captions, args.held_out), HELD_OUT_SEED, measuring, args):
         pass
-    print(f"{time.perf_counter() - start:.0f} s in all, held-out captions measured")
     return trainer
+
+
+def train_on_captures(args):
+    """A RouterTrainer that was trained and measured on captures, ``args.steps`` steps per layer with new query blocks each."""
+    train, held_out = (load_captures(args.captures / name, args.device) for name in FILES)
+    trainer = make_trainer(model_shape(train), args)
+    layers = by_layer(train)
+    for step in range(args.steps):
+        for layer, captures in layers.items():
+            capture = captures[step % len(captures)]
+            trainer.observe(layer, capture.q, capture.k, capture.v, steps=1)
+        if step % 10 == 9:
+            say_losses(trainer, "captures")
+    for capture in held_out:
+        trainer.evaluate(capture.layer, capture.q, capture.k, capture.v)
+    return trainer
+
+
+def say_losses(trainer, where):
+    loss = " ".join(f"{losses[-1]:.4f}" for _, losses in sorted(trainer.losses.items()))
+    print(f"{max(trainer.steps.values())} steps, {where}: loss by layer {loss}", flush=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the miniature's weights")
     parser.add_argument("--out", type=Path, required=True, help="the router file to write")
+    parser.add_argument("--captures", type=Path, help="folder of captures to train on, instead of sampling")
+    parser.add_argument("--steps", type=int, default=200, help="optimisation steps per layer on captures")
+    parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per head and step")
     parser.add_argument("--sparsities", default="0.97,0.95,0.90")
     parser.add_argument("--videos", type=int, default=5, help="training captions, one video each")
     parser.add_argument("--held-out", type=int, default=2, help="held-out captions to measure on, one video each")
@@ -107,16 +129,19 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="a random model of a few tokens: tries the code")
     args = parser.parse_args(argv)
     args.sparsities = tuple(float(s) for s in args.sparsities.split(","))
-    if args.tiny:
-        torch.manual_seed(0)
-        model = WanModel(WanConfig(dim=128, ffn_dim=128, num_layers=2)).to(args.device).eval()
-        args.frames, args.size, args.sampling_steps, args.videos, args.held_out = 17, 128, 2, 1, 1
-    else:
-        model = load_models(args.weights, args.device)[0]
-    trainer = train(model, args)
+    start = time.perf_counter()
+    trainer = train_on_captures(args) if args.captures else train_live(_model(args), args)
     trainer.router().save(args.out)
     print(trainer.report().text())
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s in all")
+
+
+def _model(args):
+    if not args.tiny:
+        return load_models(args.weights, args.device)[0]
+    torch.manual_seed(0)
+    args.frames, args.size, args.sampling_steps, args.videos, args.held_out = 17, 128, 2, 1, 1
+    return WanModel(WanConfig(dim=128, ffn_dim=128, num_layers=2)).to(args.device).eval()
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ class RouterTrainer:
     def router(self):
         """The RouterWeights as trained so far; layers never seen stay as they were at the start."""
         layers = tuple(
-            self.layer_state(i).weights() if i in self.states else self._start_layer(i) for i in range(self.start.num_layers)
+            self.layer_state(i).weights() if i in self.states else self._start_layer(i)
+            for i in range(self.start.num_layers)
         )
         return RouterWeights(
             layers,

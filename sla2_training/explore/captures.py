@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..synthetic import SyntheticLayer
 
+FILES = "train.safetensors", "held_out.safetensors"  # of a folder of captures
+
 
 @dataclass(frozen=True)
 class Capture:

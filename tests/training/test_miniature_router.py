@@ -1,0 +1,45 @@
+"""The miniature's router: the script that trains it, live and on kept captures, and the file that is shipped."""
+
+import pytest
+import torch
+
+from benchmarks import explore_router
+from miniature import train_router
+from miniature.sample import WEIGHTS
+from sla2_kernels import load_router
+
+SHIPPED = WEIGHTS / "wan_miniature_router.safetensors"
+
+
+def test_live_training_writes_a_router_and_its_errors(tmp_path, capsys):
+    out = tmp_path / "router.safetensors"
+    train_router.main(["--tiny", "--sparsities", "0.6,0.4", "--out", str(out), "--device", "cpu"])
+    router = load_router(out)
+    router.require_model(model_family="wan", num_layers=2, num_heads=1, head_dim=128)
+    assert router.sparsities == (0.6, 0.4)
+    assert not torch.equal(router.layers[1].proj_q[0], torch.eye(128))
+    assert "skips 60%" in capsys.readouterr().out
+
+
+def test_captures_are_kept_explored_and_trained_on(tmp_path, capsys):
+    tiny = ["--tiny", "--device", "cpu", "--videos", "1", "--held-out", "1", "--keep", "2", "--query-blocks", "2"]
+    studies = ["--studies", "ratios", "--steps", "2", "--sparsities", "0.6", "--frozen"]
+    explore_router.main([*tiny, *studies, "--keep-captures", str(tmp_path)])
+    first = capsys.readouterr().out
+    explore_router.main(["--captures", str(tmp_path), "--device", "cpu", "--query-blocks", "2", *studies])
+    assert capsys.readouterr().out == first
+    assert "best per row (bound)" in first
+    out = tmp_path / "router.safetensors"
+    train_router.main(["--captures", str(tmp_path), "--steps", "2", "--sparsities", "0.6", "--out", str(out)])
+    load_router(out).require_model(model_family="wan", num_layers=2, num_heads=1, head_dim=128)
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="the Registry's archive leaves the weights out")
+def test_the_shipped_router_is_the_miniatures_and_was_trained():
+    router = load_router(SHIPPED)
+    router.require_model(model_family="wan", num_layers=6, num_heads=2, head_dim=128)
+    assert router.sparsities == (0.97, 0.95, 0.9)
+    for index, layer in enumerate(router.layers):
+        assert not torch.equal(layer.proj_q, torch.eye(128).expand_as(layer.proj_q))
+        ratio = router.ratio(index, 0.97)
+        assert ((ratio > 0) & (ratio < 1)).all()
