@@ -22,6 +22,7 @@ from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from .sparse_failure import attempt, check_output, not_attempted_reason
 from .text_mask import HAS_MASK, live_keys
 from .video_tokens import DENSE_BY_NATURE, VideoSpan
 
@@ -185,8 +186,11 @@ class AttentionHook:
             if reason is None:
                 precision = self._precision(request.q.device)
                 reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], precision)
+            reason = reason or not_attempted_reason(call, layer)
             if reason is None:
-                return self._sparse(call.run, layer, request, exact, sparsity, precision, below, args, kwargs)
+                out, reason = self._sparse(call, layer, request, exact, sparsity, precision, below, args, kwargs)
+                if reason is None:
+                    return out
             if self.settings.stop_on_unsupported and reason not in DENSE_BY_NATURE:
                 raise UnsupportedCall(f"SLA2 stopped in layer {layer}: {reason} (on_unsupported is set to stop).")
             self._say(call.run, layer, reason)
@@ -227,23 +231,28 @@ class AttentionHook:
     def is_inside(self):
         return getattr(self._inside, "value", False)
 
-    def _sparse(self, run, layer, request, exact, sparsity, precision, below, args, kwargs):
-        weights = self.weights.on_device(layer, request.q.device, sparsity)
-        part = video_part(request, exact)
-        if run.maps is not None:
-            run.maps.see(layer, part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity, part.layout)
+    def _sparse(self, call, layer, request, exact, sparsity, precision, below, args, kwargs):
+        """(output, None), or (None, one sentence) where it failed and dense attention has to do."""
+        run, part, device = call.run, video_part(request, exact), request.q.device
+
+        def compute():
+            weights = self.weights.on_device(layer, device, sparsity)
+            if run.maps is not None:
+                run.maps.see(layer, part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity, part.layout)
+            with run.timed(layer, "sparse", device):
+                return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
             return self.inside(below, new_args, new_kwargs)
 
-        with run.timed(layer, "sparse", request.q.device):
-            out, ratio, kept, blocks = sparse_video(
-                part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale
-            )
-            out = with_dense_rows(out, request, exact, dense_rows)
+        result, reason = attempt(call, layer, device, compute)
+        reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
+        if reason is not None:
+            return None, reason
+        out, ratio, kept, blocks = result
         run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
-        return out
+        return with_dense_rows(out, request, exact, dense_rows), None
 
     def _precision(self, device):
         return default_precision(device) if self.settings.bit_width == "auto" else self.settings.bit_width

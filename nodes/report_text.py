@@ -48,6 +48,7 @@ def layer_data(layer, record):
         "dense": dense,
         "sparsity": record.sparsity,
         "ratio_range": None if record.ratio_range is None else [finite(bound) for bound in record.ratio_range],
+        "not_finite": record.not_finite,
         "milliseconds": dict(record.milliseconds),
     }
 
@@ -117,6 +118,8 @@ def _layer_line(row):
     if row["ratio_range"] is not None:
         low, high = ("not finite" if bound is None else f"{bound:.3f}" for bound in row["ratio_range"])
         parts.append(f"ratio {low} to {high}")
+    if row["not_finite"]:
+        parts.append(f"{row['not_finite']} outputs with NaN or infinity")
     parts += [f"{count} dense ({reason})" for reason, count in row["dense"].items()]
     parts += [f"{value:.3f} ms per {kind} call" for kind, value in row["milliseconds"].items()]
     return ", ".join(parts)

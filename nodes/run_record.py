@@ -24,8 +24,10 @@ class LayerRecord:
         self.kept_blocks = 0
         self.all_blocks = 0
         self.ratio_range = None
+        self.not_finite = 0
         self.milliseconds = {}
         self.ratio_bounds = {}
+        self.bad_outputs = {}
         self.events = defaultdict(list)
         self.clocked = defaultdict(list)
 
@@ -53,6 +55,7 @@ class RunRecord:
         self.model_calls = 0
         self.answered_calls = 0
         self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
+        self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
         self.precisions = set()
         self.notes = {}
         self.failure = None
@@ -118,6 +121,22 @@ class RunRecord:
                 bounds = torch.stack((torch.minimum(seen[0], bounds[0]), torch.maximum(seen[1], bounds[1])))
             record.ratio_bounds[ratio.device] = bounds
 
+    def count_output(self, layer, out):
+        """Counts a sparse output that holds NaN or infinity, on its device; True where it is the layer's first one and does."""
+        bad = ~torch.stack(torch.aminmax(out.detach())).isfinite().all()
+        with self.lock:
+            counts = self.layers[layer].bad_outputs
+            first = not counts
+            known = counts.get(out.device)
+            counts[out.device] = bad.long() if known is None else known + bad
+        if not first or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        found = bool(bad)
+        if found:
+            with self.lock:
+                self.layers[layer].bad_outputs.clear()  # it is not used: it counts as a dense call
+        return found
+
     @contextlib.contextmanager
     def timed(self, layer, kind, device):
         """Measures one call: with a pair of CUDA events, on a CPU by the clock; not while a CUDA graph is captured."""
@@ -168,15 +187,26 @@ class RunRecord:
             if failure is None:
                 _collect(record)
             record.ratio_bounds.clear()
+            record.bad_outputs.clear()
             record.events.clear()
             record.clocked.clear()
+        self._note_bad_outputs()
         if self.maps is not None:
             self.maps.close()
         if failure is None and output is not None:
             self.latent_sample = sample_of(output)
 
+    def _note_bad_outputs(self):
+        bad = {layer: record.not_finite for layer, record in sorted(self.layers.items()) if record.not_finite}
+        if bad:
+            calls = ", ".join(f"{count} in layer {layer}" for layer, count in bad.items())
+            self.note(
+                f"sparse outputs with NaN or infinity: {calls}; try bit_width 16bit, or these layers in dense_layers"
+            )
+
 
 def _collect(record):
+    record.not_finite = sum(int(count) for count in record.bad_outputs.values())
     if record.ratio_bounds:
         bounds = torch.stack([bounds.cpu() for bounds in record.ratio_bounds.values()])
         record.ratio_range = (bounds[:, 0].min().item(), bounds[:, 1].max().item())

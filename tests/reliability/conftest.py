@@ -1,9 +1,45 @@
 """The pack's file nodes without a ComfyUI: three of its modules stood in for, so that faults can be put below them."""
 
+import importlib.util
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+NODES = Path(__file__).resolve().parents[1] / "nodes" / "conftest.py"
+
+
+def _fixtures_of(path):
+    spec = importlib.util.spec_from_file_location("nodes_fixtures", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench, qkv = (getattr(_fixtures_of(NODES), name) for name in ("bench", "qkv"))
+
+
+@pytest.fixture
+def in_a_small_disk():
+    """in_a_small_disk(folder, options, command) runs a command that sees a file system of its own mounted on ``folder``."""
+
+    def run(folder, options, command):
+        unshare = shutil.which("unshare")
+        script = f'mount -t tmpfs -o "{options}" tmpfs "$0" || exit 77; exec "$@"'
+        if unshare is None:
+            pytest.skip("this system has no unshare")
+        done = subprocess.run(
+            [unshare, "--map-root-user", "--mount", "sh", "-c", script, str(folder), *command],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        if done.returncode == 77 or "unshare" in done.stderr[:10]:
+            pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
+        return done
+
+    return run
 
 
 class Anything:

@@ -1,0 +1,278 @@
+"""A sparse call that fails while it runs is made good by dense attention, counted and said; anything else is raised as it came."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+HEADS = 2
+NAN = float("nan")
+
+
+@pytest.fixture
+def failure(pack_module):
+    return pack_module("nodes.sparse_failure")
+
+
+@pytest.fixture
+def run_of(bench):
+    """A bench in a run, and a function that ends the run and returns its report data and text."""
+
+    def begin(**settings):
+        b = bench(**settings)
+        b.hook.begin_run()
+        b.model_call()
+        return b
+
+    return begin
+
+
+@pytest.fixture
+def end(pack_module):
+    def end(b):
+        report = pack_module("nodes.report_text")
+        b.hook.end_run()
+        run = b.hook.runs.finished()[-1]
+        data = report.report_data(b.hook, run)
+        assert json.loads(json.dumps(data, allow_nan=False)) == data
+        return data, report.report_text(b.hook, run)
+
+    return end
+
+
+def spoilt(qkv, which, value=NAN):
+    changed = [tensor.clone() for tensor in qkv]
+    changed[which][0, 7, 3] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_a_layer_whose_first_sparse_output_is_not_finite_runs_dense_for_the_run(
+    run_of, end, failure, qkv, which, value
+):
+    b, bad = run_of(), spoilt(qkv, which, value)
+    dense = b.attention(*bad, heads=HEADS)
+    # an infinite key is one that all queries with a matching sign attend: dense attention may be finite, and is what counts
+    assert torch.equal(b.attend(*bad, heads=HEADS, layer=2), dense) or dense.isnan().any()
+    assert torch.equal(b.attend(*qkv, heads=HEADS, layer=2), b.attention(*qkv, heads=HEADS))
+    b.attend(*qkv, heads=HEADS, layer=1)
+    data, text = end(b)
+    assert [(row["layer"], row["sparse"], row["dense"]) for row in data["layers"]] == [
+        (1, 1, {}),
+        (2, 0, {failure.NOT_FINITE: 2}),
+    ]
+    (note,) = data["notes"]
+    assert note.startswith("layer 2: sparse attention gave NaN or infinity (its inputs held them already)")
+    assert note in text
+    # the next run tries again
+    b.hook.begin_run()
+    b.model_call()
+    b.attend(*qkv, heads=HEADS, layer=2)
+    assert b.run.layers[2].sparse == 1
+
+
+def test_nan_that_sparse_attention_makes_itself_is_told_from_nan_that_came_in(
+    run_of, end, qkv, pack_module, monkeypatch
+):
+    def broken(part, *args, **kwargs):
+        out, *rest = sparse_video(part, *args, **kwargs)
+        out[0, 0, 0, 0] = NAN
+        return out, *rest
+
+    hook = pack_module("nodes.attention_hook")
+    sparse_video = hook.sparse_video
+    monkeypatch.setattr(hook, "sparse_video", broken)
+    b = run_of()
+    assert torch.equal(b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS))
+    data, _ = end(b)
+    assert "(its inputs were finite)" in data["notes"][0]
+
+
+def test_later_nan_is_counted_without_waiting_and_reported_after_the_run(run_of, end, qkv, monkeypatch):
+    b = run_of()
+    b.attend(*qkv, heads=HEADS)
+
+    def read(*_):
+        raise AssertionError("the device was waited for")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "cpu", "tolist", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, read)
+        for _ in range(3):
+            out = b.attend(*spoilt(qkv, 2), heads=HEADS)
+        b.attend(*qkv, heads=HEADS)
+    assert out.isnan().any()
+    data, text = end(b)
+    (row,) = data["layers"]
+    assert (row["sparse"], row["not_finite"], row["dense"]) == (5, 3, {})
+    assert any("3 in layer 0" in note for note in data["notes"]) and "3 outputs with NaN or infinity" in text
+
+
+def test_a_run_without_nan_says_nothing_of_it(run_of, end, qkv):
+    b = run_of()
+    b.attend(*qkv, heads=HEADS)
+    data, text = end(b)
+    assert data["notes"] == [] and data["layers"][0]["not_finite"] == 0 and "NaN" not in text
+
+
+def failing_with(monkeypatch, pack_module, error, times=10**9):
+    """sparse_video raises; the list of its attempts."""
+    hook, attempts = pack_module("nodes.attention_hook"), []
+    sparse_video = hook.sparse_video
+
+    def fail(*args, **kwargs):
+        attempts.append(1)
+        if len(attempts) > times:
+            return sparse_video(*args, **kwargs)
+        raise error() if isinstance(error, type) else error
+
+    monkeypatch.setattr(hook, "sparse_video", fail)
+    return attempts
+
+
+MEMORY = {
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "driver": RuntimeError("CUDA error: out of memory"),
+    "host": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to"
+    ),
+    "Windows host": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
+}
+
+
+@pytest.mark.parametrize("error", MEMORY.values(), ids=MEMORY)
+def test_out_of_memory_runs_dense_for_the_rest_of_the_step(
+    run_of, end, failure, qkv, error, monkeypatch, pack_module, caplog
+):
+    attempts = failing_with(monkeypatch, pack_module, error, times=1)
+    b = run_of()
+    dense = b.attention(*qkv, heads=HEADS)
+    for layer in range(3):
+        assert torch.equal(b.attend(*qkv, heads=HEADS, layer=layer), dense)
+    assert len(attempts) == 1
+    b.model_call()
+    b.attend(*qkv, heads=HEADS, layer=0)
+    data, _ = end(b)
+    assert [row["dense"] for row in data["layers"]] == [{failure.OUT_OF_MEMORY: 1}] * 3
+    assert data["sparse_calls"] == 1
+    assert len([record for record in caplog.records if "memory ran out" in record.getMessage()]) == 1
+
+
+def test_an_allocation_that_really_fails(run_of, end, failure, qkv, monkeypatch, pack_module):
+    b = run_of()
+    dense = b.attention(*qkv, heads=HEADS)
+    monkeypatch.setattr(pack_module("nodes.attention_hook"), "sparse_video", lambda *a, **k: torch.empty(2**60))
+    assert torch.equal(b.attend(*qkv, heads=HEADS), dense)
+    data, _ = end(b)
+    assert data["layers"][0]["dense"] == {failure.OUT_OF_MEMORY: 1}
+
+
+def test_what_the_failed_attempt_held_is_free_before_dense_attention_runs(run_of, qkv, monkeypatch, pack_module):
+    held = []
+
+    def hold(*_, **__):
+        workspace = torch.empty(1000)
+        held.append(weakref.ref(workspace))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def below(func, *args, **kwargs):
+        assert held and held[0]() is None
+        return func(*args, **kwargs)
+
+    monkeypatch.setattr(pack_module("nodes.attention_hook"), "sparse_video", hold)
+    b = run_of()
+    b.override = b.hook_module.make_override(b.hook, below)
+    b.model_call()
+    b.attend(*qkv, heads=HEADS)
+    assert len(held) == 1
+
+
+TritonError = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+KERNELS = {
+    "read-only cache": PermissionError(13, "Permission denied", "/root/.triton/cache"),
+    "full disk": OSError(28, "No space left on device"),
+    "no compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    "no headers": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    "no gcc": FileNotFoundError(2, "No such file or directory", "gcc"),
+    "shared memory": TritonError("out of resource: shared memory, Required: 200000, Hardware limit: 101376."),
+}
+
+
+@pytest.mark.parametrize("error", KERNELS.values(), ids=KERNELS)
+def test_a_kernel_that_cannot_be_built_runs_every_layer_dense(
+    run_of, end, failure, qkv, error, monkeypatch, pack_module
+):
+    attempts = failing_with(monkeypatch, pack_module, error)
+    b = run_of()
+    dense = b.attention(*qkv, heads=HEADS)
+    for layer in (0, 1, 0):
+        assert torch.equal(b.attend(*qkv, heads=HEADS, layer=layer), dense)
+    data, _ = end(b)
+    assert len(attempts) == 1 and data["sparse_calls"] == 0
+    assert [row["dense"] for row in data["layers"]] == [{failure.NO_KERNEL: 2}, {failure.NO_KERNEL: 1}]
+    assert len(data["notes"]) == 1 and type(error).__name__ in data["notes"][0]
+    assert str(error).splitlines()[0][:60] in data["notes"][0]
+
+
+CACHES = {"a file in its way": None, "read-only file system": "ro", "full disk": "size=4k"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("mount", CACHES.values(), ids=CACHES)
+def test_triton_cannot_write_its_cache(failure, tmp_path, mount, in_a_small_disk):
+    """The real Triton compiling for a card, its cache where it cannot write: one of the failures that run dense."""
+    script = Path(__file__).with_name("compile_one_kernel.py")
+    command = [sys.executable, str(script), str(tmp_path / "cache" / "below"), failure.__file__]
+    if mount is None:
+        (tmp_path / "cache").touch()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    else:
+        (tmp_path / "cache").mkdir()
+        done = in_a_small_disk(tmp_path / "cache", mount, command)
+    assert done.stdout.split()[0] == "True", done
+
+
+class Interrupted(BaseException):
+    """As comfy.model_management.InterruptProcessingException."""
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError, AssertionError, Interrupted, KeyboardInterrupt])
+def test_any_other_error_is_raised_as_it_came(run_of, qkv, error, monkeypatch, pack_module):
+    failing_with(monkeypatch, pack_module, error)
+    b = run_of()
+    with pytest.raises(error):
+        b.attend(*qkv, heads=HEADS)
+    assert not b.hook.is_inside and not b.run.failed_layers
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), PermissionError(13, "Permission denied")]
+)
+def test_with_stop_the_failure_stops(run_of, qkv, error, monkeypatch, pack_module):
+    failing_with(monkeypatch, pack_module, error)
+    with pytest.raises(RuntimeError, match="SLA2 stopped in layer 0"):
+        run_of(stop_on_unsupported=True).attend(*qkv, heads=HEADS)
+
+
+@pytest.mark.parametrize("error", [OSError, torch.OutOfMemoryError])
+def test_an_error_of_the_chain_below_is_its_own(bench, qkv, error):
+    """Dense rows go down the chain: what fails there is no failure of ours, and is not tried twice."""
+    calls = []
+
+    def below(func, *args, **kwargs):
+        calls.append(1)
+        raise error("theirs")
+
+    b = bench(grid=(2, 10, 10), front=100)
+    b.hook.begin_run()
+    b.override = b.hook_module.make_override(b.hook, below)
+    b.model_call()
+    with pytest.raises(error, match="theirs"):
+        b.attend(*qkv, heads=HEADS)
+    assert len(calls) == 1 and not b.run.failed_layers and not b.hook.is_inside
