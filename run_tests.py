@@ -1,6 +1,7 @@
 """Runs the tests in an environment of their own: python run_tests.py
 
-    python run_tests.py            makes .venv-tests (once), installs what the tests need, runs everything
+    python run_tests.py            makes .venv-tests (once), installs what the tests need, runs everything, two processes
+                                   at a time: what a process prints appears when it ends
     python run_tests.py --here     uses the current interpreter and installs nothing
     python run_tests.py ARGS       hands ARGS to one pytest process, e.g. tests/nodes -k report
 
@@ -16,15 +17,17 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET  # noqa: S405  reads the report that our own pytest just wrote
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tooling.audit import audit
-from tooling.comfyui import find_comfyui, install_comfyui
+from tooling.comfyui import find_comfyui, install_comfyui, install_manager
 from tooling.environment import Environment, SetupError, say
+from tooling.side_by_side import Part, at_once, run_side_by_side
 
 ROOT = Path(__file__).resolve().parent
 RUFF = "ruff==0.17.*"  # its formatting is tested, and changes with its minor version
-PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "Pillow", RUFF]
+PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow", RUFF]
 OLDEST_TRITON = "3.2.0"
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
@@ -41,6 +44,7 @@ def prepare(environment, comfyui):
         environment.install("Triton", ["triton>=3.2"])
     if comfyui is not None:
         install_comfyui(environment, comfyui)
+        install_manager(environment, comfyui)
     if WEB.is_dir() and any(map(shutil.which, CHROMIUM)):
         environment.install("Playwright", ["playwright"])
 
@@ -101,47 +105,91 @@ class Counts:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def run_pytest(environment, counts, title, arguments, **variables):
-    """(tests that ran, tests left out) of one pytest process."""
-    say(f"\n== {title}")
-    settings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
+@dataclass(frozen=True)
+class Suite:
+    """Tests for one pytest process. kernels: how they run them, for suites whose absence is a failure."""
+
+    title: str
+    arguments: list
+    variables: dict = field(default_factory=dict)
+    kernels: str | None = None
+
+
+def suites(old_triton):
+    """Triton's interpreter, and another Triton, need processes of their own; the longest suites come first."""
+    others = [str(ROOT / "tests"), f"--ignore={INTERPRETER}", f"--ignore={COMPILE}"]
+    yield Suite("What needs ComfyUI", [*others, "-m", "comfyui"])
+    yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
+    if old_triton is not None:
+        path = os.pathsep.join(filter(None, (str(old_triton), os.environ.get("PYTHONPATH"))))
+        yield kernel_suite(COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
+    yield kernel_suite(COMPILE, "compiled with the installed Triton")
+    yield Suite("Everything else", [*others, "-m", "not comfyui"])
+
+
+def kernel_suite(folder, kernels, **variables):
+    return Suite(f"Kernels {kernels}", [str(folder)] if folder.is_dir() else [], variables, kernels)
+
+
+def run_suites(environment, counts, chosen, limit):
+    """Runs them ``limit`` at a time; sentences on kernel tests that did not run."""
+    chosen = list(chosen)
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [environment.python, "-m", "pytest", f"--junitxml={report}", *arguments]
-        status = subprocess.run(command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, check=False).returncode
-        return counts.add(report, status)
+        reports = {suite.title: Path(folder) / f"{number}.xml" for number, suite in enumerate(chosen)}
+        parts = [
+            Part(
+                suite.title,
+                pytest_command(
+                    environment, reports[suite.title], "-p", "no:cacheprovider", "--durations=10", *suite.arguments
+                ),
+                settings(**{"OMP_NUM_THREADS": "1"} if limit > 1 else {}) | suite.variables,
+            )
+            for suite in chosen
+            if suite.arguments
+        ]
+        statuses = dict(zip([part.title for part in parts], run_side_by_side(parts, folder, ROOT, limit), strict=True))
+        ran = {title: counts.add(reports[title], status) for title, status in statuses.items()}
+    notes = [kernel_note(counts, suite, *ran.get(suite.title, (0, 0))) for suite in chosen if suite.kernels]
+    return list(filter(None, notes))
 
 
-def run_kernels(environment, counts, folder, title, **variables):
-    """None, or a loud sentence where the kernel tests of ``folder`` were not run."""
-    where = folder.relative_to(ROOT).as_posix()
-    ran, left_out = (0, 0)
-    if folder.is_dir():
-        ran, left_out = run_pytest(environment, counts, f"Kernels {title}", [str(folder)], **variables)
+def kernel_note(counts, suite, ran, left_out):
+    """None, or a loud sentence where the kernel tests of a suite were not run."""
     if ran:
         return None
     if left_out:
-        return f"!! Kernels were NOT run {title}: all {left_out} tests of {where} were skipped (see above)."
+        return f"!! Kernels were NOT run {suite.kernels}: all {left_out} tests were skipped (see above)."
     # the repository has lost its kernel tests: no reason of the machine's
     counts.broken = True
-    return f"!! Kernels were NOT run {title}: {where} holds no tests."
+    return f"!! Kernels were NOT run {suite.kernels}: there are no tests of them."
+
+
+def settings(**more):
+    """The environment without what only Triton's interpreter is to see; what the user set wins over ``more``."""
+    return more | {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+def pytest_command(environment, report, *arguments):
+    return [environment.python, "-m", "pytest", f"--junitxml={report}", *arguments]
 
 
 def run_all(environment, counts):
-    """One process with Triton's interpreter, one with the oldest Triton, one for the rest; sentences on what did not run."""
-    notes = [run_kernels(environment, counts, INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")]
+    """Every suite, two at a time; sentences on what did not run, and on what pip-audit found."""
     folder, why_not = oldest_triton(environment)
-    if folder is None:
-        notes.append(f"!! Kernels were NOT compiled with Triton {OLDEST_TRITON}: {why_not}.")
-    else:
-        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-        notes.append(
-            run_kernels(environment, counts, COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
-        )
-    run_pytest(environment, counts, "Everything else", ["tests", f"--ignore={INTERPRETER}"])
+    notes = [f"!! Kernels were NOT compiled with Triton {OLDEST_TRITON}: {why_not}."] if folder is None else []
+    notes += run_suites(environment, counts, suites(folder), at_once())
     found, vulnerable = audit(environment)
     counts.broken |= bool(vulnerable)
-    return [*filter(None, notes), found]
+    return [*notes, found]
+
+
+def run_chosen(environment, counts, arguments):
+    """One pytest process with the arguments given."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = pytest_command(environment, report, *arguments)
+        status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
+        counts.add(report, status)
 
 
 def main():
@@ -155,7 +203,7 @@ def main():
         prepare(environment, comfyui)
         counts = Counts()
         if arguments:
-            run_pytest(environment, counts, "Tests", arguments, **_inherited())
+            run_chosen(environment, counts, arguments)
             notes = []
         else:
             notes = run_all(environment, counts)
@@ -171,10 +219,6 @@ def main():
     say(counts.comfyui())
     nothing_ran = not counts.passed and not arguments
     return 1 if counts.failed or counts.broken or nothing_ran else 0
-
-
-def _inherited():
-    return {key: os.environ[key] for key in ("TRITON_INTERPRET",) if key in os.environ}
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def install_comfyui(environment, comfyui):
         _install_torch_companions(environment)
 
 
+def install_manager(environment, comfyui):
+    """The Manager that this ComfyUI names, where it names one: a test lets it install the pack."""
+    wanted = comfyui / "manager_requirements.txt"
+    if wanted.is_file():
+        environment.install("ComfyUI's Manager", wanted.read_text(encoding="utf-8").split())
+
+
 def _install_torch_companions(environment):
     version = environment.ask("import importlib.metadata as m; print(m.version('torch'))")
     minor = int(version.split(".")[1])

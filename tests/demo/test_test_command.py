@@ -49,22 +49,21 @@ def test_comfyui_tests_are_counted_with_the_reasons_why_not(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """An empty repository in place of ours."""
+    """An empty repository in place of ours, whose requirements are not looked at."""
     (tmp_path / "tests").mkdir()
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)
     for name in ("INTERPRETER", "COMPILE"):
         monkeypatch.setattr(run_tests, name, tmp_path / "tests" / "kernels" / name.lower())
+    monkeypatch.setattr(run_tests, "audit", lambda environment: ("audited", []))
     return tmp_path
 
 
-@pytest.mark.parametrize("vulnerable", [None, []])
-def test_lost_kernel_tests_are_loud_and_no_success(repository, monkeypatch, vulnerable):
-    monkeypatch.setattr(run_tests, "audit", lambda environment: ("audited", vulnerable))
+def test_lost_kernel_tests_are_loud_and_no_success(repository):
     counts = run_tests.Counts()
-    notes = run_tests.run_all(Environment(None), counts)
-    assert notes == [
-        "!! Kernels were NOT run in Triton's interpreter: tests/kernels/interpreter holds no tests.",
+    assert run_tests.run_all(Environment(None), counts) == [
         "!! Kernels were NOT compiled with Triton 3.2.0: --here installs nothing.",
+        "!! Kernels were NOT run in Triton's interpreter: there are no tests of them.",
+        "!! Kernels were NOT run compiled with the installed Triton: there are no tests of them.",
         "audited",
     ]
     assert counts.broken
@@ -73,10 +72,10 @@ def test_lost_kernel_tests_are_loud_and_no_success(repository, monkeypatch, vuln
 @pytest.mark.parametrize(
     ("source", "note"),
     [
-        ("", "!! Kernels were NOT run in X: tests/kernels/interpreter holds no tests."),
+        ("", "!! Kernels were NOT run in X: there are no tests of them."),
         (
             "import pytest\npytest.skip('no Triton', allow_module_level=True)",
-            "!! Kernels were NOT run in X: all 1 tests of tests/kernels/interpreter were skipped (see above).",
+            "!! Kernels were NOT run in X: all 1 tests were skipped (see above).",
         ),
         ("import os\ndef test_a(): assert os.environ['TRITON_INTERPRET'] == '1'", None),
     ],
@@ -86,13 +85,28 @@ def test_kernel_tests_that_did_not_run_are_loud(repository, source, note):
     run_tests.INTERPRETER.mkdir(parents=True)
     (run_tests.INTERPRETER / "test_some.py").write_text(source)
     counts = run_tests.Counts()
-    said = run_tests.run_kernels(Environment(None), counts, run_tests.INTERPRETER, "in X", TRITON_INTERPRET="1")
-    assert said == note and counts.broken == ("holds no tests" in (note or ""))
+    suite = run_tests.kernel_suite(run_tests.INTERPRETER, "in X", TRITON_INTERPRET="1")
+    assert run_tests.run_suites(Environment(None), counts, [suite], 1) == ([note] if note else [])
+    assert counts.broken == ("no tests of them" in (note or ""))
+
+
+def test_every_test_is_in_one_suite_and_failures_of_all_count(repository):
+    marked = "import pytest, os\n@pytest.mark.comfyui\ndef test_c(): assert not os.environ.get('TRITON_INTERPRET')\n"
+    files = {"tests/test_a.py": "def test_b(): assert 0\n" + marked}
+    for folder in (run_tests.INTERPRETER, run_tests.COMPILE):
+        files[f"{folder.relative_to(repository)}/test_{folder.name}.py"] = "def test_k(): pass"
+    for name, source in files.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(source)
+    counts = run_tests.Counts()
+    old = repository / "old triton"
+    assert run_tests.run_suites(Environment(None), counts, run_tests.suites(old), 2) == []
+    assert str(counts) == "4 passed, 1 failed, 0 skipped" and not counts.broken
 
 
 def test_a_vulnerable_requirement_is_no_success(repository, monkeypatch):
     monkeypatch.setattr(run_tests, "audit", lambda environment: ("found", ["numpy"]))
-    monkeypatch.setattr(run_tests, "run_kernels", lambda *_, **__: None)
+    monkeypatch.setattr(run_tests, "run_suites", lambda *_: [])
     counts = run_tests.Counts()
     assert run_tests.run_all(Environment(None), counts)[-1] == "found" and counts.broken
 
