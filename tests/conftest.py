@@ -9,6 +9,10 @@ import pytest
 from tooling.comfyui import find_comfyui
 from tooling.plan import ROOT as PACK
 
+sys.path.append(str(PACK / "tests" / "comfyui"))
+
+from comfy_fixtures import comfy, new_prompt, prompt  # noqa: F401  fixtures: one server for every folder's tests
+
 PACK_NAME = "sla2_pack"
 
 
@@ -42,12 +46,14 @@ def comfyui_path():
 COMFYUI_TESTS = pytest.StashKey[set]()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Remembers which tests need a real ComfyUI, by fixture or by mark: a keyword would also match the folder's name."""
+    """Marks which tests need a real ComfyUI, by fixture or by mark, before -m chooses: run_tests.py runs and counts them."""
     needing = [item for item in items if "comfyui_path" in item.fixturenames or item.get_closest_marker("comfyui")]
     config.stash[COMFYUI_TESTS] = {item.nodeid for item in needing}
     for item in needing:
-        item.user_properties.append(("comfyui", "needed"))  # run_tests.py counts them in the JUnit report
+        item.add_marker("comfyui")
+        item.user_properties.append(("comfyui", "needed"))  # what the JUnit report says
 
 
 @pytest.hookimpl(trylast=True)

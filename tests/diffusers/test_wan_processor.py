@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers.models")  # this folder alone would pass for the package
 
 from diffusers import WanTransformer3DModel
 

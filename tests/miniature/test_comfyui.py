@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+from tooling.plan import ROOT
 
 
 @pytest.fixture(scope="module")
-def probe(tiny_weights):
-    if not (COMFYUI / "comfy" / "sd.py").exists():
-        pytest.skip(f"NOT CHECKED against ComfyUI: no checkout at {COMFYUI}; set COMFYUI_PATH to one")
+def probe(comfyui_path, tiny_weights):
     script = Path(__file__).with_name("comfy_probe.py")
-    command = [sys.executable, str(script), str(COMFYUI), str(REPOSITORY), str(tiny_weights)]
+    command = [sys.executable, str(script), str(comfyui_path), str(ROOT), str(tiny_weights)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tiny_weights, env=environment, timeout=300, check=False

@@ -1,28 +1,16 @@
 """Train, save, load and apply in a real ComfyUI; cancelling keeps what was trained; wrong input is one sentence."""
 
-import importlib.util
+import asyncio
+import json
 import shutil
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
+aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with ComfyUI's requirements")
+
 from sla2_kernels.weights import load_router
 
-COMFYUI_TESTS = Path(__file__).resolve().parents[1] / "comfyui"
-
-
-def _fixtures():
-    sys.path.insert(0, str(COMFYUI_TESTS))
-    spec = importlib.util.spec_from_file_location("comfyui_fixtures", COMFYUI_TESTS / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FIXTURES = _fixtures()
-comfy, new_prompt, prompt = FIXTURES.comfy, FIXTURES.new_prompt, FIXTURES.prompt
 pytestmark = pytest.mark.comfyui
 
 LAYERS = 3
@@ -94,13 +82,23 @@ def test_a_model_with_sla2_on_it_trains_on_dense_attention(comfy, new_prompt):
     assert reports[0] == reports[1]
 
 
+async def queue_until_it_trains(server, prompt):
+    """Number of the queued prompt, as soon as the node says that something was trained."""
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"ws://{server.address}/ws?clientId={server.client}", max_msg_size=0) as socket:
+            number = server.queue(prompt)
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.TEXT and json.loads(message.data)["type"] == "sla2.training":
+                    return number
+    raise AssertionError("the server closed the connection before anything was trained")
+
+
 def test_cancelling_saves_what_is_trained_and_the_file_resumes(comfy, new_prompt):
     prompt = new_prompt()
     router = train(prompt, prompt.model(), training_steps=100_000)
     prompt.add("SLA2SaveRouter", router=router, filename_prefix="never")
-    number = comfy.server.post("/prompt", {"prompt": prompt})["prompt_id"]
+    number = asyncio.run(asyncio.wait_for(queue_until_it_trains(comfy.server, prompt), 120))
     deadline = time.monotonic() + 60
-    time.sleep(3)
     comfy.server.post("/interrupt", {})
     while not comfy.server.get(f"/history/{number}").get(number):
         assert time.monotonic() < deadline, "the prompt was not cancelled"

@@ -1,28 +1,10 @@
 """LoRA by ComfyUI's own training node through SLA2, then the ratios once more on the model with that LoRA: the hand-over
 that stage2/README.md describes, in a real ComfyUI."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from sla2_kernels import load_router
-
-COMFYUI_TESTS = Path(__file__).resolve().parents[1] / "comfyui"
-
-
-def _fixtures():
-    sys.path.insert(0, str(COMFYUI_TESTS))
-    spec = importlib.util.spec_from_file_location("comfyui_fixtures", COMFYUI_TESTS / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FIXTURES = _fixtures()
-comfy, new_prompt, prompt = FIXTURES.comfy, FIXTURES.new_prompt, FIXTURES.prompt
 
 
 def defaults(node):

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from canvas import READY
 
 from tooling.plan import ROOT
+from tooling.thumbnails import LARGEST, picture
 
 pytestmark = pytest.mark.web
 
@@ -50,6 +52,18 @@ def test_it_loads_without_a_missing_node_and_with_every_value(canvas, path):
 def test_values_are_saved_by_name_in_every_exhibit():
     nodes = [node for path in MUSEUM for node in saved_nodes(read(path)) if node.get("widgets_values")]
     assert len(nodes) >= 6 and all(node["widgets_values_named"] for node in nodes)
+
+
+def test_a_thumbnail_is_taken(server, browser, tmp_path):
+    page = browser.new_page()
+    page.goto(server.url)
+    page.wait_for_function(READY, timeout=60_000)
+    picture(page, read(ROOT / "workflows/miniature_sla2.json"), tmp_path / "x.jpg")
+    taken = (tmp_path / "x.jpg").read_bytes()
+    assert taken.startswith(b"\xff\xd8\xff") and 20_000 < len(taken) <= LARGEST
+    scale, size = page.evaluate("[app.canvas.ds.scale, app.graph.nodes.length]")
+    assert 0.3 < scale < 1.2 and size == 16
+    page.close()
 
 
 def made_tiny(prompt, **changes):

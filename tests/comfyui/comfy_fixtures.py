@@ -1,4 +1,4 @@
-"""One real ComfyUI for all tests of this folder: the pack and the helper nodes linked in, tiny random models."""
+"""One real ComfyUI server for all tests of a process: the pack and the helper nodes linked in, tiny random models."""
 
 import json
 import secrets

@@ -1,0 +1,42 @@
+"""The miniature's workflow as it is bundled, with the trained weights that came with the clone: only shorter."""
+
+import json
+
+import pytest
+
+from tooling import graph
+from tooling.checkpoint import DIT, TRAINED, VAE
+from tooling.comparison import read_video
+from tooling.plan import ROOT
+
+LAYERS, STEPS = 6, 5
+pytestmark = pytest.mark.skipif(
+    not ((TRAINED / DIT).exists() and (TRAINED / VAE).exists()),
+    reason="the miniature's weights are not in miniature/weights",
+)
+
+
+@pytest.fixture
+def prompt(comfy):
+    workflow = json.loads((ROOT / "workflows" / "miniature_sla2.json").read_text(encoding="utf-8"))
+    made = graph.to_prompt(workflow, comfy.server.get("/object_info"))
+    for node in graph.of_class(made, "EmptyHunyuanLatentVideo"):
+        made[node]["inputs"]["length"] = 9
+    for node in graph.of_class(made, "KSampler"):
+        made[node]["inputs"]["steps"] = STEPS
+    return made
+
+
+def test_two_red_things_over_a_grey_floor_dense_and_sparse(comfy, prompt):
+    outputs = comfy.run(prompt)
+    (report,) = graph.of_class(prompt, "SLA2Report")
+    found = comfy.report(outputs, report)
+    assert found["sparse_calls"] == STEPS * LAYERS and found["dense_calls"] == 0 and found["notes"] == []
+    for node in graph.of_class(prompt, "SaveVideo"):
+        (saved,) = (entry for listed in outputs[node].values() if isinstance(listed, list) for entry in listed
+                    if isinstance(entry, dict) and "filename" in entry)  # fmt: skip
+        video = read_video(comfy.base / "output" / saved["subfolder"] / saved["filename"])
+        assert video.shape == (3, 9, 192, 192)
+        red = (video[0] - video[1].maximum(video[2]) > 0.4).float().mean().item()
+        floor = ((video.amax(0) - video.amin(0)) < 0.25).float().mean().item()
+        assert 0.01 < red < 0.35 and floor > 0.5, graph.branch_of(prompt, node)
