@@ -9,9 +9,10 @@ scipy, safetensors, transformers, torchvision, Pillow, PyYAML, tqdm), and comfy-
 
 import argparse
 import importlib.util
-import os
 import shutil
 from pathlib import Path
+
+from tooling.comfyui import find_comfyui
 
 FILES = ("node_helpers.py", "LICENSE", "comfyui_version.py")
 PACKAGES = ("comfy_aimdo", "torchsde", "trampoline")
@@ -50,7 +51,7 @@ def collect(comfyui, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+    parser.add_argument("--comfyui", default=find_comfyui()[1])
     args = parser.parse_args(argv)
     print(f"{args.folder}: {collect(args.comfyui, args.folder) / 1e6:.1f} MB")
 

@@ -10,12 +10,13 @@ benchmarks/results/comfyui-step-<card>.json.
 
 import argparse
 import gc
-import os
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+
+from tooling.comfyui import find_comfyui
 
 from . import results
 from .measure import environment, is_gpu
@@ -52,7 +53,7 @@ def main(argv=None):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+    parser.add_argument("--comfyui", default=find_comfyui()[1])
     parser.add_argument(
         "--runs", type=_runs, default=["1.3B-480p", "14B-720p"], help="MODEL-RESOLUTION, comma-separated"
     )
