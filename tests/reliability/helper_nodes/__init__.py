@@ -1,0 +1,75 @@
+"""Nodes that put faults below the pack in a running ComfyUI, and count what it keeps."""
+
+import gc
+import sys
+
+import torch
+
+
+def module_of_the_pack(name):
+    return next(module for key, module in list(sys.modules.items()) if key.endswith(f".nodes.{name}"))
+
+
+def out_of_memory(result):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (made up by a test).")
+
+
+def no_kernel(result):
+    raise PermissionError(13, "Permission denied", "/somewhere/.triton/cache")
+
+
+def not_a_number(result):
+    result[0].view(-1)[5] = float("nan")
+    return result
+
+
+KINDS = {"out of memory": out_of_memory, "no kernel": no_kernel, "NaN": not_a_number}
+
+
+class SLA2TestFault:
+    """The sparse call with this number, counted from 1 over all layers, fails; 0: none does any more."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "arm"
+    CATEGORY = "sla2 tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"model": ("MODEL",), "kind": (list(KINDS),), "number": ("INT", {}), "label": ("STRING", {})}
+        }
+
+    def arm(self, model, kind, number, label):
+        hook = module_of_the_pack("attention_hook")
+        compute, count = getattr(hook.sparse_video, "computes", hook.sparse_video), [0]
+
+        def sparse_video(*args, **kwargs):
+            count[0] += 1
+            result = compute(*args, **kwargs)
+            return KINDS[kind](result) if count[0] == number else result
+
+        sparse_video.computes = compute
+        hook.sparse_video = sparse_video
+        return (model,)
+
+
+class SLA2TestCensus:
+    """How many run records, hooks and tensors are alive."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "count"
+    CATEGORY = "sla2 tests"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",), "label": ("STRING", {})}}
+
+    def count(self, latent, label):
+        gc.collect()
+        kinds = [type(thing).__name__ for thing in gc.get_objects() if not isinstance(thing, (dict, list, tuple))]
+        names = ("RunRecord", "AttentionHook", "ModelCall", "Tensor")
+        return {"ui": {"census": [{name: kinds.count(name) for name in names}]}}
+
+
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestFault, SLA2TestCensus)}

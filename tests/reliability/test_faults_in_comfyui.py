@@ -1,0 +1,241 @@
+"""A real ComfyUI under faults: interrupted, out of memory, restarted, unloaded, and fifty prompts that must not touch each other."""
+
+import json
+import time
+from itertools import cycle, islice
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_fixtures import Comfy, write_routers
+from comfy_server import PACK, PACK_FOLDER, ComfyServer
+from tiny_wan import save_wan
+
+pytestmark = pytest.mark.comfyui
+
+STEPS, LAYERS = 3, 3
+ALL = STEPS * LAYERS
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def faulty(comfyui_path, tmp_path_factory):
+    """A server of this file's own: it is interrupted, restarted and given faults."""
+    base = tmp_path_factory.mktemp("faulty")
+    for folder in ("models/diffusion_models", "models/sla2", "custom_nodes", "input", "output", "user/default"):
+        (base / folder).mkdir(parents=True)
+    for name, folder in (
+        (PACK_FOLDER, PACK), ("sla2_test_helpers", TESTS / "comfyui/helper_nodes"),
+        ("sla2_test_faults", TESTS / "reliability/helper_nodes"),
+    ):  # fmt: skip
+        (base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
+    for seed, name in enumerate(("tiny_wan", "tiny_other")):
+        save_wan(base / f"models/diffusion_models/{name}.safetensors", seed=seed)
+    save_wan(base / "models/diffusion_models/tiny_vace.safetensors", vace=True, seed=2)
+    write_routers(base / "models/sla2")
+    server = ComfyServer(comfyui_path, base)
+    yield Comfy(server, base)
+    server.stop()
+
+
+def unique(labels=[0]):  # noqa: B006
+    labels[0] += 1
+    return f"label {labels[0]}"
+
+
+def sampled(prompt, model, **changes):
+    """Adds a sampling that no cache can answer, a report and a saved latent; (report node, latent node)."""
+    samples = prompt.sample(model, label=unique(), **changes)
+    return prompt.report(model, samples), prompt.save(samples)
+
+
+def results(faulty, outputs, nodes):
+    return faulty.report(outputs, nodes[0]), faulty.latent(outputs, nodes[1])
+
+
+@pytest.fixture(scope="module")
+def alone(faulty, new_prompt):
+    """What the patched model makes with no fault anywhere."""
+    prompt = new_prompt()
+    nodes = sampled(prompt, prompt.apply(prompt.model()))
+    found, latent = results(faulty, faulty.run(prompt), nodes)
+    assert found["sparse_calls"] == ALL
+    return latent
+
+
+def with_fault(prompt, kind, number):
+    patched = prompt.apply(prompt.model())
+    return prompt.add("SLA2TestFault", model=patched, kind=kind, number=number, label=unique())
+
+
+def reasons(found):
+    return [sum(row["dense"].values()) for row in found["layers"]], {
+        reason for row in found["layers"] for reason in row["dense"]
+    }
+
+
+def assert_unharmed(faulty, new_prompt, alone):
+    prompt = new_prompt()
+    nodes = sampled(prompt, with_fault(prompt, "NaN", 0))
+    found, latent = results(faulty, faulty.run(prompt), nodes)
+    assert found["sparse_calls"] == ALL and found["notes"] == [] and torch.equal(latent, alone)
+
+
+def test_out_of_memory_in_the_operator(faulty, new_prompt, alone):
+    prompt = new_prompt()
+    nodes = sampled(prompt, with_fault(prompt, "out of memory", 2))
+    found, latent = results(faulty, faulty.run(prompt), nodes)
+    # the second layer of the first step, and what follows in that step
+    counts, (reason,) = reasons(found)
+    assert counts == [0, 1, 1] and found["sparse_calls"] == ALL - 2
+    assert reason.startswith("memory ran out in sparse attention") and torch.isfinite(latent).all()
+    log = faulty.server.log.read_text(errors="replace")
+    assert log.count("memory ran out in sparse attention") == 1
+    assert_unharmed(faulty, new_prompt, alone)
+
+
+def test_nan_in_the_operator(faulty, new_prompt, alone):
+    prompt = new_prompt()
+    nodes = sampled(prompt, with_fault(prompt, "NaN", 3))
+    found, latent = results(faulty, faulty.run(prompt), nodes)
+    counts, (reason,) = reasons(found)
+    assert counts == [0, 0, STEPS] and "held NaN or infinity" in reason and torch.isfinite(latent).all()
+    assert found["notes"][0].startswith("layer 2: sparse attention gave NaN or infinity (its inputs were finite)")
+    assert_unharmed(faulty, new_prompt, alone)
+
+
+def test_a_kernel_that_cannot_be_built(faulty, new_prompt, alone):
+    prompt = new_prompt()
+    model = prompt.model()
+    armed = prompt.add("SLA2TestFault", model=prompt.apply(model), kind="no kernel", number=1, label=unique())
+    nodes, plain = sampled(prompt, armed), prompt.save(prompt.sample(model, label=unique()))
+    outputs = faulty.run(prompt)
+    found, latent = results(faulty, outputs, nodes)
+    counts, (reason,) = reasons(found)
+    assert counts == [STEPS] * LAYERS and "could not be built" in reason
+    assert torch.equal(latent, faulty.latent(outputs, plain))
+    assert "PermissionError" in found["notes"][0]
+    assert_unharmed(faulty, new_prompt, alone)
+
+
+def wait_for(condition, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_an_interrupt_while_sampling(faulty, new_prompt, alone):
+    prompt = new_prompt()
+    patched = prompt.apply(prompt.model())
+    sampled(prompt, patched, steps=500)
+    before = len(faulty.server.log.read_text(errors="replace"))
+    number = faulty.server.queue(prompt)
+    # its progress bar has begun to move
+    wait_for(lambda: "/500" in faulty.server.log.read_text(errors="replace")[before:], "the sampling did not begin")
+    faulty.server.post("/interrupt", {})
+    entry = faulty.server.history(number, 60)
+    assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+    again = new_prompt()
+    nodes = sampled(again, again.apply(again.model()))
+    outputs = faulty.run(again)
+    found, latent = results(faulty, outputs, nodes)
+    # the same patched model, from the cache: its interrupted run is over, and the next one starts from zero
+    assert found["sparse_calls"] == ALL and found["run"] >= 2 and found["failure"] is None
+    assert torch.equal(latent, alone)
+
+
+def test_models_unloaded_while_prompts_wait_and_run(faulty, new_prompt, alone):
+    queued = []
+    for _ in range(4):
+        prompt = new_prompt()
+        nodes = sampled(prompt, prompt.apply(prompt.model()))
+        queued.append((faulty.server.queue(prompt), nodes))
+        faulty.server.post("/free", {"unload_models": True, "free_memory": True})
+    for number, nodes in queued:
+        found, latent = results(faulty, faulty.server.history(number, 120)["outputs"], nodes)
+        assert found["sparse_calls"] == ALL and torch.equal(latent, alone)
+
+
+def test_an_error_of_another_pack_in_our_dense_calls(faulty, new_prompt, alone):
+    prompt = new_prompt()
+    neighbour = prompt.add("SLA2TestNeighbour", model=prompt.model(), kind="fails")
+    sampled(prompt, prompt.apply(neighbour, dense_layers="1"))
+    _, message = faulty.error(prompt)
+    assert "the neighbour's override fails" in message
+    assert_unharmed(faulty, new_prompt, alone)
+
+
+# another model, other settings or another size: nothing of one prompt may reach the next
+MODELS = ("tiny_wan.safetensors", "tiny_other.safetensors", "tiny_vace.safetensors")
+SETTINGS = (
+    {"sparsity": 0.75},
+    {"sparsity": 0.5, "bit_width": "int8", "dense_layers": "1", "schedule": "0%-40%: dense; 40%-100%: 0.5 -> 0.8"},
+    {"sparsity": 0.9, "ratio_mode": "fixed", "fixed_ratio": 0.6, "start_percent": 0.2},
+)
+SIZES = ({"size": 128, "frames": 9}, {"size": 160, "frames": 5})
+PROMPTS = 50
+
+
+def build(new_prompt, case):
+    model, settings, size = case
+    prompt = new_prompt()
+    nodes = sampled(prompt, prompt.apply(prompt.model(model), **settings), steps=2, **size)
+    census = prompt.add("SLA2TestCensus", latent=prompt[nodes[1]]["inputs"]["samples"], label=unique())[0]
+    return prompt, nodes, census
+
+
+def resident(server):
+    """Bytes of the server's memory that lie in RAM."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def counted(found):
+    return [(row["layer"], row["sparse"], row["dense"], row["sparsity"]) for row in found["layers"]]
+
+
+@pytest.mark.slow
+def test_fifty_prompts_of_alternating_models_settings_and_sizes_equal_the_same_alone(faulty, new_prompt):
+    cases = [(MODELS[i % 3], SETTINGS[(i + i // 3) % 3], SIZES[i % 2]) for i in range(18)]
+    assert len({json.dumps(case) for case in cases}) >= 9
+    server, expected = faulty.server, {}
+    for case in cases:
+        key = json.dumps(case)
+        if key in expected:
+            continue
+        # alone: nothing is cached or loaded
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        prompt, nodes, _ = build(new_prompt, case)
+        expected[key] = results(faulty, faulty.run(prompt), nodes)
+    queued, clients = [], cycle(["tab one", "tab two"])
+    memory, census = [], []
+
+    def finish():
+        for number, key, nodes, counter in queued:
+            outputs = server.history(number, 300)["outputs"]
+            found, latent = results(faulty, outputs, nodes)
+            assert torch.equal(latent, expected[key][1]), key
+            assert counted(found) == counted(expected[key][0])
+            census.append(outputs[counter]["census"][0])
+        queued.clear()
+        memory.append(resident(server))
+
+    for number, case in enumerate(islice(cycle(cases), PROMPTS)):
+        prompt, nodes, counter = build(new_prompt, case)
+        body = {"prompt": prompt, "client_id": next(clients)}
+        queued.append((server.post("/prompt", body)["prompt_id"], json.dumps(case), nodes, counter))
+        if number % 10 == 9:
+            finish()
+        if number == 19:
+            # everything so far is forgotten but for the files
+            server.stop()
+            server.start()
+            memory.clear()
+            census.clear()
+    finish()
+    print(f"resident MiB {[m >> 20 for m in memory]}, alive {census[-1]}")
+    # warm after twenty prompts: from there on flat
+    assert memory[-1] < 1.01 * memory[1], memory
+    assert census[-1]["ModelCall"] <= 1 and census[-1]["RunRecord"] <= 9 * census[-1]["AttentionHook"]
+    assert census[-1]["RunRecord"] <= max(c["RunRecord"] for c in census[:20]) + 8
