@@ -5,43 +5,58 @@ import torch.nn.functional as F
 
 from ._kernels import RouterLayer, resample_ratio
 
+RIDGE = 1e-4  # of the mean diagonal
+RATIO_RANGE = 0.005, 0.995
+
 
 class LayerState:
-    """proj_q, proj_k (D, D) or (H, D, D), from the identity; alpha_logits (S, H, A), None until they have a start value."""
+    """proj_q, proj_k (D, D) or (H, D, D), from the identity, trained by Adam; alpha_logits (S, H, A), by least squares.
+
+    The output error is quadratic in the ratio, so the best ratios of all steps so far solve gram @ ratio = right, with
+    gram (S, H, A, A) and right (S, H, A) summed over the steps, older ones fading. alpha_logits is None before the first.
+    """
 
     def __init__(self, layer, num_heads, head_dim, options):
         per_head = options.per_head or any(p is not None and p.dim() == 3 for p in (layer.proj_q, layer.proj_k))
         shape = (num_heads, head_dim, head_dim) if per_head else (head_dim, head_dim)
         self.proj_q, self.proj_k = (_projection(proj, shape) for proj in (layer.proj_q, layer.proj_k))
         self.alpha_logits = None if layer.alpha_logits is None else layer.alpha_logits.detach().clone()
+        self.gram = self.right = None
         self.options = options
         self.optimizer = None
 
     def on(self, device):
         """Moves the parameters to ``device``; the optimiser starts anew where that changes anything."""
         if self.proj_q.device != device or self.optimizer is None:
-            names = ("proj_q", "proj_k") if self.alpha_logits is None else ("proj_q", "proj_k", "alpha_logits")
-            for name in names:
+            for name in ("proj_q", "proj_k"):
                 setattr(self, name, getattr(self, name).detach().to(device).clone().requires_grad_(True))
+            for name in ("alpha_logits", "gram", "right"):
+                tensor = getattr(self, name)
+                setattr(self, name, None if tensor is None else tensor.to(device))
             # the loss is relative to the output's energy, so its gradients may be far below Adam's usual epsilon
-            self.optimizer = torch.optim.Adam(
-                [{"params": [self.proj_q, self.proj_k], "lr": self.options.learning_rate}], eps=1e-12
-            )
-            if self.alpha_logits is not None:
-                self._optimise_ratio()
+            self.optimizer = torch.optim.Adam([self.proj_q, self.proj_k], lr=self.options.learning_rate, eps=1e-12)
         return self
 
-    def start_ratio(self, ratio):
-        """Sets the ratio's start value, ratio (S, H) in (0, 1); the knots begin equal."""
-        logits = torch.logit(ratio.clamp(0.02, 0.98))[..., None].repeat(1, 1, self.options.knots)
-        self.alpha_logits = logits.detach().clone().requires_grad_(True)
-        self._optimise_ratio()
-
-    def _optimise_ratio(self):
-        self.optimizer.add_param_group({"params": [self.alpha_logits], "lr": self.options.ratio_learning_rate})
+    def learn_ratio(self, gram, right):
+        """Adds one step's equations, (S, H, A, A) and (S, H, A), and solves for the ratios."""
+        memory = self.options.ratio_memory
+        if self.gram is None:
+            self.gram, self.right = torch.zeros_like(gram), torch.zeros_like(right)
+            if self.alpha_logits is not None:
+                # a resumed ratio weighs as much as the steps that a full memory holds
+                self.gram = gram / (1 - memory)
+                self.right = (self.gram @ torch.sigmoid(self.alpha_logits)[..., None])[..., 0]
+        self.gram, self.right = memory * self.gram + gram, memory * self.right + right
+        mean = self.gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+        # knots that no step has met yet stay near the others' mean
+        ridge = (RIDGE * mean).clamp_min(torch.finfo(mean.dtype).tiny)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        centre = self.right.sum(dim=-1) / self.gram.sum(dim=(-2, -1)).clamp_min(torch.finfo(mean.dtype).tiny)
+        solved = torch.linalg.solve(self.gram + ridge * eye, self.right + ridge[..., 0] * centre[..., None])
+        self.alpha_logits = torch.logit(solved.clamp(*RATIO_RANGE))
 
     def ratios(self, query_block_count):
-        """(S, H, T_m) ratios, with gradient."""
+        """(S, H, T_m) ratios."""
         return torch.stack([resample_ratio(torch.sigmoid(a), query_block_count) for a in self.alpha_logits])
 
     def weights(self):

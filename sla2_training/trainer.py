@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ._kernels import RouterWeights, identity_router, selected_block_count, top_k_blocks, unselected_mask
+from ._kernels import (
+    RouterWeights,
+    identity_router,
+    resample_ratio,
+    selected_block_count,
+    top_k_blocks,
+    unselected_mask,
+)
 from .errors import TrainingError
 from .layer_state import LayerState, resumed_layer
 from .live_layer import LiveLayer
@@ -21,7 +28,8 @@ class TrainerOptions:
     """How stage 1 trains.
 
     per_head: a projection per head, (H, D, D), instead of one for all heads. knots: ratio knots along the query axis.
-    learning_rate, ratio_learning_rate: Adam's, for the projections and the ratio logits. tau: SoftTop-k's temperature.
+    learning_rate: Adam's, for the projections. ratio_memory: what a step's share in the ratio's least squares keeps with
+    each further step. tau: SoftTop-k's temperature.
     normalise_scores: bring each row of scores to unit spread before SoftTop-k. query_blocks: drawn per head and step.
     memory_bytes: bound on a step's working memory. One head with one query block is the least a step can work on: see
     memory_of(), 0.19 GB at 32,760 tokens of head_dim 128 and 0.43 GB at 75,600, whatever the bound says.
@@ -31,7 +39,7 @@ class TrainerOptions:
     per_head: bool = True
     knots: int = 1
     learning_rate: float = 2e-3
-    ratio_learning_rate: float = 0.02
+    ratio_memory: float = 0.99
     tau: float = TAU
     normalise_scores: bool = False
     query_blocks: int = 8
@@ -117,11 +125,11 @@ class RouterTrainer:
             return self.evaluate_live(LiveLayer(layer, q, k, v, layout, scale))
 
     @torch.no_grad()
-    def evaluate_live(self, live):
-        """evaluate() of a LiveLayer, outside inference mode and autocast."""
+    def evaluate_live(self, live, variants=VARIANTS):
+        """evaluate() of a LiveLayer, outside inference mode and autocast; of some (router, ratio) variants alone."""
         live.check(self.start.num_heads, self.start.head_dim)
         state = self.layer_state(live.layer).on(live.q.device)
-        errors = self._within_memory(live, lambda: self._evaluate(state, live))
+        errors = self._within_memory(live, lambda: self._evaluate(state, live, variants))
         self.errors[live.layer] = self.errors[live.layer] + errors if live.layer in self.errors else errors
         return errors
 
@@ -195,18 +203,31 @@ class RouterTrainer:
         index = blocks[..., None].expand(-1, -1, -1, len(self.sparsities))
         return ratios.gather(2, index).flatten(0, 1)
 
-    def _start_ratio(self, live, blocks, masks):
-        """The one ratio per sparsity and head, (S, H), that fits the dense output best (least squares) under hard masks."""
-        product = torch.zeros(masks.shape[0], len(self.sparsities), device=masks.device)
-        norm = torch.zeros_like(product)
+    @torch.no_grad()
+    def _ratio_equations(self, live, blocks, chunk, sums, mask):
+        """One chunk's share of the least squares for the ratios under hard masks: gram (S, H, A, A), right (S, H, A)."""
+        o_sparse, o_linear = sums.branches(mask)
+        difference = (o_sparse - o_linear) * sums.live[:, :, None, :, None]
+        product = (difference * (sums.target[:, :, None] - o_linear)).sum(dim=(3, 4))
+        norm = difference.square().sum(dim=(3, 4))
+        knots, heads = self.options.knots, blocks.shape[1]
+        basis = resample_ratio(torch.eye(knots, device=mask.device), live.query_block_count).T
+        basis = basis[blocks.flatten(0, 1)[chunk]]
+        right = torch.einsum("grs,gra->gsa", product, basis)
+        gram = torch.einsum("grs,gra,grb->gsab", norm, basis, basis)
+        head = torch.arange(blocks.shape[0] * heads, device=mask.device)[chunk[0]] % heads
+        return [
+            torch.zeros(heads, *x.shape[1:], device=x.device).index_add(0, head, x).transpose(0, 1)
+            for x in (gram, right)
+        ]
+
+    def _first_ratio(self, state, live, blocks, hard):
+        """Ratios before the first step, from its own query blocks; their equations count again in that step."""
+        gram = right = 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
-            sums = live.sums(blocks, chunk)
-            o_sparse, o_linear = sums.branches(masks[chunk])
-            difference = (o_sparse - o_linear) * sums.live[:, :, None, :, None]
-            product[chunk[0]] += (difference * (sums.target[:, :, None] - o_linear)).sum(dim=(1, 3, 4))
-            norm[chunk[0]] += difference.square().sum(dim=(1, 3, 4))
-        product, norm = (x.unflatten(0, blocks.shape[:2]).sum(dim=0).T for x in (product, norm))
-        return torch.where(norm > 0, product / norm, 1.0)
+            more = self._ratio_equations(live, blocks, chunk, live.sums(blocks, chunk), hard[chunk])
+            gram, right = gram + more[0], right + more[1]
+        state.learn_ratio(gram, right)
 
     def _step(self, state, live):
         state.optimizer.zero_grad()
@@ -215,36 +236,40 @@ class RouterTrainer:
         with torch.no_grad():
             hard = self.hard_masks(scores)
             if state.alpha_logits is None:
-                state.start_ratio(self._start_ratio(live, blocks, hard))
-        soft, ratios = self._soft_masks(scores), self._ratios(state, live, blocks)
+                self._first_ratio(state, live, blocks, hard)
+            ratios = self._ratios(state, live, blocks)
+        soft = self._soft_masks(scores)
         # gradients stop at the masks: a chunk's tensors are gone before the next one's exist
-        soft_leaf, ratio_leaf = soft.detach().requires_grad_(True), ratios.detach().requires_grad_(True)
-        loss, energy = 0.0, 0.0
+        leaf = soft.detach().requires_grad_(True)
+        loss = energy = gram = right = 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
             sums = live.sums(blocks, chunk)
-            soft_error = sums.squared_error(sums.output(soft_leaf[chunk], ratio_leaf.detach()[chunk])).sum()
+            error = sums.squared_error(sums.output(leaf[chunk], ratios[chunk])).sum()
+            error.backward()
+            loss, energy = loss + error.detach(), energy + sums.energy().sum()
             # the ratio serves hard masks when it is used, so it learns from those
-            hard_error = sums.squared_error(sums.output(hard[chunk], ratio_leaf[chunk])).sum()
-            (soft_error + hard_error).backward()
-            loss, energy = loss + soft_error.detach(), energy + sums.energy().sum()
-            del sums
+            more = self._ratio_equations(live, blocks, chunk, sums, hard[chunk])
+            gram, right = gram + more[0], right + more[1]
+            del sums, error
         total = (energy * len(self.sparsities)).clamp_min(torch.finfo(torch.float32).tiny)
-        torch.autograd.backward([soft, ratios], [soft_leaf.grad / total, ratio_leaf.grad / total])
+        soft.backward(leaf.grad / total)
         loss = float(loss / total)
-        if not all(bool(torch.isfinite(p.grad).all()) for p in (state.proj_q, state.proj_k, state.alpha_logits)):
+        finite = (state.proj_q.grad, state.proj_k.grad, gram, right)
+        if not all(bool(torch.isfinite(x).all()) for x in finite):
             raise TrainingError(f"Training stopped at layer {live.layer}: the gradient of its router is not finite.")
         state.optimizer.step()
+        state.learn_ratio(gram, right)
         return loss
 
-    def _evaluate(self, state, live):
+    def _evaluate(self, state, live, variants):
         blocks = live.draw(self.query_blocks, self.generator)
         routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
         masks = {name: self.hard_masks(live.scores(*proj, blocks)) for name, proj in routers.items()}
         ratios = None if state.alpha_logits is None else self._ratios(state, live, blocks)
-        squared, energy = dict.fromkeys(VARIANTS, 0.0), 0.0
+        squared, energy = dict.fromkeys(variants, 0.0), 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
             sums = live.sums(blocks, chunk)
-            for router, ratio in VARIANTS:
+            for router, ratio in variants:
                 mask = masks[router][chunk]
                 estimated = ratio == "estimated" or ratios is None
                 used = sums.estimated_ratio(mask) if estimated else ratios[chunk]

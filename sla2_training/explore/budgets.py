@@ -44,7 +44,7 @@ def _errors_by_unit(router, captures, options, most):
     for start in range(0, len(ladder), 10):
         part = ladder[start : start + 10]
         trainer = RouterTrainer("explored", *model_shape(captures), sparsities=part, options=options, resume=router)
-        report = evaluate(trainer, captures)
+        report = evaluate(trainer, captures, [("trained", "estimated")])
         for layer, found in report.errors.items():
             errors[layer] += found.squared["trained", "estimated"]
             energy = found.energy

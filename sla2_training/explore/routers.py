@@ -32,7 +32,7 @@ def router_study(train_captures, held_out, *, steps, sparsities, options):
         trainer, seconds = train(
             train_captures, replace(options, **changes), steps=steps, sparsities=sparsities, tau=tau
         )
-        report = evaluate(trainer, held_out)
+        report = evaluate(trainer, held_out, [BEFORE, ("trained", "estimated")])
         if not rows:
             rows.append(("untrained", [report.overall(BEFORE, s) for s in sparsities] + [0.0]))
         errors = [report.overall(("trained", "estimated"), s) for s in sparsities]

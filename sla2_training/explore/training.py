@@ -5,6 +5,7 @@ import time
 import torch
 
 from ..live_layer import LiveLayer
+from ..report import VARIANTS
 from ..trainer import RouterTrainer
 from .captures import by_layer, model_shape
 
@@ -37,12 +38,12 @@ def train(captures, options, *, steps, sparsities, tau=None):
     return trainer, (time.perf_counter() - start) / max(1, steps * len(layers))
 
 
-def evaluate(trainer, captures):
+def evaluate(trainer, captures, variants=VARIANTS):
     """TrainingReport of the trainer on the captures alone; the same query blocks are drawn every time."""
     trainer.errors = {}
     trainer.generator.manual_seed(1)
     for capture in captures:
-        trainer.evaluate_live(live_layer(capture))
+        trainer.evaluate_live(live_layer(capture), variants)
     return trainer.report()
 
 
