@@ -66,6 +66,7 @@ def main(argv=None):
     variants, absent = make_variants(
         args.sparsities, args.precisions, stage_1, heuristic, fit_v1(by_layer(few), args.sparsities)
     )
+    variants = [v for v in variants if not any(v.name.startswith(name) for name in args.leave_out)]
     content = {
         "environment": environment(args.device),
         "about": about(args, held_out, miniature),
@@ -107,7 +108,8 @@ def wants_videos(variant, args):
     """Loss and videos cost whole samplings: of dense, and of the asked variants at the asked sparsities."""
     if variant.name == DENSE:
         return True
-    named = args.video_variants is None or any(variant.name.startswith(name) for name in args.video_variants)
+    label = f"{variant.name} {variant.precision or ''}"
+    named = args.video_variants is None or any(label.startswith(name) for name in args.video_variants)
     return named and variant.sparsity in args.video_sparsities
 
 
@@ -136,6 +138,7 @@ def parse(argv=None):
     )
     parser.add_argument("--video-sparsities", type=numbers, help="sparsities with loss and videos; all where left out")
     parser.add_argument("--video-variants", type=lambda text: text.split(";"), help="starts of names, between ;")
+    parser.add_argument("--leave-out", type=lambda text: text.split(";"), default=[], help="starts of names, between ;")
     parser.add_argument("--sheet", type=Path, help="a JPEG: frames of dense, untrained and stage 1, one row each")
     parser.add_argument(
         "--bf16", action="store_true", help="run the model in bfloat16 on a CPU too (a GPU always does)"
