@@ -95,6 +95,8 @@ def _tensor_reason(asked):
     if q.dtype not in DTYPES:
         return f"q, k and v are {str(q.dtype).removeprefix('torch.')}"
     heads = asked["heads"]
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        return f"the call has {heads!r} heads"
     for name in ("q", "k", "v"):
         shape = asked[name].shape
         if (dimensions == 4 and shape[1] != heads) or (dimensions == 3 and shape[2] % heads):

@@ -32,6 +32,7 @@ KEY = "sla2"  # of wrappers and attachments on the ModelPatcher
 CALL = "sla2_call"  # in transformer_options: the ModelCall of this model call
 LAYER = "sla2_layer"  # in transformer_options: the layer whose self-attention is running
 OVERRIDE = "optimized_attention_override"
+NO_SPAN = "the model's arguments do not say where the video's tokens lie"
 
 # device type -> fewest tokens for which sparse attention is worth its routing
 MINIMUM_TOKENS = {"cuda": 8192, "cpu": 8192}
@@ -56,7 +57,7 @@ class ModelCall:
     span: VideoSpan | None
     in_window: bool | None
     progress: float | None = None
-    live_keys: dict = field(default_factory=dict)  # by the shape of a text mask
+    live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
 
     def __deepcopy__(self, memo):
@@ -134,11 +135,11 @@ class AttentionHook:
     def model_call(self, diffusion_model, inputs, options):
         """Prepares transformer_options of one model call: the ModelCall, and our override where it got lost.
 
-        inputs: the model's arguments by name. options: its transformer_options.
+        inputs: function that returns the model's arguments by name. options: its transformer_options.
         """
         run = self.run_for_call()
         run.count_model_call()
-        span = self._span(diffusion_model, inputs)
+        span = self._span(run, diffusion_model, inputs)
         grid, sigmas = span and span.grid, options.get("sigmas")
         if run.maps is not None:
             run.maps.begin_model_call(options.get("sigmas"), options.get("sample_sigmas"), grid)
@@ -152,12 +153,18 @@ class AttentionHook:
         options[OVERRIDE] = override
         return call, current
 
-    def _span(self, diffusion_model, inputs):
+    def _span(self, run, diffusion_model, inputs):
+        """VideoSpan, or None where nobody knows it: another family, or a call that another pack shaped in its own way."""
         if self.facts is None:
             return None
         layout, patch_size = self.facts.layout, self.facts.patch_size
-        front = layout.front(diffusion_model, inputs, patch_size)
-        return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame)
+        try:
+            inputs = inputs()
+            front = layout.front(diffusion_model, inputs, patch_size)
+            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            run.note(f"{NO_SPAN} ({type(error).__name__}: {error})")
+            return None
 
     def after_model_call(self, call, current):
         """Notices an override that holds ours but never called it: the next model call goes past it."""
@@ -198,15 +205,18 @@ class AttentionHook:
 
     def _exact(self, call, request):
         """(request, ExactTokens, None), or (None, None, one sentence); keys that a text mask hides are gone."""
+        if call.span is None:
+            return None, None, NO_SPAN
         exact, reason = call.span.exact_tokens(request.tokens, request.key_tokens)
         if reason is None and request.mask is not None:
-            shape = request.mask.shape
+            mask = request.mask
+            key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, exact)
             if not self.facts.layout.text_mask:
                 reason = HAS_MASK
-            elif shape not in call.live_keys:
-                call.live_keys[shape] = live_keys(request.mask, exact)
+            elif key not in call.live_keys:
+                call.live_keys[key] = mask, live_keys(mask, exact)
             if reason is None:
-                live, reason = call.live_keys[shape]
+                live, reason = call.live_keys[key][1]
             if reason is None:
                 request, exact = live.of(request, exact)
         return (request, exact, None) if reason is None else (None, None, reason)

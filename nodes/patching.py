@@ -79,7 +79,7 @@ def install(model, settings, router, sla_weights=None):
         if options is None:
             return executor(*args, **kwargs)
         diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
-        call, current = prepare(diffusion_model, call_inputs(executor.original, args, kwargs), options)
+        call, current = prepare(diffusion_model, lambda: call_inputs(executor.original, args, kwargs), options)
         output = executor(*args, **kwargs)
         finish(call, current)
         return output

@@ -5,7 +5,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 FORM = '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85"'
-NUMBER = r"(\d*\.?\d+)"
+NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
+MOST_CHARACTERS = 300  # of one rule
 STEPS = re.compile(rf"{NUMBER}\s*%\s*-\s*{NUMBER}\s*%")
 LAYERS = re.compile(r"layers?\s+(.+)")
 VALUE = re.compile(rf"{NUMBER}(?:\s*->\s*{NUMBER})?")
@@ -52,6 +53,8 @@ def parse_schedule(text, num_layers, parse_layers):
 
 
 def _parse_rule(part, num_layers, parse_layers):
+    if len(part) > MOST_CHARACTERS:
+        raise ValueError(f"schedule holds a rule of {len(part)} characters: {MOST_CHARACTERS} are the most.")
     where, colon, what = part.rpartition(":")
     if not colon:
         raise ValueError(f"schedule must look like {FORM}, but {part!r} has no colon.")

@@ -64,9 +64,11 @@ def parse_layers(text, num_layers):
     """ "0, 1, 28-29" -> {0, 1, 28, 29}; -1 is the last layer. Raises ValueError with one sentence."""
     layers = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(-?\d+)(?:\s*-\s*(-?\d+))?", part)
+        match = re.fullmatch(r"(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?", part)
         if match is None:
-            raise ValueError(f'dense_layers must look like "0, 1, 28-29", but {part!r} is no layer or range of layers.')
+            raise ValueError(
+                f'dense_layers must look like "0, 1, 28-29", but {part[:100]!r} is no layer or range of layers.'
+            )
         first, last = (int(n) for n in (match[1], match[2] or match[1]))
         for layer in (first, last):
             if not -num_layers <= layer < num_layers:

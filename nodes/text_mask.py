@@ -12,7 +12,9 @@ HAS_MASK = "the call has an attention mask"
 
 def masks_keys_alone(mask, keys):
     """Whether ComfyUI's attention reads this mask as one row over ``keys`` keys for every query."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != keys:
+    if not isinstance(mask, torch.Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return False
+    if mask.dim() not in (2, 3, 4) or mask.shape[-1] != keys:
         return False
     rows = mask.shape[-2] if mask.dim() > 2 else mask.shape[0]
     return rows == 1 and (mask.dim() < 4 or mask.shape[1] == 1)

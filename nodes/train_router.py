@@ -112,6 +112,9 @@ class SLA2TrainRouter(io.ComfyNode):
             raise
         except TrainingError as error:
             raise TrainingError(f"{error}{keep_trained(training, facts, node, 'stopped')}") from error
+        except Exception:  # out of memory in the sampler, another pack's error: an hour's work is not lost with it
+            keep_trained(training, facts, node, "stopped")
+            raise
         text = plain(training.report())
         show_on_node(node, text)
         images = ui.PreviewImage(plot_losses(trainer.losses), cls=cls).as_dict()
@@ -122,8 +125,13 @@ def keep_trained(training, facts, node, what):
     """Saves what an ended training reached as models/sla2/<family>_autosave_<number>_; a sentence for the user, or ""."""
     if not training.steps_done:
         return ""
-    name = save_router(training.trainer.router(), f"{facts.layout.family}_autosave")
-    sentence = f"What {training.steps_done} optimisation steps trained is saved as {name} in models/{FOLDER}."
+    try:
+        name = save_router(training.trainer.router(), f"{facts.layout.family}_autosave")
+        sentence = f"What {training.steps_done} optimisation steps trained is saved as {name} in models/{FOLDER}."
+        advice = " Load it and connect it to resume to go on."
+    except ValueError as error:
+        # what ended the training is what the user has to be told first
+        sentence, advice = f"What {training.steps_done} optimisation steps trained is lost: {error}", ""
     logger.info("SLA2 router training %s. %s", what, sentence)
-    show_on_node(node, f"{what}. {sentence} Load it and connect it to resume to go on.")
+    show_on_node(node, f"{what}. {sentence}{advice}")
     return f" {sentence}"

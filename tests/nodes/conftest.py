@@ -81,7 +81,7 @@ class Bench:
 
     def model_call(self, sigma=0.5, override=None):
         self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
-        return self.hook.model_call(SimpleNamespace(), {}, self.options)
+        return self.hook.model_call(SimpleNamespace(), dict, self.options)
 
     def attend(self, *args, layer=0, **kwargs):
         options = self.options if layer is None else self.options | {self.hook_module.LAYER: layer}

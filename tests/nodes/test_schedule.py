@@ -98,7 +98,7 @@ def test_a_schedule_without_steps_never_reads_the_device(bench, parse):
     b = bench(schedule=parse("layers 0: 0.4", 4))
     b.hook.begin_run()
     b.options = {"sigmas": object(), "optimized_attention_override": b.override}
-    b.hook.model_call(b, {}, b.options)
+    b.hook.model_call(b, dict, b.options)
 
 
 def test_presets_are_all_readable_and_say_what_is_not_measured(pack_module, parse):

@@ -36,8 +36,9 @@ def test_the_mask_is_read_once_per_model_call(bench, monkeypatch, pack_module):
     monkeypatch.setattr(hook, "live_keys", lambda *args, read=hook.live_keys: reads.append(1) or read(*args))
     for _ in range(2):
         b.model_call()
+        mask = text_mask()
         for layer in range(3):
-            b.attend(*call(), HEADS, mask=text_mask(), layer=layer)
+            b.attend(*call(), HEADS, mask=mask, layer=layer)
     assert len(reads) == 2
 
 

@@ -11,6 +11,9 @@ from comfy_fixtures import Comfy, write_routers
 from comfy_server import PACK, PACK_FOLDER, ComfyServer
 from tiny_wan import save_wan
 
+from sla2_kernels.weights import load_router
+from tooling.server import PromptFailed
+
 pytestmark = pytest.mark.comfyui
 
 STEPS, LAYERS = 3, 3
@@ -164,6 +167,59 @@ def test_an_error_of_another_pack_in_our_dense_calls(faulty, new_prompt, alone):
     _, message = faulty.error(prompt)
     assert "the neighbour's override fails" in message
     assert_unharmed(faulty, new_prompt, alone)
+
+
+def train(prompt, model, **changes):
+    positive, negative = (prompt.add("SLA2TestConditioning", number=n, image=False, label=unique()) for n in (1, 2))
+    latent = prompt.add("EmptyHunyuanLatentVideo", width=256, height=256, length=9, batch_size=1)
+    settings = {
+        "seed": 5, "steps": 3, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple", "sparsities": "0.75",
+        "training_steps": 6, "learning_rate": 0.002, "query_blocks": 4,
+    }  # fmt: skip
+    router = prompt.add(
+        "SLA2TrainRouter", model=model, positive=positive, negative=negative, latent_image=latent, **settings | changes
+    )
+    prompt.add("SLA2SaveRouter", router=router, filename_prefix="never")
+    return router
+
+
+def test_another_packs_error_in_a_router_training_keeps_what_is_trained(faulty, prompt):
+    failing = prompt.add("SLA2TestLateFailure", model=prompt.model(), number=15, label=unique())
+    router = train(prompt, failing, training_steps=1000)
+    node, message = faulty.error(prompt)
+    assert node == router[0] and "the neighbour fails late" in message
+    (path,) = (faulty.base / "models/sla2").glob("wan_autosave_*")
+    assert load_router(path).layers[0].proj_q is not None
+    path.unlink()
+
+
+def test_a_cancelled_training_that_cannot_be_saved_is_still_cancelled(faulty, prompt):
+    """No error of the disk takes the place of the interrupt; that the work is lost is said."""
+    folder, away = faulty.base / "models/sla2", faulty.base / "models/sla2_away"
+    folder.rename(away)
+    folder.touch()
+    before = len(faulty.server.log.read_text(errors="replace"))
+    try:
+        train(prompt, prompt.model(), training_steps=100_000)
+        number = faulty.server.queue(prompt)
+        wait_for(lambda: "1/" in faulty.server.log.read_text(errors="replace")[before:], "the training did not begin")
+        faulty.server.post("/interrupt", {})
+        entry = faulty.server.history(number, 60)
+    finally:
+        folder.unlink()
+        away.rename(folder)
+    assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+    wait_for(lambda: "is lost: Router file" in faulty.server.log.read_text(errors="replace")[before:], "it is not said")
+
+
+@pytest.mark.parametrize(
+    "name", ["../diffusion_models/tiny_wan.safetensors", "/etc/passwd", "..\\good.safetensors", "a\x00b"]
+)
+def test_a_router_name_that_leads_elsewhere_is_refused(faulty, prompt, name):
+    sampled(prompt, prompt.apply(prompt.model(), router=prompt.add("SLA2LoadRouter", router_name=name)))
+    with pytest.raises(PromptFailed, match="router_name"):
+        faulty.server.queue(prompt)
+    assert faulty.server.get("/system_stats")["system"]
 
 
 # another model, other settings or another size: nothing of one prompt may reach the next

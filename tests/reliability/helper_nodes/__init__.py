@@ -53,6 +53,31 @@ class SLA2TestFault:
         return (model,)
 
 
+class SLA2TestLateFailure:
+    """Another pack's attention, which fails in its call with this number."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "sla2 tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "number": ("INT", {}), "label": ("STRING", {})}}
+
+    def patch(self, model, number, label):
+        count = [0]
+
+        def override(func, *args, **kwargs):
+            count[0] += 1
+            if count[0] == number:
+                raise RuntimeError("the neighbour fails late")
+            return func(*args, **kwargs)
+
+        patched = model.clone()
+        patched.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = override
+        return (patched,)
+
+
 class SLA2TestCensus:
     """How many run records, hooks and tensors are alive."""
 
@@ -72,4 +97,4 @@ class SLA2TestCensus:
         return {"ui": {"census": [{name: kinds.count(name) for name in names}]}}
 
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestFault, SLA2TestCensus)}
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestFault, SLA2TestLateFailure, SLA2TestCensus)}
