@@ -50,31 +50,39 @@ def _large_shared_memory(capability):
 
 def loop_config(capability, qk, pv, head_dim, element_size):
     """The sparse loop's configuration; element_size is that of q in bytes."""
+    hopper = capability[0] == 9
     if qk == "16bit" and element_size == 4:
-        return LoopConfig(64, 4, 2 if _large_shared_memory(capability) else 1)
+        if hopper:
+            return LoopConfig(64, 4, 2)
+        # more rows of float32 spill kilobytes per thread, or do not fit 99 KB with Triton 3.2
+        return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
     if pv == "16bit" and element_size == 4:
-        return LoopConfig(64, 4, 2)
-    if qk == "16bit" and capability[0] == 9:
+        return LoopConfig(128, 8, 2)
+    if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":
         return LoopConfig(128, 8, 3 if _large_shared_memory(capability) else 2)
-    return LoopConfig(128, 4, 3)
+    # 4 warps with 128 x 128 sums spill in the loop, and issue more instructions per score than 8 on sm_80
+    return LoopConfig(128, 8 if head_dim == 128 and not hopper else 4, 3)
 
 
 def linear_config(capability, element_size, estimate):
     """The linear branch's configuration; element_size is that of q in bytes. estimate: it sums the unselected mass too."""
+    hopper = capability[0] == 9
     if element_size == 4:
-        return LinearConfig(64, 32, 4, 1)
+        if hopper:
+            return LinearConfig(64, 32, 4, 1)
+        return LinearConfig(64 if capability[0] == 10 else 32, 32, 8, 1)
     if not estimate:
         return LinearConfig(64, 64, 4, 1)
-    return LinearConfig(128, 128, 4, 2) if _large_shared_memory(capability) else LinearConfig(128, 64, 4, 2)
+    return LinearConfig(128, 128, 4, 2) if hopper else LinearConfig(128, 64, 8, 2)
 
 
 def product_config(capability, element_size):
     """The masked sum's configuration; element_size is that of its operands in bytes."""
     if element_size == 4:
         return ProductConfig(64, 64, 32, 4, 2)
-    if capability[0] == 9:
+    if capability[0] in (9, 10):
         return ProductConfig(128, 256, 64, 8, 3)
     if _large_shared_memory(capability):
         return ProductConfig(128, 128, 64, 8, 3)
