@@ -32,12 +32,13 @@ class Plan:
 
 
 def plan_for(device, steps=None, tiny=False):
-    """The demo on "cpu" (1,296 tokens, skips 75%) or "cuda" (8,400 tokens, skips 90%). tiny: 192 tokens, for a trial.
+    """The demo on "cpu" (1,300 tokens, skips 75%) or "cuda" (8,400 tokens, skips 90%). tiny: 192 tokens, for a trial.
 
-    Both have a size that the miniature was trained at; on a CPU, where 1,300 tokens are the limit, with fewer frames.
+    Both have a number of frames that the miniature was trained at, which it needs for the first frame (a latent frame of its
+    own kind); on a CPU, where 1,300 tokens are the limit, the pictures are smaller than any that it saw.
     """
     if tiny:
         return Plan(device, frames=9, height=128, width=128, steps=steps or 2, sparsity=0.75)
     if device == "cpu":
-        return Plan(device, frames=33, height=192, width=192, steps=steps or 20, sparsity=0.75)
+        return Plan(device, frames=49, height=160, width=160, steps=steps or 20, sparsity=0.75)
     return Plan(device, frames=81, height=320, width=320, steps=steps or 30, sparsity=0.9)

@@ -14,7 +14,7 @@ from tooling.comparison import read_video
 from tooling.plan import CAPTION, ROOT, plan_for
 
 # of the picture; drawn scenes lie well inside (checked below)
-LEAST, MOST = 0.03, 0.25
+LEAST, MOST = 0.02, 0.3
 trained = pytest.mark.skipif(
     not ((TRAINED / DIT).exists() and (TRAINED / VAE).exists()),
     reason="the miniature's weights are not in miniature/weights",
