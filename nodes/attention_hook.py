@@ -100,7 +100,7 @@ class AttentionHook:
         self.model_sampling = model_sampling
         self.weights = LayerWeights(settings, router, facts.num_heads, sla_weights) if facts else None
         self.runs = RunHistory(router_notes(settings, router, sla_weights))
-        self.on_run_end = None  # called with the closed RunRecord
+        self.on_run_end = None  # called with this hook and the closed RunRecord
         self._inside = threading.local()
         self._fronted = (None, None)
         self._progress = None
@@ -118,7 +118,7 @@ class AttentionHook:
             self._fronted = (None, None)
             _log_outcome(run, self.settings)
             if self.on_run_end is not None:
-                self.on_run_end(run)
+                self.on_run_end(self, run)
 
     def _window(self, patcher=None):
         sampling = self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")

@@ -12,7 +12,8 @@ MOST_REASONS = 4
 
 def show_outcomes(hook, node_id):
     """From now on the node ``node_id`` in the page tells how each run of ``hook`` ended."""
-    hook.on_run_end = lambda run: send_event("outcome", node_id, outcome(hook, run))
+    # no reference to the hook in the hook: it goes when its model goes, and not when Python looks for cycles
+    hook.on_run_end = lambda hook, run: send_event("outcome", node_id, outcome(hook, run))
 
 
 def outcome(hook, run):

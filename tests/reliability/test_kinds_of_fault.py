@@ -1,7 +1,9 @@
 """Kinds of fault that bit other packs, each sought in the whole of what is shipped."""
 
 import ast
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -123,7 +125,7 @@ def test_nothing_is_shown_before_a_run_has_ended(bench, qkv, pack_module):
     """A node that executes before the sampler has no numbers yet, and says so."""
     report, shown = pack_module("nodes.report_text"), []
     b = bench()
-    b.hook.on_run_end = shown.append
+    b.hook.on_run_end = lambda hook, run: shown.append(run)
     assert b.hook.runs.finished() == []
     data = strict(report.report_data(b.hook, None))
     assert data["run"] is None and "layers" not in data
@@ -176,3 +178,21 @@ def test_neighbouring_rows_take_equally_many_key_blocks(bench):
         found = select_with_forced_blocks(q, k, sparsity=0.7, front=front, back=back)
         assert found.shape[-1] == selected_with_forced(tokens, 0.7, front, back)
         assert (found.diff(dim=-1) > 0).all() and found.min() >= 0 and found.max() < (tokens + 63) // 64
+
+
+def test_a_patched_model_that_is_dropped_is_gone_at_once(bench, qkv, pack_module):
+    """Models are large: nothing of ours may wait for Python's search for cycles."""
+    b = bench()
+    pack_module("nodes.run_outcome").show_outcomes(b.hook, "1")
+    b.hook.begin_run()
+    b.model_call()
+    b.attend(*qkv, heads=HEADS)
+    b.hook.end_run()
+    gone = weakref.ref(b.hook)
+    gc.collect()
+    gc.disable()
+    try:
+        del b
+        assert gone() is None
+    finally:
+        gc.enable()
