@@ -1,0 +1,40 @@
+"""The backward pass fits every card."""
+
+import pytest
+import torch
+from ahead_of_time import HEADS, TOKENS
+from cards import CARDS, assert_fits
+
+from sla2_kernels import K_BLOCK, Q_BLOCK
+
+BACKWARD = {"_row_statistics", "_linear_queries", "_linear_sums", "_linear_keys", "_query_gradient", "_key_gradient"}
+
+
+SPILL = 256
+# float16 sums in float32; that and float32 itself are compiled for fewer cards, to save minutes
+CASES = [
+    pytest.param(card, dtype, head_dim, id=f"{card}-{str(dtype).removeprefix('torch.')}-{head_dim}")
+    for dtype, head_dim, archs in (
+        (torch.bfloat16, 128, {card.arch for card in CARDS}),
+        (torch.float16, 64, {86, 90, 120}),
+        (torch.float32, 128, {86}),
+    )
+    for card in CARDS
+    if card.arch in archs
+]
+
+
+@pytest.mark.parametrize("card, dtype, head_dim", CASES)
+def test_backward_fits(compile_for, attend, card, dtype, head_dim):
+    kernels = compile_for(card).kernels
+    qkv = [torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # nothing is computed here, so the selection that the backward pass sorts has to be given
+    blocks = torch.arange(TOKENS // K_BLOCK // 2).expand(1, HEADS, TOKENS // Q_BLOCK, -1).contiguous()
+    out = attend(dtype, head_dim, "16bit", "learned", qkv=qkv, key_blocks=blocks)
+    forward = len(kernels)
+    out.backward(torch.zeros_like(out))
+    names = {kernel.name for kernel in kernels[forward:]}
+    assert names >= BACKWARD
+    for kernel in kernels[forward:]:
+        print(kernel)
+        assert_fits(kernel, card, float("inf") if dtype == torch.float32 else SPILL)
