@@ -26,7 +26,7 @@ def sampled(args):
     miniature = (
         Miniature.tiny(args.device)
         if args.tiny
-        else Miniature.load(args.weights, args.device, steps=args.sampling_steps, bf16=args.bf16)
+        else Miniature.load(args.weights, args.device, steps=args.sampling_steps, bf16=args.bf16, cfg=args.cfg)
     )
     train = miniature.record("train", prompts=args.videos, per_video=args.keep)
     return train, miniature.record("held out", prompts=args.held_out, per_video=args.keep_held_out or args.keep)

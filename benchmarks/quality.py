@@ -10,7 +10,7 @@
 
 Output error: ||out - dense|| / ||dense|| on held-out captions, per layer, and the root mean square over layers. Validation
 loss: flow matching, held-out captions. The rivals get the best that their form can give on the training captures: SLA v1's
-proj_l and the heuristic router's ratios are least-squares solutions. PSNR and SSIM: the sampled video against the dense one of the same seed. Writes
+proj_l (ridge regression) and the heuristic router's ratios (least squares). PSNR and SSIM: the sampled video against the dense one of the same seed. Writes
 <out>.json and <out>.md. Captures: safetensors files with tensors "<number>.<layer>.q", ".k", ".v" of shape (B, H, N, D)
 after norm and rotation, and metadata grid = "t,h,w" (sla2_training.explore.captures writes them).
 """
@@ -61,12 +61,14 @@ def main(argv=None):
     stage_1 = load_router(args.router) if args.router else train_router(train, args.sparsities, args.observations)
     if args.save_router:
         stage_1.save(args.save_router)
-    few = [c for captures in by_layer(train).values() for c in captures[:: max(1, len(captures) // args.fit_captures)]]
-    heuristic = fit_heuristic(few, args.sparsities)
+    few = some_of_each_layer(train, args.fit_captures)
+    heuristic = fit_heuristic(train, args.sparsities)
     variants, absent = make_variants(
         args.sparsities, args.precisions, stage_1, heuristic, fit_v1(by_layer(few), args.sparsities)
     )
     variants = [v for v in variants if not any(v.name.startswith(name) for name in args.leave_out)]
+    if args.only:
+        variants = [v for v in variants if any(v.name.startswith(name) for name in (DENSE, *args.only))]
     content = {
         "environment": environment(args.device),
         "about": about(args, held_out, miniature),
@@ -129,7 +131,8 @@ def parse(argv=None):
     parser.add_argument("--prompts", type=int, default=4, help="held-out captions, one video each")
     parser.add_argument("--train-prompts", type=int, default=6)
     parser.add_argument("--captures-per-video", type=int, default=4, help="model calls kept of each sampled video")
-    parser.add_argument("--fit-captures", type=int, default=8, help="captures per layer that the rivals are fitted to")
+    parser.add_argument("--fit-captures", type=int, default=8, help="captures per layer that SLA v1 is fitted to")
+    parser.add_argument("--only", type=lambda text: text.split(";"), help="starts of names, between ;, beside dense")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--levels", type=int, default=8, help="noise levels of the validation loss")
@@ -171,6 +174,14 @@ def train_router(captures, sparsities, observations):
             capture = of_layer[step % len(of_layer)]
             trainer.observe(layer, capture.q, capture.k, capture.v)
     return trainer.router()
+
+
+def some_of_each_layer(captures, count):
+    """``count`` captures per layer, drawn by seed: a stride would meet the same timestep of every video."""
+    generator, chosen = torch.Generator().manual_seed(0), []
+    for of_layer in by_layer(captures).values():
+        chosen += [of_layer[i] for i in torch.randperm(len(of_layer), generator=generator)[:count].tolist()]
+    return chosen
 
 
 def fit_heuristic(captures, sparsities):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from sla2_kernels import sla2_attention
 
-RIDGE = 1e-6  # of the mean diagonal: keeps the normal equations solvable where features are collinear
+# of the mean diagonal; the last leaves proj_l next to zero, SLA v1's own start
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e6)
 
 
 def sparse_branch(q, k, v, sparsity, proj_q=None, proj_k=None):
@@ -52,17 +53,34 @@ def attention(q, k, v, sparsity, projection):
 
 @torch.no_grad()
 def fit_projection(captures, sparsity):
-    """The proj_l that comes closest to dense attention on some captures of one layer: least squares, in closed form.
+    """The proj_l that comes closest to dense attention on captures of one layer: ridge regression, in closed form.
 
-    No training can give SLA v1 a lower error on these captures with the model's own weights frozen.
+    O_l hardly differs between rows, so an unregularised fit may be far off on other calls. The ridge is the one with which
+    each capture is predicted best from the others; one capture alone takes the smallest.
     """
-    gram = moment = 0.0
-    for capture in captures:
-        q, k, v = (x.transpose(1, 2) for x in (capture.q, capture.k, capture.v))
-        dense = F.scaled_dot_product_attention(capture.q, capture.k, capture.v).transpose(1, 2)
-        wanted = (dense.double() - sparse_branch(q, k, v, sparsity).double()).flatten(0, 2)
-        features = F.pad(linear_branch(q, k, v).double().flatten(0, 2), (0, 1), value=1.0)
-        gram, moment = gram + features.T @ features, moment + features.T @ wanted
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * eye, moment).float()
+    parts = [_normal_equations(capture, sparsity) for capture in captures]
+    gram, moment = (sum(part[i] for part in parts) for i in range(2))
+    ridge = RIDGES[0]
+    if len(parts) > 1:
+        ridge = min(RIDGES, key=lambda r: sum(_error(_solve(gram - g, moment - m, r), g, m) for g, m in parts))
+    solution = _solve(gram, moment, ridge).float()
     return Projection(solution[:-1].T.contiguous(), solution[-1])
+
+
+def _normal_equations(capture, sparsity):
+    """gram (D + 1, D + 1) and moment (D + 1, D), float64, of O_l with a column of ones against what O_s lacks."""
+    q, k, v = (x.transpose(1, 2) for x in (capture.q, capture.k, capture.v))
+    dense = F.scaled_dot_product_attention(capture.q, capture.k, capture.v).transpose(1, 2)
+    wanted = (dense.double() - sparse_branch(q, k, v, sparsity).double()).flatten(0, 2)
+    features = F.pad(linear_branch(q, k, v).double().flatten(0, 2), (0, 1), value=1.0)
+    return features.T @ features, features.T @ wanted
+
+
+def _solve(gram, moment, ridge):
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * eye, moment)
+
+
+def _error(solution, gram, moment):
+    """Squared error of a solution on one capture, less what does not depend on the solution."""
+    return float((solution * (gram @ solution)).sum() - 2 * (solution * moment).sum())
