@@ -12,6 +12,7 @@ BACKENDS = ("auto", "triton", "torch")
 HEAD_DIMS = (32, 64, 128)
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 2)
+OLDEST_TRITON_ON_BLACKWELL = (3, 3, 1)  # compute capability 10.0 and 12.0
 # what each torch release requires in its own metadata
 TRITON_OF_TORCH = {
     "2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7",
@@ -71,10 +72,25 @@ def _triton_reason():
         return f"Triton is not installed; install it with: {triton_install_command()}"
     import triton
 
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
-    if version < OLDEST_TRITON:
+    if _triton_version() < OLDEST_TRITON:
         return f"Triton {triton.__version__} is too old (3.2 or newer is needed); update it with: {triton_install_command()}"
     return None
+
+
+def _triton_version():
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+
+
+def _blackwell_reason(device):
+    major, minor = capability(device)
+    if device.type != "cuda" or major < 10 or _triton_version() >= OLDEST_TRITON_ON_BLACKWELL:
+        return None
+    return (
+        f"a card of compute capability {major}.{minor} needs Triton 3.3.1 or newer; "
+        f"update it together with PyTorch (2.7.1 or newer)"
+    )
 
 
 def _card_reason(device):
@@ -94,7 +110,7 @@ def _card_reason(device):
 
 def triton_reason(device, dtype, head_dim, precision):
     """None where the Triton kernels take such a call, else one sentence why not."""
-    reason = _card_reason(device) or _triton_reason()
+    reason = _card_reason(device) or _triton_reason() or _blackwell_reason(device)
     if reason:
         return reason
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -132,3 +132,14 @@ def test_the_interpreter_s_card(monkeypatch, told, capability):
         monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", told)
     assert support.interpreting() and support.capability(CPU) == capability
     assert support.has_fp8(CPU) == (capability >= (8, 9))
+
+
+@pytest.mark.parametrize(("version", "card", "runs"), [
+    ((3, 2, 0), (12, 0), False), ((3, 3, 0), (10, 0), False), ((3, 3, 1), (12, 0), True), ((3, 2, 0), (9, 0), True),
+])  # fmt: skip
+def test_blackwell_needs_a_triton_that_compiles_for_it(monkeypatch, version, card, runs):
+    monkeypatch.setattr(support, "_triton_version", lambda: version)
+    monkeypatch.setattr(support, "_triton_reason", lambda: None)
+    monkeypatch.setattr(support, "capability", lambda device: card)
+    reason = unsupported_reason("cuda", torch.bfloat16, 128, "int8")
+    assert reason is None if runs else "needs Triton 3.3.1 or newer" in reason
