@@ -59,7 +59,8 @@ def beside(pack, comfyui):
     module = load(pack, "custom_nodes.sla2")
     listed = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
     files = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items() if name[:2] != "__"}
-    ours = [name for name, file in files.items() if file.startswith(str(pack))]
+    # the test command's environment lies in the pack's folder
+    ours = [name for name, file in files.items() if file.startswith(str(pack)) and not file.startswith(sys.prefix)]
     return {
         "nodes": [cls.define_schema().node_id for cls in listed],
         "outside": [name for name in ours if not name.startswith("custom_nodes.sla2")],
