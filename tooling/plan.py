@@ -21,7 +21,7 @@ class Plan:
     steps: int
     sparsity: float
     cfg: float = 3.0
-    seed: int = 7  # so far from 8,192 tokens some seeds lose the colour of the sparse video's first frames
+    seed: int = 7  # a chosen one: at so few tokens other seeds may lose the colour of the sparse video's first frames
     minimum_tokens: int = 0
     fps: int = 16
 

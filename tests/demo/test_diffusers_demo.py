@@ -87,4 +87,4 @@ def test_command_without_comfyui_leaves_two_videos_and_a_table(tmp_path):
     # 2 steps of 3 layers (6 in the trained miniature); 3 key blocks, 1 kept
     assert sla2["sparse_calls"] in (6, 12) and sla2["dense_calls"] == 0
     assert sla2["sparsity"] == pytest.approx(2 / 3)
-    assert 0 < results["latent_difference"] < 1
+    assert 0 < results["latent_difference"] < 2
