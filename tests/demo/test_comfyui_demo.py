@@ -24,7 +24,7 @@ def test_command_with_comfyui_leaves_two_videos_and_a_table(comfyui_path, tmp_pa
     assert dense["sparse_calls"] is None
     assert sla2["sparse_calls"] > 0 and sla2["dense_calls"] == 0 and sla2["reasons"] == {}
     assert sla2["sparsity"] == pytest.approx(2 / 3)
-    assert 0 < results["latent_difference"] < 3  # one key block of three at 192 tokens: nothing is promised but a number
+    assert results["latent_difference"] > 0
     for run in results["runs"]:
         assert run["sampling_s"] > 0 and run["decoding_s"] > 0
         assert (tmp_path / "out" / run["video"]).stat().st_size > 1000
