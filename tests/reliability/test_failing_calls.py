@@ -195,7 +195,7 @@ def test_what_the_failed_attempt_held_is_free_before_dense_attention_runs(run_of
 
 TritonError = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
 KERNELS = {
-    "read-only cache": PermissionError(13, "Permission denied", "/root/.triton/cache"),
+    "read-only cache": PermissionError(13, "Permission denied", "/cache/triton"),
     "full disk": OSError(28, "No space left on device"),
     "no compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
     "no headers": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
