@@ -11,7 +11,6 @@ ComfyUI's tests run where a checkout is found: COMFYUI_PATH, else two levels up 
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tooling.audit import audit
+from tooling.browser import find_chromium
 from tooling.comfyui import find_comfyui, install_comfyui, install_manager
 from tooling.environment import Environment, SetupError, say
 from tooling.side_by_side import Part, at_once, run_side_by_side
@@ -32,7 +32,6 @@ OLDEST_TRITON = "3.2.0"
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
 INTERPRETER, COMPILE, WEB = (ROOT / "tests" / name for name in ("kernels/interpreter", "kernels/compile", "web"))
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def prepare(environment, comfyui):
@@ -45,7 +44,7 @@ def prepare(environment, comfyui):
     if comfyui is not None:
         install_comfyui(environment, comfyui)
         install_manager(environment, comfyui)
-    if WEB.is_dir() and any(map(shutil.which, CHROMIUM)):
+    if WEB.is_dir() and find_chromium():
         environment.install("Playwright", ["playwright"])
 
 

@@ -6,18 +6,17 @@ default negative prompt of Wan, which is Chinese): where a font is missing, its 
 
 import argparse
 import json
-import shutil
 
 from miniature.captions import split_captions
 from miniature.images import to_bytes, write_png
 from miniature.videos import render, simulate
 
+from .browser import find_chromium, open_chromium
 from .environment import say
 from .pack_server import pack_server
 from .plan import ROOT
 
 WORKFLOWS = ROOT / "workflows"
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, MARGIN = 1430, 30
 LARGEST = 160_000  # bytes: 12 of them are less than 2 MB of every clone
 READY = "window.app?.graph && window.app.canvas && Object.keys(LiteGraph.registered_node_types).length > 100"
@@ -78,12 +77,11 @@ def main():
     names = parser.parse_args().names
     from playwright.sync_api import sync_playwright
 
-    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     with pack_server() as server, sync_playwright() as driver:
         for workflow in workflows.values():
             lay_out_files(server.base, workflow)
-        browser = driver.chromium.launch(executable_path=chromium, headless=True, args=["--no-sandbox"])
+        browser = open_chromium(driver, find_chromium())
         page = browser.new_page()
         page.goto(server.url)
         page.wait_for_function(READY, timeout=60_000)

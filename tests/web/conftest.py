@@ -1,11 +1,9 @@
 """One Chromium with the page of the tests' ComfyUI server, for all tests of this folder."""
 
-import shutil
-
 import pytest
 from canvas import Canvas
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+from tooling.browser import find_chromium, open_chromium
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +22,11 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="session")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    chromium = find_chromium()
     if chromium is None:
         pytest.skip("no Chromium found")
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium, headless=True, args=["--no-sandbox"])
+        running = open_chromium(driver, chromium)
         yield running
         running.close()
 
