@@ -22,7 +22,7 @@ from .inputs import KINDS, find_shape, make_inputs, shape_of_length
 from .measure import environment, is_gpu, launch_ms, measure_ceilings, median_ms, peak_bytes
 from .ours import ALPHAS, NAME, PRECISIONS, check, sla2_method
 from .peers import add_peer_folders, find_peers
-from .plot import length_plot, sparsity_plot
+from .plot import part_plot
 from .table import label, markdown
 
 PARTS = ("shapes", "data", "length", "sparsity")
@@ -243,10 +243,10 @@ def line(row):
 def write_plots(content, folder):
     """length.svg and sparsity.svg of the parts that were measured."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part, make in (("length", length_plot), ("sparsity", sparsity_plot)):
-        rows = [row for row in content["rows"] if row["part"] == part]
-        if rows:
-            (folder / f"{part}.svg").write_text(make(rows), encoding="utf-8")
+    for part in ("length", "sparsity"):
+        svg = part_plot(content, part)
+        if svg:
+            (folder / f"{part}.svg").write_text(svg, encoding="utf-8")
             print(folder / f"{part}.svg")
 
 

@@ -73,6 +73,17 @@ def speed_plot(rows, percent=97):
     return "\n".join([*parts, "</svg>", ""])
 
 
+DRAW = {"shapes": speed_plot, "length": length_plot, "sparsity": sparsity_plot}
+
+
+def part_plot(content, part):
+    """SVG text of one part of a results file, or None where that was not measured or lacks what the plot compares with."""
+    rows = [row for row in content["rows"] if row["part"] == part]
+    if part == "shapes" and all(row["method"] != BASELINE for row in rows):
+        return None
+    return DRAW[part](rows) if rows else None
+
+
 def draw(lines, title, x_name, *, log_x):
     """SVG text of lines {name: [(x, ms)]}; ms is drawn on a logarithmic axis.
 

@@ -5,8 +5,7 @@ No number is typed there: a test compares the README with what this module would
 
 import sys
 
-from benchmarks.peers import BASELINE
-from benchmarks.plot import length_plot, sparsity_plot, speed_plot
+from benchmarks.plot import part_plot
 from benchmarks.results import RESULTS, load
 from benchmarks.table import markdown
 
@@ -15,9 +14,9 @@ from .plan import ROOT
 BEGIN, END = "<!-- measured begin -->", "<!-- measured end -->"
 PICTURE = "workflows/wan2.1_t2v_1.3b_sla2.jpg"
 PLOTS = {
-    "shapes": (speed_plot, "Times faster than FlashAttention-2, at Wan's real sizes"),
-    "length": (length_plot, "Time of one attention call against the number of tokens"),
-    "sparsity": (sparsity_plot, "Time of one attention call against the share that is skipped"),
+    "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",
+    "length": "Time of one attention call against the number of tokens",
+    "sparsity": "Time of one attention call against the share that is skipped",
 }
 
 
@@ -31,13 +30,10 @@ def measured(folder=RESULTS):
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
-    for part, (draw, shows) in PLOTS.items():
-        rows = [[row for row in content["rows"] if row["part"] == part] for content in contents]
-        if part == "shapes":
-            rows = [card for card in rows if any(row["method"] == BASELINE for row in card)]
-        first = next(filter(None, rows), None)
-        if first:
-            found[f"{part}.svg"] = draw(first), shows
+    for part, shows in PLOTS.items():
+        svg = next(filter(None, (part_plot(content, part) for content in contents)), None)
+        if svg:
+            found[f"{part}.svg"] = svg, shows
     return found
 
 
