@@ -12,6 +12,7 @@ from . import video_tokens as tokens
 WAN = "comfy.ldm.wan"
 WAN_SELF = f"{WAN}.model.WanSelfAttention"
 FLUX = "comfy.ldm.flux.layers"
+FLUX_BLOCKS = (("double_blocks.*", f"{FLUX}.DoubleStreamBlock"), ("single_blocks.*", f"{FLUX}.SingleStreamBlock"))
 RASTER = "raster"
 BLOCKS_SELF = "blocks.*.self_attn"
 
@@ -71,7 +72,7 @@ LAYOUTS = (
     ModelLayout(
         "hunyuan-video",
         "comfy.ldm.hunyuan_video.model.HunyuanVideo",
-        (("double_blocks.*", f"{FLUX}.DoubleStreamBlock"), ("single_blocks.*", f"{FLUX}.SingleStreamBlock")),
+        FLUX_BLOCKS,
         front=tokens.hunyuan_front,
         text_mask=True,
     ),
@@ -123,7 +124,7 @@ LAYOUTS = (
     ModelLayout(
         "flux",
         "comfy.ldm.flux.model.Flux",
-        (("double_blocks.*", f"{FLUX}.DoubleStreamBlock"), ("single_blocks.*", f"{FLUX}.SingleStreamBlock")),
+        FLUX_BLOCKS,
         front=tokens.text_in_front,
         text_mask=True,
     ),

@@ -14,16 +14,6 @@ from ..sla2_kernels.sla_v1 import sla_attention
 
 
 @dataclass(frozen=True)
-class SparseResult:
-    """out: as the caller wants it. ratio: of the video's query rows, (B, H, N). kept, blocks: key blocks per query block."""
-
-    out: torch.Tensor
-    ratio: torch.Tensor
-    kept: int
-    blocks: int
-
-
-@dataclass(frozen=True)
 class VideoPart:
     """The video's own queries and keys of one call, as views, and all keys and values. ``layout`` is the operator's."""
 
@@ -55,15 +45,9 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale):
     selection = None
     if exact.key_front or exact.key_back:
         selection = select_with_forced_blocks(
-            part.q,
-            part.k,
-            proj_q,
-            proj_k,
-            sparsity=sparsity,
-            front=exact.key_front,
-            back=exact.key_back,
-            layout=part.layout,
-        )
+            part.q, part.k, proj_q, proj_k,
+            sparsity=sparsity, front=exact.key_front, back=exact.key_back, layout=part.layout,
+        )  # fmt: skip
     options = {
         "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
         "layout": part.layout, "key_blocks": selection, "return_alpha": True,

@@ -84,7 +84,7 @@ def sla2_attention(
 def select_key_blocks(q, k, proj_q=None, proj_k=None, *, sparsity, layout="BHND", backend="auto"):
     """The key blocks that the router picks, int32 (B, H, T_m, n), ascending, n = max(1, floor((1 - sparsity) * T_n)).
 
-    Arguments as in :func:`sla2_attention`. Scores are IEEE float32; of equal scores the lowest index wins.
+    Arguments as in :func:`sla2_attention`. Scores have the precision of float32; of equal scores the lowest index wins.
     """
     _check(q, k, k, sparsity, "16bit", layout, None, backend)
     if layout == "BNHD":

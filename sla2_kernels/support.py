@@ -89,7 +89,7 @@ def _blackwell_reason(device):
         return None
     return (
         f"a card of compute capability {major}.{minor} needs Triton 3.3.1 or newer; "
-        f"update it together with PyTorch (2.7.1 or newer)"
+        "update it together with PyTorch (2.7.1 or newer)"
     )
 
 

@@ -101,7 +101,7 @@ def _head_groups(q, per_head):
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _allocate(q, k, group, qk, pv, linear):
+def _allocate(q, k, group, qk, pv, linear, sums_dtype):
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
 
     def empty(wanted, *shape, dtype):
@@ -114,8 +114,8 @@ def _allocate(q, k, group, qk, pv, linear):
         k_scale=empty(qk != "16bit", blocks, dtype=torch.float32),
         v_low=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=torch.float8_e4m3fn),
         v_exponent=empty(pv == "fp8", blocks, dtype=torch.float32),
-        sums=empty(linear, blocks, sum_shape, dtype=_sums_dtype(q)),
-        query_sums=empty(linear, q_blocks, sum_shape, dtype=_sums_dtype(q)),
+        sums=empty(linear, blocks, sum_shape, dtype=sums_dtype),
+        query_sums=empty(linear, q_blocks, sum_shape, dtype=sums_dtype),
     )
 
 
@@ -125,7 +125,8 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, or None to route.
     ratios: (H, T_m) float32 or None to estimate them.
     """
-    qk, pv = configs.loop_formats(precision, capability(q.device))
+    card = capability(q.device)
+    qk, pv = configs.loop_formats(precision, card)
     blocks = block_count(k.shape[2], K_BLOCK)
     with _on(q.device):
         ratios = None if ratios is None else ratios.to(q.device).contiguous()
@@ -136,13 +137,13 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
             routed = _given(q, k, key_blocks, dtype, plan)
         linear = routed.selected.shape[2] < blocks
         groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear))
-        work = _allocate(q, k, groups[0].stop, qk, pv, linear)
+        work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         ratio = "none" if not linear else "estimated" if ratios is None else "learned"
         sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
-        product = configs.product_config(capability(q.device), q.element_size())
-        branch = configs.linear_config(capability(q.device), q.element_size(), ratio == "estimated")
-        loop = configs.loop_config(capability(q.device), qk, pv, q.shape[3], q.element_size())
+        product = configs.product_config(card, q.element_size())
+        branch = configs.linear_config(card, q.element_size(), ratio == "estimated")
+        loop = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
         for heads in groups:
             pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan)
             if linear:

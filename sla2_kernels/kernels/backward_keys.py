@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..router import block_count
+
 NOTHING = tl.constexpr(1.0e30)  # the log-sum-exp of a row that is not there: its P is exp2(-1e30) = 0
 
 
@@ -94,10 +96,10 @@ def key_gradients(
     """
     batch, heads, tokens, head_dim = k.shape
     query_blocks, starts = transposed
-    _key_gradient[(triton.cdiv(tokens, config.keys), batch * heads)](
+    _key_gradient[(block_count(tokens, config.keys), batch * heads)](
         q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_k.stride(), *grad_v.stride(),
-        heads, q.shape[2], tokens, triton.cdiv(tokens, block), query_blocks.shape[1], scale_log2, scale,
+        heads, q.shape[2], tokens, block_count(tokens, block), query_blocks.shape[1], scale_log2, scale,
         D=head_dim, ROWS=config.rows, KEYS=config.keys, Q_BLOCK=q_block, BLOCK=block,
         LINEAR=k_correction is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -11,6 +11,8 @@ projection term of softmax's gradient is zero for Q.
 import triton
 import triton.language as tl
 
+from ..router import block_count
+
 
 @triton.jit
 def _features(x):
@@ -140,7 +142,7 @@ def linear_queries(
     q_blocks, group = query_sums.shape[1], heads_slice.stop - heads_slice.start
     cols = min(config.cols, head_dim)
     shared = {"D": head_dim, "ROWS": config.rows, "COLS": cols, "Q_BLOCK": q_block, "num_warps": config.num_warps}
-    _linear_queries[(triton.cdiv(tokens, config.rows), group)](
+    _linear_queries[(block_count(tokens, config.rows), group)](
         q, grad_out, grad_q, query_sums, row_ratio, row_weight, row_product,
         *q.stride(), *grad_out.stride(), *grad_q.stride(), heads, heads_slice.start, tokens, q_blocks,
         **shared, num_stages=config.num_stages,

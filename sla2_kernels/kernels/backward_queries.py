@@ -8,6 +8,8 @@ still sums to is taken back times that mean.
 import triton
 import triton.language as tl
 
+from ..router import block_count
+
 LOWEST = tl.constexpr(-1.0e30)  # the exponent of a key past the end: its P is 0
 
 
@@ -58,30 +60,16 @@ def _query_gradient(
 
 
 def query_gradient(
-    q,
-    k,
-    v,
-    grad_out,
-    grad_q,
-    selected,
-    row_shift,
-    row_delta,
-    k_mean,
-    *,
-    scale,
-    scale_log2,
-    q_block,
-    block,
-    linear,
-    config,
-):
+    q, k, v, grad_out, grad_q, selected, row_shift, row_delta, k_mean,
+    *, scale, scale_log2, q_block, block, linear, config,
+):  # fmt: skip
     """grad_q (B, H, N, D), any stride: the sparse branch's share, added to its content where ``linear``.
 
     Arguments as in row_statistics, which made row_shift and row_delta. k_mean: float32 (B * H, D).
     """
     batch, heads, tokens, head_dim = q.shape
     q_blocks, count = selected.shape[1:]
-    _query_gradient[(triton.cdiv(tokens, config.rows), batch * heads)](
+    _query_gradient[(block_count(tokens, config.rows), batch * heads)](
         q, k, v, grad_out, grad_q, selected, row_shift, row_delta, k_mean,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_q.stride(),
         heads, tokens, k.shape[2], q_blocks, count, scale_log2, scale,

@@ -8,6 +8,8 @@ dP = dO V^T, an online sum like the softmax's own. The ratio joins the log-sum-e
 import triton
 import triton.language as tl
 
+from ..router import block_count
+
 LOWEST = tl.constexpr(-1.0e30)  # a running maximum that no finite score undercuts, finite so that differences are
 SMALLEST_RATIO = tl.constexpr(1.0e-30)
 
@@ -65,7 +67,7 @@ def row_statistics(q, k, v, grad_out, selected, row_ratio, row_shift, row_delta,
     """
     batch, heads, tokens, head_dim = q.shape
     q_blocks, count = selected.shape[1:]
-    _row_statistics[(triton.cdiv(tokens, config.rows), batch * heads)](
+    _row_statistics[(block_count(tokens, config.rows), batch * heads)](
         q, k, v, grad_out, selected, row_ratio, row_shift, row_delta,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(),
         heads, tokens, k.shape[2], q_blocks, count, scale_log2,

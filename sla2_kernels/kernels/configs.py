@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The sparse loop: query rows per program, warps, pipeline stages, most registers per thread (None: no limit)."""
+    """The sparse loop: query rows per program, warps, pipeline stages."""
 
     tile_m: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)

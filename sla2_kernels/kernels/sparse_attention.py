@@ -184,13 +184,11 @@ def sparse_attention(
     heads, tokens, head_dim = q.shape[1:]
     q_blocks, count = selected.shape[1:]
     grid = (block_count(tokens, config.tile_m), heads_slice.stop - heads_slice.start)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
     launch(
-        plan, _sparse_attention, grid, q, k, v, out, work.k_low, work.k_scale, work.v_low, work.v_exponent, selected, ratios, row_ratio,
+        plan, _sparse_attention, grid, q, k, v, out, work.k_low, work.k_scale, work.v_low, work.v_exponent, selected,
+        ratios, row_ratio,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         heads, heads_slice.start, tokens, k.shape[2], q_blocks, block_count(k.shape[2], block), count, scale_log2,
         D=head_dim, TILE=config.tile_m, Q_BLOCK=q_block, BLOCK=block, QK=qk, PV=pv, SEVERAL=count > 1, RATIO=ratio,
-        options=options,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )  # fmt: skip
