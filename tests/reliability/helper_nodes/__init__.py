@@ -1,7 +1,10 @@
 """Nodes that put faults below the pack in a running ComfyUI, and count what it keeps."""
 
+import ctypes
 import gc
+import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -79,7 +82,7 @@ class SLA2TestLateFailure:
 
 
 class SLA2TestCensus:
-    """How many run records, hooks and tensors are alive."""
+    """How many run records, hooks and tensors are alive; bytes in tensors, and bytes of the process that lie in RAM."""
 
     RETURN_TYPES = ()
     FUNCTION = "count"
@@ -92,9 +95,12 @@ class SLA2TestCensus:
 
     def count(self, latent, label):
         gc.collect()
+        # freed memory goes back to the system, so that what is resident is in use
+        ctypes.CDLL(None).malloc_trim(0)
         kinds = [type(thing).__name__ for thing in gc.get_objects() if not isinstance(thing, (dict, list, tuple))]
-        names = ("RunRecord", "AttentionHook", "ModelCall", "Tensor")
-        return {"ui": {"census": [{name: kinds.count(name) for name in names}]}}
+        found = {name: kinds.count(name) for name in ("RunRecord", "AttentionHook", "ModelCall", "Tensor")}
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {"ui": {"census": [found | {"resident": pages * resource.getpagesize()}]}}
 
 
 NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (SLA2TestFault, SLA2TestLateFailure, SLA2TestCensus)}
