@@ -20,6 +20,7 @@ KERNELS = (
     ("pool", ("pool", "smooth")),
     ("select", ("select", "topk", "radix")),
     ("pack", ("pack",)),
+    ("mass", ("unselected_mass",)),
     ("linear", ("masked_sum", "linear")),
     ("loop", ("sparse_attention", "attend", "attention")),
     ("score", ("score", "product", "project")),
@@ -58,6 +59,7 @@ def least_work(shape, sparsity, precision, element=2):
         "score": Work(pools + 4 * scores, 2 * scores * dim),
         "select": Work(4 * scores + 4 * heads * rows * chosen + element * scores),
         "pack": Work(2 * tensor * (element + low) + heads * blocks * sums * element, 2 * tensor * dim),
+        "mass": Work(tensor * element, 2 * heads * tokens * blocks * dim),
         "linear": Work(element * (scores + heads * (rows + blocks) * sums), 2 * scores * sums),
         "loop": Work(
             2 * tensor * (element + low) + heads * rows * sums * element,

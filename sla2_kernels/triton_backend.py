@@ -1,6 +1,7 @@
 """The forward pass in Triton: route all heads, then work through groups of heads in one reused workspace.
 
-pools -> scores -> top-k, then per group: pack K and V -> masked sums -> linear branch -> sparse loop and the mix.
+pools -> scores -> top-k -> unselected mass where no ratio was learned; then per group: pack K and V -> masked sums
+-> linear branch -> sparse loop and the mix.
 """
 
 import math
@@ -18,6 +19,7 @@ from .kernels.pool import pool, smooth
 from .kernels.score import project, scores
 from .kernels.select import select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
+from .kernels.unselected_mass import unselected_mass
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting
 
@@ -142,16 +144,17 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
         ratio = "none" if not linear else "estimated" if ratios is None else "learned"
         sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
         product = configs.product_config(card, q.element_size())
-        branch = configs.linear_config(card, q.element_size(), ratio == "estimated")
+        branch = configs.linear_config(card, q.element_size())
         loop = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
+        if ratio == "estimated":
+            # waits where the loop will put the ratio
+            mass = configs.mass_config(card, q.element_size())
+            unselected_mass(q, routed, row_ratio, k.shape[2], smoothed=qk != "16bit", config=mass, **sizes)
         for heads in groups:
             pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan)
             if linear:
                 masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
-                linear_attention(
-                    q, work, out, routed, row_ratio if ratio == "estimated" else None, heads, k.shape[2],
-                    smoothed=qk != "16bit", config=branch, **sizes,
-                )  # fmt: skip
+                linear_attention(q, work, out, heads, q_block=Q_BLOCK, config=branch, plan=plan)
             sparse_attention(
                 q, k, v, out, work, routed.selected, ratios, row_ratio, heads,
                 ratio=ratio, qk=qk, pv=pv, config=loop, **sizes,

@@ -14,7 +14,16 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """The linear branch: query rows per program, key block means a step, warps, pipeline stages."""
+    """The linear branch: query rows per program, warps, pipeline stages."""
+
+    tile_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class MassConfig:
+    """The unselected mass: query rows per program, key block means a step, warps, pipeline stages."""
 
     tile_m: int
     step: int
@@ -65,16 +74,18 @@ def loop_config(capability, qk, pv, head_dim, element_size):
     return LoopConfig(128, 8 if head_dim == 128 and not hopper else 4, 3)
 
 
-def linear_config(capability, element_size, estimate):
-    """The linear branch's configuration; element_size is that of q in bytes. estimate: it sums the unselected mass too."""
-    hopper = capability[0] == 9
+def linear_config(capability, element_size):
+    """The linear branch's configuration; element_size is that of q in bytes."""
+    if element_size == 2 or capability[0] == 9:
+        return LinearConfig(64, 4, 1)
+    return LinearConfig(64 if capability[0] == 10 else 32, 8, 1)
+
+
+def mass_config(capability, element_size):
+    """The unselected mass's configuration; element_size is that of q in bytes."""
     if element_size == 4:
-        if hopper:
-            return LinearConfig(64, 32, 4, 1)
-        return LinearConfig(64 if capability[0] == 10 else 32, 32, 8, 1)
-    if not estimate:
-        return LinearConfig(64, 64, 4, 1)
-    return LinearConfig(128, 128, 4, 2) if hopper else LinearConfig(128, 64, 8, 2)
+        return MassConfig(32, 32, 4, 1)
+    return MassConfig(128, 128, 4, 2) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
 
 
 def product_config(capability, element_size):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from operator_inputs import embedded, normal, relative_error
 
-from sla2_kernels.kernels.configs import LoopConfig, linear_config, loop_config
+from sla2_kernels.kernels.configs import LoopConfig, linear_config, loop_config, mass_config
 from sla2_kernels.kernels.linear_attention import linear_attention
 from sla2_kernels.kernels.sparse_attention import sparse_attention
+from sla2_kernels.kernels.unselected_mass import unselected_mass
 from sla2_kernels.reference import phi, pool
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
 from sla2_kernels.triton_backend import Routing, Workspace
@@ -44,10 +45,12 @@ class Loop:
         sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e), "q_block": 128, "block": 64}
         ratio = "none" if sums is None else "estimated" if self.ratios is None else "learned"
         if sums is not None:
-            linear_attention(
-                self.q, work, out, self.routed, row_ratio if ratio == "estimated" else None, heads, self.k.shape[2],
-                smoothed=False, config=linear_config((8, 9), 4, True), **sizes,
-            )  # fmt: skip
+            linear_attention(self.q, work, out, heads, q_block=128, config=linear_config((8, 9), 4))
+        if ratio == "estimated":
+            config_of_mass = mass_config((8, 9), 4)
+            unselected_mass(
+                self.q, self.routed, row_ratio, self.k.shape[2], smoothed=False, config=config_of_mass, **sizes
+            )
         sparse_attention(
             self.q, self.k, self.v, out, work, self.routed.selected, self.ratios, row_ratio, heads,
             ratio=ratio, qk="16bit", pv="16bit", config=config, **sizes,
@@ -113,7 +116,7 @@ def test_half_tiles_compute_what_whole_tiles_do(generator):
 
 
 def test_a_group_writes_its_own_heads_only(generator):
-    loop = Loop(generator, tokens=130, keys=200, count=2, ratios=False)
+    loop = Loop(generator, tokens=130, keys=200, count=2)
     everything, _ = loop.run()
     out, ratio = loop.run(heads=slice(1, 2))
     assert torch.equal(out[:, 1], everything[:, 1])
