@@ -6,7 +6,7 @@ import torch
 STEPS, LAYERS = 3, 3
 ALL = STEPS * LAYERS
 NEIGHBOUR = "sla2_test_helpers"
-DEFAULT = "ComfyUI's sub-quadratic attention"
+DEFAULT = "PyTorch's scaled_dot_product_attention"
 
 
 def patched_report(comfy, prompt, patched):
