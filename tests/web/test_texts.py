@@ -1,6 +1,7 @@
 """Help, tooltips, search words and translations of every node, as the real server hands them to the page."""
 
 import json
+import re
 import urllib.request
 
 import pytest
@@ -10,6 +11,8 @@ from tooling.plan import PACK_FOLDER, ROOT
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+TRANSLATED = [language for language in LANGUAGES if language != "en"]
+LOOKS_WRONG = {"zh": "## 效果不对时"}
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +28,54 @@ def test_every_node_has_help_and_every_help_has_a_node(nodes):
     assert sorted(nodes) == NODES
 
 
+def served_help(server, page):
+    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{page}.md", timeout=10) as answer:
+        return answer.read().decode()
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_help_is_served_and_names_every_input(server, nodes, node):
-    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{node}.md", timeout=10) as page:
-        text = page.read().decode()
+    text = served_help(server, node)
     assert text.startswith(f"# {nodes[node]['display_name']}\n")
     assert "## When it looks wrong" in text
     assert [name for name in named_inputs(nodes[node]) if name not in text] == []
+
+
+def shape(page):
+    """How many headings, paragraphs, table rows and list entries a page has, in order."""
+    kinds = {"#": "heading", "|": "row", "-": "entry"}
+    return [kinds.get(line[0], "paragraph") for block in page.split("\n\n") for line in starts(block)]
+
+
+def starts(block):
+    """Lines of a block that begin something: all but the lines that go on."""
+    lines = [line for line in block.strip().splitlines() if not line.startswith(" ")]
+    return lines if lines[0][0] in "#|-" else lines[:1]
+
+
+def code(page):
+    return {" ".join(words.split()) for words in re.findall(r"`([^`]+)`", page)}
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_translated_help_is_served_and_says_the_same(server, nodes, language, node):
+    page, original = served_help(server, f"{node}/{language}"), served_help(server, node)
+    names = server.get("/i18n")[language]["nodeDefs"]
+    assert page.startswith(f"# {names[node]['display_name']}\n") and LOOKS_WRONG[language] in page
+    shown = {name: names[node]["inputs"][name]["name"] for name in named_inputs(nodes[node])}
+    called = {name: f"{word}（{name}）" if word != name else name for name, word in shown.items()}
+    assert [words for words in called.values() if words not in page] == []
+    assert shape(page) == shape(original)
+    assert code(original) - code(page) == set(), "text of the page, of files and of settings stays as it is"
+    other = [info["display_name"] for info in nodes.values()]
+    assert [name for name in other if name in page] == [], "other nodes are called as the page shows them"
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_no_translation_is_left_of_a_page_that_is_gone(language):
+    translated = {path.parent.name for path in (ROOT / "web" / "docs").glob(f"*/{language}.md")}
+    assert translated == set(NODES)
 
 
 @pytest.mark.parametrize("node", NODES)
