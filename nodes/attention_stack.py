@@ -7,7 +7,6 @@ from collections import Counter
 from .attention_hook import KEY, OVERRIDE
 from .override_chain import name_of, ours_in
 
-COMFY_ATTENTION = "comfy.ldm.modules.attention."
 BACKENDS = {
     "attention_basic": "ComfyUI's basic attention", "attention_split": "ComfyUI's split attention",
     "attention_sub_quad": "ComfyUI's sub-quadratic attention", "attention_xformers": "xFormers",
@@ -41,18 +40,14 @@ def stack_lines(stack):
     return [f"attention of this model: {stack['attention']}", f"also on this model: {also}"]
 
 
-def backend_words(name):
-    """Words for what ``name_of`` calls an attention function; its name where it is not one of ComfyUI's."""
-    return BACKENDS.get(name.removeprefix(COMFY_ATTENTION), name) if name.startswith(COMFY_ATTENTION) else name
-
-
 def _below(override, run):
     if override is None:
         names = run.backends if run and run.backends else {_default_backend()}
-        return " and ".join(sorted(map(backend_words, names)))
+        return " and ".join(sorted(map(_backend, names)))
     if isinstance(override, types.FunctionType) and name_of(override) == SET_BY_COMFY:
-        function = inspect.getclosurevars(override).nonlocals["optimized_attention"]
-        return f"{backend_words(name_of(function))}, which a node chose for this model"
+        chosen = inspect.getclosurevars(override).nonlocals.get("optimized_attention")
+        if chosen is not None:
+            return f"{_backend(name_of(chosen))}, which a node chose for this model"
     return name_of(override)
 
 
@@ -62,24 +57,52 @@ def _default_backend():
     return name_of(attention.optimized_attention)
 
 
+def _backend(name):
+    module, _, function = name.rpartition(".")
+    return BACKENDS.get(function, name) if module == "comfy.ldm.modules.attention" else name
+
+
 def _neighbours(model):
     options = model.model_options.get("transformer_options", {})
-    kinds = Counter(kind for patches in model.patches.values() for kind in {_kind(patch[1]) for patch in patches})
-    yield from (f"{kind} on {_many(count, 'weight')}" for kind, count in kinds.items())
+    yield from _changed_weights(model.patches)
     yield from ("LoRA in bypass mode" if key == "bypass_lora" else f"the injection {key}" for key in model.injections)
-    replaced = {name: getattr(part, "sla2_replaced", part) for name, part in model.object_patches.items()}
-    parts = [part for name, part in replaced.items() if part is not None and name.startswith("diffusion_model")]
-    yield from (f"{name} on {_many(count, 'part')} of the model" for name, count in Counter(map(_part, parts)).items())
+    yield from _replaced_parts(model.object_patches)
     for registered in (model.wrappers, options.get("wrappers", {}), model.callbacks, options.get("callbacks", {})):
-        for key, functions in (item for by_key in registered.values() for item in by_key.items() if item[0] != KEY):
-            yield from (WRAPPERS.get(key, name_of(function)) for function in functions)
-    if model.model_options.get("context_handler") is not None:
+        yield from _registered(registered)
+    yield from _around_model_calls(model.model_options)
+    yield from _in_blocks(options)
+
+
+def _changed_weights(patches):
+    kinds = Counter(kind for on_weight in patches.values() for kind in {_kind(patch[1]) for patch in on_weight})
+    yield from (f"{kind} on {_many(count, 'weight')}" for kind, count in kinds.items())
+
+
+def _replaced_parts(object_patches):
+    in_model = (part for name, part in object_patches.items() if name.startswith("diffusion_model"))
+    parts = (getattr(part, "sla2_replaced", part) for part in in_model)
+    names = Counter(_part(part) for part in parts if part is not None)
+    yield from (f"{name} on {_many(count, 'part')} of the model" for name, count in names.items())
+
+
+def _registered(functions_by_kind):
+    for by_key in functions_by_kind.values():
+        for key, functions in by_key.items():
+            if key != KEY:
+                yield from (WRAPPERS.get(key, name_of(function)) for function in functions)
+
+
+def _around_model_calls(model_options):
+    if model_options.get("context_handler") is not None:
         yield "context windows"
     for key in ("model_function_wrapper", "sampler_calc_cond_batch_function"):
-        if model.model_options.get(key) is not None:
-            yield name_of(model.model_options[key])
-    listed = ((kind, patch) for kind, patches in options.get("patches", {}).items() for patch in patches)
-    yield from (f"{name_of(patch)} as {kind}" for kind, patch in listed)
+        if model_options.get(key) is not None:
+            yield name_of(model_options[key])
+
+
+def _in_blocks(options):
+    for kind, patches in options.get("patches", {}).items():
+        yield from (f"{name_of(patch)} as {kind}" for patch in patches)
     for kind, patches in options.get("patches_replace", {}).items():
         names = Counter(map(name_of, patches.values()))
         yield from (f"{name} in place of {_many(count, f'{kind} block')}" for name, count in names.items())
