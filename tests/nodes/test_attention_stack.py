@@ -68,6 +68,27 @@ def test_other_overrides_are_named_by_module_and_function(stack, bench):
     assert stack(patcher(foreign))["attention"] == FOREIGN
 
 
+def comfyuis_override(optimized_attention=None, renamed=None):
+    """As ComfyUI's ModelPatcher makes one for a backend node: of its name, over the function chosen."""
+
+    def override(_, *args, **kwargs):
+        return (renamed or optimized_attention)(*args, **kwargs)
+
+    override.__module__ = "comfy.model_patcher"
+    override.__qualname__ = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+    return override
+
+
+def test_a_backend_that_a_node_chose_is_named(stack):
+    def chosen(*args):
+        pass
+
+    chosen.__module__, chosen.__qualname__ = "comfy.ldm.modules.attention", "attention_sage"
+    assert stack(patcher(comfyuis_override(chosen)))["attention"] == "SageAttention, which a node chose for this model"
+    unknown = stack(patcher(comfyuis_override(renamed=chosen)))["attention"]
+    assert unknown.endswith("set_model_optimized_attention.optimized_attention_override")
+
+
 def test_a_packs_module_is_named_without_the_path_of_its_folder(pack_module):
     name_of = pack_module("nodes.override_chain").name_of
 
