@@ -1,22 +1,7 @@
-"""The copy of a MODEL that is trained, as core's own LoRA training makes it, and whether this ComfyUI can."""
+"""The copy of a MODEL that is trained, as core's own LoRA training makes it."""
 
-import inspect
-
-import comfy.model_patcher
 import comfy.model_sampling
-import comfyui_version
 import torch
-
-OLDEST = "0.25"
-
-
-def require_core_training():
-    """Raises ValueError with one sentence where ComfyUI is older than what this training is built on."""
-    if "force_deepcopy" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
-        raise ValueError(
-            f"SLA2 Train LoRA needs ComfyUI {OLDEST} or newer, whose LoRA training it builds on; "
-            f"this is {comfyui_version.__version__}: update ComfyUI."
-        )
 
 
 def training_copy(model):

@@ -32,7 +32,12 @@ def save_lora(state, stem):
 
 
 def save_both(state, router, family):
-    """Saves LoRA and router as <family>_lora_autosave_<number>_; one sentence that says where. Raises ValueError."""
-    stem = f"{family}_lora_autosave"
-    lora = save_lora(state, stem)
-    return f"saved as {lora} in models/loras and {save_router(router, stem)} in models/{FOLDER}."
+    """Saves LoRA and router as <family>_lora_autosave_<number>_, each where the other cannot be; sentences that say where."""
+    stem, sentences = f"{family}_lora_autosave", []
+    for what, folder, save, content in (("LoRA", "loras", save_lora, state), ("router", FOLDER, save_router, router)):
+        try:
+            sentences.append(f"The {what} is saved as {save(content, stem)} in models/{folder}.")
+        except ValueError as error:
+            # what ended the training is what the user has to be told first
+            sentences.append(f"The {what} is lost: {error}")
+    return " ".join(sentences)

@@ -67,8 +67,8 @@ class LoraSession:
         path = folder_paths.get_full_path_or_raise("loras", name)
         self.adapters.load(comfy.utils.load_torch_file(path, safe_load=True), name)
 
-    def take_videos(self, latents):
-        """Trains on latents of the user's."""
+    def take_videos(self, latents, prompts):
+        """Trains on latents of the user's, which ``prompts`` many prompts belong to."""
         channels = self.model.model.latent_format.latent_channels
         if getattr(latents, "is_nested", False) or latents.ndim != 5 or latents.shape[1] != channels:
             found = "of several parts" if getattr(latents, "is_nested", False) else tuple(latents.shape)
@@ -78,6 +78,11 @@ class LoraSession:
             )
         if not bool(torch.isfinite(latents).all()):
             raise ValueError("SLA2 Train LoRA: latents hold NaN or infinity; encode the videos anew.")
+        if prompts not in (1, len(latents)):
+            raise ValueError(
+                f"SLA2 Train LoRA: {len(latents)} latents need as many prompts or a single one, and positive has {prompts}; "
+                "join prompts with Conditioning (Combine)."
+            )
         self.videos = latents.float().clone()
 
     @torch.no_grad()
@@ -122,13 +127,15 @@ class LoraSession:
         before, after = self.training.errors
         moved = [(now - then).abs().max() for now, then in zip(self.ratios(), self.training.start_ratios, strict=True)]
         size = sum(parameter.numel() for parameter in self.adapters.parameters())
+        target = "the dense model's" if self.plan.settings.distill else "the true one"
         lines = [
-            f"velocity error against dense, on new noise ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
+            f"velocity error against {target}, on new noise ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
             f"loss: {self.losses[0]:.4g} in the first step, {self.losses[-1]:.4g} in the last of {self.done}",
             f"LoRA: rank {self.plan.rank} in {len(self.adapters.adapters)} layers, {size * 2 / 2**20:.1f} MiB in 16 bit",
             f"mixing ratios moved by up to {max(moved):.3f}",
         ]
-        lines += [f"{count} calls ran dense: {reason}." for reason, count in self.attention.untrained.items()]
+        lines.append(f"{self.attention.sparse_calls} attention calls ran sparse")
+        lines += [f"{count} ran dense: {reason}" for reason, count in self.attention.untrained.items()]
         return "\n".join(lines)
 
     def ratios(self):

@@ -41,7 +41,8 @@ class LoraTraining(comfy.samplers.Sampler):
     """attention: LoraAttention. adapters: LoraAdapters. videos: latents (N, C, ...) as a VAE makes them.
 
     say(text), advance(), forget(): called after each step, after each of its videos, before each step.
-    tuning: FineTuning once it has begun. errors: relative velocity error against dense, before and after.
+    tuning: FineTuning once it has begun. errors: relative error of the velocity that is
+    trained towards, before and after.
     start_ratios: (H, A) per layer.
     """
 
@@ -148,10 +149,11 @@ class LoraTraining(comfy.samplers.Sampler):
 
     @torch.no_grad()
     def _measured(self):
-        """|sparse - dense| / |dense| over the velocities at a few levels, on noise that no step has."""
-        gap = energy = 0.0
+        """|own - target| / |target| over the velocities at a few levels, on noise that no step has."""
+        gap, energy, cond = 0.0, 0.0, self.conds["positive"][0]
         for number in range(LEVELS):
-            noisy, sigma, _ = self._noisy(0, (number + 0.5) / LEVELS, HELD_OUT + number)
-            dense, own = (self._velocity(noisy, sigma, self.conds["positive"][0], dense=d) for d in (True, False))
-            gap, energy = gap + float((own - dense).square().sum()), energy + float(dense.square().sum())
+            noisy, sigma, truth = self._noisy(0, (number + 0.5) / LEVELS, HELD_OUT + number)
+            target = self._velocity(noisy, sigma, cond, dense=True) if self.settings.distill else truth
+            own = self._velocity(noisy, sigma, cond)
+            gap, energy = gap + float((own - target).square().sum()), energy + float(target.square().sum())
         return (gap / energy) ** 0.5 if energy else float("nan")

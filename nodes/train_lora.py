@@ -1,10 +1,13 @@
 """SLA2 Train LoRA: stage 2 on the model in the graph. It gets used to sparse attention, and its ratios to the LoRA."""
 
+import inspect
 import logging
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
+import comfyui_version
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
@@ -12,7 +15,6 @@ from comfy_api.latest import io, ui
 from ..sla2_kernels import default_precision
 from ..sla2_training import TrainingError
 from .load_router import Router
-from .lora_copy import require_core_training
 from .lora_files import save_both
 from .loss_curves import loss_curves
 from .loss_plot import plot_losses
@@ -34,6 +36,17 @@ OUT_OF_MEMORY = (
     "SLA2 Train LoRA ran out of memory at step {}: a shorter or smaller latent_image (or latents), fp8 as weight_dtype in "
     "Load Diffusion Model, or a lower rank needs less."
 )
+
+
+def lora_nodes():
+    """[SLA2TrainLora], or [] and a line in the log where ComfyUI is older than the LoRA training that it builds on."""
+    if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+        return [SLA2TrainLora]
+    logger.warning(
+        "SLA2 Train LoRA is not offered: it needs ComfyUI 0.25 or newer, and this is %s; update ComfyUI to get it.",
+        comfyui_version.__version__,
+    )
+    return []
 
 
 class SLA2TrainLora(io.ComfyNode):
@@ -103,7 +116,8 @@ class SLA2TrainLora(io.ComfyNode):
             outputs=[
                 io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="For Load LoRA Model, and Save LoRA Weights."),
                 Router.Output(display_name="router", tooltip="The router with the ratios that belong to this LoRA. Its projections are unchanged."),
-                io.String.Output(display_name="report", tooltip="Error against the dense model before and after, and what was trained."),
+                io.String.Output(display_name="report", tooltip="Error before and after, and what was trained."),
+                io.Int.Output(display_name="steps", tooltip="Optimisation steps, for the name that Save LoRA Weights gives."),
             ],
         )  # fmt: skip
 
@@ -112,7 +126,6 @@ class SLA2TrainLora(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
         videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW,
     ) -> io.NodeOutput:  # fmt: skip
-        require_core_training()
         from .lora_session import LoraPlan, LoraSession
         from .lora_training import LoraSettings
 
@@ -153,7 +166,7 @@ class SLA2TrainLora(io.ComfyNode):
                     sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
                     session.make_videos(videos, positive, negative, latent_image, seed, sampler)
                 else:
-                    session.take_videos(latents["samples"])
+                    session.take_videos(latents["samples"], len(positive))
                 session.train(positive, negative)
                 lora, trained, losses = session.lora(), session.router(), session.losses
                 text = plain(session.report())
@@ -171,19 +184,16 @@ class SLA2TrainLora(io.ComfyNode):
                 session.close()
         show_on_node(node, text)
         images = ui.PreviewImage(plot_losses({"loss": losses}, f"SLA2 LoRA training: {measure}"), cls=cls).as_dict()
-        return io.NodeOutput(lora, trained, text, ui={**images, "text": (text,)})
+        return io.NodeOutput(lora, trained, text, len(losses), ui={**images, "text": (text,)})
 
 
 def keep_trained(session, node, what):
     """Saves what an ended training reached, LoRA and router; a sentence for the user, or ""."""
     if not session.done:
         return ""
-    trained = f"What {session.done} optimisation steps trained"
-    try:
-        sentence = f"{trained} is {save_both(session.lora(), session.router(), session.family)}"
-    except ValueError as error:
-        # what ended the training is what the user has to be told first
-        sentence = f"{trained} is lost: {error}"
+    sentence = (
+        f"{session.done} optimisation steps are done. {save_both(session.lora(), session.router(), session.family)}"
+    )
     logger.info("SLA2 LoRA training %s. %s", what, sentence)
     show_on_node(node, f"{what}. {sentence}")
     return f" {sentence}"
