@@ -38,17 +38,6 @@ OUT_OF_MEMORY = (
 )
 
 
-def lora_nodes():
-    """[SLA2TrainLora], or [] and a line in the log where ComfyUI is older than the LoRA training that it builds on."""
-    if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
-        return [SLA2TrainLora]
-    logger.warning(
-        "SLA2 Train LoRA is not offered: it needs ComfyUI 0.25 or newer, and this is %s; update ComfyUI to get it.",
-        comfyui_version.__version__,
-    )
-    return []
-
-
 class SLA2TrainLora(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -120,6 +109,16 @@ class SLA2TrainLora(io.ComfyNode):
                 io.Int.Output(display_name="steps", tooltip="Optimisation steps, for the name that Save LoRA Weights gives."),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model):
+        """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
+        if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+            return True
+        return (
+            "SLA2 Train LoRA needs ComfyUI 0.25 or newer, whose LoRA training it builds on; "
+            f"this is {comfyui_version.__version__}: update ComfyUI."
+        )
 
     @classmethod
     def execute(
