@@ -133,10 +133,9 @@ class LoraSession:
             f"loss: {self.losses[0]:.4g} in the first step, {self.losses[-1]:.4g} in the last of {self.done}",
             f"LoRA: rank {self.plan.rank} in {len(self.adapters.adapters)} layers, {size * 2 / 2**20:.1f} MiB in 16 bit",
             f"mixing ratios moved by up to {max(moved):.3f}",
+            f"{self.attention.sparse_calls} attention calls ran sparse",
         ]
-        lines.append(f"{self.attention.sparse_calls} attention calls ran sparse")
-        lines += [f"{count} ran dense: {reason}" for reason, count in self.attention.untrained.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"{count} ran dense: {why}" for why, count in self.attention.untrained.items()])
 
     def ratios(self):
         return [torch.sigmoid(logits.detach()) for logits in self.attention.ratio_logits]
