@@ -8,6 +8,7 @@
 Self-attention (attn1) of every block runs through ``sla2_kernels.sla2_attention``; cross-attention is left alone.
 """
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -50,15 +51,36 @@ class SLA2WanProcessor:
         q, k, v = project_qkv(attn, hidden_states)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        proj_q, proj_k, alpha = self._weights_on(q.device)
+        attend = functools.partial(self._attend, precision)
+        if self._parallel_config is None:
+            out = attend(q, k, v, slice(None))
+        else:
+            from sla2_kernels.sequence_parallel import sequence_parallel_attention
+
+            mesh = self._parallel_config.context_parallel_config._ulysses_mesh
+            out = sequence_parallel_attention(q, k, v, attend, mesh.get_group())
+        out = out.flatten(2)
+        for step in attn.to_out:
+            out = step(out)
+        return out
+
+    @property
+    def _parallel_config(self):
+        """Where diffusers keeps, on each processor, what enable_parallelism() was told; None in one process."""
+        return getattr(self.dense, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, config):
+        self.dense._parallel_config = config
+
+    def _attend(self, precision, q, k, v, heads):
+        """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
+        proj_q, proj_k, alpha = _of_heads(heads, *self._weights_on(q.device))
         out = sla2_attention(
             q, k, v, proj_q, proj_k, alpha, sparsity=self.settings.sparsity, precision=precision,
             layout="BNHD", backend=self.settings.backend,
         )  # fmt: skip
         self._count_sparse(q.shape)
-        out = out.flatten(2)
-        for step in attn.to_out:
-            out = step(out)
         return out
 
     def _dense_reason(self, attn, x, context, mask, kwargs, precision):
@@ -72,8 +94,13 @@ class SLA2WanProcessor:
             return "the call has an attention mask"
         if kwargs:
             return f"the call has the unknown keyword {sorted(kwargs)[0]}"
-        if getattr(self.dense, "_parallel_config", None) is not None:
-            return "context parallelism splits the tokens over several devices"
+        if self._parallel_config is not None:
+            parallel = self._parallel_config.context_parallel_config
+            if parallel.ring_degree > 1 or getattr(parallel, "ulysses_anything", False):
+                return "context parallelism is not plain Ulysses, which is what SLA2 takes part in"
+            if attn.heads % parallel.ulysses_degree:
+                return f"{parallel.ulysses_degree} devices cannot share {attn.heads} heads equally"
+            tokens *= parallel.ulysses_degree
         if tokens < settings.minimum_tokens:
             return f"the sequence has {tokens} tokens, minimum_tokens is {settings.minimum_tokens}"
         head_dim = attn.inner_dim // attn.heads
@@ -91,6 +118,12 @@ class SLA2WanProcessor:
         self.counts.sparse += 1
         self.counts.kept_blocks += rows * selected_block_count(self.settings.sparsity, key_blocks)
         self.counts.all_blocks += rows * key_blocks
+
+
+def _of_heads(heads, proj_q, proj_k, alpha):
+    """A layer's weights for a slice of its heads; projections of two dimensions are shared by all heads."""
+    proj_q, proj_k = (p if p is None or p.dim() == 2 else p[heads] for p in (proj_q, proj_k))
+    return proj_q, proj_k, None if alpha is None else alpha[heads]
 
 
 def project_qkv(attn, x):

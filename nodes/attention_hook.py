@@ -309,6 +309,7 @@ def make_override(hook, base):
             if hook.family_reason and run.first_time(hook.family_reason):
                 logger.warning("SLA2: every attention call runs dense: %s", hook.family_reason)
             return hook.inside(below, args, kwargs)
+        call.run.see_backend(name_of(func))
         return hook.attend(call, layer, below, args, kwargs)
 
     setattr(sla2_attention_override, MARK, hook)

@@ -1,6 +1,7 @@
 """Who calls whom among attention overrides: whether an override that a later node installed still leads to ours."""
 
 import functools
+import re
 import types
 
 import torch
@@ -10,7 +11,12 @@ MOST_OBJECTS = 500
 
 
 def leads_to(override, hook):
-    """True where calling ``override`` can reach an override of ``hook``: found in closures, partials, defaults, attributes."""
+    """True where calling ``override`` can reach an override of ``hook``."""
+    return ours_in(override, hook) is not None
+
+
+def ours_in(override, hook):
+    """The override of ``hook`` that calling ``override`` can reach, or None: closures, partials, defaults, attributes."""
     queue, seen = [override], set()
     while queue and len(seen) < MOST_OBJECTS:
         thing = queue.pop(0)
@@ -18,9 +24,9 @@ def leads_to(override, hook):
             continue
         seen.add(id(thing))
         if isinstance(thing, types.FunctionType) and getattr(thing, MARK, None) is hook:
-            return True
+            return thing
         queue.extend(_parts(thing))
-    return False
+    return None
 
 
 def _parts(thing):
@@ -49,7 +55,9 @@ def _is_filled(cell):
 
 
 def name_of(override):
-    """A name for the report: module and function."""
+    """A name for the report: module and function, or the class of a callable object."""
     function = override.func if isinstance(override, functools.partial) else override
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', '?')}.{name.replace('.<locals>', '')}"
+    # ComfyUI names a pack's module by the path of its folder
+    module = re.split(r"[\\/]", getattr(function, "__module__", None) or "?")[-1].replace("_x_", ".")
+    return f"{module}.{name.replace('.<locals>', '')}"

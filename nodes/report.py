@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .attention_hook import KEY
+from .attention_stack import attention_stack, stack_lines
 from .executing import executing_context
 from .progress_text import plain
 from .report_text import report_data, report_text
@@ -48,13 +49,14 @@ class SLA2Report(io.ComfyNode):
     def execute(cls, model, samples) -> io.NodeOutput:
         hook = model.get_attachment(KEY)
         if hook is None:
-            maps = None
+            maps, stack = None, attention_stack(model)
             text, data = "This MODEL did not come through SLA2 Apply Attention: nothing was measured.", None
         else:
             run, caveat = find_run(hook.runs.finished(), samples)
-            text, data = report_text(hook, run, caveat), report_data(hook, run, caveat)
+            stack = attention_stack(model, hook, run)
+            text, data = report_text(hook, run, caveat), report_data(hook, run, caveat) | {"stack": stack}
             maps = run and run.maps and run.maps.for_page(folder_paths.get_temp_directory())
-        text = plain(text)
+        text = plain("\n".join([text, *stack_lines(stack)]))
         return io.NodeOutput(samples, text, ui={"text": (text,), "sla2_report": (data,), "sla2_maps": (maps,)})
 
 

@@ -57,6 +57,7 @@ class RunRecord:
         self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
         self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
         self.precisions = set()
+        self.backends = set()  # attention functions of ComfyUI that our calls came from
         self.notes = {}
         self.failure = None
         self.started = time.monotonic()
@@ -77,6 +78,10 @@ class RunRecord:
     def note(self, sentence):
         with self.lock:
             self.notes[sentence] = None
+
+    def see_backend(self, name):
+        with self.lock:
+            self.backends.add(name)
 
     def count_model_call(self):
         with self.lock:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import configs
+from .kernels.hopper import takes_hopper_loop
 from .kernels.launch import plan_for
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
@@ -145,18 +146,22 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
         sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
         product = configs.product_config(card, q.element_size())
         branch = configs.linear_config(card, q.element_size())
-        loop = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
+        hopper = takes_hopper_loop(card, qk, pv, q, k, v)
         if ratio == "estimated":
             # waits where the loop will put the ratio
             mass = configs.mass_config(card, q.element_size())
             unselected_mass(q, routed, row_ratio, k.shape[2], smoothed=qk != "16bit", config=mass, **sizes)
         for heads in groups:
-            pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan)
+            pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan, register_order=hopper and pv == "fp8")
             if linear:
                 masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
                 linear_attention(q, work, out, heads, q_block=Q_BLOCK, config=branch, plan=plan)
-            sparse_attention(
-                q, k, v, out, work, routed.selected, ratios, row_ratio, heads,
-                ratio=ratio, qk=qk, pv=pv, config=loop, **sizes,
-            )  # fmt: skip
+            operands = q, k, v, out, work, routed.selected, ratios, row_ratio, heads
+            if hopper:
+                from .kernels.hopper_loop import hopper_sparse_attention
+
+                hopper_sparse_attention(*operands, ratio=ratio, qk=qk, **sizes)
+            else:
+                config = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
+                sparse_attention(*operands, ratio=ratio, qk=qk, pv=pv, config=config, **sizes)
     return row_ratio, routed.selected.unflatten(0, q.shape[:2])

@@ -22,11 +22,17 @@ def _pack(
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
     D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr,
+    REGISTER_ORDER: tl.constexpr,
 ):  # fmt: skip
     block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
     tile_index = slot * tl.num_programs(0) + block
-    in_block, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    place, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    in_block, channel = place, d
+    if REGISTER_ORDER:
+        # in each 16 keys and 32 channels: bits abbc of a key and aabbc of a channel become bbac and bbaac
+        in_block = (place & ~15) | (place & 1) | (place >> 1 & 1) << 3 | (place >> 2 & 3) << 1
+        channel = (d & ~31) | (d & 1) | (d >> 1 & 3) << 3 | (d >> 3 & 3) << 1
     rows = block * BLOCK + in_block
     live = rows[:, None] < tokens
 
@@ -54,7 +60,7 @@ def _pack(
         exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(v_wide)), 1e-30) / FP8_MAX))
         exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
         v_scaled = to_fp8(v_wide * tl.exp2(-exponent))
-        tl.store(v_low + tile_index * (BLOCK * D) + d[:, None] * BLOCK + in_block, tl.trans(v_scaled))
+        tl.store(v_low + tile_index * (BLOCK * D) + channel[:, None] * BLOCK + place, tl.trans(v_scaled))
         tl.store(v_exponent + tile_index, exponent)
 
     if LINEAR:
@@ -67,8 +73,11 @@ def _pack(
         tl.store(h_out + D * D + d, tl.sum(phi, axis=0).to(phi_low.dtype))
 
 
-def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None):
-    """Fills ``work`` (a Workspace) for the heads of ``heads_slice`` of k and v (B, H, M, D), any stride."""
+def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None, *, register_order=False):
+    """Fills ``work`` (a Workspace) for the heads of ``heads_slice`` of k and v (B, H, M, D), any stride.
+
+    register_order: FP8 V as hopper_loop.py's registers want it, instead of key after key and channel after channel.
+    """
     heads, tokens, head_dim = k.shape[1:]
     linear = work.sums is not None
     if qk == "16bit" and not linear:
@@ -77,5 +86,6 @@ def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None):
     launch(
         plan, _pack, grid, k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent, work.sums,
         *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
-        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, options={"num_warps": 8},
+        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, REGISTER_ORDER=register_order,
+        options={"num_warps": 8},
     )  # fmt: skip

@@ -7,6 +7,8 @@ from tiny_wan import DIM, LAYERS
 
 STEPS = 3
 ALL = STEPS * LAYERS
+# ComfyUI's own choice on a CPU
+ALONE = "SLA2; its dense calls run in PyTorch's scaled_dot_product_attention"
 
 
 def sample(prompt, model, width=256, height=256, frames=9, batch=1, longer=0, seed=5, steps=STEPS, label=""):
@@ -68,6 +70,7 @@ def test_a_lora_before_and_after_is_the_same_and_both_count(comfy, new_prompt, l
     after, second = run(comfy, p := new_prompt(), lora(p, p.apply(p.model())))
     assert before["sparse_calls"] == after["sparse_calls"] == ALL
     assert torch.equal(first, second) and gap(first, without) > 1e-3
+    assert before["stack"] == after["stack"] == {"attention": ALONE, "also": [f"LoRA on {4 * LAYERS} weights"]}
 
 
 def fp8(prompt):
@@ -101,6 +104,7 @@ def test_easycache_skips_whole_model_calls(comfy, prompt, order):
     computed = found["model_calls"] - found["answered_calls"]
     assert found["dense_calls"] == 0 and found["sparse_calls"] == LAYERS * computed
     assert 0 < computed < 8 and (found["model_calls"] == 8) == (order == "cache after")
+    assert found["stack"] == {"attention": ALONE, "also": ["EasyCache"]}
     assert torch.isfinite(latent).all()
 
 
@@ -160,6 +164,7 @@ def test_context_windows_change_the_token_count_within_a_run(comfy, new_prompt):
     found, exact = run(comfy, p := new_prompt(), windows(p, p.apply(p.model(), sparsity=0.0)), **size)
     assert found["model_calls"] > STEPS and found["sparse_calls"] == LAYERS * found["model_calls"]
     assert found["dense_calls"] == 0 and gap(exact, plain) < 1e-5
+    assert found["stack"] == {"attention": ALONE, "also": ["context windows"]}
 
 
 def test_a_last_block_of_a_single_token(comfy, new_prompt):
@@ -178,6 +183,7 @@ def test_cores_attention_backend_before_us_runs_the_other_calls(comfy, new_promp
     backend = (p := new_prompt()).add("ModelAttentionBackend", model=p.model(), attention="pytorch attention")
     found, latent = run(comfy, p, p.apply(backend))
     assert found["sparse_calls"] == ALL and found["other_calls"] == ALL and found["notes"] == []
+    assert found["stack"] == {"attention": f"{ALONE}, which a node chose for this model", "also": []}
     assert gap(latent, alone) < 1e-5
 
 
@@ -210,4 +216,5 @@ def test_a_compiled_model(comfy, new_prompt, order):
         patched = compiled(p, p.apply(p.model(), **settings))
     found, latent = run(comfy, p, patched, steps=2)
     assert found["sparse_calls"] == found["dense_calls"] == LAYERS and found["other_calls"] == 2 * LAYERS
+    assert found["stack"] == {"attention": ALONE, "also": ["torch.compile"]}
     assert gap(latent, eager) < 2e-2

@@ -5,6 +5,8 @@ import torch
 
 STEPS, LAYERS = 3, 3
 ALL = STEPS * LAYERS
+NEIGHBOUR = "sla2_test_helpers"
+DEFAULT = "PyTorch's scaled_dot_product_attention"
 
 
 def patched_report(comfy, prompt, patched):
@@ -29,6 +31,8 @@ def alone(comfy, new_prompt):
 def test_a_later_node_that_keeps_us_changes_nothing(comfy, prompt, alone, kind):
     found, latent = patched_report(comfy, prompt, neighbour(prompt, prompt.apply(prompt.model()), kind))
     assert found["sparse_calls"] == ALL and found["other_calls"] == ALL and found["notes"] == []
+    first = f"{NEIGHBOUR}.chaining.override, which holds SLA2" if kind == "chains" else "SLA2"
+    assert found["stack"] == {"attention": f"{first}; its dense calls run in {DEFAULT}", "also": []}
     assert torch.equal(latent, alone)
 
 
@@ -40,6 +44,8 @@ def test_a_later_node_that_drops_us_is_noticed_and_said(comfy, prompt, alone, ki
     found, latent = patched_report(comfy, prompt, neighbour(prompt, prompt.apply(prompt.model()), kind))
     assert found["sparse_calls"] == ALL and found["dense_calls"] == 0
     assert len(found["notes"]) == 1 and words in found["notes"][0]
+    below = f"{NEIGHBOUR}.overwriting.override" if kind == "overwrites" else DEFAULT
+    assert found["stack"]["attention"] == f"SLA2; its dense calls run in {below}"
     assert torch.equal(latent, alone)
 
 
@@ -55,7 +61,19 @@ def test_a_later_node_that_holds_us_but_never_calls_us_is_noticed_after_one_mode
 def test_an_earlier_node_is_chained(comfy, prompt, alone, kind):
     found, latent = patched_report(comfy, prompt, prompt.apply(neighbour(prompt, prompt.model(), kind)))
     assert found["sparse_calls"] == ALL and found["notes"] == []
+    function = {"chains": "chaining", "overwrites": "overwriting"}[kind]
+    assert found["stack"]["attention"] == f"SLA2; its dense calls run in {NEIGHBOUR}.{function}.override"
     assert torch.equal(latent, alone)
+
+
+def test_without_us_the_report_still_names_what_runs(comfy, prompt):
+    model = neighbour(prompt, prompt.model(), "overwrites")
+    report = prompt.report(model, prompt.sample(model))
+    (text,) = comfy.run(prompt)[report]["text"]
+    assert text.split("\n")[1:] == [
+        f"attention of this model: {NEIGHBOUR}.overwriting.override",
+        "also on this model: nothing",
+    ]
 
 
 def test_cores_attention_backend_after_us_is_noticed_and_said(comfy, prompt, alone):

@@ -1,6 +1,7 @@
 """Help, tooltips, search words and translations of every node, as the real server hands them to the page."""
 
 import json
+import re
 import urllib.request
 
 import pytest
@@ -10,6 +11,7 @@ from tooling.plan import PACK_FOLDER, ROOT
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+TRANSLATED = [language for language in LANGUAGES if language != "en"]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +27,67 @@ def test_every_node_has_help_and_every_help_has_a_node(nodes):
     assert sorted(nodes) == NODES
 
 
+def served_help(server, page):
+    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{page}.md", timeout=10) as answer:
+        return answer.read().decode()
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_help_is_served_and_names_every_input(server, nodes, node):
-    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{node}.md", timeout=10) as page:
-        text = page.read().decode()
+    text = served_help(server, node)
     assert text.startswith(f"# {nodes[node]['display_name']}\n")
     assert "## When it looks wrong" in text
     assert [name for name in named_inputs(nodes[node]) if name not in text] == []
+
+
+def shape(page):
+    """Headings, paragraphs, table rows and list entries of a page, in order; a heading with its level."""
+    kinds = {"|": "row", "-": "entry"}
+    lines = (line for block in page.split("\n\n") for line in starts(block))
+    return [line.split()[0] if line[0] == "#" else kinds.get(line[0], "paragraph") for line in lines]
+
+
+def starts(block):
+    """Lines of a block that begin something: all but the lines that go on."""
+    lines = [line for line in block.strip().splitlines() if not line.startswith(" ")]
+    return lines if lines[0][0] in "#|-" else lines[:1]
+
+
+def code(page):
+    return {" ".join(words.split()) for words in re.findall(r"`([^`]+)`", page)}
+
+
+def numbers(page):
+    return set(re.findall(r"\d+(?:[.,]\d+)*", page))
+
+
+def mentioned(page, names):
+    """Nodes whose name, with any line breaks in it, stands on a page."""
+    flat = " ".join(page.split())
+    return {node for node, name in names.items() if name in flat}
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_translated_help_is_served_and_says_the_same(server, nodes, language, node):
+    page, original = served_help(server, f"{node}/{language}"), served_help(server, node)
+    texts = server.get("/i18n")[language]["nodeDefs"]
+    titles = {name: texts[name]["display_name"] for name in NODES}
+    assert page.startswith(f"# {titles[node]}\n")
+    shown = {name: texts[node]["inputs"][name]["name"] for name in named_inputs(nodes[node])}
+    called = [f"{word}（{name}）" if word != name else name for name, word in shown.items()]
+    assert [words for words in called if words not in page] == []
+    assert shape(page) == shape(original)
+    assert numbers(page) == numbers(original)
+    assert code(page) >= code(original), "text of the page, of files and of settings stays as it is"
+    english_titles = {name: nodes[name]["display_name"] for name in NODES}
+    assert mentioned(page, titles) == mentioned(original, english_titles)
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_no_translation_is_left_of_a_page_that_is_gone(language):
+    translated = {path.parent.name for path in (ROOT / "web" / "docs").glob(f"*/{language}.md")}
+    assert translated == set(NODES)
 
 
 @pytest.mark.parametrize("node", NODES)

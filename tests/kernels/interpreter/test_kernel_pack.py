@@ -18,7 +18,7 @@ def blocks_of(x):
     return padded.unflatten(1, (count, BLOCK))
 
 
-def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None):
+def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_order=False):
     """The workspace of the heads in ``heads`` and K's float64 mean."""
     heads = heads or slice(0, k.shape[0] * k.shape[1])
     group, blocks, head_dim = heads.stop - heads.start, -(-k.shape[2] // BLOCK), k.shape[3]
@@ -36,7 +36,7 @@ def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None):
         sums=empty(linear, (head_dim + 1) * head_dim, dtype=k.dtype),
         query_sums=None,
     )
-    pack(k, v, mean.float(), work, heads, BLOCK, qk, pv)
+    pack(k, v, mean.float(), work, heads, BLOCK, qk, pv, register_order=register_order)
     return work, mean
 
 
@@ -124,3 +124,18 @@ def test_nothing_is_packed_for_16_bit_without_a_linear_branch(generator):
     k = normal(generator, 1, 1, 65, 64)
     work, _ = packed(k, k)
     assert all(value is None for value in vars(work).values())
+
+
+def test_register_order_moves_values_and_nothing_else(generator):
+    k, v = (normal(generator, 1, 2, 150, 128) for _ in range(2))
+    options = {"qk": "int8", "pv": "fp8", "linear": True}
+    (plain, _), (ordered, _) = packed(k, v, **options), packed(k, v, **options, register_order=True)
+    for name in ("k_low", "k_scale", "v_exponent"):
+        assert torch.equal(getattr(plain, name), getattr(ordered, name)), name
+    assert relative_error(ordered.sums, plain.sums) < 1e-6
+    # what hopper_loop.py's registers do to P's keys and to the output's channels
+    p = torch.rand(2, 3, 5, 64, generator=generator, dtype=torch.float64)
+    operand = p.reshape(2, 3, 5, 4, 2, 4, 2).transpose(-3, -2).reshape(p.shape)
+    out = operand @ ordered.v_low.double().transpose(2, 3)
+    out = out.reshape(2, 3, 5, 4, 4, 4, 2).transpose(-3, -2).reshape(out.shape)
+    torch.testing.assert_close(out, p @ plain.v_low.double().transpose(2, 3))

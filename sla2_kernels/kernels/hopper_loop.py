@@ -4,10 +4,11 @@ The producer brings Q tiles and pairs of selected key blocks by TMA through a ri
 query block (64 rows) and, within a step, has the scores of this pair and P V of the pair before under way while it takes
 exponentials. The arithmetic is kernels/sparse_attention.py's, but for Q's scale, which is one per half.
 
-P V's left operand stays in the registers that the scores came in: V's keys lie in the order in which those registers are
-an FP8 operand (KEY_ORDER), and V's channels in the order that gives each thread eight neighbours of the output
-(CHANNEL_ORDER).
+P V's left operand stays in the registers that the scores came in: pack(register_order=True) puts V's keys in the order in
+which those registers are an FP8 operand, and V's channels in the one that gives each thread eight neighbours of the output.
 """
+
+import functools
 
 import torch
 from triton.experimental import gluon
@@ -21,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sla2_kernels.router import block_count
+from ..router import block_count
+from .launch import launch
 
 INT8_BIAS_BITS = gl.constexpr(0x4B400000)
 INT8_BIAS = gl.constexpr(12582912.0)
@@ -30,19 +32,9 @@ LOWEST = gl.constexpr(-1.0e30)
 NONE, LEARNED, ESTIMATED = 0, 1, 2
 RATIOS = {"none": NONE, "learned": LEARNED, "estimated": ESTIMATED}
 RATIO_NONE, RATIO_ESTIMATED = gl.constexpr(NONE), gl.constexpr(ESTIMATED)
-HEAD_DIM, BLOCK, HALF = 128, 64, 64
+STAGES = {"int8": 4, "16bit": 3}  # pairs of key blocks in flight: as many as fit the shared memory
 # renamed between Triton 3.6 and 3.9
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-def _permuted(size, digits, order):
-    """The numbers below ``size``, written in mixed radix ``digits``, digits moved to ``order``: where each place comes from."""
-    return torch.arange(size).reshape(digits).permute(order).flatten()
-
-
-# place k of a packed V block holds key KEY_ORDER[k] and channel CHANNEL_ORDER[c]; both inverse to what the kernel does
-KEY_ORDER = _permuted(BLOCK, (BLOCK // 16, 2, 4, 2), (0, 2, 1, 3))
-CHANNEL_ORDER = _permuted(HEAD_DIM, (HEAD_DIM // 32, 4, 4, 2), (0, 2, 1, 3))
 
 
 @gluon.jit
@@ -369,21 +361,26 @@ def _hopper_sparse_attention(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-def descriptor(tensor, rows, columns):
+def _descriptor(tensor, rows, columns):
     """TMA descriptor of a (B, H, N, C) tensor, any 16-byte strides, in tiles of rows x columns."""
     bits = 8 * tensor.element_size()
     layout = gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, rank=4)
     return TensorDescriptor.from_tensor(tensor, [1, 1, rows, columns], layout)
 
 
-def hopper_sparse_attention(
-    q, k, v, out, work, selected, ratios, row_ratio, heads_slice,
-    *, ratio, scale_log2, qk, pv, q_block, block, config=None, plan=None, stages=None, programs=None,
-):  # fmt: skip
-    """As kernels.sparse_attention.sparse_attention, for head_dim 128, 16-bit q and (qk, pv) of (int8, fp8) or (16bit, 16bit).
+@functools.cache
+def _programs(device):
+    """One per multiprocessor; 1 for tensors that are on no card, whose launch is only compiled."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
-    work.v_low: packed in KEY_ORDER and CHANNEL_ORDER. stages, programs: pairs of key blocks in flight, and programs to
-    start; None takes what fits and one per multiprocessor.
+
+def hopper_sparse_attention(
+    q, k, v, out, work, selected, ratios, row_ratio, heads_slice, *, ratio, scale_log2, qk, q_block, block,
+    plan=None,
+):  # fmt: skip
+    """As kernels.sparse_attention.sparse_attention, for the calls that takes_hopper_loop() names.
+
+    work.v_low: packed in register order.
     """
     heads, q_tokens, head_dim = q.shape[1:]
     low = qk != "16bit"
@@ -392,17 +389,16 @@ def hopper_sparse_attention(
     if low:
         k_tiles = work.k_low.view(1, -1, k_blocks * block, head_dim)
         v_tiles = work.v_low.view(1, -1, k_blocks * head_dim, block)
-        descriptors = descriptor(k_tiles, block, head_dim), descriptor(v_tiles, head_dim, block)
+        descriptors = _descriptor(k_tiles, block, head_dim), _descriptor(v_tiles, head_dim, block)
     else:
-        descriptors = descriptor(k, block, head_dim), descriptor(v, block, head_dim)
+        descriptors = _descriptor(k, block, head_dim), _descriptor(v, block, head_dim)
     # what a mode does not read is any tensor of its kind: partitions take no None
     k_scale, v_exponent = (work.k_scale, work.v_exponent) if low else (row_ratio, row_ratio)
     ratios = row_ratio if ratios is None else ratios
     tiles = slots * q_blocks
-    programs = programs or min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    _hopper_sparse_attention[(programs,)](
-        descriptor(q, HALF, head_dim), *descriptors, selected, k_scale, v_exponent, ratios, row_ratio, out,
+    launch(
+        plan, _hopper_sparse_attention, (min(tiles, _programs(q.device)),),
+        _descriptor(q, q_block // 2, head_dim), *descriptors, selected, k_scale, v_exponent, ratios, row_ratio, out,
         *out.stride(), heads, heads_slice.start, q_tokens, k.shape[2], q_blocks, k_blocks, count, tiles, scale_log2,
-        D=head_dim, BLOCK=block, HALF=HALF, STAGES=stages or (4 if low else 3), LOW=low, RATIO=RATIOS[ratio],
-        num_warps=4,
+        D=head_dim, BLOCK=block, HALF=q_block // 2, STAGES=STAGES[qk], LOW=low, RATIO=RATIOS[ratio], options={"num_warps": 4},
     )  # fmt: skip
