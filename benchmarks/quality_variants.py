@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sla2_kernels import K_BLOCK, sla2_attention
-from sla2_kernels.router import block_count, selected_block_count
+from sla2_kernels.router import Q_BLOCK, block_count, router_scores, selected_block_count, top_k_blocks
 
 from . import pooled_tail, sla_v1, sol
 
@@ -19,6 +19,7 @@ HEURISTIC = "heuristic router, learned ratio"
 ESTIMATED = "learned router, estimated ratio"
 ROUTER_ONLY = "learned router, no linear branch"
 BLOCK_SPARSE = "block-sparse: heuristic router, no linear branch (SLA v1 with its initial proj_l = 0)"
+OWN_BLOCKS = "heuristic router with each query block's own key blocks, estimated ratio"
 POOLED = "heuristic router, pooled-value tail instead of the linear branch"
 V1_IDENTITY = "SLA v1, proj_l = identity"
 V1_FITTED = "SLA v1, proj_l fitted to the training captures"
@@ -85,6 +86,17 @@ def _block_sparse(sparsity):
     return Variant(BLOCK_SPARSE, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
 
+def _own_blocks(sparsity):
+    def attend(layer, q, k, v):
+        scores = router_scores(q.transpose(1, 2).float(), k.transpose(1, 2).float())
+        rows, columns = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
+        own = columns // (Q_BLOCK // K_BLOCK) == rows[:, None]
+        chosen = top_k_blocks(scores.masked_fill(own, torch.inf), selected_block_count(sparsity, len(columns)))
+        return sla2_attention(q, k, v, key_blocks=chosen.int(), precision="16bit", layout="BNHD")
+
+    return Variant(OWN_BLOCKS, attend, sparsity, "16bit", functools.partial(_share, sparsity))
+
+
 def _pooled(sparsity):
     def attend(layer, q, k, v):
         return pooled_tail.attention(q, k, v, sparsity)
@@ -137,6 +149,7 @@ def make_variants(sparsities, precisions, stage_1, heuristic, projections):
             _sla2(ESTIMATED, sparsity, "16bit", stage_1, False),
             _router_only(sparsity, stage_1),
             _block_sparse(sparsity),
+            _own_blocks(sparsity),
             _pooled(sparsity),
             _v1(V1_IDENTITY, sparsity, lambda layer, q: sla_v1.identity_projection(q.shape[-1], q.device)),
             _v1(V1_FITTED, sparsity, lambda layer, q, s=sparsity: projections[layer, s]),

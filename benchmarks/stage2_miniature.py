@@ -20,7 +20,7 @@ import torch
 
 from miniature.captions import embed, split_captions
 from miniature.train_dit import encode_clips
-from sla2_kernels import default_precision, identity_router
+from sla2_kernels import default_precision, identity_router, load_router
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
 
 from . import results
@@ -41,11 +41,9 @@ def main(argv=None):
     miniature = Miniature.tiny(device) if args.tiny else Miniature.load(args.weights, device)
     train, validation = videos(miniature, args.clips, 0), videos(miniature, args.validation_clips, 1)
     print(f"{time.monotonic() - begin:.0f} s: {len(train)} training clips, {len(validation)} held out", flush=True)
-    captures = miniature.record("train", prompts=args.prompts, per_video=4)
-    router = train_router(captures, tuple(args.sparsities), args.observations)
+    router = load_router(args.router) if args.router else stage_1(args, miniature)
     args.out.mkdir(parents=True, exist_ok=True)
     router.save(args.out / "stage1_router.safetensors")
-    del captures
     print(f"{time.monotonic() - begin:.0f} s: stage 1 done", flush=True)
 
     runs = [(sparsity, name) for sparsity in args.sparsities for name in RUNS]
@@ -68,10 +66,16 @@ def main(argv=None):
     print(f"\n{steps} steps of {args.batch} videos, {args.loss} loss\n{text}")
 
 
+def stage_1(args, miniature):
+    captures = miniature.record("train", prompts=args.prompts, per_video=4)
+    return train_router(captures, tuple(args.sparsities), args.observations)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the table, LoRAs and routers")
     parser.add_argument("--weights", type=Path, help="folder of the miniature's weights")
+    parser.add_argument("--router", help="router file of stage 1; trained here where left out")
     parser.add_argument(
         "--sparsities", type=lambda text: [float(s) for s in text.split(",")], default=[0.97, 0.95, 0.9]
     )

@@ -116,7 +116,9 @@ def main(argv=None):
     parser.add_argument("--sparsities", default="0.97,0.95,0.90")
     parser.add_argument("--videos", type=int, default=5, help="training captions, one video each")
     parser.add_argument("--held-out", type=int, default=2, help="held-out captions to measure on, one video each")
-    parser.add_argument("--train-every", type=int, default=1, help="train on each n-th model call of a sampling")
+    parser.add_argument(
+        "--train-every", type=int, default=1, help="train on each n-th model call; odd, to meet both halves of guidance"
+    )
     parser.add_argument("--evaluate-every", type=int, default=7, help="measure on each n-th model call of a sampling")
     parser.add_argument("--steps-per-call", type=int, default=1, help="optimisation steps per layer and model call")
     parser.add_argument("--sampling-steps", type=int, default=20)

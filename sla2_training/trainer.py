@@ -38,7 +38,7 @@ class TrainerOptions:
 
     per_head: bool = True
     knots: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     ratio_memory: float = 0.99
     tau: float = TAU
     normalise_scores: bool = False
