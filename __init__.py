@@ -13,6 +13,7 @@ async def comfy_entrypoint():
     from .nodes.miniature import miniature_nodes
     from .nodes.report import SLA2Report
     from .nodes.save_router import SLA2SaveRouter
+    from .nodes.train_lora import SLA2TrainLora
     from .nodes.train_router import SLA2TrainRouter
 
     register_router_folder()
@@ -27,6 +28,7 @@ async def comfy_entrypoint():
                 SLA2TrainRouter,
                 SLA2SaveRouter,
                 SLA2LoadSLAModel,
+                SLA2TrainLora,
                 *miniature_nodes(),
             ]
 

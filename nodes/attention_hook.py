@@ -189,7 +189,7 @@ class AttentionHook:
         if reason is None and request is not None:
             reason = short_reason(self.settings, max(request.tokens, request.key_tokens), request.q.device)
         if reason is None:
-            request, exact, reason = (None, None, unsupported) if request is None else self._exact(call, request)
+            request, exact, reason = (None, None, unsupported) if request is None else self.exact(call, request)
             if reason is None:
                 precision = self._precision(request.q.device)
                 reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], precision)
@@ -203,7 +203,7 @@ class AttentionHook:
             self._say(call.run, layer, reason)
         return self._dense(call.run, layer, reason, below, args, kwargs)
 
-    def _exact(self, call, request):
+    def exact(self, call, request):
         """(request, ExactTokens, None), or (None, None, one sentence); keys that a text mask hides are gone."""
         if call.span is None:
             return None, None, NO_SPAN

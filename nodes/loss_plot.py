@@ -12,12 +12,18 @@ BACKGROUND, GRID, TEXT, MEAN = (24, 26, 31), (58, 62, 72), (206, 210, 218), (255
 FIRST_LAYER, LAST_LAYER = (84, 160, 255), (255, 140, 90)
 
 
-def plot_losses(losses):
-    """losses: {layer: [loss per optimisation step]} -> ComfyUI IMAGE (1, 400, 720, 3) float32; logarithmic loss axis."""
+TITLE = "SLA2 router training: loss by layer (share of the output's energy)"
+
+
+def plot_losses(losses, title=TITLE):
+    """losses: {layer: [loss per optimisation step]} -> ComfyUI IMAGE (1, 400, 720, 3) float32; logarithmic loss axis.
+
+    A single curve is named by its key.
+    """
     image = Image.new("RGB", SIZE, BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
     curves = {layer: smooth(values) for layer, values in sorted(losses.items()) if values}
-    draw.text((LEFT, 10), "SLA2 router training: loss by layer (share of the output's energy)", fill=TEXT, font=font)
+    draw.text((LEFT, 10), title, fill=TEXT, font=font)
     if curves:
         _draw_curves(draw, font, curves)
     pixels = np.asarray(image, dtype=np.float32) / 255
@@ -42,11 +48,13 @@ def _draw_curves(draw, font, curves):
     draw.text((LEFT, SIZE[1] - BOTTOM + 8), "step 1", fill=TEXT, font=font)
     draw.text((SIZE[0] - RIGHT - 60, SIZE[1] - BOTTOM + 8), f"step {steps}", fill=TEXT, font=font)
     layers = list(curves)
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(layers if len(layers) > 1 else ()):
         colour = _between(FIRST_LAYER, LAST_LAYER, number / max(1, len(layers) - 1))
         _curve(draw, place, curves[layer], colour, 1)
     _curve(draw, place, _mean(curves.values(), steps), MEAN, 3)
     legend = ((FIRST_LAYER, f"layer {layers[0]}"), (LAST_LAYER, f"layer {layers[-1]}"), (MEAN, "mean of all layers"))
+    if len(layers) == 1:
+        legend = ((MEAN, str(layers[0])),)
     for number, (colour, name) in enumerate(legend):
         draw.text((LEFT + 150 * number, SIZE[1] - 20), name, fill=colour, font=font)
 

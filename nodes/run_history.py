@@ -49,6 +49,13 @@ class RunHistory:
                 self._start(window())
             return self._run
 
+    def forget(self):
+        """Drops what calls without a sampler left behind: a long training would keep the times of its every call."""
+        with self._lock:
+            if self._depth == 0 and self._run is not None:
+                self._run.close("dropped")
+                self._run = None
+
     def finished(self):
         """Closed runs, oldest first. A run without a sampler has ended when somebody asks for it."""
         with self._lock:

@@ -5,6 +5,8 @@ import inspect
 from comfy_api.latest import io
 
 SEARCHABLE = "search_aliases" in inspect.signature(io.Schema.__init__).parameters  # since 0.19
+# ComfyUI before 0.19 has no advanced inputs: there they are ordinary ones
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 
 
 def search_aliases(*words):

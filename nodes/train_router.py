@@ -1,6 +1,5 @@
 """SLA2 Train Router: stage 1 on the model in the graph, while it samples densely."""
 
-import inspect
 import logging
 
 import comfy.model_management
@@ -18,12 +17,9 @@ from .progress_text import plain, show_on_node
 from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
 from .sample_once import sample_once
 from .save_router import save_router
-from .schema_support import search_aliases
+from .schema_support import ADVANCED, search_aliases
 
 logger = logging.getLogger("sla2")
-
-# ComfyUI before 0.19 has no advanced inputs: there they are ordinary ones
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 
 
 class SLA2TrainRouter(io.ComfyNode):
@@ -96,7 +92,10 @@ class SLA2TrainRouter(io.ComfyNode):
 
         def show_progress(text):
             headline = text.split("\n")[0]
-            send_event("training", node, {"headline": headline, "curves": loss_curves(trainer.losses)})
+            caption = "mean loss; band: best and worst layer (share of the output's energy)"
+            send_event(
+                "training", node, {"headline": headline, "curves": loss_curves(trainer.losses), "caption": caption}
+            )
 
         training = RouterTraining(model, facts, trainer, schedule, show_progress)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}

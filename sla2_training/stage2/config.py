@@ -81,10 +81,6 @@ class Stage2Config:
             )
         return self.batch // at_once
 
-    def learning_rate_factor(self, step):
-        """What both learning rates are multiplied by at ``step``."""
-        return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.steps // 4))
-
 
 def load_config(path):
     """The Stage2Config of a JSON file. Raises ValueError: one sentence with the file and the setting."""

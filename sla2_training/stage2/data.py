@@ -51,29 +51,3 @@ def load_latents(path):
             f"Training data {path}: {count} videos need one row of 'context' each ({len(tensors['context'])} rows)."
         )
     return VideoLatents(tensors["latents"], tensors["context"], caption.long(), tensors.get("empty_context"))
-
-
-def drawn(config, step, count):
-    """What the videos of one step are, whatever the number of processes: (indices, noise levels, dropped captions), each
-    (batch,), and a seed for each video's noise."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    indices = torch.randint(count, (config.batch,), generator=generator)
-    # one level from each equal part of the range, shifted towards noise as sampling is
-    u = (
-        torch.randperm(config.batch, generator=generator) + torch.rand(config.batch, generator=generator)
-    ) / config.batch
-    u = u.clamp(1e-4, 1 - 1e-4)
-    levels = config.shift * u / (1 + (config.shift - 1) * u)
-    dropped = torch.rand(config.batch, generator=generator) < config.drop_caption
-    seeds = torch.randint(2**62, (config.batch,), generator=generator)
-    return indices, levels, dropped, seeds
-
-
-def noise_like(latents, seeds):
-    """Gaussian noise for each video from its own seed, so that sharing out a batch changes nothing."""
-    return torch.stack([
-        torch.randn(
-            x.shape, device=x.device, generator=torch.Generator(device=x.device).manual_seed(int(seed)), dtype=x.dtype
-        )
-        for x, seed in zip(latents, seeds, strict=True)
-    ])  # fmt: skip

@@ -13,8 +13,9 @@ import sys
 import safetensors.torch
 import torch
 
+from ..draws import noise_like
 from .config import load_config
-from .data import VideoLatents, noise_like
+from .data import VideoLatents
 from .lora import replace_file
 
 

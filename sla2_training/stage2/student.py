@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sla2_kernels import RouterLayer, RouterWeights, default_precision, sla2_attention
+from sla2_kernels import default_precision, sla2_attention
 
+from ..ratios import logits_of_estimates, start_logits
 from .lora import set_lora_scale
 
 LORA, RATIOS = "lora_", "ratio_logits"
@@ -31,13 +32,13 @@ class Student(nn.Module):
         for index, layer in enumerate(router.layers):
             self.register_buffer(f"proj_q_{index}", layer.proj_q, persistent=False)
             self.register_buffer(f"proj_k_{index}", layer.proj_k, persistent=False)
-        starts = [router.ratio(index, sparsity) for index in range(router.num_layers)]
+        starts = start_logits(router, sparsity)
         self.ratio_logits = nn.ParameterList(
             # without a learned ratio start_ratios() sets one: what the run itself estimates
-            nn.Parameter(torch.zeros(router.num_heads, 1) if ratio is None else torch.logit(ratio))
-            for ratio in starts
+            nn.Parameter(torch.zeros(router.num_heads, 1) if logits is None else logits)
+            for logits in starts
         )
-        self.needs_start = any(ratio is None for ratio in starts)
+        self.needs_start = any(logits is None for logits in starts)
 
     def forward(self, noisy, t, context, dense=False):
         self.dense = dense
@@ -63,7 +64,7 @@ class Student(nn.Module):
             )  # fmt: skip
         if ratio is None:
             out, estimated = out
-            self.seen_ratios.setdefault(layer, []).append(estimated.mean(dim=(0, 2)))
+            self.seen_ratios.setdefault(layer, []).append(estimated)
         return out
 
     @torch.no_grad()
@@ -75,33 +76,10 @@ class Student(nn.Module):
         try:
             self(noisy, t, context)
             for layer, seen in self.seen_ratios.items():
-                ratio = torch.stack(seen).mean(dim=0).clamp(0.02, 0.98)
-                self.ratio_logits[layer].copy_(torch.logit(ratio)[:, None])
+                self.ratio_logits[layer].copy_(logits_of_estimates(seen))
         finally:
             self.seen_ratios = None
         self.needs_start = False
-
-    def trained_router(self, logits, precision):
-        """The router with the trained ratios at this sparsity; logits: one (H, A) tensor per layer."""
-        old = self.router
-        sparsities = sorted({*(old.sparsities if old.layers[0].alpha_logits is not None else ()), self.sparsity})
-        layers = []
-        for index, (layer, own) in enumerate(zip(old.layers, logits, strict=True)):
-            rows = [
-                own.detach().float().cpu()
-                if s == self.sparsity
-                else torch.logit(old.ratio(index, s)).expand_as(own).clone()
-                for s in sparsities
-            ]
-            layers.append(RouterLayer(layer.proj_q, layer.proj_k, torch.stack(rows)))
-        return RouterWeights(
-            tuple(layers),
-            old.model_family,
-            old.num_heads,
-            old.head_dim,
-            sparsities=tuple(sparsities),
-            precision=precision,
-        )
 
 
 def freeze_all_but(student):

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from sla2_kernels import default_precision
 
+from ..draws import drawn, learning_rate_factor, noise_like
 from ..errors import TrainingError
+from ..ratios import with_trained_ratios
 from . import checkpoint
-from .data import drawn, noise_like
 from .lora import save_lora
 from .report import Report, Validation
 from .student import LORA, RATIOS, freeze_all_but
@@ -131,7 +132,8 @@ class Stage2Trainer:
         state = self._state() if state is None else state
         logits = [state[f"{RATIOS}.{i}"] for i in range(self.student.router.num_layers)]
         wanted = self.student.precision
-        return self.student.trained_router(logits, default_precision(self.device) if wanted == "auto" else wanted)
+        precision = default_precision(self.device) if wanted == "auto" else wanted
+        return with_trained_ratios(self.student.router, logits, self.config.sparsity, precision)
 
     def _start_ratios(self):
         if self.student.needs_start:
@@ -214,7 +216,7 @@ class Stage2Trainer:
             ) from error
 
     def _update(self):
-        factor = self.config.learning_rate_factor(self.step)
+        factor = learning_rate_factor(self.step, self.config.steps, self.config.warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * factor
         self.optimiser.step()

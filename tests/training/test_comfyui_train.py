@@ -1,13 +1,10 @@
 """Train, save, load and apply in a real ComfyUI; cancelling keeps what was trained; wrong input is one sentence."""
 
-import asyncio
-import json
 import shutil
 import time
 
 import pytest
-
-aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with ComfyUI's requirements")
+from training_events import queue_until
 
 from sla2_kernels.weights import load_router
 
@@ -82,22 +79,11 @@ def test_a_model_with_sla2_on_it_trains_on_dense_attention(comfy, new_prompt):
     assert reports[0] == reports[1]
 
 
-async def queue_until_it_trains(server, prompt):
-    """Number of the queued prompt, as soon as the node says that something was trained."""
-    async with aiohttp.ClientSession() as session:
-        async with session.ws_connect(f"ws://{server.address}/ws?clientId={server.client}", max_msg_size=0) as socket:
-            number = server.queue(prompt)
-            async for message in socket:
-                if message.type == aiohttp.WSMsgType.TEXT and json.loads(message.data)["type"] == "sla2.training":
-                    return number
-    raise AssertionError("the server closed the connection before anything was trained")
-
-
 def test_cancelling_saves_what_is_trained_and_the_file_resumes(comfy, new_prompt):
     prompt = new_prompt()
     router = train(prompt, prompt.model(), training_steps=100_000)
     prompt.add("SLA2SaveRouter", router=router, filename_prefix="never")
-    number = asyncio.run(asyncio.wait_for(queue_until_it_trains(comfy.server, prompt), 120))
+    number = queue_until(comfy.server, prompt)
     deadline = time.monotonic() + 60
     comfy.server.post("/interrupt", {})
     while not comfy.server.get(f"/history/{number}").get(number):

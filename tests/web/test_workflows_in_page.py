@@ -99,18 +99,33 @@ def prompt_of(canvas, workflow):
 def output_of(server, prompt, kind):
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
-    return entry["outputs"][next(name for name, node in prompt.items() if node["class_type"] == kind)]
+    return entry["outputs"][name_of(prompt, kind)]
+
+
+def name_of(prompt, kind):
+    return next(name for name, node in prompt.items() if node["class_type"] == kind)
 
 
 def test_the_training_workflow_trains_and_uses_its_router(server, canvas):
     prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/wan2.1_t2v_1.3b_train_router.json")), steps=2,
                        training_steps=8, minimum_tokens=0, sparsity=0.75, sparsities="0.75", cfg=1.0)  # fmt: skip
-    apply = next(name for name, node in prompt.items() if node["class_type"] == "SLA2ApplyAttention")
-    sampler = next(name for name, node in prompt.items() if node["class_type"] == "KSampler")
+    apply, sampler = (name_of(prompt, kind) for kind in ("SLA2ApplyAttention", "KSampler"))
     prompt["report"] = {"class_type": "SLA2Report", "inputs": {"model": [apply, 0], "samples": [sampler, 0]}}
     report = output_of(server, prompt, "SLA2Report")["sla2_report"][0]
     assert report["sparse_calls"] == 6 and report["dense_calls"] == 0 and report["router"] == "unsaved"
     assert list((server.base / "models/sla2").glob("wan2.1_t2v_1.3b_*_.safetensors"))
+
+
+def test_the_lora_workflow_trains_saves_and_uses_lora_and_router(server, canvas):
+    workflow = read(ROOT / "workflows/wan2.1_t2v_1.3b_train_lora.json")
+    prompt = made_tiny(prompt_of(canvas, workflow), steps=2, width=128, height=128, sparsity=0.6, videos=1, rank=4,
+                       training_steps=2, batch_size=1, minimum_tokens=0, cfg=1.0)  # fmt: skip
+    apply, sampler = (name_of(prompt, kind) for kind in ("SLA2ApplyAttention", "KSampler"))
+    prompt["report"] = {"class_type": "SLA2Report", "inputs": {"model": [apply, 0], "samples": [sampler, 0]}}
+    report = output_of(server, prompt, "SLA2Report")["sla2_report"][0]
+    assert report["sparse_calls"] == 6 and report["dense_calls"] == 0 and report["ratio"] == "learned"
+    assert len(list((server.base / "output/loras").glob("wan2.1_t2v_1.3b_sla2_2_steps_*_.safetensors"))) == 1
+    assert list((server.base / "models/sla2").glob("wan2.1_t2v_1.3b_lora_*_.safetensors"))
 
 
 def test_the_comparing_workflow_compares(server, canvas):

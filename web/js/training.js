@@ -1,4 +1,5 @@
-// SLA2 Train Router: the loss while it trains. The mean of all layers is a line, the best and the worst layer are a band.
+// SLA2 Train Router and SLA2 Train LoRA: the loss while they train. Where there are several layers, their mean is a line, and
+// the best and the worst layer are a band.
 import { el, panelOf, svg } from "./panel.js";
 
 const WIDTH = 320;
@@ -7,14 +8,14 @@ const LEFT = 44;
 const BOTTOM = 18;
 const TOP = 6;
 
-export function showTraining(node, { headline, curves }) {
+export function showTraining(node, { headline, curves, caption }) {
   const panel = panelOf(node, 340);
   const last = curves.mean.at(-1);
-  const words = last === undefined ? "no step yet" : `mean loss ${last.toPrecision(3)}`;
+  const words = last === undefined ? "no step yet" : `${last.toPrecision(3)} ${caption}`;
   panel.show(
     el("p", { class: "sla2-head", text: headline, role: "status" }),
     lossChart(curves),
-    el("p", { class: "sla2-quiet", text: `${words}; band: best and worst layer (share of the output's energy)` }),
+    el("p", { class: "sla2-quiet", text: words }),
   );
 }
 

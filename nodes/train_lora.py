@@ -1,0 +1,198 @@
+"""SLA2 Train LoRA: stage 2 on the model in the graph. It gets used to sparse attention, and its ratios to the LoRA."""
+
+import inspect
+import logging
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import comfyui_version
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..sla2_kernels import default_precision
+from ..sla2_training import TrainingError
+from .load_router import Router
+from .lora_files import save_both
+from .loss_curves import loss_curves
+from .loss_plot import plot_losses
+from .model_layouts import model_facts, unsupported_model_reason
+from .page_events import send_event
+from .progress_text import plain, show_on_node
+from .schema_support import ADVANCED, search_aliases
+from .settings import BIT_WIDTHS
+from .sparse_failure import is_out_of_memory
+
+logger = logging.getLogger("sla2")
+
+DISTILL, FLOW = "match the dense model", "flow matching on latents"
+DISTANCE = "distance to the dense model's velocity"
+NEW = "none (new LoRA)"
+# guidance weighs the prompt's and the negative prompt's velocity about equally
+NEGATIVE_SHARE = 0.5
+OUT_OF_MEMORY = (
+    "SLA2 Train LoRA ran out of memory at step {}: a shorter or smaller latent_image (or latents), fp8 as weight_dtype in "
+    "Load Diffusion Model, or a lower rank needs less."
+)
+
+
+class SLA2TrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        as_sampler = "As in the sampler node."
+        return io.Schema(
+            node_id="SLA2TrainLora",
+            display_name="SLA2 Train LoRA",
+            category="model/sla2",
+            description="Makes a LoRA with which the model keeps its quality at a higher sparsity, and trains the router's "
+            "mixing ratios along with it. Needs no videos: it learns from the same model run dense. Cancelling saves what "
+            "is trained so far in models/loras and models/sla2.",
+            hidden=[io.Hidden.unique_id],
+            **search_aliases("train LoRA", "fine-tune sparse attention", "SLA2 stage 2", "QAT", "distillation"),
+            # saved workflows store widget values by position: new inputs go to the end
+            inputs=[
+                io.Model.Input("model", tooltip="The model as it is loaded, with LoRAs it will always be used with. It stays as it is: a copy is trained."),
+                io.Conditioning.Input("positive", tooltip="A prompt like those you will use; several joined by Conditioning (Combine): each video takes the next one."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used. Counts where cfg is above 1."),
+                io.Latent.Input("latent_image", tooltip="The size that is trained at; it decides time and memory. Not used where latents are connected."),
+                Router.Input("router", optional=True, tooltip="From SLA2 Train Router or SLA2 Load Router, for this model. Not connected: untrained, which needs more steps."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Noise of the first video, the LoRA's first values and what is drawn while training.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"{as_sampler} For the videos that the dense model makes first."),
+                io.Float.Input(
+                    "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="As in the sampler node: 1 for distilled models, about 6 for others.",
+                ),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="uni_pc", tooltip=as_sampler),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip=as_sampler),
+                io.Float.Input(
+                    "sparsity", default=0.97, min=0.1, max=0.99, step=0.01, round=0.01,
+                    tooltip="The sparsity that LoRA and ratios are trained for: 0.97 skips 97%, keeps 3%. Use them at this one.",
+                ),
+                io.Combo.Input(
+                    "bit_width", options=list(BIT_WIDTHS), default="auto",
+                    tooltip="Numbers inside the attention, as in SLA2 Apply Attention. Gradients are computed in 16 bit.",
+                ),
+                io.Combo.Input(
+                    "loss", options=[DISTILL, FLOW], default=DISTILL,
+                    tooltip=f"{DISTILL}: the distance to what the same model run dense computes, on its own videos or on your "
+                    f"latents. {FLOW}: as the model itself was trained, on videos of yours.",
+                ),
+                io.Int.Input(
+                    "videos", default=4, min=1, max=1000,
+                    tooltip="Videos that the dense model makes first, to train on. Not used where latents are connected.",
+                ),
+                io.Int.Input("rank", default=16, min=1, max=256, tooltip="Of the LoRA: its size, and how much it can learn."),
+                io.Int.Input("training_steps", default=100, min=1, max=100_000, tooltip="Optimisation steps. 20 for a trial, 100 to 500 for use."),
+                io.Int.Input(
+                    "batch_size", default=4, min=1, max=1024,
+                    tooltip="Videos per optimisation step, one after the other: more is steadier and slower, and takes no more memory.",
+                ),
+                io.Float.Input(
+                    "learning_rate", default=0.0005, min=1e-7, max=1.0, step=1e-7, round=1e-7,
+                    tooltip="Of the LoRA (AdamW). It means what it means in core's Train LoRA. Lower it where the loss jumps.",
+                ),
+                io.Latent.Input("latents", optional=True, tooltip="Videos of yours, encoded by the model's VAE, one batch of one size."),
+                io.Combo.Input(
+                    "resume_lora", optional=True, options=[NEW, *folder_paths.get_filename_list("loras")], default=NEW,
+                    tooltip="A LoRA that this node made, to go on from. Connect the router that belongs to it.", **ADVANCED,
+                ),
+            ],
+            outputs=[
+                io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="For Load LoRA Model, and Save LoRA Weights."),
+                Router.Output(display_name="router", tooltip="The router with the ratios that belong to this LoRA. Its projections are unchanged."),
+                io.String.Output(display_name="report", tooltip="Error before and after, and what was trained."),
+                io.Int.Output(display_name="steps", tooltip="Optimisation steps, for the name that Save LoRA Weights gives."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model):
+        """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
+        if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+            return True
+        return (
+            "SLA2 Train LoRA needs ComfyUI 0.25 or newer, whose LoRA training it builds on; "
+            f"this is {comfyui_version.__version__}: update ComfyUI."
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
+        videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW,
+    ) -> io.NodeOutput:  # fmt: skip
+        from .lora_session import LoraPlan, LoraSession
+        from .lora_training import LoraSettings
+
+        facts = model_facts(model.model.diffusion_model)
+        if facts is None:
+            raise ValueError(f"SLA2 Train LoRA: {unsupported_model_reason(model.model.diffusion_model)}.")
+        if loss == FLOW and latents is None:
+            raise ValueError(
+                f'SLA2 Train LoRA: "{FLOW}" needs videos of yours: connect latents, or choose "{DISTILL}".'
+            )
+        distill = loss == DISTILL
+        plan = LoraPlan(
+            sparsity=sparsity,
+            precision=default_precision(model.load_device) if bit_width == "auto" else bit_width,
+            rank=rank,
+            settings=LoraSettings(
+                steps=training_steps,
+                batch=batch_size,
+                learning_rate=learning_rate,
+                seed=seed,
+                distill=distill,
+                drop_caption=NEGATIVE_SHARE if distill and cfg > 1 else 0.0,
+            ),
+        )
+        node, measure = cls.hidden.unique_id, DISTANCE if distill else "flow-matching loss"
+        bar = comfy.utils.ProgressBar(training_steps * batch_size + (videos * steps if latents is None else 0))
+
+        def say(headline, losses):
+            send_event("training", node, {"headline": headline, "curves": loss_curves({0: losses}), "caption": measure})
+
+        # nodes run in inference mode, whose tensors no backward pass may keep
+        with torch.inference_mode(False):
+            session = LoraSession(model, facts, router, plan, say, lambda: bar.update(1))
+            try:
+                if resume_lora != NEW:
+                    session.resume(resume_lora)
+                if latents is None:
+                    sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+                    session.make_videos(videos, positive, negative, latent_image, seed, sampler)
+                else:
+                    session.take_videos(latents["samples"], len(positive))
+                session.train(positive, negative)
+                lora, trained, losses = session.lora(), session.router(), session.losses
+                text = plain(session.report())
+            except comfy.model_management.InterruptProcessingException:
+                keep_trained(session, node, "cancelled")
+                raise
+            except TrainingError as error:
+                raise TrainingError(f"{error}{keep_trained(session, node, 'stopped')}") from error
+            except Exception as error:  # another pack's, too: an hour's work is not lost with it
+                sentence = keep_trained(session, node, "stopped")
+                if is_out_of_memory(error):
+                    raise TrainingError(f"{OUT_OF_MEMORY.format(session.done)}{sentence}") from error
+                raise
+            finally:
+                session.close()
+        show_on_node(node, text)
+        images = ui.PreviewImage(plot_losses({"loss": losses}, f"SLA2 LoRA training: {measure}"), cls=cls).as_dict()
+        return io.NodeOutput(lora, trained, text, len(losses), ui={**images, "text": (text,)})
+
+
+def keep_trained(session, node, what):
+    """Saves what an ended training reached, LoRA and router; a sentence for the user, or ""."""
+    if not session.done:
+        return ""
+    sentence = (
+        f"{session.done} optimisation steps are done. {save_both(session.lora(), session.router(), session.family)}"
+    )
+    logger.info("SLA2 LoRA training %s. %s", what, sentence)
+    show_on_node(node, f"{what}. {sentence}")
+    return f" {sentence}"

@@ -1,0 +1,235 @@
+"""SLA2 Train LoRA in a real ComfyUI: what it makes, what it leaves alone, and how it ends where it cannot go on."""
+
+import re
+import shutil
+from collections import Counter
+
+import pytest
+import safetensors.torch
+from training_events import queue_until
+
+from sla2_kernels.weights import load_router
+
+pytestmark = pytest.mark.comfyui
+
+LAYERS = 3
+SPARSITY = 0.6
+# 128 x 128 x 9 makes 3 x 8 x 8 = 192 tokens: of 3 key blocks 2 are left to the linear branch
+TRAIN = {
+    "seed": 5, "steps": 2, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple", "sparsity": SPARSITY,
+    "bit_width": "16bit", "loss": "match the dense model", "videos": 1, "rank": 4, "training_steps": 2, "batch_size": 1,
+    "learning_rate": 0.001,
+}  # fmt: skip
+FLOW = "flow matching on latents"
+LINEAR = [f"{part}_attn.{name}" for part in ("self", "cross") for name in "qkvo"] + ["ffn.0", "ffn.2"]
+
+
+def train(prompt, model, size=128, label="", **changes):
+    """Adds the node with conditioning and an empty latent; the link to its LoRA."""
+    positive, negative = (prompt.add("SLA2TestConditioning", number=n, image=False, label=label) for n in (1, 2))
+    latent = prompt.add("EmptyHunyuanLatentVideo", width=size, height=size, length=9, batch_size=1)
+    links = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
+    return prompt.add("SLA2TrainLora", **links | TRAIN | changes)
+
+
+def train_and_save(prompt, model, prefix, **changes):
+    node = train(prompt, model, **changes)
+    prompt.add("SaveLoRA", lora=node, prefix=f"loras/{prefix}")
+    prompt.add("SLA2SaveRouter", router=[node[0], 1], filename_prefix=prefix)
+    return node[0]
+
+
+def files(comfy, prefix=""):
+    """What lies in the folders of LoRAs and routers, however unfinished."""
+    folders = [comfy.base / name for name in ("models/loras", "output/loras", "models/sla2")]
+    return sorted(path for folder in folders if folder.is_dir() for path in folder.glob(f"{prefix}*"))
+
+
+def lora_path(comfy, prefix):
+    (path,) = (path for path in files(comfy, prefix) if path.parent.name == "loras")
+    return path
+
+
+def lora(comfy, prefix):
+    return safetensors.torch.load_file(lora_path(comfy, prefix))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def errors(text):
+    """(before, after) of a report."""
+    return tuple(map(float, re.search(r"([\d.e-]+) before, ([\d.e-]+) after", text).groups()))
+
+
+@pytest.fixture(scope="module")
+def trained(comfy, new_prompt):
+    """A LoRA and a router, made from a router file and saved as "tiny"; the node's report."""
+    prompt = new_prompt()
+    model = prompt.model()
+    before = prompt.save(prompt.sample(model, size=128))
+    router = prompt.add("SLA2LoadRouter", router_name="good.safetensors")
+    node = train_and_save(prompt, model, "tiny", router=router, training_steps=12, learning_rate=0.0002)
+    # another label: ComfyUI samples again instead of serving the latent from its cache
+    after = prompt.save(prompt.sample(model, size=128, label="again"))
+    outputs = comfy.run(prompt)
+    assert (comfy.latent(outputs, before) == comfy.latent(outputs, after)).all(), "the user's model stays as it is"
+    return outputs[node]
+
+
+def test_the_error_falls_and_the_calls_ran_sparse(trained):
+    before, after = errors(trained["text"][0])
+    assert 0 < after < before
+    # per layer: 4 calls measure before, 4 after, and 12 steps take a call each, which the backward pass repeats
+    assert f"{LAYERS * (4 + 4 + 2 * 12)} attention calls ran sparse" in trained["text"][0]
+    assert "ran dense" not in trained["text"][0] and len(trained["images"]) == 1
+
+
+def test_gradients_came_through_the_sparse_attention(comfy, trained):
+    state = lora(comfy, "tiny")
+    layers = [f"diffusion_model.blocks.{n}.{name}" for n in range(LAYERS) for name in LINEAR]
+    assert state.keys() == {
+        f"{layer}.{part}" for layer in layers for part in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    # lora_up starts at 0; q and k act on nothing but the attention
+    assert all(state[f"{layer}.lora_up.weight"].abs().max() > 0 for layer in layers)
+    start, end = (
+        load_router(comfy.base / "models/sla2" / name) for name in ("good.safetensors", "tiny_00001_.safetensors")
+    )
+    for number in range(LAYERS):
+        assert (start.layers[number].proj_q == end.layers[number].proj_q).all()
+        assert (start.ratio(number, SPARSITY) != end.ratio(number, SPARSITY)).any()
+
+
+def test_comfyuis_loader_takes_the_lora_with_its_router(comfy, new_prompt, trained):
+    prompt = new_prompt()
+    router = prompt.add("SLA2LoadRouter", router_name="tiny_00001_.safetensors")
+    models = [prompt.model()]
+    for strength in (0.0, 1.0):
+        models.append(
+            prompt.add(
+                "LoraLoaderModelOnly", model=models[0], lora_name=lora_path(comfy, "tiny").name, strength_model=strength
+            )
+        )
+    patched = [prompt.apply(model, router=router, sparsity=SPARSITY) for model in models]
+    samples = [prompt.sample(model, size=128) for model in patched]
+    saved, report = [prompt.save(sample) for sample in samples], prompt.report(patched[2], samples[2])
+    outputs = comfy.run(prompt)
+    none, zero, one = (comfy.latent(outputs, node) for node in saved)
+    assert (none == zero).all() and (none != one).any()
+    found = comfy.report(outputs, report)
+    assert found["sparse_calls"] == 3 * LAYERS and found["ratio"] == "learned"
+
+
+def test_a_seed_decides_the_files_and_a_lora_is_gone_on_from(comfy, new_prompt, trained):
+    prompt = new_prompt()
+    model = prompt.model()
+    videos = prompt.sample(model, size=128, steps=2)
+    for prefix, seed in (("once", 5), ("twice", 5), ("other", 6)):
+        train_and_save(prompt, model, prefix, latents=videos, seed=seed, label=prefix)
+    train_and_save(
+        prompt,
+        model,
+        "further",
+        latents=videos,
+        resume_lora=lora_path(comfy, "tiny").name,
+        training_steps=1,
+        learning_rate=1e-7,
+    )
+    comfy.run(prompt)
+    once, twice, other = (lora(comfy, prefix) for prefix in ("once", "twice", "other"))
+    assert same(once, twice) and not same(once, other)
+    for name, tensor in lora(comfy, "further").items():
+        assert (tensor - lora(comfy, "tiny")[name]).abs().max() <= 1e-6, name
+
+
+def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
+    model = prompt.model()
+    node = train_and_save(
+        prompt, model, "flow", loss=FLOW, latents=prompt.sample(model, size=128, steps=2), training_steps=8,
+        learning_rate=0.01,
+    )  # fmt: skip
+    before, after = errors(comfy.run(prompt)[node]["text"][0])
+    assert 0 < after < before
+
+
+def cancelled(comfy, prompt, steps):
+    """Queues, cancels after ``steps`` optimisation steps, and waits for the end."""
+    number = queue_until(comfy.server, prompt, steps)
+    comfy.server.post("/interrupt", {})
+    entry = comfy.server.history(number, 60)
+    assert entry["status"]["messages"][-1][0] == "execution_interrupted"
+
+
+def test_cancelling_before_the_first_step_leaves_no_file(comfy, prompt):
+    before = files(comfy)
+    train_and_save(prompt, prompt.model(), "never", videos=1000)
+    cancelled(comfy, prompt, 0)
+    assert files(comfy) == before
+
+
+def test_cancelling_saves_what_is_trained_in_whole_files(comfy, new_prompt):
+    prompt, before = new_prompt(), files(comfy)
+    train_and_save(prompt, prompt.model(), "never", training_steps=100_000)
+    cancelled(comfy, prompt, 2)
+    made = sorted(set(files(comfy)) - set(before))
+    assert [path.name for path in made] == ["wan_lora_autosave_00001_.safetensors"] * 2
+    assert [path.parent.name for path in made] == ["loras", "sla2"]
+    assert load_router(made[1]).layers[0].alpha_logits is not None
+
+    prompt = new_prompt()
+    router = prompt.add("SLA2LoadRouter", router_name=made[1].name)
+    train_and_save(prompt, prompt.model(), "lora_went_on", resume_lora=made[0].name, router=router, training_steps=1)
+    comfy.run(prompt)
+    assert Counter(path.parent.name for path in files(comfy, "lora_went_on")) == {"loras": 1, "sla2": 1}
+
+
+def unknown_model(comfy, prompt):
+    # a file that no other test loads: the helper node changes the class of what is loaded
+    folder = comfy.base / "models/diffusion_models"
+    shutil.copy(folder / "tiny_wan.safetensors", folder / "tiny_without_lora.safetensors")
+    return {"model": prompt.add("SLA2TestUnknownModel", model=prompt.model("tiny_without_lora.safetensors"))}
+
+
+def two_prompts_for_three_videos(comfy, prompt):
+    one, two = (prompt.add("SLA2TestConditioning", number=n, image=False, label="") for n in (1, 2))
+    videos = prompt.add("EmptyHunyuanLatentVideo", width=128, height=128, length=9, batch_size=3)
+    return {"positive": prompt.add("ConditioningCombine", conditioning_1=one, conditioning_2=two), "latents": videos}
+
+
+WRONG = {
+    "another model's router": (
+        lambda _, prompt: {"router": prompt.add("SLA2LoadRouter", router_name="other_layers.safetensors")},
+        "number of layers is 4, this model's is 3",
+    ),
+    "a family nobody knows": (unknown_model, "SLA2 Train LoRA: model family UnknownModel is not supported yet"),
+    "a loader that cannot be repeated": (
+        lambda _, prompt: {"model": prompt.add("SLA2TestQuantisedLoader", name="tiny_wan.safetensors")},
+        "this MODEL comes from a loader that ComfyUI cannot repeat",
+    ),
+    "images": (
+        lambda _, prompt: {"latents": prompt.add("EmptyLatentImage", width=128, height=128, batch_size=1)},
+        "latents must be videos of this model's VAE, (videos, 16, frames, height, width), and these are (1, 4, 16, 16)",
+    ),
+    "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
+    "no videos for flow matching": (lambda *_: {"loss": FLOW}, f'"{FLOW}" needs videos of yours: connect latents'),
+    "too short": (
+        lambda *_: {"size": 64}, "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all"
+    ),
+    "another rank": (
+        lambda comfy, _: {"resume_lora": "wan_lora_autosave_00001_.safetensors", "rank": 3},
+        "the file has shape (256, 4), and this training shape (256, 3) (rank 3)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_one_sentence(comfy, prompt, name):
+    change, words = WRONG[name]
+    changes = change(comfy, prompt)
+    before = files(comfy)
+    node = train_and_save(prompt, changes.pop("model", None) or prompt.model(), "wrong", **changes)
+    where, message = comfy.error(prompt)
+    assert where == node and words in message
+    assert files(comfy) == before
