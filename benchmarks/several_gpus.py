@@ -80,7 +80,7 @@ def launch(args, what, processes):
         options += ["--steps", str(args.steps), "--batch", str(args.batch), "--micro-batch", str(args.micro_batch)]
         options += ["--work", what, "--found", str(found), *(["--tiny"] if args.tiny else [])]
         variables = {**os.environ, "ACCELERATE_USE_CPU": str(not is_gpu(args.device)).lower()}
-        subprocess.run([*start, "-m", "benchmarks.several_gpus", *options], env=variables, check=True)
+        subprocess.run([*start, "-m", "benchmarks.several_gpus", *options], env=variables, check=True)  # noqa: S603  itself
         return json.loads(found.read_text(encoding="utf-8"))
 
 

@@ -18,7 +18,6 @@ from tooling.plan import PACK_FOLDER, ROOT
 from tooling.server import Server
 
 
-
 def archive(target):
     """A zip of the files under git (or, in an unpacked archive, of all files) that .comfyignore does not leave out."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
