@@ -19,6 +19,7 @@ from .router_training import RouterTraining, Schedule, make_trainer, parse_spars
 from .sample_once import sample_once
 from .save_router import save_router
 from .schema_support import search_aliases
+from .suggested_schedule import suggested_schedule
 
 logger = logging.getLogger("sla2")
 
@@ -98,6 +99,12 @@ class SLA2TrainRouter(io.ComfyNode):
             headline = text.split("\n")[0]
             send_event("training", node, {"headline": headline, "curves": loss_curves(trainer.losses)})
 
+        def show_end(suggested):
+            headline = f"trained: {training.steps_done} optimisation steps"
+            suggestion = {"schedule": suggested, "layers": facts.num_layers}
+            curves = loss_curves(trainer.losses)
+            send_event("training", node, {"headline": headline, "curves": curves, "suggestion": suggestion})
+
         training = RouterTraining(model, facts, trainer, schedule, show_progress)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         bar = comfy.utils.ProgressBar((schedule.passes + 1) * steps)
@@ -115,7 +122,9 @@ class SLA2TrainRouter(io.ComfyNode):
         except Exception:  # out of memory in the sampler, another pack's error: an hour's work is not lost with it
             keep_trained(training, facts, node, "stopped")
             raise
-        text = plain(training.report())
+        suggested = suggested_schedule(trainer.report())
+        show_end(suggested)
+        text = plain(f"{training.report()}\nSuggested schedule: {suggested or 'none, no layer was measured'}")
         show_on_node(node, text)
         images = ui.PreviewImage(plot_losses(trainer.losses), cls=cls).as_dict()
         return io.NodeOutput(trainer.router(), text, ui={**images, "text": (text,)})

@@ -7,6 +7,5 @@ export function showOutcome(node, { headline, reasons, accelerated, calls, layer
   const lines = reasons.map((reason) => el("p", { class: "sla2-quiet", text: reason }));
   panel.element.setAttribute("role", "status");
   panel.show(head, ...lines);
-  if (layers) node.sla2Layers = layers;
-  node.sla2Schedule?.redraw();
+  node.sla2Schedule?.setLayers(layers);
 }

@@ -70,7 +70,10 @@ export function makePanel(node, name, width, margin = 8) {
   addStyle();
   const content = el("div");
   const element = el("div", { class: "sla2" }, content);
-  element.addEventListener("keydown", (event) => event.stopPropagation());
+  element.addEventListener("keydown", (event) => {
+    // undo and the like are the page's also from here
+    if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+  });
   let height = 30;
   const widget = node.addDOMWidget(name, name, element, {
     serialize: false,

@@ -1,6 +1,6 @@
 // The grammar of nodes/schedule.py in the page: which sparsity a text gives a layer at a share of the run. It knows no page.
 
-const MOST_CHARACTERS = 300; // of one rule
+export const MOST_CHARACTERS = 300; // of one rule
 const NUMBER = String.raw`(\d+(?:\.\d+)?|\.\d+)`;
 const STEPS = new RegExp(String.raw`${NUMBER}\s*%\s*-\s*${NUMBER}\s*%`);
 const LAYERS = /^layers?\s+(.+)$/;

@@ -6,13 +6,12 @@ import { showOutcome } from "./outcome.js";
 import { showTraining } from "./training.js";
 import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
-import { keepMeasured } from "./suggestion.js";
 import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered } from "./graph.js";
 import { chain } from "./widgets.js";
 
-// what takes an output of an executed node
-const DRAWN_OUTPUTS = { SLA2Report: showReport, SLA2Compare: showComparison, SLA2TrainRouter: keepMeasured };
+// what an output of an executed node is drawn by
+const DRAWN_OUTPUTS = { SLA2Report: showReport, SLA2Compare: showComparison };
 // what an event of the server is drawn by
 const DRAWN_EVENTS = { outcome: showOutcome, training: showTraining };
 const HIDDEN_BY_MODE = {
