@@ -1,17 +1,18 @@
 // The grammar of nodes/schedule.py in the page: which sparsity a text gives a layer at a share of the run. It knows no page.
 
-export const MOST_CHARACTERS = 300; // of one rule
+const MOST_CHARACTERS = 300; // of one rule
 const NUMBER = String.raw`(\d+(?:\.\d+)?|\.\d+)`;
 const STEPS = new RegExp(String.raw`${NUMBER}\s*%\s*-\s*${NUMBER}\s*%`);
-const LAYERS = /^layers?\s+(.+)$/;
+const LAYERS = /^layers?\s+(.+)$/s;
 const VALUE = new RegExp(String.raw`^${NUMBER}(?:\s*->\s*${NUMBER})?$`);
 const LAYER_RANGE = /^(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?$/;
+const BLANKS_OF_PYTHON = /[\x1c-\x1f\x85]/g; // which JavaScript does not count as blank
 const SEPARATOR = /([^\S\n]*[;\n][;\s]*)/;
 
 // [{text, steps: [from, to], layers: Set or null, sparsity: [at the first step, at the last] or null (dense), after}]
 // after: what stood between it and the next rule. Throws an Error of one sentence.
 export function parseSchedule(text, layerCount) {
-  const pieces = text.split(SEPARATOR);
+  const pieces = text.replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
   const rules = [];
   for (let n = 0; n < pieces.length; n += 2) {
     const part = pieces[n].trim();

@@ -6,7 +6,7 @@ import { colourOf, scheduleMap } from "./schedule_map.js";
 import { suggestionFor, withSuggestion } from "./suggestion.js";
 import { chain, isLinked, setByUser, widgetOf } from "./widgets.js";
 
-const UNKNOWN_LAYERS = 30;
+const USUAL_LAYERS = [30, 40, 60]; // drawn until a run has told: the first that has every layer the text names
 const BRUSHES = [null, 0.8, 0.85, 0.9, 0.95, 0.97];
 const opened = new Set(); // nodes are made anew by an undo: those whose map is open
 
@@ -14,24 +14,37 @@ function placeOf(node) {
   return `${node.graph?.id}|${node.id}`;
 }
 
+function isReadable(text, layerCount) {
+  try {
+    parseSchedule(text, layerCount);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 export function addScheduleEditor(node) {
   const [schedule, sparsity] = [widgetOf(node, "schedule"), widgetOf(node, "sparsity")];
+  if (!schedule || !node.addDOMWidget) return; // a page without them keeps its plain text
   let [layers, brush] = [null, BRUSHES[3]];
   const panel = makePanel(node, "sla2_schedule", 300, 4);
   const said = el("p", { class: "sla2-quiet", role: "status" });
   const map = scheduleMap({ onChosen: (cells) => write((text) => paint(text, cells, brush, count())), onPoint: tell });
-  const brushes = el("div", { class: "sla2-row sla2-brushes", role: "group", "aria-label": "paint with" }, ...BRUSHES.map(brushFor));
+  const group = { class: "sla2-row sla2-brushes", role: "group", "aria-label": "paint with" };
+  const brushes = el("div", group, ...BRUSHES.map(brushFor));
   const suggest = el("button", { type: "button", text: "Suggest from training" });
   const about = el("p", { class: "sla2-quiet" });
   const drawing = el("div", {}, brushes, map.element);
-  const details = el("details", {}, el("summary", { text: "Schedule as a map" }), drawing, el("div", { class: "sla2-row" }, suggest), said, about);
+  const summary = el("summary", { text: "Schedule as a map" });
+  const details = el("details", {}, summary, drawing, el("div", { class: "sla2-row" }, suggest), said, about);
   panel.show(details);
 
-  const count = () => layers ?? UNKNOWN_LAYERS;
+  const count = () => layers ?? USUAL_LAYERS.find((number) => isReadable(schedule.value, number)) ?? USUAL_LAYERS[0];
   const otherwise = () => (isLinked(node, "sparsity") ? undefined : sparsity.value);
 
   function brushFor(value) {
-    const button = el("button", { type: "button", text: value === null ? "dense" : value.toFixed(2), "aria-pressed": value === brush });
+    const text = value === null ? "dense" : value.toFixed(2);
+    const button = el("button", { type: "button", text, "aria-pressed": value === brush });
     button.style.setProperty("--sla2-swatch", colourOf(value));
     button.addEventListener("click", () => {
       brush = value;
@@ -59,7 +72,7 @@ export function addScheduleEditor(node) {
   function redraw() {
     if (!details.open) return;
     const wired = isLinked(node, "schedule");
-    const unknown = layers ? "" : " Layers unknown until the first run: 30 are drawn.";
+    const unknown = layers ? "" : ` Layers unknown until the first run: ${count()} are drawn.`;
     suggest.hidden = wired;
     drawing.hidden = true;
     said.textContent = "";
@@ -70,7 +83,7 @@ export function addScheduleEditor(node) {
       drawing.hidden = false;
       about.textContent = `Drag, or arrow keys with Shift and then Enter. dense_layers and the percents come on top.${unknown}`;
     } catch (error) {
-      about.textContent = `No map of this text: ${error.message}${unknown} Correct it above, it stays as it is.`;
+      about.textContent = `No map of this text: ${error.message} Correct it above, it stays as it is.`;
     }
   }
 
