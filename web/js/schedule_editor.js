@@ -8,11 +8,7 @@ import { chain, isLinked, setByUser, widgetOf } from "./widgets.js";
 
 const USUAL_LAYERS = [30, 40, 60]; // drawn until a run has told: the first that has every layer the text names
 const BRUSHES = [null, 0.8, 0.85, 0.9, 0.95, 0.97];
-const opened = new Set(); // nodes are made anew by an undo: those whose map is open
-
-function placeOf(node) {
-  return `${node.graph?.id}|${node.id}`;
-}
+const opened = new Set(); // an undo makes nodes anew: the ids of those whose map is open
 
 function isReadable(text, layerCount) {
   try {
@@ -99,14 +95,14 @@ export function addScheduleEditor(node) {
     }
   });
   details.addEventListener("toggle", () => {
-    opened[details.open ? "add" : "delete"](placeOf(node));
+    opened[details.open ? "add" : "delete"](node.id);
     redraw();
   });
   chain(schedule, "callback", redraw);
   chain(sparsity, "callback", redraw);
   chain(node, "onConnectionsChange", redraw);
   chain(node, "onConfigure", () => {
-    details.open = opened.has(placeOf(node));
+    details.open = opened.has(node.id);
     redraw();
   });
   node.sla2Schedule = {
