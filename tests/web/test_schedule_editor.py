@@ -16,6 +16,8 @@ def renderer(request, canvas):
 
 @pytest.fixture
 def editor(canvas, renderer, sampling_prompt):
+    # what a prompt leaves out keeps the value of the graph before it
+    sampling_prompt["2"]["inputs"].update(preset="custom", schedule="")
     canvas.load_prompt(sampling_prompt)
     return Editor(canvas)
 
@@ -28,8 +30,12 @@ class Editor:
         self.map = self.page.locator(".sla2-map canvas")
         self.summary = self.page.locator(".sla2 summary", has_text="Schedule as a map")
 
+    def centre(self):
+        self.canvas.js(f"(app.canvas.ds.scale = 0.7, app.canvas.centerOnNode({self.canvas.node(KIND)}))")
+        self.page.wait_for_timeout(200)
+
     def open(self):
-        self.canvas.js(f"app.canvas.centerOnNode({self.canvas.node(KIND)})")
+        self.centre()
         self.summary.click()
         self.page.wait_for_timeout(300)
         return self
@@ -86,6 +92,15 @@ def test_each_stroke_is_one_rule_and_one_step_of_the_undo(editor):
     assert editor.text == "layers 7: 0.85; 0%-20%: dense" and editor.map.is_visible()
     editor.undo()
     assert editor.text == "layers 7: 0.85"
+
+
+def test_over_a_wire_there_is_nothing_to_paint(editor):
+    canvas = editor.open().canvas
+    canvas.js(
+        "((text, node) => (app.graph.add(text), text.connect(0, node, 'schedule')))"
+        f"(LiteGraph.createNode('PrimitiveStringMultiline'), {canvas.node(KIND)})"
+    )
+    assert "comes over a wire" in editor.says() and not editor.map.is_visible()
 
 
 def test_a_stroke_over_painted_ones_takes_their_place_and_leaves_the_users_own(editor):
@@ -152,7 +167,7 @@ def test_it_is_painted_by_keyboard(editor):
     assert editor.text == ""
 
 
-def test_a_preset_or_a_wire_hides_it(editor, renderer):
+def test_a_preset_hides_it(editor):
     editor.open()
     editor.canvas.set(KIND, "preset", "balanced")
     editor.page.wait_for_timeout(300)
@@ -162,9 +177,10 @@ def test_a_preset_or_a_wire_hides_it(editor, renderer):
     assert editor.map.is_visible()
 
 
-def test_the_training_suggests_a_schedule(editor):
+def test_the_training_suggests_a_schedule(editor, renderer):
     canvas = editor.open().canvas
     canvas.load(canvas.save())  # which gives it the id that a saved workflow has
+    editor.centre()
     suggest = editor.page.get_by_role("button", name="Suggest from training")
     suggest.click()
     assert "run SLA2 Train Router" in editor.says() and editor.text == ""
@@ -182,6 +198,7 @@ def test_the_training_suggests_a_schedule(editor):
     )
     suggest.click()
     editor.settle()
+    canvas.picture(f"suggested_{renderer}")
     assert editor.text == "layers 0, 2: 0.9; layers 1: 0.97; 0%-10%: dense" and "unknown" not in editor.says()
     editor.undo()
     assert editor.text == "0%-10%: dense; layers 0: 0.5"
