@@ -1,4 +1,5 @@
-// SLA2 Compare: the measured numbers, and the button that takes over the break-even length.
+// SLA2 Compare: the measured numbers, frames of both videos, and the button that takes over the break-even length.
+import { frameSlider } from "./frame_slider.js";
 import { el, panelOf } from "./panel.js";
 import { upstream } from "./graph.js";
 import { setByUser, widgetOf } from "./widgets.js";
@@ -8,10 +9,12 @@ export function showComparison(node, output) {
   if (!data) return;
   const panel = panelOf(node, 360);
   const rows = data.rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", text: name }), el("td", { text: value })));
+  const frames = output.sla2_frames?.[0];
   const said = el("p", { class: "sla2-quiet", role: "status" });
   panel.show(
     el("p", { class: "sla2-head", text: data.headline }),
     el("table", {}, el("tbody", {}, ...rows)),
+    ...(frames ? [frameSlider(frames)] : []),
     ...(data.break_even ? [takeOver(node, data.break_even, said), said] : []),
   );
 }

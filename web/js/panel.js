@@ -27,9 +27,19 @@ const STYLE = `
 .sla2 .sla2-map > div { display: flex; flex-direction: column; justify-content: space-between; }
 .sla2 .sla2-map > div:last-child { grid-column: 2; flex-direction: row; }
 .sla2 .sla2-map canvas { touch-action: none; cursor: crosshair; }
-.sla2 .sla2-brushes { gap: 4px; }
+.sla2 .sla2-brushes { gap: 3px; }
+.sla2 .sla2-brushes button { padding: 2px 4px; }
 .sla2 .sla2-brushes button::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 4px;
   border: 1px solid var(--border-color, #555); background: var(--sla2-swatch); }
+.sla2 .sla2-frames { --sla2-split: 50%; position: relative; margin: 6px 0 3px; }
+.sla2 .sla2-frames > * { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; }
+.sla2 .sla2-frames > :first-child { position: static; display: block; height: auto; }
+.sla2 .sla2-frames > :nth-child(2) { clip-path: inset(0 0 0 var(--sla2-split)); }
+.sla2 .sla2-frames input { opacity: 0; cursor: ew-resize; touch-action: none; }
+.sla2 .sla2-frames::after { content: ""; position: absolute; inset: 0 auto 0 var(--sla2-split); width: 2px; margin-left: -1px;
+  background: #fff; outline: 1px solid #000; pointer-events: none; }
+.sla2 .sla2-frames:focus-within { outline: 2px solid var(--p-primary-color, #4a90e2); }
+.sla2 label input { flex: 1; min-width: 0; }
 .sla2 .sla2-brushes button[aria-pressed="true"] { outline: 2px solid currentColor; outline-offset: -1px; }
 .sla2 { --sla2-main: #2f7fd6; --sla2-rest: #8a8a8a; }
 `;
@@ -89,10 +99,10 @@ export function makePanel(node, name, width, margin = 8) {
   new ResizeObserver(() => {
     const needed = content.offsetHeight + 14;
     if (!content.offsetHeight || Math.abs(needed - height) < 2) return;
-    const spare = Math.max(0, node.size[1] - node.computeSize()[1]);
+    const shrunk = node.size[1] - Math.max(0, height - needed);
     height = needed;
-    // Vue nodes grow by themselves
-    if (!globalThis.LiteGraph?.vueNodesMode) node.setSize([node.size[0], node.computeSize()[1] + spare]);
+    // Vue nodes grow by themselves. A loaded node has the size that it had with this panel: it grows only where that is short
+    if (!globalThis.LiteGraph?.vueNodesMode) node.setSize([node.size[0], Math.max(shrunk, node.computeSize()[1])]);
     node.setDirtyCanvas?.(true, true);
   }).observe(content);
   return { element, show: (...children) => content.replaceChildren(...children) };
