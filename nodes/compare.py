@@ -1,5 +1,7 @@
 """SLA2 Compare: is SLA2 worth it here? The same noise, dense and with SLA2, on the graph's own model, size and card."""
 
+import logging
+
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
@@ -11,12 +13,15 @@ from ..sla2_kernels import default_precision, sla2_attention
 from .attention_hook import KEY
 from .break_even import break_even, time_lengths
 from .comparison import Measured, StepClock, attention_seconds, comparison_data, comparison_text
+from .comparison_frames import check_vae, saved_frames
 from .model_layouts import unsupported_model_reason
 from .patching import install
 from .progress_text import plain, show_on_node
 from .sample_once import sample_once
 from .schema_support import search_aliases
 from .settings import AttentionSettings, skips_keeps
+
+logger = logging.getLogger("sla2")
 
 
 class SLA2Compare(io.ComfyNode):
@@ -61,6 +66,10 @@ class SLA2Compare(io.ComfyNode):
                     tooltip="Also times both attentions at growing lengths (about 20 s) to find from how many tokens on "
                     "SLA2 is faster on this card.",
                 ),
+                io.Vae.Input(
+                    "vae", optional=True,
+                    tooltip="Shows frames of both videos on the node, with a slider between them. Not connected: numbers only.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("dense", display_name="dense", tooltip="What dense attention makes."),
@@ -72,6 +81,7 @@ class SLA2Compare(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, find_break_even,
+        vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         hook = model.get_attachment(KEY)
         if hook is None:
@@ -80,6 +90,8 @@ class SLA2Compare(io.ComfyNode):
             )
         if hook.facts is None:
             raise ValueError(f"SLA2 Compare: {unsupported_model_reason(model.model.diffusion_model)}.")
+        if vae is not None:
+            check_vae(vae, model.model.latent_format)
         node, bar = cls.hidden.unique_id, comfy.utils.ProgressBar(2 * steps)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         all_layers = frozenset(range(hook.facts.num_layers))
@@ -95,10 +107,24 @@ class SLA2Compare(io.ComfyNode):
             found = search_break_even(model, hook)
         name = comfy.model_management.get_torch_device_name(model.load_device)
         data = comparison_data(dense, sla2, plain(name), skips_keeps(hook.settings.sparsity), found)
+        frames = decoded(vae, measured, node, data, cls) if vae is not None else {}
         text = comparison_text(data)
         show_on_node(node, "done")
         latents = [latent_image | {"samples": one.latent} for one in measured]
-        return io.NodeOutput(*latents, text, ui={"text": (text,), "sla2_comparison": (data,)})
+        return io.NodeOutput(*latents, text, ui={"text": (text,), "sla2_comparison": (data,), **frames})
+
+
+def decoded(vae, measured, node, data, cls):
+    """The frames for the page; where the VAE fails, a row of ``data`` says so and what was measured is not lost."""
+    show_on_node(node, "decoding frames")
+    try:
+        return {"sla2_frames": (saved_frames(vae, [one.latent for one in measured], cls),)}
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:
+        logger.exception("SLA2 Compare: the VAE failed")
+        data["rows"].append(["frames", plain(f"none, the VAE failed: {error}")])
+        return {}
 
 
 def measure(model, positive, negative, latent_image, seed, after_step, sampler):

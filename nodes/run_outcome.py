@@ -17,7 +17,7 @@ def show_outcomes(hook, node_id):
 
 
 def outcome(hook, run):
-    """{"headline", "reasons": [sentence, ...], "accelerated", "calls"} of a closed run."""
+    """{"headline", "reasons": [sentence, ...], "accelerated", "calls", "layers": of the model} of a closed run."""
     data = report_data(hook, run)
     sparse = data["sparse_calls"]
     dense = _dense_reasons(data)
@@ -36,6 +36,7 @@ def outcome(hook, run):
         "reasons": [plain(sentence) for sentence in [*sentences, *data["notes"]]],
         "accelerated": sparse,
         "calls": calls,
+        "layers": hook.facts.num_layers if hook.facts else None,
     }
 
 

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 FORM = '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85"'
-NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
+NUMBER = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)"  # no digits of other scripts: web/js/schedule.js reads the same
 MOST_CHARACTERS = 300  # of one rule
 STEPS = re.compile(rf"{NUMBER}\s*%\s*-\s*{NUMBER}\s*%")
 LAYERS = re.compile(r"layers?\s+(.+)")
@@ -48,7 +48,7 @@ def needs_progress(rules):
 
 def parse_schedule(text, num_layers, parse_layers):
     """Rules separated by ";" or line ends, in order; raises ValueError with one sentence. parse_layers: see settings.py."""
-    parts = [part.strip() for part in re.split(r"[;\n]", text)]
+    parts = [part.strip() for part in re.split(r"[;\n]", text.replace("\ufeff", " "))]
     return tuple(_parse_rule(part, num_layers, parse_layers) for part in parts if part)
 
 

@@ -64,7 +64,7 @@ def parse_layers(text, num_layers):
     """ "0, 1, 28-29" -> {0, 1, 28, 29}; -1 is the last layer. Raises ValueError with one sentence."""
     layers = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?", part)
+        match = re.fullmatch(r"(-?[0-9]{1,6})(?:\s*-\s*(-?[0-9]{1,6}))?", part)
         if match is None:
             raise ValueError(
                 f'dense_layers must look like "0, 1, 28-29", but {part[:100]!r} is no layer or range of layers.'

@@ -18,8 +18,10 @@ from .router_training import RouterTraining, Schedule, make_trainer, parse_spars
 from .sample_once import sample_once
 from .save_router import save_router
 from .schema_support import ADVANCED, search_aliases
+from .suggested_schedule import suggested_schedule
 
 logger = logging.getLogger("sla2")
+CAPTION = "mean loss; band: best and worst layer (share of the output's energy)"
 
 
 class SLA2TrainRouter(io.ComfyNode):
@@ -90,12 +92,16 @@ class SLA2TrainRouter(io.ComfyNode):
         node = cls.hidden.unique_id
         schedule = Schedule(training_steps, steps)
 
+        def show(headline, **more):
+            shown = {"headline": headline, "curves": loss_curves(trainer.losses), "caption": CAPTION}
+            send_event("training", node, shown | more)
+
         def show_progress(text):
-            headline = text.split("\n")[0]
-            caption = "mean loss; band: best and worst layer (share of the output's energy)"
-            send_event(
-                "training", node, {"headline": headline, "curves": loss_curves(trainer.losses), "caption": caption}
-            )
+            show(text.split("\n")[0])
+
+        def show_end(suggested):
+            suggestion = {"schedule": suggested, "layers": facts.num_layers}
+            show(f"trained: {training.steps_done} optimisation steps", suggestion=suggestion)
 
         training = RouterTraining(model, facts, trainer, schedule, show_progress)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
@@ -114,7 +120,9 @@ class SLA2TrainRouter(io.ComfyNode):
         except Exception:  # out of memory in the sampler, another pack's error: an hour's work is not lost with it
             keep_trained(training, facts, node, "stopped")
             raise
-        text = plain(training.report())
+        suggested = suggested_schedule(trainer.report())
+        show_end(suggested)
+        text = plain(f"{training.report()}\nSuggested schedule: {suggested or 'none, no layer was measured'}")
         show_on_node(node, text)
         images = ui.PreviewImage(plot_losses(trainer.losses), cls=cls).as_dict()
         return io.NodeOutput(trainer.router(), text, ui={**images, "text": (text,)})

@@ -1,6 +1,8 @@
-"""SLA2 Compare in the page: its numbers, and the button that sets minimum_tokens."""
+"""SLA2 Compare in the page: its numbers, the slider between its frames, and the button that sets minimum_tokens."""
 
 import pytest
+
+from tooling.checkpoint import TRAINED, VAE
 
 pytestmark = pytest.mark.web
 
@@ -36,3 +38,47 @@ def test_the_numbers_are_shown_and_the_break_even_can_be_set_and_undone(canvas, 
     canvas.page.wait_for_timeout(300)
     assert canvas.value("SLA2ApplyAttention", "minimum_tokens") == 0
     assert canvas.errors == []
+
+
+@pytest.mark.skipif(not (TRAINED / VAE).exists(), reason="the miniature's VAE is not in miniature/weights")
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_a_slider_moves_between_the_dense_and_the_sla2_frames(canvas, comparing_prompt, vue):
+    comparing_prompt["7"] = {"class_type": "VAELoader", "inputs": {"vae_name": VAE}}
+    comparing_prompt["6"]["inputs"]["vae"] = ["7", 0]
+    canvas.look(vue=vue)
+    canvas.load_prompt(comparing_prompt)
+    frames = canvas.queue()["outputs"]["6"]["sla2_frames"][0]
+    assert len(set(frames["numbers"])) == 8 and frames["numbers"][0] == 1 and frames["numbers"][-1] == 9
+    assert len(frames["dense"]) == len(frames["sla2"]) == 8
+    page = canvas.page
+    canvas.js(f"(app.canvas.ds.scale = 0.8, app.canvas.centerOnNode({canvas.node('SLA2Compare')}))")
+    page.wait_for_timeout(500)
+    images = page.locator(".sla2-frames img")
+    sizes = images.evaluate_all("(all) => all.map((i) => [i.naturalWidth, i.naturalHeight, i.clientHeight > 0])")
+    assert sizes == [[256, 256, True]] * 2
+    assert [image.get_attribute("alt") for image in images.all()] == ["dense", "SLA2"]
+    slider = page.get_by_role("slider", name="dense to the left, SLA2 to the right")
+    box = slider.bounding_box()
+    for n, share in enumerate((0.5, 0.2)):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2, steps=4)
+        page.mouse.down() if n == 0 else page.mouse.up()
+    dragged = int(slider.input_value())
+    assert 15 <= dragged <= 25 and clipped(images) == f"inset(0px 0px 0px {dragged}%)"
+    page.keyboard.press("ArrowRight")
+    assert clipped(images) == f"inset(0px 0px 0px {dragged + 1}%)"
+    before = images.nth(0).get_attribute("src")
+    page.get_by_role("slider", name="frame", exact=True).press("End")
+    assert images.nth(0).get_attribute("src") != before and "frame 9 of 9" in canvas.panel("SLA2Compare")
+    canvas.picture(f"slider_{'vue' if vue else 'classic'}")
+    assert canvas.errors == []
+
+
+def clipped(images):
+    return images.nth(1).evaluate("(i) => getComputedStyle(i).clipPath")
+
+
+def test_a_vae_of_another_model_is_refused_before_anything_is_sampled(comfy, comparing_prompt):
+    comparing_prompt["7"] = {"class_type": "VAELoader", "inputs": {"vae_name": "pixel_space"}}
+    comparing_prompt["6"]["inputs"]["vae"] = ["7", 0]
+    node, message = comfy.error(comparing_prompt)
+    assert node == "6" and "decodes 3 latent channels and this model makes 16" in message

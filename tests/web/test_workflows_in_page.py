@@ -83,7 +83,8 @@ def made_tiny(prompt, **changes):
             "MarkdownNote",
         ):
             continue
-        elif kind == "UNETLoader":
+        inputs.pop("vae", None)
+        if kind == "UNETLoader":
             inputs["unet_name"] = "tiny_wan.safetensors"
         for key, value in (TINY | changes).items():
             inputs = inputs | ({key: value} if key in inputs else {})

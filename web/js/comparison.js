@@ -1,17 +1,20 @@
-// SLA2 Compare: the measured numbers, and the button that takes over the break-even length.
-import { app } from "../../../scripts/app.js";
+// SLA2 Compare: the measured numbers, frames of both videos, and the button that takes over the break-even length.
+import { frameSlider } from "./frame_slider.js";
 import { el, panelOf } from "./panel.js";
 import { upstream } from "./graph.js";
+import { setByUser, widgetOf } from "./widgets.js";
 
 export function showComparison(node, output) {
   const data = output.sla2_comparison?.[0];
   if (!data) return;
   const panel = panelOf(node, 360);
   const rows = data.rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", text: name }), el("td", { text: value })));
+  const frames = output.sla2_frames?.[0];
   const said = el("p", { class: "sla2-quiet", role: "status" });
   panel.show(
     el("p", { class: "sla2-head", text: data.headline }),
     el("table", {}, el("tbody", {}, ...rows)),
+    ...(frames ? [frameSlider(frames)] : []),
     ...(data.break_even ? [takeOver(node, data.break_even, said), said] : []),
   );
 }
@@ -20,16 +23,12 @@ function takeOver(node, tokens, said) {
   const button = el("button", { type: "button", text: `Set minimum_tokens to ${tokens}` });
   button.addEventListener("click", () => {
     const target = upstream(node, "SLA2ApplyAttention");
-    const widget = target?.widgets?.find((candidate) => candidate.name === "minimum_tokens");
+    const widget = widgetOf(target, "minimum_tokens");
     if (!widget) {
       said.textContent = "There is no SLA2 Apply Attention on this node's MODEL wire in this graph.";
       return;
     }
-    widget.value = tokens;
-    widget.callback?.(tokens, app.canvas, target);
-    target.setDirtyCanvas?.(true, true);
-    const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
-    (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+    setByUser(target, widget, tokens);
     said.textContent = `minimum_tokens of ${target.title} is ${tokens} now.`;
   });
   return el("div", { class: "sla2-row" }, button);

@@ -21,15 +21,23 @@ export function nodeOfExecution(app, workflow, execution) {
 
 export function remember(kind, detail) {
   // a prompt without a workflow belongs to no page
-  if (detail.workflow) told.set(`${kind}|${detail.workflow}|${detail.node}`, [kind, detail]);
+  if (!detail.workflow) return;
+  const key = `${kind}|${detail.workflow}|${detail.node}`;
+  told.delete(key); // the newest is the last
+  told.set(key, [kind, detail]);
+}
+
+// [{node, detail}, ...] of the nodes of the workflow that the page shows, the newest last
+export function allRemembered(app, kind) {
+  return [...told.values()]
+    .filter(([about]) => about === kind)
+    .map(([, detail]) => ({ node: nodeOfExecution(app, detail.workflow, detail.node), detail }))
+    .filter(({ node }) => node);
 }
 
 // of a node made anew: after a change of the tab, an undo, a step into a subgraph
 export function remembered(app, kind, node) {
-  const found = [...told.values()].find(
-    ([told, detail]) => told === kind && nodeOfExecution(app, detail.workflow, detail.node) === node,
-  );
-  return found?.[1] ?? null;
+  return allRemembered(app, kind).findLast((found) => found.node === node)?.detail ?? null;
 }
 
 // the node of this class that a MODEL wire comes from, however many other nodes it passes

@@ -1,9 +1,6 @@
 // Widgets that count only in one mode of another widget are shown only there. They stay in node.widgets, so their values
 // are saved, loaded, undone and queued as ever.
-
-function isLinked(node, name) {
-  return (node.inputs ?? []).some((input) => input.widget?.name === name && input.link != null);
-}
+import { chain, isLinked, widgetOf } from "./widgets.js";
 
 function setHidden(widget, hidden) {
   const changed = !!widget.hidden !== hidden;
@@ -15,8 +12,8 @@ function setHidden(widget, hidden) {
 }
 
 // modes: {widget: {other widget: [values with which it counts]}}
-export function hideByMode(node, modes, chain) {
-  const widget = (name) => node.widgets?.find((candidate) => candidate.name === name);
+export function hideByMode(node, modes) {
+  const widget = (name) => widgetOf(node, name);
 
   function update(resize) {
     const spare = node.size[1] - node.computeSize()[1];

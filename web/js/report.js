@@ -1,5 +1,5 @@
 // SLA2 Report: a bar per layer, and the routing map of a layer and a step.
-import { api } from "../../../scripts/api.js";
+import { fileURL } from "./files.js";
 import { el, panelOf, svg } from "./panel.js";
 
 const WIDTH = 320;
@@ -82,8 +82,7 @@ function mapChooser(node, maps) {
   image.addEventListener("error", () => {
     caption.textContent = "the map's file is gone (ComfyUI empties its temporary folder at start): run again";
   });
-  const { filename, subfolder, type } = maps;
-  image.src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  image.src = fileURL(maps);
   return {
     picture,
     caption,

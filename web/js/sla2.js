@@ -6,7 +6,9 @@ import { showOutcome } from "./outcome.js";
 import { showTraining } from "./training.js";
 import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
+import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered } from "./graph.js";
+import { chain } from "./widgets.js";
 
 // what an output of an executed node is drawn by
 const DRAWN_OUTPUTS = { SLA2Report: showReport, SLA2Compare: showComparison };
@@ -17,6 +19,7 @@ const HIDDEN_BY_MODE = {
     fixed_ratio: { ratio_mode: ["fixed"] },
     sparsity: { preset: ["custom"] },
     schedule: { preset: ["custom"] },
+    sla2_schedule: { preset: ["custom"] },
   },
 };
 
@@ -35,15 +38,6 @@ function restore(node) {
   if (output && !node.graph?.isSubgraph) DRAWN_OUTPUTS[node.comfyClass]?.(node, output);
 }
 
-function chain(node, name, added) {
-  const before = node[name];
-  node[name] = function (...values) {
-    const result = before?.apply(this, values);
-    added(...values);
-    return result;
-  };
-}
-
 app.registerExtension({
   name: "SLA2.Nodes",
   setup() {
@@ -52,8 +46,9 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
+    if (node.comfyClass === "SLA2ApplyAttention") addScheduleEditor(node);
     const modes = HIDDEN_BY_MODE[node.comfyClass];
-    if (modes) hideByMode(node, modes, chain);
+    if (modes) hideByMode(node, modes);
     const draw = DRAWN_OUTPUTS[node.comfyClass];
     if (draw) chain(node, "onExecuted", (output) => draw(node, output));
   },

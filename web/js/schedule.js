@@ -1,0 +1,98 @@
+// The grammar of nodes/schedule.py in the page: which sparsity a text gives a layer at a share of the run. It knows no page.
+
+const MOST_CHARACTERS = 300; // of one rule
+const NUMBER = String.raw`(\d+(?:\.\d+)?|\.\d+)`;
+const STEPS = new RegExp(String.raw`${NUMBER}\s*%\s*-\s*${NUMBER}\s*%`);
+const LAYERS = /^layers?\s+(.+)$/s;
+const VALUE = new RegExp(String.raw`^${NUMBER}(?:\s*->\s*${NUMBER})?$`);
+const LAYER_RANGE = /^(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?$/;
+const BLANKS_OF_PYTHON = /[\x1c-\x1f\x85]/g; // which JavaScript does not count as blank
+const SEPARATOR = /([^\S\n]*[;\n][;\s]*)/;
+
+// [{text, steps: [from, to], layers: Set or null, sparsity: [at the first step, at the last] or null (dense), after}]
+// after: what stood between it and the next rule. Throws an Error of one sentence.
+export function parseSchedule(text, layerCount) {
+  const pieces = text.replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
+  const rules = [];
+  for (let n = 0; n < pieces.length; n += 2) {
+    const part = pieces[n].trim();
+    if (part) rules.push({ ...parseRule(part, layerCount), text: part, after: pieces[n + 1] ?? "" });
+  }
+  return rules;
+}
+
+function parseRule(part, layerCount) {
+  if (part.length > MOST_CHARACTERS) throw new Error(`a rule is longer than ${MOST_CHARACTERS} characters.`);
+  const colon = part.lastIndexOf(":");
+  if (colon < 0) throw new Error(`"${part}" has no colon.`);
+  const where = part.slice(0, colon).trim();
+  let [rest, steps, layers] = [where, [0, 1], null];
+  const range = STEPS.exec(rest);
+  if (range) {
+    steps = [Number(range[1]) / 100, Number(range[2]) / 100];
+    rest = (rest.slice(0, range.index) + rest.slice(range.index + range[0].length)).replace(/^[ ,]+|[ ,]+$/g, "");
+  }
+  const named = LAYERS.exec(rest);
+  if (named) [layers, rest] = [parseLayers(named[1], layerCount), ""];
+  if (rest || !where) throw new Error(`"${where}" is no range of steps or layers.`);
+  if (!(steps[0] < steps[1] && steps[1] <= 1)) {
+    throw new Error(`the steps of "${where}" must rise and lie between 0% and 100%.`);
+  }
+  return { steps, layers, sparsity: parseValue(part.slice(colon + 1).trim()) };
+}
+
+function parseValue(text) {
+  if (text === "dense") return null;
+  const found = VALUE.exec(text);
+  const values = found ? [Number(found[1]), Number(found[2] ?? found[1])] : [];
+  if (!values.length || values.some((value) => value >= 1)) {
+    throw new Error(`"${text}" is neither "dense" nor a sparsity of at least 0 and below 1.`);
+  }
+  return values;
+}
+
+// "0, 1, 28-29" -> Set {0, 1, 28, 29}; -1 is the last layer. As parse_layers of nodes/settings.py
+export function parseLayers(text, layerCount) {
+  const layers = new Set();
+  for (const part of text.split(",").map((piece) => piece.trim()).filter(Boolean)) {
+    const found = LAYER_RANGE.exec(part);
+    if (!found) throw new Error(`"${part}" is no layer or range of layers.`);
+    const ends = [Number(found[1]), Number(found[2] ?? found[1])];
+    for (const layer of ends) {
+      if (layer < -layerCount || layer >= layerCount) {
+        throw new Error(`there is no layer ${layer}: the layers are 0 to ${layerCount - 1}.`);
+      }
+    }
+    const [first, last] = ends.map((layer) => (layer < 0 ? layer + layerCount : layer));
+    if (first > last) throw new Error(`the range "${part}" ends before it starts.`);
+    for (let layer = first; layer <= last; layer++) layers.add(layer);
+  }
+  return layers;
+}
+
+// progress: share of the run, or null where the sampler does not say it
+export function covers(rule, layer, progress) {
+  if (rule.layers && !rule.layers.has(layer)) return false;
+  const [from, to] = rule.steps;
+  return (from === 0 && to === 1) || (progress !== null && from <= progress && progress <= to);
+}
+
+// null: dense
+export function sparsityOf(rules, layer, progress, otherwise) {
+  const rule = rules.findLast((candidate) => covers(candidate, layer, progress));
+  return rule ? sparsityAt(rule, progress) : otherwise;
+}
+
+function sparsityAt({ sparsity, steps: [from, to] }, progress) {
+  if (!sparsity) return null;
+  const [first, last] = sparsity;
+  if (first === last || progress === null) return first;
+  const share = Math.min(Math.max((progress - from) / (to - from), 0), 1);
+  return twoDigits(first + (last - first) * share);
+}
+
+// as Python rounds: to the even digit where two are equally near, which in binary only odd eighths are
+function twoDigits(value) {
+  const isTie = Number.isInteger(value * 8) && !Number.isInteger(value * 4);
+  return isTie ? (2 * Math.round(value * 50)) / 100 : Number(value.toFixed(2));
+}
