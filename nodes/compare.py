@@ -119,9 +119,7 @@ def decoded(vae, measured, node, data, cls):
     show_on_node(node, "decoding frames")
     try:
         return {"sla2_frames": (saved_frames(vae, [one.latent for one in measured], cls),)}
-    except comfy.model_management.InterruptProcessingException:
-        raise
-    except Exception as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # no memory, or a VAE for other latents
         logger.exception("SLA2 Compare: the VAE failed")
         data["rows"].append(["frames", plain(f"none, the VAE failed: {error}")])
         return {}

@@ -94,7 +94,7 @@ def test_every_test_is_in_one_suite_and_failures_of_all_count(repository):
     marked = "import pytest, os\n@pytest.mark.comfyui\ndef test_c(): assert not os.environ.get('TRITON_INTERPRET')\n"
     files = {"tests/test_a.py": "def test_b(): assert 0\n" + marked}
     for folder in (run_tests.INTERPRETER, run_tests.COMPILE):
-        files[f"{folder.relative_to(repository)}/test_{folder.name}.py"] = "def test_k(): pass"
+        files[f"{folder.relative_to(repository)}/test_{folder.name}.py"] = "def test_bfloat16(): pass"
     for name, source in files.items():
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text(source)

@@ -58,7 +58,11 @@ def file_nodes(pack_module, tmp_path, monkeypatch):
     folder = tmp_path / "models" / "sla2"
     folder.mkdir(parents=True)
     io = SimpleNamespace(
-        ComfyNode=object, NodeOutput=SimpleNamespace, Custom=lambda name: Anything(), Schema=Anything()
+        ComfyNode=object,
+        NodeOutput=SimpleNamespace,
+        Custom=lambda name: Anything(),
+        Schema=Anything(),
+        Int=SimpleNamespace(Input=object),
     )
     latest = ModuleType("comfy_api.latest")
     latest.io = io

@@ -65,12 +65,12 @@ def errors(text):
 
 @pytest.fixture(scope="module")
 def trained(comfy, new_prompt):
-    """A LoRA and a router, made from a router file and saved as "tiny"; the node's report."""
+    """A LoRA and a router, made from a router file and saved as "taught"; the node's report."""
     prompt = new_prompt()
     model = prompt.model()
     before = prompt.save(prompt.sample(model, size=128))
     router = prompt.add("SLA2LoadRouter", router_name="good.safetensors")
-    node = train_and_save(prompt, model, "tiny", router=router, training_steps=12, learning_rate=0.0002)
+    node = train_and_save(prompt, model, "taught", router=router, training_steps=12, learning_rate=0.0002)
     # another label: ComfyUI samples again instead of serving the latent from its cache
     after = prompt.save(prompt.sample(model, size=128, label="again"))
     outputs = comfy.run(prompt)
@@ -87,7 +87,7 @@ def test_the_error_falls_and_the_calls_ran_sparse(trained):
 
 
 def test_gradients_came_through_the_sparse_attention(comfy, trained):
-    state = lora(comfy, "tiny")
+    state = lora(comfy, "taught")
     layers = [f"diffusion_model.blocks.{n}.{name}" for n in range(LAYERS) for name in LINEAR]
     assert state.keys() == {
         f"{layer}.{part}" for layer in layers for part in ("lora_up.weight", "lora_down.weight", "alpha")
@@ -95,7 +95,7 @@ def test_gradients_came_through_the_sparse_attention(comfy, trained):
     # lora_up starts at 0; q and k act on nothing but the attention
     assert all(state[f"{layer}.lora_up.weight"].abs().max() > 0 for layer in layers)
     start, end = (
-        load_router(comfy.base / "models/sla2" / name) for name in ("good.safetensors", "tiny_00001_.safetensors")
+        load_router(comfy.base / "models/sla2" / name) for name in ("good.safetensors", "taught_00001_.safetensors")
     )
     for number in range(LAYERS):
         assert (start.layers[number].proj_q == end.layers[number].proj_q).all()
@@ -104,12 +104,15 @@ def test_gradients_came_through_the_sparse_attention(comfy, trained):
 
 def test_comfyuis_loader_takes_the_lora_with_its_router(comfy, new_prompt, trained):
     prompt = new_prompt()
-    router = prompt.add("SLA2LoadRouter", router_name="tiny_00001_.safetensors")
+    router = prompt.add("SLA2LoadRouter", router_name="taught_00001_.safetensors")
     models = [prompt.model()]
     for strength in (0.0, 1.0):
         models.append(
             prompt.add(
-                "LoraLoaderModelOnly", model=models[0], lora_name=lora_path(comfy, "tiny").name, strength_model=strength
+                "LoraLoaderModelOnly",
+                model=models[0],
+                lora_name=lora_path(comfy, "taught").name,
+                strength_model=strength,
             )
         )
     patched = [prompt.apply(model, router=router, sparsity=SPARSITY) for model in models]
@@ -133,7 +136,7 @@ def test_a_seed_decides_the_files_and_a_lora_is_gone_on_from(comfy, new_prompt, 
         model,
         "further",
         latents=videos,
-        resume_lora=lora_path(comfy, "tiny").name,
+        resume_lora=lora_path(comfy, "taught").name,
         training_steps=1,
         learning_rate=1e-7,
     )
@@ -141,7 +144,7 @@ def test_a_seed_decides_the_files_and_a_lora_is_gone_on_from(comfy, new_prompt, 
     once, twice, other = (lora(comfy, prefix) for prefix in ("once", "twice", "other"))
     assert same(once, twice) and not same(once, other)
     for name, tensor in lora(comfy, "further").items():
-        assert (tensor - lora(comfy, "tiny")[name]).abs().max() <= 1e-6, name
+        assert (tensor - lora(comfy, "taught")[name]).abs().max() <= 1e-6, name
 
 
 def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
