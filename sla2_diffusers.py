@@ -34,11 +34,12 @@ class LayerCounts:
 class SLA2WanProcessor:
     """Attention processor of one self-attention layer; ``dense`` is the processor that was there before."""
 
-    def __init__(self, dense, settings, layer, weights):
+    def __init__(self, dense, settings, layer, weights, keep_diagonal):
         self.dense = dense
         self.settings = settings
         self.layer = layer
         self.weights = weights
+        self.keep_diagonal = keep_diagonal
         self.counts = LayerCounts()
         self._on_device = {}
 
@@ -78,7 +79,7 @@ class SLA2WanProcessor:
         proj_q, proj_k, alpha = _of_heads(heads, *self._weights_on(q.device))
         out = sla2_attention(
             q, k, v, proj_q, proj_k, alpha, sparsity=self.settings.sparsity, precision=precision,
-            layout="BNHD", backend=self.settings.backend,
+            layout="BNHD", backend=self.settings.backend, keep_diagonal=self.keep_diagonal,
         )  # fmt: skip
         self._count_sparse(q.shape)
         return out
@@ -214,8 +215,8 @@ def apply_sla2(
 
     Args:
         transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video).
-        router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block
-            and estimates the mixing ratio from the run.
+        router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block,
+            keeps each query block's own key blocks and estimates the mixing ratio from the run.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.
         precision: "auto" (what is fastest on the device), "16bit", "int8" or "fp8".
         minimum_tokens: shorter sequences run dense.
@@ -243,9 +244,10 @@ def apply_sla2(
             num_heads=heads,
             head_dim=attentions[0].inner_dim // heads,
         )
-    layers = []
+    layers, keep_diagonal = [], router is None or router.keep_diagonal
     for index, attention in enumerate(attentions):
-        processor = SLA2WanProcessor(attention.processor, settings, index, _weights(router, index, sparsity))
+        weights = _weights(router, index, sparsity)
+        processor = SLA2WanProcessor(attention.processor, settings, index, weights, keep_diagonal)
         attention.set_processor(processor)
         layers.append((attention, processor))
     return SLA2Handle(layers)

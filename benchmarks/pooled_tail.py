@@ -15,9 +15,11 @@ from .sla_v1 import sparse_branch
 
 def attention(q, k, v, sparsity):
     """Output (B, N, H, D) in q's dtype for (B, N, H, D) tensors; one head's N x T_n logits at a time."""
-    selected = select_key_blocks(q, k, sparsity=sparsity, layout="BNHD")
-    out = sparse_branch(q, k, v, sparsity).float()
-    _, ratio = sla2_attention(q, k, v, sparsity=sparsity, precision="16bit", layout="BNHD", return_alpha=True)
+    selected = select_key_blocks(q, k, sparsity=sparsity, layout="BNHD", keep_diagonal=True)
+    out = sparse_branch(q, k, v, sparsity, keep_diagonal=True).float()
+    _, ratio = sla2_attention(
+        q, k, v, sparsity=sparsity, precision="16bit", layout="BNHD", return_alpha=True, keep_diagonal=True
+    )
     blocks = block_count(k.shape[1], K_BLOCK)
     left = unselected_mask(selected, blocks, torch.float32).bool().repeat_interleave(Q_BLOCK, dim=2)
     k_means, v_means = (pool_blocks(x.transpose(1, 2), K_BLOCK) for x in (k, v))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from miniature.images import contact_sheet
 from sla2_kernels.weights import RouterLayer, load_router
-from sla2_training import RouterTrainer
+from sla2_training import RouterTrainer, TrainerOptions
 from sla2_training.explore.captures import by_layer, load_captures, model_shape
 from sla2_training.explore.ratios import collect_rows, fit_constant
 
@@ -62,7 +62,7 @@ def main(argv=None):
     if args.save_router:
         stage_1.save(args.save_router)
     few = some_of_each_layer(train, args.fit_captures)
-    heuristic = fit_heuristic(train, args.sparsities)
+    heuristic = fit_heuristic(train, args.sparsities, stage_1.keep_diagonal)
     variants, absent = make_variants(
         args.sparsities, args.precisions, stage_1, heuristic, fit_v1(by_layer(few), args.sparsities)
     )
@@ -184,10 +184,11 @@ def some_of_each_layer(captures, count):
     return chosen
 
 
-def fit_heuristic(captures, sparsities):
+def fit_heuristic(captures, sparsities, keep_diagonal):
     """RouterWeights with identity projections and, per head, the one ratio that fits these captures best (least squares)."""
     layers, heads, head_dim = model_shape(captures)
-    trainer = RouterTrainer("wan", layers, heads, head_dim, sparsities=sparsities)
+    options = TrainerOptions(keep_diagonal=keep_diagonal)
+    trainer = RouterTrainer("wan", layers, heads, head_dim, sparsities=sparsities, options=options)
     fitted = {}
     for layer, of_layer in by_layer(captures).items():
         ratio = fit_constant(collect_rows(trainer, of_layer)).permute(2, 0, 1)

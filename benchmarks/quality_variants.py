@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from sla2_kernels import K_BLOCK, sla2_attention
-from sla2_kernels.router import Q_BLOCK, block_count, router_scores, selected_block_count, top_k_blocks
+from sla2_kernels.router import block_count, selected_block_count
 
 from . import pooled_tail, sla_v1, sol
 
 DENSE = "dense"
-UNTRAINED = "SLA2 untrained (heuristic router, estimated ratio)"
+UNTRAINED = "SLA2 untrained (heuristic router, own key blocks kept, estimated ratio)"
 STAGE_1 = "SLA2 stage 1 (learned router, learned ratio)"
 HEURISTIC = "heuristic router, learned ratio"
 ESTIMATED = "learned router, estimated ratio"
 ROUTER_ONLY = "learned router, no linear branch"
 BLOCK_SPARSE = "block-sparse: heuristic router, no linear branch (SLA v1 with its initial proj_l = 0)"
-OWN_BLOCKS = "heuristic router with each query block's own key blocks, estimated ratio"
+FREE = "heuristic router that need not keep own key blocks, estimated ratio"
 POOLED = "heuristic router, pooled-value tail instead of the linear branch"
 V1_IDENTITY = "SLA v1, proj_l = identity"
 V1_FITTED = "SLA v1, proj_l fitted to the training captures"
@@ -52,15 +52,20 @@ def _share(sparsity, q, k):
     return selected_block_count(sparsity, blocks) / blocks
 
 
-def _sla2(name, sparsity, precision, router, learned_ratio):
+def _sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True):
+    """router None: the heuristic one, with ``keep_diagonal``; else the router says whether it keeps the diagonal."""
+
     def attend(layer, q, k, v):
         proj_q = proj_k = alpha = None
+        kept = keep_diagonal
         if router is not None:
+            kept = router.keep_diagonal
             weights = router.layers[layer]
             proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
             alpha = _on(q.device, router.ratio(layer, sparsity)) if learned_ratio else None
         return sla2_attention(
-            q, k, v, proj_q, proj_k, alpha, sparsity=sparsity, precision=precision, layout="BNHD"
+            q, k, v, proj_q, proj_k, alpha,
+            sparsity=sparsity, precision=precision, layout="BNHD", keep_diagonal=kept,
         )  # fmt: skip
 
     return Variant(name, attend, sparsity, precision, functools.partial(_share, sparsity))
@@ -74,7 +79,7 @@ def _router_only(sparsity, router):
     def attend(layer, q, k, v):
         weights = router.layers[layer]
         proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
-        return sla_v1.sparse_branch(q, k, v, sparsity, proj_q, proj_k)
+        return sla_v1.sparse_branch(q, k, v, sparsity, proj_q, proj_k, router.keep_diagonal)
 
     return Variant(ROUTER_ONLY, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
@@ -84,17 +89,6 @@ def _block_sparse(sparsity):
         return sla_v1.sparse_branch(q, k, v, sparsity)
 
     return Variant(BLOCK_SPARSE, attend, sparsity, "16bit", functools.partial(_share, sparsity))
-
-
-def _own_blocks(sparsity):
-    def attend(layer, q, k, v):
-        scores = router_scores(q.transpose(1, 2).float(), k.transpose(1, 2).float())
-        rows, columns = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
-        own = columns // (Q_BLOCK // K_BLOCK) == rows[:, None]
-        chosen = top_k_blocks(scores.masked_fill(own, torch.inf), selected_block_count(sparsity, len(columns)))
-        return sla2_attention(q, k, v, key_blocks=chosen.int(), precision="16bit", layout="BNHD")
-
-    return Variant(OWN_BLOCKS, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
 
 def _pooled(sparsity):
@@ -149,7 +143,7 @@ def make_variants(sparsities, precisions, stage_1, heuristic, projections):
             _sla2(ESTIMATED, sparsity, "16bit", stage_1, False),
             _router_only(sparsity, stage_1),
             _block_sparse(sparsity),
-            _own_blocks(sparsity),
+            _sla2(FREE, sparsity, "16bit", None, False, keep_diagonal=False),
             _pooled(sparsity),
             _v1(V1_IDENTITY, sparsity, lambda layer, q: sla_v1.identity_projection(q.shape[-1], q.device)),
             _v1(V1_FITTED, sparsity, lambda layer, q, s=sparsity: projections[layer, s]),

@@ -60,7 +60,10 @@ def sample_all(model, captions, first_seed, attention, args):
 
 def make_trainer(shape, args):
     """A RouterTrainer for (layers, heads, head_dim)."""
-    options = TrainerOptions(seed=args.seed, steps_per_observation=args.steps_per_call, query_blocks=args.query_blocks)
+    options = TrainerOptions(
+        seed=args.seed, steps_per_observation=args.steps_per_call, query_blocks=args.query_blocks,
+        keep_diagonal=args.keep_diagonal,
+    )  # fmt: skip
     return RouterTrainer(FAMILY, *shape, sparsities=args.sparsities, options=options)
 
 
@@ -125,6 +128,10 @@ def main(argv=None):
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--size", type=int, default=320, help="height and width, a multiple of 16")
+    parser.add_argument(
+        "--keep-diagonal", action=argparse.BooleanOptionalAction, default=TrainerOptions.keep_diagonal,
+        help="every query block always takes its own key blocks",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--float32", action="store_true", help="sample in float32 instead of bfloat16")

@@ -248,7 +248,7 @@ class AttentionHook:
         def compute():
             weights = self.weights.on_device(layer, device, sparsity)
             if run.maps is not None:
-                run.maps.see(layer, part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity, part.layout)
+                run.maps.see(layer, part, weights, sparsity)
             with run.timed(layer, "sparse", device):
                 return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
 

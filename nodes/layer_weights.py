@@ -15,6 +15,7 @@ class CallWeights:
     alpha: torch.Tensor | None = None
     proj_l: tuple[torch.Tensor, torch.Tensor] | None = None
     linear_branch: bool = True
+    keep_diagonal: bool = False
 
 
 class LayerWeights:
@@ -57,7 +58,8 @@ class LayerWeights:
             alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
         elif self._router is not None and self._settings.ratio_mode == "learned":
             alpha = self._router.ratio(layer, sparsity)
-        return CallWeights(placed(proj_q), placed(proj_k), placed(alpha))
+        keep_diagonal = self._router is None or self._router.keep_diagonal
+        return CallWeights(placed(proj_q), placed(proj_k), placed(alpha), keep_diagonal=keep_diagonal)
 
 
 def router_notes(settings, router, sla_weights=None):

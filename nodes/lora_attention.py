@@ -29,6 +29,7 @@ class LoraAttention:
         self.sparsity, self.precision = sparsity, precision
         self.dense = True
         self.sparse_calls, self.untrained = 0, Counter()
+        self._keep_diagonal = router.keep_diagonal
         self._projections = [
             tuple(None if proj is None else proj.to(device, torch.float32, copy=True) for proj in (r.proj_q, r.proj_k))
             for r in router.layers
@@ -88,7 +89,7 @@ class LoraAttention:
 
         alpha = None if self.needs_start else torch.sigmoid(self.ratio_logits[layer])
         out, ratio, _, _ = sparse_video(
-            part, exact, CallWeights(*self._projections[layer], alpha),
+            part, exact, CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal),
             sparsity=self.sparsity, precision=self.precision, scale=request.scale,
         )  # fmt: skip
         if alpha is None:

@@ -53,16 +53,19 @@ class RoutingMaps:
             self.grid = grid
 
     @torch.no_grad()
-    def see(self, layer, q, k, proj_q, proj_k, sparsity, layout):
-        """The first sparse call of a layer in a kept step is routed once more, for its map. Arguments as in sla2_attention."""
+    def see(self, layer, part, weights, sparsity):
+        """The first sparse call of a layer in a kept step is routed once more, for its map: VideoPart, CallWeights."""
         key = (layer, self._step)
         with self._lock:
             if self._step is None or key in self.shares:
                 return
             self.shares[key] = None
-        picked = select_key_blocks(q, k, proj_q, proj_k, sparsity=sparsity, layout=layout)
-        tokens = 1 if layout == "BNHD" else 2
-        self.tokens, key_blocks = q.shape[tokens], block_count(k.shape[tokens], K_BLOCK)
+        picked = select_key_blocks(
+            part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, layout=part.layout,
+            keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
+        )  # fmt: skip
+        self.tokens = part.q.shape[part.token_axis]
+        key_blocks = block_count(part.video_k.shape[part.token_axis], K_BLOCK)
         self.shares[key] = shrunk(pick_shares(picked, key_blocks))
 
     def close(self):

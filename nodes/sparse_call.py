@@ -27,6 +27,11 @@ class VideoPart:
     def token_axis(self):
         return 1 if self.layout == "BNHD" else 2
 
+    @property
+    def queries_are_keys(self):
+        """False where queries of one frame meet keys of all frames."""
+        return self.q.shape[self.token_axis] == self.video_k.shape[self.token_axis]
+
 
 def video_part(request, exact):
     """VideoPart of an AttentionCall with these ExactTokens."""
@@ -42,15 +47,18 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale):
     """(out, ratio, kept, blocks) for the video's queries. weights: CallWeights."""
     proj_q, proj_k = weights.proj_q, weights.proj_k
     keys = part.k.shape[part.token_axis]
+    keep_diagonal = weights.keep_diagonal and part.queries_are_keys
     selection = None
     if exact.key_front or exact.key_back:
         selection = select_with_forced_blocks(
             part.q, part.k, proj_q, proj_k,
             sparsity=sparsity, front=exact.key_front, back=exact.key_back, layout=part.layout,
+            keep_diagonal=keep_diagonal,
         )  # fmt: skip
     options = {
         "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
         "layout": part.layout, "key_blocks": selection, "return_alpha": True,
+        "keep_diagonal": keep_diagonal,
     }  # fmt: skip
     if weights.linear_branch:
         out, ratio = sla2_attention(part.q, part.k, part.v, alpha=weights.alpha, **options)

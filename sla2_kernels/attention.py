@@ -36,6 +36,7 @@ def sla2_attention(
     key_blocks=None,
     backend="auto",
     return_alpha=False,
+    keep_diagonal=False,
 ):
     """Sparse-linear attention with a learned router (SLA2, arXiv 2602.12675, Eq. 13-16).
 
@@ -58,6 +59,8 @@ def sla2_attention(
             block named twice counts once: the next one takes the second place.
         backend: "triton", "torch", or "auto": Triton where it can run, else torch.
         return_alpha: also return the ratio used for each query row.
+        keep_diagonal: each query block always takes the key blocks that hold its own tokens, within its count; needs as
+            many keys as queries. Ignored with ``key_blocks``.
 
     Returns:
         The output, contiguous, in q's layout and dtype; with ``return_alpha`` also float32 (B, H, N).
@@ -73,34 +76,45 @@ def sla2_attention(
     _check_weights(proj_q, proj_k, alpha, heads, head_dim)
     if key_blocks is not None:
         _check_key_blocks(key_blocks, (batch, heads, query_blocks), key_block_count, q.device)
+    elif keep_diagonal:
+        _check_diagonal(q, k)
     backend = resolve_backend(backend, q.device, q.dtype, head_dim, precision)
+    diagonal = 0 if keep_diagonal else None
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, row_ratio, _ = torch.ops.sla2.attention(
-        q, k, v, proj_q, proj_k, alpha, key_blocks, float(sparsity), precision, heads_first, scale, backend
+        q, k, v, proj_q, proj_k, alpha, key_blocks, float(sparsity), precision, heads_first, scale, backend, diagonal
     )
     return (out, row_ratio) if return_alpha else out
 
 
-def select_key_blocks(q, k, proj_q=None, proj_k=None, *, sparsity, layout="BHND", backend="auto"):
+def select_key_blocks(q, k, proj_q=None, proj_k=None, *, sparsity, layout="BHND", backend="auto", keep_diagonal=False):
     """The key blocks that the router picks, int32 (B, H, T_m, n), ascending, n = max(1, floor((1 - sparsity) * T_n)).
 
     Arguments as in :func:`sla2_attention`. Scores have the precision of float32; of equal scores the lowest index wins.
     """
+    if keep_diagonal:
+        _check_diagonal(q, k)
+    return select_blocks(q, k, proj_q, proj_k, sparsity, layout, backend, 0 if keep_diagonal else None)
+
+
+def select_blocks(q, k, proj_q, proj_k, sparsity, layout, backend, diagonal):
+    """select_key_blocks(), where ``diagonal`` is the place among the keys of the first query's own key, or None."""
     _check(q, k, k, sparsity, "16bit", layout, None, backend)
     if layout == "BNHD":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     _check_weights(proj_q, proj_k, None, q.shape[1], q.shape[3])
     backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], "16bit")
-    return _route(q, k, proj_q, proj_k, sparsity, backend)
+    return _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
 
 
-def _route(q, k, proj_q, proj_k, sparsity, backend):
+def _route(q, k, proj_q, proj_k, sparsity, backend, diagonal):
     count = selected_block_count(sparsity, block_count(k.shape[2], K_BLOCK))
     if backend == "triton":
         from . import triton_backend
 
-        return triton_backend.route(q, k, proj_q, proj_k, count)
-    return router.top_k_blocks(router.router_scores(q, k, proj_q, proj_k), count)
+        return triton_backend.route(q, k, proj_q, proj_k, count, diagonal)
+    scores = router.router_scores(q, k, proj_q, proj_k)
+    return router.top_k_blocks(scores if diagonal is None else router.with_diagonal(scores, diagonal), count)
 
 
 @torch.library.custom_op("sla2::attention", mutates_args=())
@@ -117,6 +131,7 @@ def _attention(
     heads_first: bool,
     scale: float,
     backend: str,
+    diagonal: Optional[int] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio per query row, key blocks used); see sla2_attention."""
     if not heads_first:
@@ -131,11 +146,12 @@ def _attention(
         from . import triton_backend
 
         row_ratio, key_blocks = triton_backend.attention(
-            q, k, v, proj_q, proj_k, key_blocks, ratios, out, sparsity=sparsity, scale=scale, precision=precision
-        )
+            q, k, v, proj_q, proj_k, key_blocks, ratios, out,
+            sparsity=sparsity, scale=scale, precision=precision, diagonal=diagonal,
+        )  # fmt: skip
     else:
         if key_blocks is None:
-            key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend)
+            key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
         result, row_ratio = torch_backend.attention(q, k, v, key_blocks, ratios, scale=scale, precision=precision)
         out.copy_(result)
     return out if heads_first else out.transpose(1, 2), row_ratio.float(), key_blocks
@@ -163,7 +179,7 @@ def _swapped(shape):
 
 
 @_attention.register_fake
-def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend):
+def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None):
     batch, heads, tokens, _ = q.shape if heads_first else _swapped(q.shape)
     keys = k.shape[2 if heads_first else 1]
     if key_blocks is None:
@@ -178,7 +194,7 @@ def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_fir
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend = inputs
+    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _ = inputs
     ctx.save_for_backward(q, k, v, alpha, output[1], output[2])
     ctx.precision, ctx.heads_first, ctx.scale, ctx.backend = precision, heads_first, scale, backend
 
@@ -197,7 +213,7 @@ def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
             rows = F.pad(grad_row_ratio, (0, -grad_row_ratio.shape[-1] % Q_BLOCK)).unflatten(-1, (-1, Q_BLOCK))
             grad_ratio = grad_ratio + rows.sum(dim=(0, -1))
         grad_alpha = resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
-    return *grads, None, None, grad_alpha, *[None] * 6
+    return *grads, None, None, grad_alpha, *[None] * 7
 
 
 @torch.library.custom_op("sla2::attention_backward", mutates_args=())
@@ -276,6 +292,11 @@ def _check(q, k, v, sparsity, precision, layout, scale, backend):
 
 
 HEADS_DIM = {"BHND": 1, "BNHD": 2}
+
+
+def _check_diagonal(q, k):
+    if q.shape != k.shape:
+        raise ValueError(f"keep_diagonal needs as many keys as queries, got {tuple(k.shape)} and {tuple(q.shape)}.")
 
 
 def _check_weights(proj_q, proj_k, alpha, heads, head_dim):

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .attention import select_key_blocks
+from .attention import select_blocks
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 
 
@@ -24,7 +24,7 @@ def forced_block_counts(tokens, front, back):
 
 
 def select_with_forced_blocks(
-    q, k, proj_q=None, proj_k=None, *, sparsity, front=0, back=0, layout="BHND", backend="auto"
+    q, k, proj_q=None, proj_k=None, *, sparsity, front=0, back=0, layout="BHND", backend="auto", keep_diagonal=False
 ):
     """The router's choice among the free key blocks, and all forced ones.
 
@@ -33,6 +33,8 @@ def select_with_forced_blocks(
         k: (B, H, M, D) or (B, M, H, D): all keys.
         front, back: keys at the start and the end that every query attends exactly.
         sparsity: share of the free key blocks that is skipped, 0 to below 1.
+        keep_diagonal: among its free blocks each query block always takes those of its own tokens; needs as many keys
+            between front and back as queries.
         The rest as in :func:`sla2_kernels.select_key_blocks`.
 
     Returns:
@@ -41,9 +43,15 @@ def select_with_forced_blocks(
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
-    forced_block_counts(k.shape[1 if layout == "BNHD" else 2], front, back)
+    axis = 1 if layout == "BNHD" else 2
+    keys = k.shape[axis]
+    forced_block_counts(keys, front, back)
+    if keep_diagonal and q.shape[axis] != keys - front - back:
+        raise ValueError(
+            f"keep_diagonal needs as many keys between front and back as queries, got {keys - front - back} and {q.shape[axis]}."
+        )
     return torch.ops.sla2.select_with_forced_blocks(
-        q, k, proj_q, proj_k, float(sparsity), front, back, layout == "BHND", backend
+        q, k, proj_q, proj_k, float(sparsity), front, back, layout == "BHND", backend, keep_diagonal
     )
 
 
@@ -64,6 +72,7 @@ def _select(
     back: int,
     heads_first: bool,
     backend: str,
+    keep_diagonal: bool = False,
 ) -> Tensor:
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
@@ -78,12 +87,13 @@ def _select(
         return always(0, before).contiguous()
     # K's mean is subtracted before scoring: over the free keys instead of all it only moves a row's scores together
     keys = k[:, :, before * K_BLOCK : None if not after else (before + free) * K_BLOCK]
-    picked = select_key_blocks(q, keys, proj_q, proj_k, sparsity=sparsity, backend=backend) + before
+    diagonal = front - before * K_BLOCK if keep_diagonal else None
+    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, "BHND", backend, diagonal) + before
     return torch.cat([always(0, before), picked, always(before + free, after)], dim=-1)
 
 
 @_select.register_fake
-def _(q, k, proj_q, proj_k, sparsity, front, back, heads_first, backend):
+def _(q, k, proj_q, proj_k, sparsity, front, back, heads_first, backend, keep_diagonal=False):
     tokens = 2 if heads_first else 1
     count = selected_with_forced(k.shape[tokens], sparsity, front, back)
     rows = (q.shape[0], q.shape[3 - tokens], block_count(q.shape[tokens], Q_BLOCK), count)

@@ -36,9 +36,19 @@ def top_k_mask(scores, count):
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)
 
 
+def with_diagonal(scores):
+    """P_c with the blocks that hold a query block's own tokens above all others; queries and keys are the same tokens."""
+    scores = scores.clone()
+    per_query_block = Q_BLOCK // K_BLOCK
+    for i in range(scores.shape[-2]):
+        scores[..., i, i * per_query_block : (i + 1) * per_query_block] = torch.inf
+    return scores
+
+
 def sla2_reference(
-    q, k, v, proj_q=None, proj_k=None, alpha=None, *, sparsity=0.97, scale=None, key_blocks=None, query_blocks=None
-):
+    q, k, v, proj_q=None, proj_k=None, alpha=None, *,
+    sparsity=0.97, scale=None, key_blocks=None, query_blocks=None, keep_diagonal=False,
+):  # fmt: skip
     """SLA2 attention in float64 (arXiv 2602.12675, Eq. 13-16).
 
     Args:
@@ -48,6 +58,7 @@ def sla2_reference(
         sparsity: share of key blocks that the softmax branch skips, 0 to below 1.
         scale: softmax scale; None is D ** -0.5.
         key_blocks: int (B, H, T_m, n), a selection to use instead of routing.
+        keep_diagonal: each query block always takes the key blocks of its own tokens, within its count.
         query_blocks: indices of the query blocks to compute; None computes all of them.
 
     Returns:
@@ -61,7 +72,9 @@ def sla2_reference(
 
     k = k - k.mean(dim=2, keepdim=True)
     if key_blocks is None:
-        mask = top_k_mask(router_scores(q, k, proj_q, proj_k, scale), selected_block_count(sparsity, key_block_count))
+        scores = router_scores(q, k, proj_q, proj_k, scale)
+        scores = with_diagonal(scores) if keep_diagonal else scores
+        mask = top_k_mask(scores, selected_block_count(sparsity, key_block_count))
     else:
         shape = (*q.shape[:2], query_block_count, key_block_count)
         mask = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(-1, key_blocks.long(), True)

@@ -77,6 +77,22 @@ def top_k_blocks(scores, count):
     return order.sort(dim=-1).values.to(torch.int32)
 
 
+def own_key_blocks(query_blocks, key_block_count, first=0):
+    """Which key blocks hold a query block's own tokens: indices of query blocks (...) -> bool (..., T_n).
+
+    first: the place among the keys of the first query's own key.
+    """
+    columns = torch.arange(key_block_count, device=query_blocks.device)
+    begin = first + query_blocks[..., None] * Q_BLOCK
+    return (columns * K_BLOCK < begin + Q_BLOCK) & ((columns + 1) * K_BLOCK > begin)
+
+
+def with_diagonal(scores, first=0):
+    """Scores (..., T_m, T_n) in which the key blocks of each query block's own tokens outrank all others; first as above."""
+    rows = torch.arange(scores.shape[-2], device=scores.device)
+    return scores.masked_fill(own_key_blocks(rows, scores.shape[-1], first), torch.inf)
+
+
 def unselected_mask(key_blocks, key_block_count, dtype):
     """1 - M_c, (B, H, T_m, n) selected indices -> (B, H, T_m, T_n) of ``dtype``."""
     shape = (*key_blocks.shape[:3], key_block_count)

@@ -88,6 +88,7 @@ def _parse_metadata(metadata):
     facts["model_family"] = metadata.get("model_family")
     facts["token_order"] = metadata.get("token_order")
     facts["precision"] = metadata.get("precision")
+    facts["keep_diagonal"] = _flag(metadata, "keep_diagonal")
     sparsities = _json_list(metadata, "sparsities")
     if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and 0 <= s < 1 for s in sparsities):
         raise RouterFileError("metadata sparsities must be a list of numbers from 0 to below 1.")
@@ -105,6 +106,14 @@ def _count(metadata, name):
     if not (isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 6):
         raise RouterFileError(f"metadata {name} must be a whole number, got {printable(text)}.")
     return int(text)
+
+
+def _flag(metadata, name):
+    """An entry that files of the first versions lack: false there."""
+    text = metadata.get(name, "false")
+    if text not in ("true", "false"):
+        raise RouterFileError(f"metadata {name} must be true or false, got {printable(text)}.")
+    return text == "true"
 
 
 def _json_list(metadata, name):
@@ -176,6 +185,8 @@ def check_facts(facts):
         raise RouterFileError(f"token_order must be {orders}, got {printable(facts['token_order'])}.")
     if facts["precision"] is not None and facts["precision"] not in PRECISIONS:
         raise RouterFileError(f'precision must be "16bit", "int8" or "fp8", got {printable(facts["precision"])}.')
+    if type(facts["keep_diagonal"]) is not bool:
+        raise RouterFileError(f"keep_diagonal must be true or false, got {printable(facts['keep_diagonal'])}.")
     sparsities = facts["sparsities"]
     if not all(math.isfinite(s) and 0 <= s < 1 for s in sparsities) or len(set(sparsities)) < len(sparsities):
         raise RouterFileError(

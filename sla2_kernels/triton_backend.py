@@ -68,10 +68,10 @@ def _pool_keys(k, dtype, plan=None):
     return pooled, means, smooth(pooled, k.shape[2], K_BLOCK, means, plan)
 
 
-def _route(q, k, proj_q, proj_k, count, dtype, plan=None):
+def _route(q, k, proj_q, proj_k, count, dtype, plan=None, diagonal=None):
     k_pooled, k_means, k_mean = _pool_keys(k, q.dtype, plan)
     q_routed, k_routed = project(pool(q, Q_BLOCK, plan), proj_q, plan), project(k_pooled, proj_k, plan)
-    selected, unselected = select(scores(q_routed, k_routed, plan), k_pooled.shape[1], count, dtype, plan)
+    selected, unselected = select(scores(q_routed, k_routed, plan, diagonal), k_pooled.shape[1], count, dtype, plan)
     return Routing(selected, unselected, k_means, k_mean)
 
 
@@ -83,10 +83,10 @@ def _given(q, k, key_blocks, dtype, plan):
     return Routing(selected, unselected_mask(selected, blocks, dtype), k_means, k_mean)
 
 
-def route(q, k, proj_q, proj_k, count):
+def route(q, k, proj_q, proj_k, count, diagonal=None):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with _on(q.device):
-        return _route(q, k, proj_q, proj_k, count, q.dtype).selected.unflatten(0, q.shape[:2])
+        return _route(q, k, proj_q, proj_k, count, q.dtype, diagonal=diagonal).selected.unflatten(0, q.shape[:2])
 
 
 def _workspace_bytes_per_head(q, k, qk, pv, linear):
@@ -122,11 +122,11 @@ def _allocate(q, k, group, qk, pv, linear, sums_dtype):
     )
 
 
-def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision):
+def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision, diagonal=None):
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, or None to route.
-    ratios: (H, T_m) float32 or None to estimate them.
+    ratios: (H, T_m) float32 or None to estimate them. diagonal: see kernels/score.py.
     """
     card = capability(q.device)
     qk, pv = configs.loop_formats(precision, card)
@@ -135,7 +135,7 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
         ratios = None if ratios is None else ratios.to(q.device).contiguous()
         plan, dtype = plan_for(q, k, v, out, proj_q, proj_k, ratios), _sums_dtype(q)
         if key_blocks is None:
-            routed = _route(q, k, proj_q, proj_k, selected_block_count(sparsity, blocks), dtype, plan)
+            routed = _route(q, k, proj_q, proj_k, selected_block_count(sparsity, blocks), dtype, plan, diagonal)
         else:
             routed = _given(q, k, key_blocks, dtype, plan)
         linear = routed.selected.shape[2] < blocks

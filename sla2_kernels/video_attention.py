@@ -34,6 +34,7 @@ def video_attention(
     proj_l=None,
     dense=None,
     backend="auto",
+    keep_diagonal=False,
 ):
     """Self-attention of a video model: the video's tokens sparse, ``front`` and ``back`` others at the ends exact.
 
@@ -47,6 +48,8 @@ def video_attention(
         method: "sla2", "top-k only" (no linear part), or "sla" (SLA v1) with ``proj_l`` = (weight, bias) of the layer.
         dense: dense(q, k, v) in the same layout, for the exact rows; None is torch's scaled_dot_product_attention.
         backend: as in :func:`sla2_kernels.sla2_attention`.
+        keep_diagonal: each query block always takes the key blocks of its own tokens: right for an untrained router, or
+            ``weights.keep_diagonal`` of a trained one.
 
     Returns:
         The output, in q's layout and dtype.
@@ -68,12 +71,14 @@ def video_attention(
     video = q.narrow(axis, front, tokens - front - back)
     options = {
         "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "layout": layout, "scale": scale, "backend": backend,
+        "keep_diagonal": keep_diagonal,
         "precision": default_precision(q.device) if precision == "auto" else precision,
     }  # fmt: skip
     if front or back:
         options["key_blocks"] = select_with_forced_blocks(
-            video, k, proj_q, proj_k, sparsity=sparsity, front=front, back=back, layout=layout, backend=backend
-        )
+            video, k, proj_q, proj_k, sparsity=sparsity, front=front, back=back, layout=layout, backend=backend,
+            keep_diagonal=keep_diagonal,
+        )  # fmt: skip
     if method == "sla2":
         out = sla2_attention(video, k, v, alpha=alpha, **options)
     else:

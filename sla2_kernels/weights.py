@@ -59,6 +59,7 @@ class RouterWeights:
 
     layers: one RouterLayer per attention layer. sparsities: shares of skipped key blocks trained at, in the order of
     alpha_logits' first dimension. precision: bit width trained at, or None. source: the file it was loaded from, or "".
+    keep_diagonal: as in sla2_attention; a router is used as it was trained.
     """
 
     layers: tuple[RouterLayer, ...]
@@ -71,6 +72,7 @@ class RouterWeights:
     sparsities: tuple[float, ...] = ()
     precision: str | None = None
     source: str = field(default="", repr=False)
+    keep_diagonal: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -163,6 +165,7 @@ class RouterWeights:
             "k_block": str(self.k_block),
             "token_order": self.token_order,
             "sparsities": json.dumps(self.sparsities),
+            "keep_diagonal": json.dumps(self.keep_diagonal),
             # an absent tensor means identity or estimation: the list tells that from a tensor that got lost
             "tensors": json.dumps(sorted(self._tensors())),
         }
@@ -172,8 +175,8 @@ class RouterWeights:
 
 
 def identity_router(model_family, num_layers, num_heads, head_dim):
-    """The untrained router of any model: identity projections, ratios estimated from the run."""
-    return RouterWeights((RouterLayer(),) * num_layers, model_family, num_heads, head_dim)
+    """The untrained router of any model: identity projections, own key blocks kept, ratios estimated from the run."""
+    return RouterWeights((RouterLayer(),) * num_layers, model_family, num_heads, head_dim, keep_diagonal=True)
 
 
 def load_router(path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._kernels import K_BLOCK, Q_BLOCK, block_count, mean_from_pools, pool_blocks, project
+from ._kernels import K_BLOCK, Q_BLOCK, block_count, mean_from_pools, own_key_blocks, pool_blocks, project
 from .block_sums import block_sums, memory_of
 from .errors import TrainingError
 
@@ -27,6 +27,11 @@ class LiveLayer:
         """Router logits of the query blocks (B, H, R): (B, H, R, T_n)."""
         q_pooled = self.q_pooled.gather(2, blocks[..., None].expand(-1, -1, -1, self.q_pooled.shape[3]))
         return project(q_pooled, proj_q) @ project(self.k_pooled, proj_k).transpose(-1, -2) * self.scale
+
+    def own(self, blocks):
+        """Which key blocks hold the query blocks' own tokens, (B, H, R, T_n); none where queries are not the keys' tokens."""
+        own = own_key_blocks(blocks, self.k_pooled.shape[2])
+        return own if self.q.shape[2] == self.k.shape[2] else torch.zeros_like(own)
 
     def check(self, heads, head_dim):
         """Raises ValueError for another model's shape, TrainingError for NaN or infinity."""

@@ -40,4 +40,5 @@ def with_trained_ratios(router, logits, sparsity, precision):
         router.head_dim,
         sparsities=tuple(sparsities),
         precision=precision,
+        keep_diagonal=router.keep_diagonal,
     )

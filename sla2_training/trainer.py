@@ -22,6 +22,8 @@ from .live_layer import LiveLayer
 from .report import VARIANTS, LayerErrors, TrainingReport
 from .soft_top_k import TAU, soft_top_k
 
+SURE = 40.0  # logits above all others': the soft mask is 1 in float32
+
 
 @dataclass(frozen=True)
 class TrainerOptions:
@@ -34,6 +36,7 @@ class TrainerOptions:
     memory_bytes: bound on a step's working memory. One head with one query block is the least a step can work on: see
     memory_of(), 0.19 GB at 32,760 tokens of head_dim 128 and 0.43 GB at 75,600, whatever the bound says.
     steps_per_observation: optimisation steps on each tensor that is seen, each with new query blocks. seed: of the draws.
+    keep_diagonal: as in sla2_attention; a training that is resumed keeps what it began with.
     """
 
     per_head: bool = True
@@ -46,6 +49,7 @@ class TrainerOptions:
     memory_bytes: int = 2**30
     steps_per_observation: int = 1
     seed: int = 0
+    keep_diagonal: bool = False
 
 
 class RouterTrainer:
@@ -82,6 +86,7 @@ class RouterTrainer:
         self.options = TrainerOptions() if options is None else options
         self.query_blocks, self.memory_bytes = self.options.query_blocks, self.options.memory_bytes
         self.tau = self.options.tau
+        self.keep_diagonal = self.options.keep_diagonal if resume is None else resume.keep_diagonal
         self.generator = torch.Generator().manual_seed(self.options.seed)
         self.states = {}
         self.steps = {}
@@ -146,6 +151,7 @@ class RouterTrainer:
             self.start.head_dim,
             sparsities=self.sparsities,
             precision="16bit",
+            keep_diagonal=self.keep_diagonal,
         )
 
     def report(self):
@@ -185,15 +191,22 @@ class RouterTrainer:
             if live.q.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def hard_masks(self, scores):
+    def always_selected(self, live, blocks):
+        """bool (B, H, R, T_n): key blocks that the query blocks (B, H, R) take whatever their score, or None."""
+        return live.own(blocks) if self.keep_diagonal else None
+
+    def hard_masks(self, scores, always=None):
         """(B, H, R, T_n) scores -> the hard top-k masks at all sparsities, (B * H, R, S, T_n) of 0 and 1."""
+        scores = scores if always is None else scores.masked_fill(always, torch.inf)
         counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
         masks = [1 - unselected_mask(top_k_blocks(scores, n), scores.shape[-1], scores.dtype) for n in counts]
         return torch.stack(masks, dim=3).flatten(0, 1)
 
-    def _soft_masks(self, scores):
+    def _soft_masks(self, scores, always):
         if self.options.normalise_scores and scores.shape[-1] > 1:
             scores = (scores - scores.mean(dim=-1, keepdim=True)) / scores.std(dim=-1, keepdim=True).clamp_min(1e-6)
+        if always is not None:
+            scores = torch.where(always, scores.detach().amax(dim=-1, keepdim=True) + SURE * self.tau, scores)
         counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
         return torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
 
@@ -234,11 +247,12 @@ class RouterTrainer:
         blocks = live.draw(self.query_blocks, self.generator)
         scores = live.scores(state.proj_q, state.proj_k, blocks)
         with torch.no_grad():
-            hard = self.hard_masks(scores)
+            always = self.always_selected(live, blocks)
+            hard = self.hard_masks(scores, always)
             if state.alpha_logits is None:
                 self._first_ratio(state, live, blocks, hard)
             ratios = self._ratios(state, live, blocks)
-        soft = self._soft_masks(scores)
+        soft = self._soft_masks(scores, always)
         # gradients stop at the masks: a chunk's tensors are gone before the next one's exist
         leaf = soft.detach().requires_grad_(True)
         loss = energy = gram = right = 0.0
@@ -264,7 +278,8 @@ class RouterTrainer:
     def _evaluate(self, state, live, variants):
         blocks = live.draw(self.query_blocks, self.generator)
         routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
-        masks = {name: self.hard_masks(live.scores(*proj, blocks)) for name, proj in routers.items()}
+        always = self.always_selected(live, blocks)
+        masks = {name: self.hard_masks(live.scores(*proj, blocks), always) for name, proj in routers.items()}
         ratios = None if state.alpha_logits is None else self._ratios(state, live, blocks)
         squared, energy = dict.fromkeys(variants, 0.0), 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):

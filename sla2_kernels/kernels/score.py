@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..router import block_count
+from ..router import K_BLOCK, Q_BLOCK, block_count
 from .launch import launch
 
 TILE = 128
 STEP = 32
 LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -23,10 +24,11 @@ def _ordered(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols"])
+@triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols", "diagonal"])
 def _product(
-    a, b, out, b_heads, b_stride_h, rows, cols, out_stride,
+    a, b, out, b_heads, b_stride_h, rows, cols, out_stride, diagonal,
     D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, ORDERED: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK_LOG2: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -42,17 +44,23 @@ def _product(
     out_at = out + (bh * rows + i[:, None]) * out_stride + j[None, :]
     inside = (i[:, None] < rows) & (j[None, :] < out_stride)
     if ORDERED:
-        tl.store(out_at, tl.where(j[None, :] < cols, _ordered(tile), LOWEST), mask=inside)
+        # a shift rounds down below zero too, where the first queries' own keys lie before these
+        own_begin = (diagonal + i * Q_BLOCK) >> K_BLOCK_LOG2
+        own_end = (diagonal + (i + 1) * Q_BLOCK - 1) >> K_BLOCK_LOG2
+        own = (j[None, :] >= own_begin[:, None]) & (j[None, :] <= own_end[:, None])
+        ordered = tl.where(own, HIGHEST, _ordered(tile))
+        tl.store(out_at, tl.where(j[None, :] < cols, ordered, LOWEST), mask=inside)
     else:
         tl.store(out_at, tile, mask=inside)
 
 
-def _launch(plan, a, b, out, b_heads, b_stride_h, cols):
+def _launch(plan, a, b, out, b_heads, b_stride_h, cols, diagonal=0):
     batch_heads, rows, head_dim = a.shape
     grid = (block_count(rows, TILE), block_count(cols, TILE), batch_heads)
     launch(
-        plan, _product, grid, a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1],
-        D=head_dim, TILE=TILE, STEP=STEP, ORDERED=out.dtype == torch.int32, options={"num_warps": 8},
+        plan, _product, grid, a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1], diagonal,
+        D=head_dim, TILE=TILE, STEP=STEP, ORDERED=out.dtype == torch.int32,
+        Q_BLOCK=Q_BLOCK, K_BLOCK_LOG2=K_BLOCK.bit_length() - 1, options={"num_warps": 8},
     )  # fmt: skip
     return out
 
@@ -66,12 +74,15 @@ def project(pooled, proj, plan=None):
     return _launch(plan, pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1] ** 2, proj.shape[-1])
 
 
-def scores(q_pooled, k_pooled, plan=None):
+def scores(q_pooled, k_pooled, plan=None, diagonal=None):
     """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole tiles).
 
-    They order as the float32 scores do, up to a positive factor; the padding orders below all.
+    They order as the float32 scores do, up to a positive factor; the padding orders below all. diagonal: the place among
+    the keys of the first query's own key, whose blocks then order above all; None leaves the scores alone.
     """
     batch_heads, key_blocks, head_dim = k_pooled.shape
     width = block_count(key_blocks, TILE) * TILE
     out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
-    return _launch(plan, q_pooled, k_pooled, out, batch_heads, key_blocks * head_dim, key_blocks)
+    nowhere = width * K_BLOCK
+    own = nowhere if diagonal is None else diagonal
+    return _launch(plan, q_pooled, k_pooled, out, batch_heads, key_blocks * head_dim, key_blocks, own)

@@ -42,7 +42,8 @@ def collect_rows(trainer, captures):
         live = live_layer(capture)
         blocks = live.draw(trainer.query_blocks, trainer.generator)
         weights = trainer.layer_state(capture.layer)
-        masks = trainer.hard_masks(live.scores(weights.proj_q, weights.proj_k, blocks))
+        scores = live.scores(weights.proj_q, weights.proj_k, blocks)
+        masks = trainer.hard_masks(scores, trainer.always_selected(live, blocks))
         heads = live.q.shape[1]
         for pair in range(masks.shape[0]):
             chunk = slice(pair, pair + 1), slice(None)

@@ -60,7 +60,7 @@ class Student(nn.Module):
             out = sla2_attention(
                 q, k, v, getattr(self, f"proj_q_{layer}"), getattr(self, f"proj_k_{layer}"), ratio,
                 sparsity=self.sparsity, precision=precision, layout="BNHD", backend=self.backend,
-                return_alpha=ratio is None,
+                return_alpha=ratio is None, keep_diagonal=self.router.keep_diagonal,
             )  # fmt: skip
         if ratio is None:
             out, estimated = out

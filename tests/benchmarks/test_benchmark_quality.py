@@ -66,7 +66,7 @@ def test_the_heuristic_routers_ratio_is_the_best_constant():
     captures = [
         Capture(0, *(x.transpose(1, 2) for x in _qkv(tokens=1024, seed=seed)), (4, 16, 16)) for seed in range(2)
     ]
-    router = quality.fit_heuristic(captures, [0.5])
+    router = quality.fit_heuristic(captures, [0.5], False)
     expected = quality.dense_outputs(captures)
 
     def error(shift):
