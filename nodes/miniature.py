@@ -18,7 +18,7 @@ def miniature_nodes():
         return []
     weights = MINIATURE / "weights"
     if weights.is_dir():
-        for kind in ("diffusion_models", "vae", FOLDER):
+        for kind in ("diffusion_models", "vae", "loras", FOLDER):
             folder_paths.add_model_folder_path(kind, str(weights))
     return [SLA2MiniatureCaption]
 

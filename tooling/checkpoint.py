@@ -12,24 +12,30 @@ from miniature.wan import WanConfig, WanModel
 from .plan import ROOT
 
 TRAINED = ROOT / "miniature" / "weights"
-DIT, VAE, ROUTER = (f"wan_miniature_{part}.safetensors" for part in ("dit", "vae", "router"))
+DIT, VAE, ROUTER, LORA, LORA_ROUTER = (
+    f"wan_miniature_{part}.safetensors" for part in ("dit", "vae", "router", "stage2_lora", "stage2_router")
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Files of the transformer and the VAE; router is None where there is no trained one."""
+    """Files of the transformer and the VAE; router (stage 1), and lora with its lora_router (stage 2), where they are trained."""
 
     dit: Path
     vae: Path
     router: Path | None
     trained: bool
+    lora: Path | None = None
+    lora_router: Path | None = None
 
 
 def find_or_make(folder, trained=TRAINED):
     """The trained miniature, else random weights written to ``folder`` (once)."""
     if (trained / DIT).exists() and (trained / VAE).exists():
-        router = trained / ROUTER
-        return Checkpoint(trained / DIT, trained / VAE, router if router.exists() else None, True)
+        router, lora, lora_router = (
+            path if path.exists() else None for path in (trained / ROUTER, trained / LORA, trained / LORA_ROUTER)
+        )
+        return Checkpoint(trained / DIT, trained / VAE, router, True, lora, lora_router)
     folder.mkdir(parents=True, exist_ok=True)
     dit, vae = folder / DIT, folder / VAE
     if not dit.exists():

@@ -41,12 +41,15 @@ def lay_out(base, checkpoint):
     """ComfyUI's own folders under ``base``: models, this pack, and the caption node. Old outputs are removed."""
     for name in ("output", "custom_nodes"):
         shutil.rmtree(base / name, ignore_errors=True)
-    for name in ("models/diffusion_models", "models/vae", "models/sla2", "custom_nodes", "input", "output", "user"):
+    models = {
+        "diffusion_models": [checkpoint.dit], "vae": [checkpoint.vae], "loras": [checkpoint.lora],
+        "sla2": [checkpoint.router, checkpoint.lora_router],
+    }  # fmt: skip
+    for name in (*(f"models/{kind}" for kind in models), "custom_nodes", "input", "output", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    shutil.copy2(checkpoint.dit, base / "models" / "diffusion_models")
-    shutil.copy2(checkpoint.vae, base / "models" / "vae")
-    if checkpoint.router:
-        shutil.copy2(checkpoint.router, base / "models" / "sla2")
+    for kind, files in models.items():
+        for file in filter(None, files):
+            shutil.copy2(file, base / "models" / kind)
     pack = base / "custom_nodes" / PACK_FOLDER
     pack.mkdir()
     for source in pack_files():

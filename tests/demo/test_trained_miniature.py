@@ -8,8 +8,9 @@ import pytest
 
 from miniature.captions import split_captions
 from miniature.videos import render, simulate
-from tooling.checkpoint import DIT, TRAINED, VAE
+from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE, Checkpoint, find_or_make
 from tooling.comfyui import find_comfyui
+from tooling.comfyui_demo import lay_out
 from tooling.comparison import read_video
 from tooling.plan import CAPTION, ROOT, plan_for
 
@@ -44,6 +45,20 @@ def test_drawn_scenes_are_told_apart_by_their_red_share(words, red):
     for video in drawn(words):
         share = red_share(video)
         assert (share.min() > LEAST and share.max() < MOST) if red else share.max() < 0.005
+
+
+@trained
+def test_all_of_the_miniature_lands_in_comfyuis_model_folders(tmp_path):
+    lay_out(tmp_path, find_or_make(tmp_path / "unused"))
+    placed = {folder.name: {path.name for path in folder.iterdir()} for folder in (tmp_path / "models").iterdir()}
+    assert placed == {"diffusion_models": {DIT}, "vae": {VAE}, "sla2": {ROUTER, LORA_ROUTER}, "loras": {LORA}}
+
+
+def test_a_checkpoint_without_routers_and_lora_is_laid_out_too(tmp_path):
+    for name in (DIT, VAE):
+        (tmp_path / name).write_bytes(name.encode())
+    lay_out(tmp_path / "base", Checkpoint(tmp_path / DIT, tmp_path / VAE, None, True))
+    assert {path.name for path in (tmp_path / "base/models").glob("*/*")} == {DIT, VAE}
 
 
 @trained

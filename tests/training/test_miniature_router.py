@@ -1,14 +1,17 @@
-"""The miniature's router: the script that trains it, live and on kept captures, and the file that is shipped."""
+"""The miniature's routers and LoRA: the script that trains a router, live and on kept captures, and the files that are shipped."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import explore_router
 from miniature import train_router
 from miniature.sample import WEIGHTS
+from miniature.train_dit import DIT_FILE
 from sla2_kernels import load_router
 
 SHIPPED = WEIGHTS / "wan_miniature_router.safetensors"
+LORA, LORA_ROUTER = (WEIGHTS / f"wan_miniature_stage2_{part}.safetensors" for part in ("lora", "router"))
 
 
 def test_live_training_writes_a_router_and_its_errors(tmp_path, capsys):
@@ -43,3 +46,22 @@ def test_the_shipped_router_is_the_miniatures_and_was_trained():
         assert not torch.equal(layer.proj_q, torch.eye(128).expand_as(layer.proj_q))
         ratio = router.ratio(index, 0.97)
         assert ((ratio > 0) & (ratio < 1)).all()
+
+
+@pytest.mark.skipif(not LORA.exists(), reason="the Registry's archive leaves the weights out")
+def test_the_shipped_lora_and_its_router_fit_the_miniature():
+    router = load_router(LORA_ROUTER)
+    router.require_model(model_family="wan", num_layers=6, num_heads=2, head_dim=128)
+    assert all(((ratio := router.ratio(layer, 0.97)) > 0).all() and (ratio < 1).all() for layer in range(6))
+    model, lora = load_file(WEIGHTS / DIT_FILE), load_file(LORA)
+    down = {name.removesuffix(".lora_down.weight"): tensor for name, tensor in lora.items() if "lora_down" in name}
+    assert len(down) == 60, "all linear layers of the six blocks"
+    for name, tensor in down.items():
+        weight = model[f"{name.removeprefix('diffusion_model.')}.weight"]
+        change = lora[f"{name}.lora_up.weight"].float() @ tensor.float()
+        assert change.shape == weight.shape and 0 < change.norm() < weight.float().norm(), name
+
+
+@pytest.mark.skipif(not LORA.exists(), reason="the Registry's archive leaves the weights out")
+def test_all_weights_together_are_a_small_clone():
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 28_000_000
