@@ -48,6 +48,10 @@ def main(argv=None):
     parser.add_argument("--layers", help="explore these layers only, such as 0,3,5")
     parser.add_argument("--steps", type=int, default=120, help="optimisation steps per layer")
     parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per step and head")
+    parser.add_argument(
+        "--keep-diagonal", action=argparse.BooleanOptionalAction, default=TrainerOptions.keep_diagonal,
+        help="every query block always takes its own key blocks",
+    )  # fmt: skip
     parser.add_argument("--sparsities", default="0.97,0.95,0.90")
     parser.add_argument("--studies", default=",".join(STUDIES))
     parser.add_argument(
@@ -76,7 +80,7 @@ def main(argv=None):
         held_out,
         steps=args.steps,
         sparsities=tuple(float(s) for s in args.sparsities.split(",")),
-        options=TrainerOptions(query_blocks=args.query_blocks),
+        options=TrainerOptions(query_blocks=args.query_blocks, keep_diagonal=args.keep_diagonal),
         names=tuple(name for name in args.studies.split(",") if name),
         frozen=args.frozen,
         say=lambda text: print(text, flush=True),

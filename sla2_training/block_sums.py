@@ -36,11 +36,18 @@ class BlockSums:
     target: Tensor
     live: Tensor
 
+    def rows(self, part):
+        """The BlockSums of some rows of every query block, ``part`` a slice of its 128."""
+        return BlockSums(
+            self.mass[..., part], self.value[..., part, :], self.row_max[..., part], self.h, self.z,
+            self.mean_logits[:, :, part], self.phi_q[:, :, part], self.target[:, :, part], self.live[..., part],
+        )  # fmt: skip
+
     def branches(self, mask):
         """Sparse and linear branch under masks (G, r, S, T_n) in [0, 1]: two tensors (G, r, S, 128, D)."""
         head_dim = self.phi_q.shape[-1]
         tiny = torch.finfo(mask.dtype).tiny
-        numerator = (mask @ self.value.flatten(3)).unflatten(-1, (Q_BLOCK, head_dim))
+        numerator = (mask @ self.value.flatten(3)).unflatten(-1, self.value.shape[3:])
         o_sparse = numerator / (mask @ self.mass).clamp_min(tiny)[..., None]
         rest = 1 - mask
         h = (rest.flatten(1, 2) @ self.h.flatten(2)).unflatten(1, rest.shape[1:3]).unflatten(-1, (head_dim, head_dim))

@@ -49,7 +49,7 @@ class TrainerOptions:
     memory_bytes: int = 2**30
     steps_per_observation: int = 1
     seed: int = 0
-    keep_diagonal: bool = False
+    keep_diagonal: bool = True
 
 
 class RouterTrainer:

@@ -3,10 +3,17 @@
 from .budgets import budget_study
 from .frozen import freeze
 from .orders import order_study
+from .query_blocks import query_block_study
 from .ratios import ratio_study
 from .routers import router_study
 
-STUDIES = {"routers": router_study, "ratios": ratio_study, "budgets": budget_study, "orders": order_study}
+STUDIES = {
+    "routers": router_study,
+    "ratios": ratio_study,
+    "budgets": budget_study,
+    "orders": order_study,
+    "query_blocks": query_block_study,
+}
 
 
 def run_studies(train_captures, held_out, *, steps, sparsities, options, names=tuple(STUDIES), say=print, frozen=False):

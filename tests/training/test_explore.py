@@ -9,10 +9,13 @@ from sla2_training.explore import Recorder, load_captures, run_studies, save_cap
 from sla2_training.explore.budgets import spread
 from sla2_training.explore.frozen import freeze
 from sla2_training.explore.orders import morton_order, tile_order
+from sla2_training.explore.query_blocks import choice_errors
 from sla2_training.explore.ratios import Rows, fit_constant, fit_knots, hat_basis
 from sla2_training.explore.routers import VARIANTS
 from sla2_training.explore.studies import STUDIES
+from sla2_training.explore.training import evaluate
 from sla2_training.live_layer import LiveLayer
+from sla2_training.report import BEFORE
 
 GRID = (2, 16, 32)
 
@@ -33,6 +36,7 @@ def test_every_study_prints_its_table(monkeypatch):
         "best per row (bound)",
         "spread over heads",
         "Morton, trained",
+        "64 query tokens, own key blocks kept",
     ):
         assert row in text
     assert "nan" not in text and "inf" not in text
@@ -50,6 +54,44 @@ def test_frozen_layers_give_what_a_fresh_computation_gives():
         errors.append(trainer.evaluate_live(live).relative(("trained", "learned"), 0.8))
     assert errors[0] == errors[1] == errors[2]
     assert len(frozen.kept) == 1 and frozen.draw(2, None).shape[2] == 2
+
+
+def test_choices_of_a_whole_query_block_have_the_trainers_own_error():
+    captures = synthetic_captures(2, layers=1, grid=GRID)
+    for keep_diagonal in (False, True):
+        options = TrainerOptions(query_blocks=3, keep_diagonal=keep_diagonal)
+        trainer = RouterTrainer("m", 1, 2, 32, sparsities=(0.8, 0.5), options=options)
+        errors = choice_errors(trainer, captures, 128)
+        report = evaluate(trainer, captures, [BEFORE])
+        torch.testing.assert_close(errors, [report.overall(BEFORE, s) for s in (0.8, 0.5)])
+
+
+def test_choices_of_half_a_query_block_against_dense_masks():
+    """The error of a choice per 64 query tokens, computed anew in float64 with a mask over all tokens; a ragged end."""
+    capture = synthetic_captures(1, layers=1, grid=(2, 16, 31))[0]
+    q, k, v = (x.double() for x in (capture.q, capture.k, capture.v))
+    tokens, scale = q.shape[2], q.shape[3] ** -0.5
+    smooth = k - k.mean(dim=2, keepdim=True)
+    of_block = torch.arange(tokens) // 64
+    member = torch.nn.functional.one_hot(of_block).double()
+    mean = member.T / member.sum(dim=0)[:, None]
+    scores = (mean @ q) @ (mean @ smooth).transpose(2, 3)
+    scores = scores.masked_fill(torch.eye(scores.shape[-1], dtype=torch.bool), torch.inf)
+    blocks = torch.zeros_like(scores).scatter(3, scores.topk(scores.shape[-1] // 2, dim=3).indices, 1.0)
+    keep = blocks[:, :, of_block][..., of_block]
+    logits = q @ smooth.transpose(2, 3) * scale
+    dense = logits.softmax(dim=-1) @ v
+    sparse = logits.masked_fill(keep == 0, -torch.inf).softmax(dim=-1) @ v
+    linear = (q.softmax(-1) @ smooth.softmax(-1).transpose(2, 3)) * (1 - keep)
+    linear = linear @ v / linear.sum(dim=-1, keepdim=True)
+    means = q @ (mean @ smooth).transpose(2, 3) * scale + member.sum(dim=0).log()
+    rest = means.masked_fill(blocks[:, :, of_block] > 0, -torch.inf).logsumexp(dim=-1)
+    selected = logits.masked_fill(keep == 0, -torch.inf).logsumexp(dim=-1)
+    ratio = torch.sigmoid(selected - rest)[..., None]
+    expected = ((ratio * sparse + (1 - ratio) * linear - dense).norm() / dense.norm()).item()
+    options = TrainerOptions(query_blocks=99, keep_diagonal=True)
+    trainer = RouterTrainer("m", 1, q.shape[1], q.shape[3], sparsities=(0.5,), options=options)
+    torch.testing.assert_close(choice_errors(trainer, [capture], 64), [expected], rtol=1e-4, atol=0)
 
 
 def test_captures_survive_a_file(tmp_path):
