@@ -174,6 +174,11 @@ class Miniature:
     def __init__(self, comfyui):
         from .wan_in_comfyui import PACK, import_comfyui, load_pack
 
+        # as ComfyUI's main.py does, before anything of comfy is imported
+        sys.path.insert(0, str(comfyui))
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
         import_comfyui(comfyui, "cuda")
         import comfy.sd
 
@@ -220,6 +225,8 @@ def in_comfyui(comfyui):
     def sparse_beside_dense():
         """Sampling with SLA2: every self-attention call sparse, a plain run bit-equal before and after."""
         state["model"] = model = miniature.load()
+        # the first run of all differs from the second by itself
+        miniature.sample(model)
         before, patched = miniature.sample(model), miniature.patched(model)
         state["sparse"] = miniature.sample(patched)
         sparse, dense, reasons = miniature.counts(patched)
@@ -264,19 +271,19 @@ def in_comfyui(comfyui):
         return f"{dense} calls of that step dense, {sparse} sparse: {reasons[0]}"
 
     def dynamic_vram():
-        """ModelPatcherDynamic, ComfyUI's default on NVIDIA cards: sparse calls, and bits equal to the plain patcher's."""
+        """ModelPatcherDynamic, ComfyUI's default on NVIDIA cards: sparse calls, a plain run bit-equal before and after."""
         import comfy.memory_management
         import comfy.model_management
         import comfy.model_patcher
         import comfy_aimdo.control
 
         state.clear()
-        comfy_aimdo.control.init()
         require(comfy_aimdo.control.init_devices([(0, 0)]), "comfy-aimdo does not start here")
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
         model = miniature.load()
         require(model.is_dynamic(), "ComfyUI loaded it without dynamic VRAM")
+        miniature.sample(model)
         before, patched = miniature.sample(model), miniature.patched(model)
         out = miniature.sample(patched)
         sparse, dense, reasons = miniature.counts(patched)

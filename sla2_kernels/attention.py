@@ -78,7 +78,6 @@ def sla2_attention(
         _check_key_blocks(key_blocks, (batch, heads, query_blocks), key_block_count, q.device)
     elif keep_diagonal:
         _check_diagonal(q, k)
-    backend = resolve_backend(backend, q.device, q.dtype, head_dim, precision)
     diagonal = 0 if keep_diagonal else None
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, row_ratio, _ = torch.ops.sla2.attention(
@@ -134,6 +133,8 @@ def _attention(
     diagonal: Optional[int] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio per query row, key blocks used); see sla2_attention."""
+    # in here, where torch.compile does not look: some releases cannot trace a search for packages
+    backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     if not heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -231,6 +232,7 @@ def _attention_backward(
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d loss / d ratio (H, T_m) float32, float64 for float64 inputs)."""
+    backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     tensors = (grad_out.to(q.dtype), q, k, v)
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     if not heads_first:
