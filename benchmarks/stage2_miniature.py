@@ -58,9 +58,10 @@ def main(argv=None):
         trainer = prepare(args, miniature, router, train, validation, sparsity, name, steps)
         report = trainer.train()
         rows += rows_of(name, sparsity, trainer, report)
+        content = {"environment": facts, "steps": steps, "loss": args.loss, "tokens": tokens(miniature), "rows": rows}
+        # after each run: one that is cut off keeps what it has
+        results.save(args.out / "results.json", content)
         print(f"{time.monotonic() - begin:.0f} s: skips {100 * sparsity:g}% {name}\n{report.table()}", flush=True)
-    content = {"environment": facts, "steps": steps, "loss": args.loss, "tokens": tokens(miniature), "rows": rows}
-    results.save(args.out / "results.json", content)
     text = table(rows, args.sparsities)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{steps} steps of {args.batch} videos, {args.loss} loss\n{text}")

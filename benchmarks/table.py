@@ -80,3 +80,33 @@ def notes(content, part, rows):
         elif not row.get("passed", True):
             lines.append(f"Left out, because its output was wrong or not repeatable: {where}.")
     return lines
+
+
+def step_markdown(content):
+    """Seconds of one denoising step in ComfyUI per model and resolution, from the file that comfyui_step writes."""
+    parts = list(content["parts"])
+    table = {}
+    for row in content["rows"]:
+        table.setdefault(row["variant"], {})[row["part"]] = row
+    (dense, *_) = table
+    lines = ["| one denoising step in ComfyUI | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    for name, rows in table.items():
+        cells = [
+            f"{rows[part]['seconds_per_step']:.2f} s ({_faster(table[dense], rows, part):.1f}x)"
+            if part in rows
+            else "-"
+            for part in parts
+        ]
+        lines.append(f"| {name.replace('SLA2', '**SLA2**')} | " + " | ".join(cells) + " |")
+    env = content["environment"]
+    most = max(row["peak_bytes"] / table[dense][row["part"]]["peak_bytes"] for row in content["rows"])
+    lines += [
+        "",
+        f"{env['card']}, ComfyUI {env['comfyui']}, torch {env['torch']}: ComfyUI's own Wan 2.1 classes with random weights, 81 frames, "
+        f"one model call a step, median. Peak memory: at most {most:.3f} times dense.",
+    ]
+    return "\n".join(lines)
+
+
+def _faster(dense, rows, part):
+    return dense[part]["seconds_per_step"] / rows[part]["seconds_per_step"]

@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.plot import part_plot
 from benchmarks.results import RESULTS, load
-from benchmarks.table import markdown
+from benchmarks.table import markdown, step_markdown
 
 from .plan import ROOT
 
@@ -27,6 +27,12 @@ def measured(folder=RESULTS):
     return sorted(whole, key=lambda content: -len(content["parts"]))
 
 
+def steps(folder=RESULTS):
+    """Contents of the results files of benchmarks.comfyui_step."""
+    contents = [load(path) for path in sorted(folder.glob("comfyui-step-*.json"))]
+    return [content for content in contents if content["rows"]]
+
+
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
@@ -37,13 +43,13 @@ def plots(contents):
     return found
 
 
-def block(contents):
+def block(contents, step_contents=()):
     """What stands between the README's two marks."""
-    if not contents:
+    if not contents and not step_contents:
         picture = f"![Dense and SLA2 side by side in one ComfyUI workflow]({PICTURE})"
         return f"{picture}\n\nNothing has been measured on a GPU yet, so no number stands here."
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *pictures[1:]])
+    return "\n\n".join([*pictures[:1], *map(markdown, contents), *map(step_markdown, step_contents), *pictures[1:]])
 
 
 def insert(text, content):
@@ -62,7 +68,7 @@ def main():
     for name, (svg, _) in drawn.items():
         (ROOT / "docs" / name).write_text(svg, encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents)), encoding="utf-8")
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents, steps())), encoding="utf-8")
     print(f"README.md: {len(contents)} measured cards; docs/: {', '.join(drawn) or 'no plots'}")
 
 

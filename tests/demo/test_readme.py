@@ -23,7 +23,7 @@ def results(tmp_path_factory):
 
 def test_the_readme_is_what_the_results_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.insert(text, readme.block(readme.measured())) == text, "run: python -m tooling.readme"
+    assert readme.insert(text, readme.block(readme.measured(), readme.steps())) == text, "run: python -m tooling.readme"
 
 
 def test_the_plots_are_what_the_results_say():
@@ -50,6 +50,20 @@ def test_measured_results_become_picture_and_table(results):
     assert text.startswith("![Time of one attention call against the number of tokens](docs/length.svg)\n\n| method |")
     assert "skips 75%" in text and "Nothing has been measured" not in text
     assert list(readme.plots(contents)) == ["length.svg"]
+
+
+def test_measured_steps_become_a_table(tmp_path):
+    rows = [
+        {"part": "tiny", "variant": name, "seconds_per_step": seconds, "peak_bytes": peak}
+        for name, seconds, peak in (("dense", 3.0, 100), ("SLA2, skips 97%", 1.0, 101))
+    ]
+    facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
+    save(tmp_path / "comfyui-step-a.json", {"environment": facts, "parts": {"tiny": {}}, "rows": rows})
+    (content,) = readme.steps(tmp_path)
+    text = readme.block([], [content])
+    assert (
+        "| dense | 3.00 s (1.0x) |\n| **SLA2**, skips 97% | 1.00 s (3.0x) |" in text and "at most 1.010 times" in text
+    )
 
 
 def test_the_marks_must_be_there_once():
