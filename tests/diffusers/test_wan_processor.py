@@ -87,6 +87,23 @@ def test_undo_leaves_a_later_processor_alone(transformer):
     assert not isinstance(transformer.blocks[1].attn1.processor, SLA2WanProcessor)
 
 
+@pytest.mark.parametrize("trained_with", [None, True, False])
+def test_own_blocks_are_kept_untrained_or_where_the_router_was_trained_so(
+    transformer, inputs, monkeypatch, trained_with
+):
+    kept = []
+
+    def spy(*tensors, keep_diagonal, **options):
+        kept.append(keep_diagonal)
+        return sla2_attention(*tensors, keep_diagonal=keep_diagonal, **options)
+
+    monkeypatch.setattr("sla2_diffusers.sla2_attention", spy)
+    weights = None if trained_with is None else router(keep_diagonal=trained_with)
+    apply_sla2(transformer, weights, sparsity=0.75, precision="16bit")
+    run(transformer, inputs)
+    assert kept == [trained_with is not False] * LAYERS
+
+
 def test_cross_attention_is_untouched(transformer, inputs):
     before = [block.attn2.processor for block in transformer.blocks]
     handle = apply_sla2(transformer, sparsity=0.75)

@@ -65,7 +65,8 @@ def assert_same(a, b):
         b.q_block,
         b.k_block,
     )
-    assert (a.token_order, a.sparsities, a.precision, a.num_layers) == (
+    assert (a.keep_diagonal, a.token_order, a.sparsities, a.precision, a.num_layers) == (
+        b.keep_diagonal,
         b.token_order,
         b.sparsities,
         b.precision,
@@ -101,6 +102,22 @@ def test_identity_router_has_nothing_trained_and_survives_a_file(tmp_path):
     loaded = load_router(tmp_path / "r.safetensors")
     assert loaded.num_layers == 30 and loaded.ratio(29, 0.97) is None
     assert loaded.layers[7].proj_q is None and loaded.precision is None
+    assert loaded.keep_diagonal
+
+
+def test_a_router_says_whether_it_keeps_the_diagonal(tmp_path):
+    path = tmp_path / "r.safetensors"
+    for kept in (True, False):
+        make_router(keep_diagonal=kept).save(path)
+        assert load_router(path).keep_diagonal is kept
+    # a file of the first versions has no such entry, and its router was trained without
+    make_router(keep_diagonal=True).save(path)
+    tensors, metadata = safetensors.torch.load_file(path), {**file_parts(path)[1]}
+    del metadata["keep_diagonal"]
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    assert load_router(path).keep_diagonal is False
+    with pytest.raises(RouterFileError, match="keep_diagonal must be true or false"):
+        make_router(keep_diagonal="yes")
 
 
 def test_saving_over_the_file_it_came_from(tmp_path):
@@ -277,6 +294,8 @@ def test_every_cut_is_noticed(tmp_path):
         ("sparsities", "{}", "sparsities must be a JSON list"),
         ("sparsities", "[0.9, 0.9]", "sparsities must be different"),
         ("precision", "int4", "precision must be"),
+        ("keep_diagonal", "yes", "keep_diagonal must be true or false"),
+        ("keep_diagonal", "True", "keep_diagonal must be true or false"),
         ("model_family", "a\nb", "model_family must be"),
         ("tensors", "[]", "is not listed in its metadata"),
         ("tensors", "[[]]", "list of tensor names"),

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sla2_kernels import sla2_attention
+from sla2_kernels.router import own_key_blocks
 from sla2_kernels.weights import RouterFileError, load_router
 from sla2_training import RouterTrainer, TrainerOptions, TrainingError, live_layer, soft_top_k
 from sla2_training.report import AFTER, BEFORE
@@ -31,10 +33,10 @@ def assert_same_router(a, b, **tolerance):
             torch.testing.assert_close(getattr(x, kind), getattr(y, kind), **tolerance)
 
 
-@pytest.mark.parametrize("per_head", [True, False])
-def test_training_beats_the_heuristic_router_on_unseen_inputs(per_head):
+@pytest.mark.parametrize(("per_head", "keep_diagonal"), [(True, False), (False, False), (True, True)])
+def test_training_beats_the_heuristic_router_on_unseen_inputs(per_head, keep_diagonal):
     synthetic = SyntheticLayer(0, grid=(8, 16, 32))  # 4,096 tokens: 64 key blocks, of which 1, 3 and 6 are kept
-    trainer = make_trainer(per_head=per_head)
+    trainer = make_trainer(per_head=per_head, keep_diagonal=keep_diagonal)
     for step in range(40):
         trainer.observe(0, *synthetic.sample(1000 + step))
     for seed in HELD_OUT:
@@ -42,18 +44,21 @@ def test_training_beats_the_heuristic_router_on_unseen_inputs(per_head):
     report = trainer.report()
     for sparsity in (0.97, 0.95, 0.90):
         before = report.overall(BEFORE, sparsity)
-        assert report.overall(AFTER, sparsity) < 0.93 * before
+        # these inputs are so local that next to own blocks little is left to choose; the one block kept at 0.97 is one
+        assert report.overall(AFTER, sparsity) < (0.985 if keep_diagonal else 0.93) * before
         assert report.overall(("untrained", "learned"), sparsity) < before
-        assert report.overall(("trained", "estimated"), sparsity) < before
+        if not keep_diagonal:
+            assert report.overall(("trained", "estimated"), sparsity) < before
     losses = trainer.losses[0]
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert keep_diagonal or sum(losses[-5:]) < sum(losses[:5])
     assert "skips 97%" in report.text() and "trained router, learned ratio" in report.text()
 
 
-def test_step_gradient_is_that_of_the_loss_written_out():
+@pytest.mark.parametrize("keep_diagonal", [True, False])
+def test_step_gradient_is_that_of_the_loss_written_out(keep_diagonal):
     """One step on all query blocks against autograd through the paper's formulas with N x N tensors."""
     q, k, v = small_qkv(tokens=700)
-    trainer = make_trainer(sparsities=(0.8,), query_blocks=6)
+    trainer = make_trainer(sparsities=(0.6,), query_blocks=6, keep_diagonal=keep_diagonal)
     trainer.observe(0, q, k, v)
     state = trainer.states[0]
     proj_q, proj_k, logits = (
@@ -65,7 +70,15 @@ def test_step_gradient_is_that_of_the_loss_written_out():
     q_pooled = torch.stack([part.mean(dim=2) for part in q.split(128, dim=2)], dim=2)
     k_pooled = torch.stack([part.mean(dim=2) for part in k_smooth.split(64, dim=2)], dim=2)
     scores = (q_pooled @ proj_q.transpose(1, 2)) @ (k_pooled @ proj_k.transpose(1, 2)).transpose(2, 3) * DIM**-0.5
-    m = soft_top_k(scores, 2).repeat_interleave(128, dim=2).repeat_interleave(64, dim=3)[:, :, :700, :700]
+    m = soft_top_k(scores, 4)
+    if keep_diagonal:
+        own = own_key_blocks(torch.arange(6), 11)
+        rows = []
+        for n in range(6):
+            rest = soft_top_k(scores[:, :, n, ~own[n]], 4 - int(own[n].sum()))
+            rows.append(torch.ones_like(scores[:, :, n]).masked_scatter(~own[n], rest))
+        m = torch.stack(rows, dim=2)
+    m = m.repeat_interleave(128, dim=2).repeat_interleave(64, dim=3)[:, :, :700, :700]
     s = torch.exp(q @ k_smooth.transpose(2, 3) * DIM**-0.5)
     target = s @ v / s.sum(dim=-1, keepdim=True)
     o_sparse = (m * s) @ v / (m * s).sum(dim=-1, keepdim=True)
@@ -274,3 +287,31 @@ def test_a_resumed_ratio_moves_slowly():
     old, moved, new = (t.router().ratio(0, 0.8) for t in (first, second, fresh))
     assert (old - new).abs().max() > 1e-3
     assert ((moved - old).abs() < 0.1 * (new - old).abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("keep_diagonal", [True, False])
+def test_errors_are_those_of_the_operator_with_the_same_diagonal(keep_diagonal):
+    q, k, v = small_qkv(tokens=1500)
+    trainer = make_trainer(sparsities=(0.8,), query_blocks=99, keep_diagonal=keep_diagonal)
+    trainer.observe(0, q, k, v)
+    error = trainer.evaluate(0, q, k, v).relative(AFTER, 0.8)
+    router = trainer.router()
+    assert router.keep_diagonal is keep_diagonal
+    out, other = (
+        sla2_attention(
+            q, k, v, router.layers[0].proj_q, router.layers[0].proj_k, router.ratio(0, 0.8),
+            sparsity=0.8, precision="16bit", keep_diagonal=kept,
+        )
+        for kept in (keep_diagonal, not keep_diagonal)
+    )  # fmt: skip
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert error == pytest.approx(((out - dense).norm() / dense.norm()).item(), rel=1e-4)
+    assert error != pytest.approx(((other - dense).norm() / dense.norm()).item(), rel=1e-3)
+
+
+def test_a_resumed_training_keeps_the_diagonal_as_it_began():
+    for keep_diagonal in (True, False):
+        first = make_trainer(keep_diagonal=keep_diagonal)
+        first.observe(0, *small_qkv(tokens=2000))
+        second = make_trainer(keep_diagonal=not keep_diagonal, resume=first.router())
+        assert second.router().keep_diagonal is keep_diagonal

@@ -5,7 +5,8 @@ import torch
 from operator_inputs import assert_same_selection, attention_inputs, normal, projection, relative_error
 
 from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
-from sla2_kernels.reference import router_scores
+from sla2_kernels.forced_blocks import select_with_forced_blocks
+from sla2_kernels.reference import router_scores, with_diagonal
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
 
@@ -24,6 +25,32 @@ def test_both_backends_select_the_same(generator, tokens, keys, sparsity, proj, 
     k_smooth = inputs.k.double() - inputs.k.double().mean(dim=2, keepdim=True)
     scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k)
     assert_same_selection(found, expected, scores)
+
+
+@pytest.mark.parametrize("tokens", [65, 300, 641])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_backends_keep_the_same_diagonal(generator, tokens, dtype):
+    inputs = attention_inputs(generator, batch=2, tokens=tokens, dtype=dtype, proj="per head")
+    arguments = inputs.q, inputs.k, inputs.proj_q, inputs.proj_k
+    found, expected, free = (
+        select_key_blocks(*arguments, sparsity=0.6, backend=backend, keep_diagonal=kept)
+        for backend, kept in (("triton", True), ("torch", True), ("torch", False))
+    )
+    k_smooth = inputs.k.double() - inputs.k.double().mean(dim=2, keepdim=True)
+    scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k)
+    assert_same_selection(found, expected, with_diagonal(scores))
+    assert tokens == 65 or not torch.equal(expected, free)
+
+
+@pytest.mark.parametrize("front", [64, 70])
+def test_both_backends_keep_the_same_diagonal_behind_other_tokens(generator, front):
+    q, k = normal(generator, 1, 2, 500, 32), normal(generator, 1, 2, front + 500, 32)
+    found, expected = (
+        select_with_forced_blocks(q, k, sparsity=0.5, front=front, backend=backend, keep_diagonal=True)
+        for backend in ("triton", "torch")
+    )
+    # Gaussian scores: no two of them are as near to each other as the two backends are
+    assert torch.equal(found, expected)
 
 
 def test_more_key_blocks_than_one_chunk_of_the_selection(generator):
