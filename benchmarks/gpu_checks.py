@@ -22,6 +22,7 @@ from sla2_kernels.reference import sla2_reference
 from tooling.comfyui import find_comfyui
 
 from .measure import environment, median_ms
+from .miniature_in_comfyui import MiniatureInComfyUI
 
 # as in docs: relative error against float64 on data without structure
 BOUNDS = {"16bit": 1e-2, "int8": 6e-2, "fp8": 1e-1}
@@ -168,80 +169,37 @@ def cost_of_the_diagonal():
     return ", ".join(said)
 
 
-class Miniature:
-    """ComfyUI's own Wan class with the miniature's weights, loaded by ComfyUI's loader, sampled by its sampler."""
-
-    def __init__(self, comfyui):
-        from .wan_in_comfyui import PACK, import_comfyui, load_pack
-
-        # as ComfyUI's main.py does, before anything of comfy is imported
-        sys.path.insert(0, str(comfyui))
-        import comfy_aimdo.control
-
-        comfy_aimdo.control.init()
-        import_comfyui(comfyui, "cuda")
-        import comfy.sd
-
-        self.pack = load_pack().__name__
-        self.file = PACK / "miniature" / "weights" / "wan_miniature_dit.safetensors"
-        self.router = str(PACK / "miniature" / "weights" / "wan_miniature_router.safetensors")
-        self.load = lambda: comfy.sd.load_diffusion_model(str(self.file))
-
-    def module(self, name):
-        return __import__(f"{self.pack}.{name}", fromlist=["*"])
-
-    def patched(self, model):
-        settings = self.module("nodes.settings").AttentionSettings(
-            sparsity=0.9, minimum_tokens=0, stop_on_unsupported=False
-        )
-        return self.module("nodes.patching").install(
-            model, settings, self.module("sla2_kernels.weights").load_router(self.router)
-        )
-
-    @torch.inference_mode()
-    def sample(self, model):
-        import comfy.sample
-        import comfy.samplers
-
-        from miniature.captions import embed
-
-        noise = torch.randn((1, 16, *LATENT), generator=torch.Generator().manual_seed(0))
-        return comfy.sample.sample_custom(
-            model, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0.2, SIGMAS),
-            [[embed(CAPTION), {}]], [[embed(""), {}]], torch.zeros_like(noise), disable_pbar=True, seed=0,
-        ).double()  # fmt: skip
-
-    def counts(self, model):
-        layers = model.get_attachment("sla2").runs.finished()[-1].layers.values()
-        reasons = sorted({reason for layer in layers for reason in layer.dense})
-        return sum(layer.sparse for layer in layers), sum(layer.dense.total() for layer in layers), reasons
-
-
 def in_comfyui(comfyui):
     """(name, function) of the checks on ComfyUI's own model class; they share one load, dynamic VRAM comes last."""
-    miniature = Miniature(comfyui)
+    miniature = MiniatureInComfyUI(comfyui, "cuda")
     state = {}
+
+    def patched_by_sla2(model):
+        return miniature.patched(model, miniature.router(), sparsity=0.9)
+
+    def sample(model):
+        return miniature.sample(model, torch.linspace(1, 0.2, SIGMAS), "euler", CAPTION, 3.0, seed=0, latent=LATENT)
 
     def sparse_beside_dense():
         """Sampling with SLA2: every self-attention call sparse, a plain run bit-equal before and after."""
         state["model"] = model = miniature.load()
         # the first run of all differs from the second by itself
-        miniature.sample(model)
-        before, patched = miniature.sample(model), miniature.patched(model)
-        state["sparse"] = miniature.sample(patched)
+        sample(model)
+        before, patched = sample(model), patched_by_sla2(model)
+        state["sparse"] = sample(patched)
         sparse, dense, reasons = miniature.counts(patched)
         require(sparse > 0 and dense == 0, f"{sparse} sparse and {dense} dense calls: {reasons}")
-        require(torch.equal(before, miniature.sample(model)), "a plain run after it has other bits than before")
-        require(torch.equal(state["sparse"], miniature.sample(patched)), "the second sparse run has other bits")
+        require(torch.equal(before, sample(model)), "a plain run after it has other bits than before")
+        require(torch.equal(state["sparse"], sample(patched)), "the second sparse run has other bits")
         return f"{sparse} calls sparse; distance to dense {relative_error(state['sparse'], before):.3f}"
 
     def whole_model_compiled():
         """TorchCompileModel's own helper around the patched model."""
         from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-        model = miniature.patched(state["model"])
+        model = patched_by_sla2(state["model"])
         set_torch_compile_wrapper(model, backend="inductor")
-        out = miniature.sample(model)
+        out = sample(model)
         sparse, dense, reasons = miniature.counts(model)
         require(sparse > 0 and dense == 0, f"{sparse} sparse and {dense} dense calls: {reasons}")
         error = relative_error(out, state["sparse"])
@@ -250,7 +208,7 @@ def in_comfyui(comfyui):
 
     def memory_runs_out():
         """A real torch.OutOfMemoryError inside the operator: the step goes on dense, and says so."""
-        model = miniature.patched(state["model"])
+        model = patched_by_sla2(state["model"])
         attention = miniature.module("nodes.sparse_call")
         operator, calls = attention.sla2_attention, []
 
@@ -262,7 +220,7 @@ def in_comfyui(comfyui):
 
         attention.sla2_attention = greedy
         try:
-            out = miniature.sample(model)
+            out = sample(model)
         finally:
             attention.sla2_attention = operator
         sparse, dense, reasons = miniature.counts(model)
@@ -283,12 +241,12 @@ def in_comfyui(comfyui):
         comfy.memory_management.aimdo_enabled = True
         model = miniature.load()
         require(model.is_dynamic(), "ComfyUI loaded it without dynamic VRAM")
-        miniature.sample(model)
-        before, patched = miniature.sample(model), miniature.patched(model)
-        out = miniature.sample(patched)
+        sample(model)
+        before, patched = sample(model), patched_by_sla2(model)
+        out = sample(patched)
         sparse, dense, reasons = miniature.counts(patched)
         require(sparse > 0 and dense == 0, f"{sparse} sparse and {dense} dense calls: {reasons}")
-        require(torch.equal(before, miniature.sample(model)), "a plain run after it has other bits than before")
+        require(torch.equal(before, sample(model)), "a plain run after it has other bits than before")
         return f"{sparse} calls sparse; distance to dense {relative_error(out, before):.3f}"
 
     return [sparse_beside_dense, whole_model_compiled, memory_runs_out, dynamic_vram]

@@ -1,0 +1,64 @@
+"""ComfyUI's own Wan class with the miniature's weights: loaded by ComfyUI's loader, sampled by its sampler, patched by this pack."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from miniature.captions import embed
+
+from .wan_in_comfyui import PACK, import_comfyui, load_pack
+
+WEIGHTS = PACK / "miniature" / "weights"
+ROUTER = WEIGHTS / "wan_miniature_router.safetensors"
+
+
+class MiniatureInComfyUI:
+    """comfyui: folder of a checkout. device: "cuda" or "cpu". One per process: it imports ComfyUI."""
+
+    def __init__(self, comfyui, device):
+        sys.path.insert(0, str(Path(comfyui)))
+        if device == "cuda":
+            # as ComfyUI's main.py does, before anything of comfy is imported
+            import comfy_aimdo.control
+
+            comfy_aimdo.control.init()
+        import_comfyui(comfyui, device)
+        self._pack = load_pack().__name__
+
+    def load(self):
+        """A new ModelPatcher."""
+        import comfy.sd
+
+        return comfy.sd.load_diffusion_model(str(WEIGHTS / "wan_miniature_dit.safetensors"))
+
+    def module(self, name):
+        """A module of this pack, as ComfyUI imports it, such as "nodes.presets"."""
+        return __import__(f"{self._pack}.{name}", fromlist=["*"])
+
+    def router(self):
+        """The miniature's trained router."""
+        return self.module("sla2_kernels.weights").load_router(str(ROUTER))
+
+    def patched(self, model, router, **settings):
+        """A clone with SLA2's attention at every length; settings as in nodes.settings.AttentionSettings."""
+        chosen = self.module("nodes.settings").AttentionSettings(**{"minimum_tokens": 0, **settings})
+        return self.module("nodes.patching").install(model, chosen, router)
+
+    @torch.inference_mode()
+    def sample(self, model, sigmas, sampler, caption, cfg, *, seed, latent):
+        """Latents (1, 16, *latent), float64, of a caption (text) along the noise levels ``sigmas``."""
+        import comfy.sample
+        import comfy.samplers
+
+        noise = torch.randn((1, 16, *latent), generator=torch.Generator().manual_seed(seed))
+        return comfy.sample.sample_custom(
+            model, noise, cfg, comfy.samplers.sampler_object(sampler), sigmas, [[embed(caption), {}]],
+            [[embed(""), {}]], torch.zeros_like(noise), disable_pbar=True, seed=seed,
+        ).double()  # fmt: skip
+
+    def counts(self, model):
+        """(sparse calls, dense calls, reasons of the dense ones) of the last run of a patched model."""
+        layers = model.get_attachment("sla2").runs.finished()[-1].layers.values()
+        reasons = sorted({reason for layer in layers for reason in layer.dense})
+        return sum(layer.sparse for layer in layers), sum(layer.dense.total() for layer in layers), reasons
