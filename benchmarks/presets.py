@@ -27,7 +27,7 @@ from .video_metrics import ssim
 
 SEED = 12000
 # of the miniature's evaluated size: 81 frames of 320 x 320, 8,400 tokens
-LATENT, TINY = (21, 40, 40), (5, 16, 16)
+LATENT, TINY = (21, 40, 40), (3, 16, 16)
 # what each number of steps is run with; the longer ones as most people sample Wan
 RUNS = {"20-50": (20, "uni_pc"), "4-8": (8, "euler")}
 

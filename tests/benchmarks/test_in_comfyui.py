@@ -1,0 +1,40 @@
+"""The scripts that run the miniature in ComfyUI: the presets at a few tokens, and what the GPU checks say without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_checks, presets
+from miniature.sample import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(
+    not (WEIGHTS / "wan_miniature_dit.safetensors").exists(), reason="the weights are not in miniature/weights"
+)
+def test_every_preset_is_measured_against_dense(comfyui_path, tmp_path):
+    out = tmp_path / "presets.json"
+    command = [sys.executable, "-m", "benchmarks.presets", "--comfyui", str(comfyui_path), "--tiny", "--prompts", "1"]
+    command += ["--device", "cpu", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdin=subprocess.DEVNULL)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in content["rows"]}
+    assert len(rows) == 6
+    for row in rows.values():
+        # 3 x 8 x 8 tokens are 3 key blocks, of which 1 is kept; dense steps count as 0
+        assert 0.3 < row["skipped"] <= 0.67 and row["latent_error"] > 0.01
+        assert 0 < row["psnr"] < 60 and 0 < row["ssim"] < 1
+        assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in presets.markdown(content)
+    assert rows["quality"]["skipped"] <= rows["fast"]["skipped"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: run python -m benchmarks.gpu_checks")
+def test_gpu_checks_say_in_a_sentence_that_they_need_a_gpu():
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU: this machine has none that PyTorch can use.$"):
+        gpu_checks.main([])
