@@ -25,7 +25,7 @@ def saved_nodes(workflow):
     inner = (workflow.get("definitions") or {}).get("subgraphs", [])
     graphs = [(None, workflow), *((graph["id"], graph) for graph in inner)]
     return {
-        (graph_id, node["id"]): node
+        (graph_id, str(node["id"])): node
         for graph_id, graph in graphs for node in graph["nodes"] if node["type"].startswith("SLA2")
     }  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_it_loads_without_a_missing_node_and_with_every_value(canvas, path):
     assert unknown == []
     shown = canvas.js(
         "[app.rootGraph, ...(app.rootGraph.subgraphs?.values() ?? [])].flatMap((g) =>"
-        " g.nodes.filter((n) => n.type.startsWith('SLA2')).map((n) => [g === app.rootGraph ? null : g.id, n.id, n.type,"
+        " g.nodes.filter((n) => n.type.startsWith('SLA2')).map((n) => [g === app.rootGraph ? null : g.id, String(n.id), n.type,"
         " Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value]))]))"
     )
     found = {(graph_id, node_id): (kind, values) for graph_id, node_id, kind, values in shown}
