@@ -128,6 +128,8 @@ def suites(old_triton):
     """Triton's interpreter, and another Triton, need processes of their own; the longest suites come first."""
     others = [str(ROOT / "tests"), *(f"--ignore={folder}" for folder in (INTERPRETER, COMPILE, WEB))]
     yield Suite("What needs ComfyUI", [*others, "-m", "comfyui"])
+    yield kernel_suite(COMPILE, "compiled with the installed Triton")
+    yield Suite("Everything else", [*others, "-m", "not comfyui"])
     yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
     if old_triton is not None:
@@ -135,8 +137,6 @@ def suites(old_triton):
         # of the dtypes, the one that video models have: it takes minutes as it is
         bfloat16 = kernel_suite(COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
         yield replace(bfloat16, arguments=[*bfloat16.arguments, "-k", "bfloat16 or odd"])
-    yield kernel_suite(COMPILE, "compiled with the installed Triton")
-    yield Suite("Everything else", [*others, "-m", "not comfyui"])
 
 
 def kernel_suite(folder, kernels, **variables):
