@@ -48,6 +48,16 @@ def prepare(environment, comfyui):
         environment.install("Playwright", ["playwright"])
 
 
+def keep_bytecode(environment):
+    """Python's compiled modules in the environment's folder, for all processes: written when first imported, and kept.
+
+    pip compiles none, as most are never imported. Wherever nothing is installed, everything stays as the user set it.
+    """
+    if environment.installs:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(environment.folder / "bytecode"))
+
+
 def oldest_triton(environment):
     """Folder with the oldest supported Triton, or (None, why not)."""
     if not environment.installs:
@@ -116,16 +126,17 @@ class Suite:
 
 def suites(old_triton):
     """Triton's interpreter, and another Triton, need processes of their own; the longest suites come first."""
-    others = [str(ROOT / "tests"), f"--ignore={INTERPRETER}", f"--ignore={COMPILE}"]
+    others = [str(ROOT / "tests"), *(f"--ignore={folder}" for folder in (INTERPRETER, COMPILE, WEB))]
     yield Suite("What needs ComfyUI", [*others, "-m", "comfyui"])
+    yield kernel_suite(COMPILE, "compiled with the installed Triton")
+    yield Suite("Everything else", [*others, "-m", "not comfyui"])
+    yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
     if old_triton is not None:
         path = os.pathsep.join(filter(None, (str(old_triton), os.environ.get("PYTHONPATH"))))
         # of the dtypes, the one that video models have: it takes minutes as it is
         bfloat16 = kernel_suite(COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
         yield replace(bfloat16, arguments=[*bfloat16.arguments, "-k", "bfloat16 or odd"])
-    yield kernel_suite(COMPILE, "compiled with the installed Triton")
-    yield Suite("Everything else", [*others, "-m", "not comfyui"])
 
 
 def kernel_suite(folder, kernels, **variables):
@@ -197,7 +208,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--here", action="store_true", help="use the current interpreter, install nothing")
     options, arguments = parser.parse_known_args()
-    environment = Environment(None if options.here else ROOT / ".venv-tests")
+    environment = Environment(None if options.here else ROOT / ".venv-tests", bytecode=False)
+    keep_bytecode(environment)
     comfyui, looked = find_comfyui()
     say(f"ComfyUI: {comfyui}" if comfyui else f"ComfyUI: none at {looked}; its tests will not run")
     try:

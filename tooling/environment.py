@@ -42,11 +42,12 @@ def has_cuda_torch(python):
 class Environment:
     """A folder with a virtual environment, and the record of what was installed, so that a second run skips it.
 
-    folder None: the interpreter that runs this, into which nothing is installed.
+    folder None: the interpreter that runs this, into which nothing is installed. bytecode: whether pip compiles modules.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, bytecode=True):
         self.folder = None if folder is None else Path(folder).resolve()
+        self._install = ["install", "-qq", *([] if bytecode else ["--no-compile"])]
         if self.folder is None:
             self.python = sys.executable
             return
@@ -95,7 +96,7 @@ class Environment:
 
     def _install_cpu_torch(self):
         say(f"Installing torch {TORCH} (CPU build)")
-        if not self._pip(["install", "-qq", f"torch=={TORCH}+cpu"], quiet=True):
+        if not self._pip([*self._install, f"torch=={TORCH}+cpu"], quiet=True):
             return
         if sys.platform == "linux":
             say(
@@ -114,7 +115,7 @@ class Environment:
 
     def _must_install(self, packages, *options):
         constraints = self._constraints()
-        if self._pip(["install", "-qq", *options, *constraints, *packages]):
+        if self._pip([*self._install, *options, *constraints, *packages]):
             raise SetupError(f"pip could not install {', '.join(packages[:6])}{' ...' if len(packages) > 6 else ''}.")
 
     def _constraints(self):

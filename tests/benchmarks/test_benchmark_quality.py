@@ -13,7 +13,11 @@ from sla2_training.explore.captures import Capture, save_captures, synthetic_cap
 
 
 @pytest.mark.slow
-def test_tiny_mode_writes_every_variant_with_every_metric(tmp_path):
+def test_tiny_mode_writes_every_variant_with_every_metric(tmp_path, monkeypatch):
+    tiny = quality.Miniature.tiny("cpu")
+    # 180 tokens instead of 320: every variant decodes its video
+    monkeypatch.setattr(tiny, "size", (17, 96, 96))
+    monkeypatch.setattr(quality.Miniature, "tiny", lambda device: tiny)
     quality.main(
         ["--tiny", "--device", "cpu", "--out", str(tmp_path / "quality"), "--save-router", str(tmp_path / "r.st"),
          "--sheet", str(tmp_path / "frames.jpg")]

@@ -33,6 +33,8 @@ LTX = {
 }  # fmt: skip
 AUDIO = {
     "audio_in_channels": 128, "audio_cross_attention_dim": 64, "audio_attention_head_dim": 32, "audio_num_attention_heads": 2,
+    # of the connectors that make the text: no part of the model's call, and the default is 600 million weights
+    "connector_num_attention_heads": 1,
 }  # fmt: skip
 H3 = {
     "hidden_size": 256, "num_layers": 2, "token_refiner_num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128,
@@ -171,7 +173,7 @@ FAMILIES = {
     "ltx-video 13b": ("comfy.ldm.lightricks.model.LTXVModel", LTX | {"attention_head_dim": 128, "cross_attention_dim": 256}, ltx_inputs(), 2, 2),
     "ltx-video guides": ("comfy.ldm.lightricks.model.LTXVModel", LTX, ltx_inputs(2), 2, 2),
     # others of a block: text for video and sound, sound's own, and both ways between them
-    "ltx-2": ("comfy.ldm.lightricks.av_model.LTXAVModel", LTX | AUDIO | {"caption_channels": 64}, audio_video(ltx_inputs()), 2, 10),
+    "ltx-2": ("comfy.ldm.lightricks.av_model.LTXAVModel", LTX | AUDIO, audio_video(ltx_inputs()), 2, 10),
     "mochi": (
         "comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",
         {

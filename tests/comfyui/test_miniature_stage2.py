@@ -18,6 +18,7 @@ from tooling.plan import ROOT
 
 LAYERS, STEPS = 6, 2
 SPARSITY = 0.97
+SIDE = 128  # of the workflow's videos: three are decoded
 # a size that the miniature was trained at
 SMALL = {"frames": 49, "height": 192, "width": 192}
 # of a KSampler with one step: the noise levels 0.47, 0.73 and 0.89
@@ -49,7 +50,7 @@ def test_the_workflow_leaves_three_videos_and_one_of_all_and_both_stages_ran_spa
     workflow = json.loads((ROOT / "workflows" / "miniature_stage2.json").read_text(encoding="utf-8"))
     prompt = graph.to_prompt(workflow, comfy.server.get("/object_info"))
     for node in graph.of_class(prompt, "EmptyHunyuanLatentVideo"):
-        prompt[node]["inputs"].update(width=192, height=192, length=9)
+        prompt[node]["inputs"].update(width=SIDE, height=SIDE, length=9)
     for node in graph.of_class(prompt, "KSampler"):
         prompt[node]["inputs"]["steps"] = STEPS
     outputs = comfy.run(prompt)
@@ -65,12 +66,12 @@ def test_the_workflow_leaves_three_videos_and_one_of_all_and_both_stages_ran_spa
     }
     beside = made.pop("dense + stage 1 + stage 2")
     assert set(made) == {"dense", "stage 1", "stage 2"}
-    assert all(video.shape == (3, 9, 192, 192) for video in made.values())
-    gap = (beside.shape[3] - 3 * 192) // 2
-    assert beside.shape[:3] == (3, 9, 192) and 0 <= gap < 20
+    assert all(video.shape == (3, 9, SIDE, SIDE) for video in made.values())
+    gap = (beside.shape[3] - 3 * SIDE) // 2
+    assert beside.shape[:3] == (3, 9, SIDE) and 0 <= gap < 20
     for n, name in enumerate(("dense", "stage 1", "stage 2")):
         # both are compressed: the same picture, not the same bytes
-        shown = beside[:, :, :, n * (192 + gap) : n * (192 + gap) + 192]
+        shown = beside[:, :, :, n * (SIDE + gap) : n * (SIDE + gap) + SIDE]
         distances = {other: (shown - video).abs().mean().item() for other, video in made.items()}
         assert min(distances, key=distances.get) == name, distances
 

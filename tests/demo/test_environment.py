@@ -40,15 +40,24 @@ def test_comfyui_is_found_by_path_and_at_home(monkeypatch, tmp_path):
     assert comfyui.find_comfyui()[0] == tmp_path / "ComfyUI"
 
 
-@pytest.fixture
-def environment(tmp_path, monkeypatch):
-    """A real, empty virtual environment whose pip only writes down what it was asked."""
-    made = Environment(tmp_path / "venv")
-    asked = []
-    monkeypatch.setattr(made, "_pip", lambda arguments, quiet=False: asked.append(arguments) and 0)
+@pytest.fixture(scope="module")
+def created(tmp_path_factory):
+    """(folder, its record) of a real virtual environment."""
+    made = Environment(tmp_path_factory.mktemp("made") / "venv")
     made.create()
-    made.asked = asked
-    return made
+    return made.folder, made._record.read_text()
+
+
+@pytest.fixture
+def environment(created, monkeypatch):
+    """A real, empty virtual environment whose pip only writes down what it was asked."""
+    folder, record = created
+    empty = Environment(folder)
+    empty._record.write_text(record)
+    empty.asked = []
+    monkeypatch.setattr(empty, "_pip", lambda arguments, quiet=False: empty.asked.append(arguments) and 0)
+    yield empty
+    (empty.site_packages() / "inherited.pth").unlink(missing_ok=True)
 
 
 def test_a_second_run_installs_nothing(environment):

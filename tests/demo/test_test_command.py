@@ -52,18 +52,30 @@ def repository(tmp_path, monkeypatch):
     """An empty repository in place of ours, whose requirements are not looked at."""
     (tmp_path / "tests").mkdir()
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)
-    for name in ("INTERPRETER", "COMPILE"):
-        monkeypatch.setattr(run_tests, name, tmp_path / "tests" / "kernels" / name.lower())
+    for name in ("INTERPRETER", "COMPILE", "WEB"):
+        monkeypatch.setattr(run_tests, name, tmp_path / "tests" / name.lower())
     monkeypatch.setattr(run_tests, "audit", lambda environment: ("audited", []))
     return tmp_path
+
+
+def test_compiled_modules_are_kept_in_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX")
+    run_tests.keep_bytecode(Environment(None))
+    assert os.environ["PYTHONDONTWRITEBYTECODE"] == "1" and "PYTHONPYCACHEPREFIX" not in os.environ
+    run_tests.keep_bytecode(Environment(tmp_path / "venv"))
+    (tmp_path / "module.py").write_text("x = 1")
+    subprocess.run([sys.executable, "-c", "import module"], cwd=tmp_path, check=True)
+    assert list((tmp_path / "venv" / "bytecode").rglob("module.*.pyc")) and not (tmp_path / "__pycache__").exists()
 
 
 def test_lost_kernel_tests_are_loud_and_no_success(repository):
     counts = run_tests.Counts()
     assert run_tests.run_all(Environment(None), counts) == [
         "!! Kernels were NOT compiled with Triton 3.2.0: --here installs nothing.",
-        "!! Kernels were NOT run in Triton's interpreter: there are no tests of them.",
         "!! Kernels were NOT run compiled with the installed Triton: there are no tests of them.",
+        "!! Kernels were NOT run in Triton's interpreter: there are no tests of them.",
         "audited",
     ]
     assert counts.broken
@@ -93,7 +105,7 @@ def test_kernel_tests_that_did_not_run_are_loud(repository, source, note):
 def test_every_test_is_in_one_suite_and_failures_of_all_count(repository):
     marked = "import pytest, os\n@pytest.mark.comfyui\ndef test_c(): assert not os.environ.get('TRITON_INTERPRET')\n"
     files = {"tests/test_a.py": "def test_b(): assert 0\n" + marked}
-    for folder in (run_tests.INTERPRETER, run_tests.COMPILE):
+    for folder in (run_tests.INTERPRETER, run_tests.COMPILE, run_tests.WEB):
         files[f"{folder.relative_to(repository)}/test_{folder.name}.py"] = "def test_bfloat16(): pass"
     for name, source in files.items():
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +113,7 @@ def test_every_test_is_in_one_suite_and_failures_of_all_count(repository):
     counts = run_tests.Counts()
     old = repository / "old triton"
     assert run_tests.run_suites(Environment(None), counts, run_tests.suites(old), 2) == []
-    assert str(counts) == "4 passed, 1 failed, 0 skipped" and not counts.broken
+    assert str(counts) == "5 passed, 1 failed, 0 skipped" and not counts.broken
 
 
 def test_a_vulnerable_requirement_is_no_success(repository, monkeypatch):

@@ -8,10 +8,22 @@ TINY = ["--tiny", "--steps", "3", "--vae-dim", "8", "--layers", "2", "--small-cl
         "--print-seconds", "0", "--no-compile", "--device", "cpu"]  # fmt: skip
 
 
+# a quarter of what --tiny takes: the convolutions of larger pictures are most of a CPU's time here
+SMALLER = {
+    "world": (9, 32, 32), "vae_batches": [(5, 16, 2), (9, 16, 1)], "small": (5, 32, 32), "full": (9, 32, 32),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def train_tiny():
-    """Call with a folder: trains both models for three steps there."""
-    return lambda folder, *options: train.main(["all", "--out", str(folder), *TINY, *options])
+    """Call with a folder: trains both models, or one stage, for three steps there."""
+
+    def run(folder, *options, stage="all"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(train, "TINY", train.TINY | SMALLER)
+            train.main([stage, "--out", str(folder), *TINY, *options])
+
+    return run
 
 
 @pytest.fixture(scope="session")

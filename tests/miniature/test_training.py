@@ -108,7 +108,8 @@ def test_report_fills_the_readme_from_the_logs(tiny_weights, tmp_path):
 
 
 def test_training_continues_from_a_file(tiny_weights, train_tiny, tmp_path):
-    train_tiny(tmp_path, "--dit-start", str(tiny_weights / train_dit.DIT_FILE))
+    start = ["--vae", str(tiny_weights / VAE_FILE), "--dit-start", str(tiny_weights / train_dit.DIT_FILE)]
+    train_tiny(tmp_path, *start, stage="dit")
     one, two = load_file(tiny_weights / train_dit.DIT_FILE), load_file(tmp_path / train_dit.DIT_FILE)
     key = "blocks.0.ffn.0.weight"
     assert not torch.equal(one[key], two[key])

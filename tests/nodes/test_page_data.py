@@ -1,5 +1,6 @@
 """What the nodes send to the page: routing maps and loss curves."""
 
+import pytest
 import torch
 
 
@@ -19,6 +20,12 @@ def test_a_large_map_is_shrunk_to_means_and_keeps_its_share(pack_module):
     assert abs(small.mean() - share.mean()) < 0.01
 
 
+def looked_at(pack_module, q, k, **weights):
+    """What a sparse call hands to its maps, after the layer: tensors of (B, L, H, D), no learned weights."""
+    call, layer_weights = pack_module("nodes.sparse_call"), pack_module("nodes.layer_weights")
+    return call.VideoPart(q, k, k, k, "BNHD"), layer_weights.CallWeights(**weights), 0.5
+
+
 def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack_module, tmp_path):
     maps = pack_module("nodes.routing_maps").RoutingMaps()
     generator = torch.Generator().manual_seed(1)
@@ -28,8 +35,8 @@ def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack
         sigmas = steps[step : step + 1].clone()
         maps.begin_model_call(sigmas, steps, (3, 10, 10))
         for layer in (0, 2):
-            maps.see(layer, q, k, None, None, 0.5, "BNHD")
-            maps.see(layer, k, q, None, None, 0.5, "BNHD")
+            maps.see(layer, *looked_at(pack_module, q, k))
+            maps.see(layer, *looked_at(pack_module, k, q))
     maps.close()
     assert maps.steps == [0, 5, 10, 14, 19] and maps.layers == [0, 2]
     first = maps.shares[0, 0]
@@ -40,11 +47,25 @@ def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack
     assert maps.for_page(tmp_path)["filename"] == page["filename"], "one file per run"
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep):
+    """Keys that their own queries would never pick; a query block of 128 tokens covers two key blocks of 64."""
+    maps = pack_module("nodes.routing_maps").RoutingMaps()
+    q = torch.eye(4, 64).repeat_interleave(128, 0)[None, :, None].repeat(1, 1, 2, 1)
+    steps = torch.linspace(1, 0, 2)
+    maps.begin_model_call(steps[:1], steps, (2, 16, 16))
+    maps.see(0, *looked_at(pack_module, q, -q, keep_diagonal=keep))
+    maps.close()
+    own = torch.eye(4).repeat_interleave(2, 1)
+    assert torch.equal(maps.shares[0, 0] * own, own if keep else torch.zeros(4, 8))
+    assert torch.equal(maps.shares[0, 0].sum(dim=1), torch.full((4,), 4.0))
+
+
 def test_without_a_sampler_that_says_its_steps_there_is_no_map(pack_module, tmp_path):
     maps = pack_module("nodes.routing_maps").RoutingMaps()
     q = torch.randn(1, 300, 2, 64)
     maps.begin_model_call(None, None, None)
-    maps.see(0, q, q, None, None, 0.5, "BNHD")
+    maps.see(0, *looked_at(pack_module, q, q))
     maps.close()
     assert maps.for_page(tmp_path) is None and list(tmp_path.iterdir()) == []
 

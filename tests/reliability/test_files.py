@@ -269,8 +269,9 @@ def test_a_real_limit_of_the_system_half_way_through_a_file(good, tmp_path):
         "try: good_router(precision='fp8').save(sys.argv[1])\n"
         "except ValueError as error: print(error)"
     )
+    # -B: the limit would cut compiled modules, too, which other processes read
     said = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(ROOT), str(Path(__file__).parent)],
+        [sys.executable, "-B", "-c", code, str(path), str(ROOT), str(Path(__file__).parent)],
         preexec_fn=limit, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "cannot be written: File too large" in said.stdout, said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -276,30 +277,38 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
     values |= {"learning_rate": 1e-3, "model": str(tmp_path / "model"), "data": file, "validation_data": file}
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def launch(processes, fsdp, resume=()):
-        out = tmp_path / f"{processes}-{fsdp}"
-        (tmp_path / "stage2.json").write_text(json.dumps({**values, "output": str(out), "fsdp": fsdp}))
+    def arguments(name, fsdp, *resume):
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**values, "output": str(tmp_path / name), "fsdp": fsdp}))
+        return ["--config", str(config), *resume]
+
+    def launch(processes, weights, *runs):
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*start, "-m", "sla2_training.stage2", "--config", str(tmp_path / "stage2.json"), *resume]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+        command = [*start, str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("| dense |") == 1
-        assert f"{processes} process(es), {'sharded' if fsdp else 'whole'} weights" in done.stdout
-        log = json.loads((out / "log.json").read_text())
-        return out, log["losses"], log["validations"][-1]
+        assert done.stdout.count("| dense |") == len(runs)
+        assert re.findall(r"(\d+) process\(es\), (\w+) weights", done.stdout) == [(str(processes), w) for w in weights]
+
+    def log(name):
+        found = json.loads((tmp_path / name / "log.json").read_text())
+        return found["losses"], found["validations"][-1]
 
     def same_weights(a, b):
-        one, two = (safetensors.torch.load_file(out / "step-000003" / "trained.safetensors") for out in (a, b))
+        one, two = (safetensors.torch.load_file(tmp_path / n / "step-000003" / "trained.safetensors") for n in (a, b))
         assert one.keys() == two.keys()
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)
 
-    alone, losses, end = launch(1, False)
-    for fsdp in (False, True):
-        together, shared_losses, shared_end = launch(2, fsdp)
+    launch(1, ["whole"], arguments("alone", False))
+    resume = ("--resume", str(tmp_path / "alone" / "step-000002"))
+    launch(2, ["whole", "sharded", "sharded"], arguments("together", False), arguments("split", True),
+           arguments("gone on", True, *resume))  # fmt: skip
+    losses, end = log("alone")
+    for name in ("together", "split"):
+        shared_losses, shared_end = log(name)
         assert shared_losses == pytest.approx(losses, rel=1e-4) and shared_end == pytest.approx(end, rel=1e-4)
-        same_weights(alone, together)
+        same_weights("alone", name)
     # a checkpoint of one process goes on in two that split the weights
-    together, shared_losses, _ = launch(2, True, ("--resume", str(alone / "step-000002")))
-    assert shared_losses == pytest.approx({"2": losses["2"]}, rel=1e-4)
-    same_weights(alone, together)
+    assert log("gone on")[0] == pytest.approx({"2": losses["2"]}, rel=1e-4)
+    same_weights("alone", "gone on")

@@ -2,7 +2,11 @@
 
 import time
 
-READY = "window.app?.graph && window.app.canvas && Object.keys(LiteGraph.registered_node_types).length > 100"
+# the page goes on after its nodes are known: it loads a first workflow over whatever is shown, and listens to selections
+READY = (
+    "window.app?.graph && window.app.canvas && Object.keys(LiteGraph.registered_node_types).length > 100"
+    " && window.app.extensionManager?.workflow?.activeWorkflow && !!window.app.canvas.onSelectionChange"
+)
 
 
 class Canvas:

@@ -5,6 +5,7 @@ import pytest
 from tooling.checkpoint import TRAINED, VAE
 
 pytestmark = pytest.mark.web
+SIDE = 128  # of videos that are decoded
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def test_the_numbers_are_shown_and_the_break_even_can_be_set_and_undone(canvas, 
 def test_a_slider_moves_between_the_dense_and_the_sla2_frames(canvas, comparing_prompt, vue):
     comparing_prompt["7"] = {"class_type": "VAELoader", "inputs": {"vae_name": VAE}}
     comparing_prompt["6"]["inputs"]["vae"] = ["7", 0]
+    comparing_prompt["5"]["inputs"].update(width=SIDE, height=SIDE)
     canvas.look(vue=vue)
     canvas.load_prompt(comparing_prompt)
     frames = canvas.queue()["outputs"]["6"]["sla2_frames"][0]
@@ -55,7 +57,7 @@ def test_a_slider_moves_between_the_dense_and_the_sla2_frames(canvas, comparing_
     page.wait_for_timeout(500)
     images = page.locator(".sla2-frames img")
     sizes = images.evaluate_all("(all) => all.map((i) => [i.naturalWidth, i.naturalHeight, i.clientHeight > 0])")
-    assert sizes == [[256, 256, True]] * 2
+    assert sizes == [[SIDE, SIDE, True]] * 2
     assert [image.get_attribute("alt") for image in images.all()] == ["dense", "SLA2"]
     slider = page.get_by_role("slider", name="dense to the left, SLA2 to the right")
     box = slider.bounding_box()

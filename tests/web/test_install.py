@@ -32,15 +32,17 @@ def archive(target):
                 zipped.write(ROOT / name, name)
 
 
-def unpacked(base, comfyui):
+def has_manager():
+    return importlib.util.find_spec("comfyui_manager") is not None
+
+
+def unpacked(base):
     with zipfile.ZipFile(base / "served" / "pack.zip") as zipped:
         zipped.extractall(base / "custom_nodes" / PACK_FOLDER)
 
 
 def with_manager(base, comfyui, *what):
     """Runs the Manager on the archive, served over HTTP as the Registry does."""
-    if importlib.util.find_spec("comfyui_manager") is None:
-        pytest.skip("comfyui-manager is not installed")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=base / "served")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as registry:
         threading.Thread(target=registry.serve_forever, daemon=True).start()
@@ -54,20 +56,40 @@ def with_manager(base, comfyui, *what):
     )
 
 
-@pytest.fixture(scope="module", params=[unpacked, with_manager], ids=["unpacked", "manager"])
-def fresh(request, comfyui_path, tmp_path_factory):
-    """A ComfyUI with nothing in it but the archive, unpacked by hand or installed by the Manager."""
+@pytest.fixture(scope="module")
+def installed(comfyui_path, tmp_path_factory):
+    """Base directory with nothing in it but the archive: installed by the Manager, unpacked by hand where there is none."""
     base = tmp_path_factory.mktemp("fresh")
     for folder in ("models", "custom_nodes", "input", "output", "user", "served"):
         (base / folder).mkdir()
     archive(base / "served" / "pack.zip")
-    request.param(base, comfyui_path)
-    with Server(comfyui_path, base, wait_s=120, OMP_NUM_THREADS="1") as running:
-        yield running
-    if request.param is with_manager:
-        assert (base / "custom_nodes" / PACK_FOLDER / ".tracking").is_file()
+    if has_manager():
+        with_manager(base, comfyui_path)
+    else:
+        unpacked(base)
+    yield base
+    if has_manager():
         with_manager(base, comfyui_path, "uninstall")
         assert not (base / "custom_nodes" / PACK_FOLDER).exists(), "uninstalling leaves nothing behind"
+
+
+@pytest.fixture(scope="module")
+def fresh(installed, comfyui_path):
+    """A ComfyUI on that base directory."""
+    with Server(comfyui_path, installed, wait_s=120, OMP_NUM_THREADS="1") as running:
+        yield running
+
+
+@pytest.mark.skipif(not has_manager(), reason="comfyui-manager is not installed")
+def test_the_manager_leaves_the_archive_as_unpacking_does(installed):
+    """So that one ComfyUI stands for both ways to install."""
+    pack = installed / "custom_nodes" / PACK_FOLDER
+    assert (pack / ".tracking").is_file()
+    with zipfile.ZipFile(installed / "served" / "pack.zip") as zipped:
+        shipped = {name: zipped.read(name) for name in zipped.namelist()}
+    files = [path for path in pack.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    found = {path.relative_to(pack).as_posix(): path.read_bytes() for path in files if path.name != ".tracking"}
+    assert found == shipped
 
 
 def test_every_node_template_and_help_is_there(fresh):

@@ -21,9 +21,13 @@ def read(path):
 
 
 def saved_nodes(workflow):
-    """Nodes of ours in a saved workflow, also those inside its subgraphs."""
-    inner = [node for graph in (workflow.get("definitions") or {}).get("subgraphs", []) for node in graph["nodes"]]
-    return [node for node in workflow["nodes"] + inner if node["type"].startswith("SLA2")]
+    """Nodes of ours in a saved workflow by (subgraph's id or None, id), those inside its subgraphs too."""
+    inner = (workflow.get("definitions") or {}).get("subgraphs", [])
+    graphs = [(None, workflow), *((graph["id"], graph) for graph in inner)]
+    return {
+        (graph_id, str(node["id"])): node
+        for graph_id, graph in graphs for node in graph["nodes"] if node["type"].startswith("SLA2")
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", BUNDLED + [BLUEPRINT] + MUSEUM, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -35,22 +39,24 @@ def test_it_loads_without_a_missing_node_and_with_every_value(canvas, path):
         ".filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
     )
     assert unknown == []
-    values = canvas.js(
-        "[app.rootGraph, ...(app.rootGraph.subgraphs?.values() ?? [])].flatMap((g) => g.nodes)"
-        ".filter((n) => n.type.startsWith('SLA2'))"
-        ".map((n) => [n.type, Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value]))])"
+    shown = canvas.js(
+        "[app.rootGraph, ...(app.rootGraph.subgraphs?.values() ?? [])].flatMap((g) =>"
+        " g.nodes.filter((n) => n.type.startsWith('SLA2')).map((n) => [g === app.rootGraph ? null : g.id, String(n.id), n.type,"
+        " Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value]))]))"
     )
-    found = {kind: named for kind, named in values}
+    found = {(graph_id, node_id): (kind, values) for graph_id, node_id, kind, values in shown}
     nodes = saved_nodes(workflow)
-    assert nodes and {node["type"] for node in nodes} == set(found)
-    for node in nodes:
+    assert nodes and {key: node["type"] for key, node in nodes.items()} == {
+        key: kind for key, (kind, _) in found.items()
+    }
+    for key, node in nodes.items():
         saved = node.get("widgets_values_named") or {}
-        assert {name: found[node["type"]].get(name) for name in saved} == saved, node["type"]
+        assert {name: found[key][1].get(name) for name in saved} == saved, node["type"]
     assert canvas.errors == []
 
 
 def test_values_are_saved_by_name_in_every_exhibit():
-    nodes = [node for path in MUSEUM for node in saved_nodes(read(path)) if node.get("widgets_values")]
+    nodes = [node for path in MUSEUM for node in saved_nodes(read(path)).values() if node.get("widgets_values")]
     assert len(nodes) >= 6 and all(node["widgets_values_named"] for node in nodes)
 
 

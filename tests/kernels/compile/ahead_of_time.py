@@ -46,6 +46,16 @@ class Compiled:
         )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What of a launch decides how a kernel is compiled for a card, but for strides and alignment."""
+
+    name: str
+    constants: tuple
+    dtypes: tuple
+    options: tuple
+
+
 class AbsentCard:
     """As much of a Triton driver as compiling asks for; the device's number is its architecture."""
 
@@ -63,33 +73,44 @@ class AbsentCard:
 
 
 class Recorder:
-    """Compiles what is launched while it is installed; ``kernels`` are the distinct ones, in order of launch."""
+    """Compiles what is launched while it is installed; ``kernels`` are the distinct ones, in order of launch.
 
-    def __init__(self, monkeypatch, card):
-        self.kernels, self._seen = [], set()
+    compiling=False: only takes down ``launches``, the set of what would be compiled.
+    """
+
+    def __init__(self, monkeypatch, card, compiling=True):
+        self.kernels, self.launches, self._seen = [], set(), set()
         # Triton 3.2 keeps the driver in .active, later releases behind a property of that name
         monkeypatch.setattr(driver, "_active" if "_active" in vars(driver) else "active", AbsentCard(card.arch))
         compile_only = JITFunction.run
 
         def launch(function, *args, grid, warmup, **options):
+            self.launches.add(_launch(function, args, options))
+            if not compiling:
+                return None
             kernel = compile_only(function, *args, grid=grid, warmup=True, **options)
             if id(kernel) not in self._seen:
                 self._seen.add(id(kernel))
-                self.kernels.append(_described(function, kernel, args, options))
+                self.kernels.append(_described(kernel, _launch(function, args, options)))
             return kernel
 
         monkeypatch.setattr(JITFunction, "run", launch)
 
 
-def _described(function, kernel, args, options):
+def _launch(function, args, options):
     names = [parameter.name for parameter in function.params]
     constants = {name: options[name] for name in names if name in options}
+    others = {name: value for name, value in options.items() if name not in constants}
     dtypes = dict.fromkeys(str(arg.dtype).removeprefix("torch.") for arg in args if hasattr(arg, "dtype"))
+    return Launch(function.fn.__name__, tuple(constants.items()), tuple(dtypes), tuple(sorted(others.items())))
+
+
+def _described(kernel, launch):
     registers, spilled = _usage(kernel.asm["cubin"])
     metadata = kernel.metadata
     return Compiled(
-        kernel.name, tuple(constants.items()), tuple(dtypes), metadata.num_warps, metadata.num_stages,
-        metadata.shared, registers, spilled,
+        kernel.name, launch.constants, launch.dtypes, metadata.num_warps, metadata.num_stages, metadata.shared, registers,
+        spilled,
     )  # fmt: skip
 
 

@@ -36,17 +36,20 @@ def kernel_cache(tmp_path_factory):
 
 @pytest.fixture
 def compile_for(monkeypatch):
-    """compile_for(card) makes the operator's launches compile for that card; what it returns lists the kernels."""
+    """compile_for(card) makes the operator's launches compile for that card; what it returns lists the kernels.
+
+    compile_for(card, compiling=False): they are only taken down.
+    """
     from ahead_of_time import TRITON, Recorder
 
-    def begin(card):
+    def begin(card, **options):
         if card.oldest_triton > TRITON:
             known = ".".join(map(str, card.oldest_triton))
             pytest.skip(f"Triton {'.'.join(map(str, TRITON))} cannot compile for {card}; {known} can")
         monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", "{}.{}".format(*card.capability))
         # the tensors are on the CPU; every other reason not to run still counts
         monkeypatch.setattr(support, "_card_reason", lambda device: None)
-        return Recorder(monkeypatch, card)
+        return Recorder(monkeypatch, card, **options)
 
     return begin
 

@@ -1,5 +1,7 @@
 """The forward pass fits every card: its kernels compile, and ask for no more memory and registers than a block may have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ahead_of_time import HEADS, TOKENS
@@ -8,16 +10,20 @@ from cards import CARDS, assert_fits
 from sla2_kernels.support import unsupported_reason
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-# dtype, head_dim, precision, where the ratio comes from ("none": every block is selected, there is no linear branch)
+ALL = tuple(card.arch for card in CARDS)
+# dtype, head_dim, precision, where the ratio comes from ("none": every block is selected, there is no linear branch), cards.
+# bfloat16, which video models have, for every card; the others for those that differ (see the test of the launches)
 CASES = (
-    (BF16, 128, "int8", "estimated"),
-    (FP16, 128, "int8", "learned"),
-    (BF16, 128, "16bit", "estimated"),
-    (FP16, 128, "fp8", "none"),
-    (BF16, 64, "16bit", "learned"),
-    (FP16, 64, "int8", "none"),
-    (FP32, 128, "int8", "learned"),
-    (FP32, 128, "16bit", "estimated"),
+    (BF16, 128, "int8", "estimated", ALL),
+    (BF16, 128, "int8", "learned", ALL),
+    (BF16, 128, "16bit", "estimated", ALL),
+    (BF16, 64, "16bit", "learned", ALL),
+    (BF16, 128, "fp8", "none", ALL),
+    (BF16, 64, "int8", "none", ALL),
+    (FP16, 128, "int8", "learned", (86, 120)),
+    (FP16, 128, "fp8", "none", (120,)),
+    (FP32, 128, "int8", "learned", (86, 90, 120)),
+    (FP32, 128, "16bit", "estimated", (86, 90, 100)),
 )
 ODD = [card for card in CARDS if card.arch in (86, 120)]
 
@@ -30,12 +36,23 @@ def spill_bar(card, dtype=BF16):
 
 
 def case_id(case):
-    dtype, *others = case
-    return "-".join(map(str, (str(dtype).removeprefix("torch."), *others)))
+    return "-".join(str(part).removeprefix("torch.") for part in case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-@pytest.mark.parametrize("card", CARDS, ids=str)
+def compiled(card, dtype):
+    """The cases of a dtype that are compiled for a card."""
+    return [case for *case, archs in CASES if card.arch in archs and case[0] == dtype]
+
+
+@pytest.mark.parametrize(
+    ("card", "case"),
+    [
+        pytest.param(card, case, id=f"{card}-{case_id(case)}")
+        for *case, archs in CASES
+        for card in CARDS
+        if card.arch in archs
+    ],
+)
 def test_forward_fits(compile_for, attend, card, case):
     dtype, head_dim, precision, ratio = case
     kernels = compile_for(card).kernels
@@ -54,6 +71,39 @@ def test_forward_fits(compile_for, attend, card, case):
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, spill_bar(card, dtype))
+
+
+def launched(compile_for, attend, card, cases):
+    recorder = compile_for(card, compiling=False)
+    for case in cases:
+        if case[2] != "fp8" or card.capability >= (8, 9):
+            attend(*case)
+    return recorder.launches
+
+
+def as_bfloat16(launch):
+    """A launch of float16 tensors as that of bfloat16 ones."""
+    dtypes = dict.fromkeys("bfloat16" if dtype == "float16" else dtype for dtype in launch.dtypes)
+    return replace(launch, dtypes=tuple(sorted(dtypes)))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_float16_launches_what_bfloat16_does(compile_for, attend, card):
+    """So that what fits in the one fits in the other: both take 16 bits."""
+    bfloat16 = compiled(card, BF16)
+    expected = {as_bfloat16(launch) for launch in launched(compile_for, attend, card, bfloat16)}
+    float16 = launched(compile_for, attend, card, [(FP16, *others) for _, *others in bfloat16])
+    assert any("float16" in launch.dtypes for launch in float16)
+    assert {as_bfloat16(launch) for launch in float16} <= expected
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_float32_launches_what_is_compiled_for_a_card_with_no_more_memory(compile_for, attend, card):
+    smaller = [other for other in CARDS if other.shared_kb <= card.shared_kb]
+    known = set().union(*(launched(compile_for, attend, other, compiled(other, FP32)) for other in smaller))
+    cases = {case_id(case): case for other in CARDS for case in compiled(other, FP32)}
+    found = launched(compile_for, attend, card, cases.values())
+    assert found and found <= known
 
 
 @pytest.mark.parametrize("card", ODD, ids=str)
