@@ -54,10 +54,11 @@ def main(argv=None):
                 return miniature.sample(patched, sigmas, sampler, caption, args.cfg, seed=SEED + number, latent=latent)
 
             if number not in kept:
-                kept[number] = sample(model)
+                out = sample(model)
+                kept[number] = out, decoded(vae, out)
             patched = patched_by(miniature, model, preset)
             out = sample(patched)
-            rows.append({"skipped": skipped(patched), **likeness(vae, out, kept[number])})
+            rows.append({"skipped": skipped(patched), **likeness(out, decoded(vae, out), *kept[number])})
             print(f"{preset.name}: {caption}: {rows[-1]}", flush=True)
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         content["rows"].append({**asdict(preset), "sampling_steps": steps, "sampler": sampler, **mean})
@@ -103,12 +104,14 @@ def skipped(patched):
 
 
 @torch.inference_mode()
-def likeness(vae, out, dense):
-    device = next(vae.parameters()).device
-    # ComfyUI hands latents out as the VAE made them
-    videos = [vae.decode(x.float().to(device))[0].float() for x in (out, dense)]
-    error = ((out - dense).norm() / dense.norm()).item()
-    return {"latent_error": error, "psnr": float(psnr(*videos)), "ssim": float(ssim(*videos))}
+def decoded(vae, latents):
+    """The video (3, F, H, W); ComfyUI hands latents out as the VAE made them."""
+    return vae.decode(latents.float().to(next(vae.parameters()).device))[0].float()
+
+
+def likeness(latents, video, dense_latents, dense_video):
+    error = ((latents - dense_latents).norm() / dense_latents.norm()).item()
+    return {"latent_error": error, "psnr": float(psnr(video, dense_video)), "ssim": float(ssim(video, dense_video))}
 
 
 def markdown(content):

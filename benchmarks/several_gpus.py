@@ -94,6 +94,8 @@ def work(args):
     found = (attention if args.work == "attention" else stage2)(args, device)
     if rank == 0:
         args.found.write_text(json.dumps(found), encoding="utf-8")
+    # gloo's threads of one process may still serve another
+    dist.barrier()
     dist.destroy_process_group()
 
 

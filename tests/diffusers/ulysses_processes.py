@@ -74,6 +74,7 @@ def main(path):
         found[order] = video(model), handle.sparse_calls, handle.dense_calls
     if rank == 0:
         torch.save(found, path)
+    dist.barrier()
     dist.destroy_process_group()
 
 
