@@ -35,7 +35,9 @@ def group_name(text):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu_checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--comfyui", nargs="?", const=find_comfyui()[1], type=Path, help="folder of a ComfyUI checkout")
     parser.add_argument("--only", metavar="GROUP", type=group_name, help=f"one of: {', '.join(GROUPS)}")
