@@ -108,9 +108,12 @@ class SLA2WanProcessor:
         return unsupported_reason(x.device, attn.to_q.weight.dtype, head_dim, precision, settings.backend)
 
     def _weights_on(self, device):
-        if device not in self._on_device:
-            self._on_device = {device: tuple(None if t is None else t.to(device) for t in self.weights)}
-        return self._on_device[device]
+        placed = self._on_device.get(device)
+        if placed is None:
+            placed = tuple(None if t is None else t.to(device) for t in self.weights)
+            # a new dict, the former device's tensors gone: a thread of another device keeps what it was given
+            self._on_device = {device: placed}
+        return placed
 
     def _count_sparse(self, shape):
         batch, tokens, heads, _ = shape

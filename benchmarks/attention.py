@@ -19,7 +19,7 @@ import torch
 
 from . import results
 from .inputs import KINDS, find_shape, make_inputs, shape_of_length
-from .measure import environment, is_gpu, launch_ms, measure_ceilings, median_ms, peak_bytes
+from .measure import environment, is_gpu, launch_ms, measure_ceilings, median_ms, peak_bytes, use_device
 from .ours import ALPHAS, NAME, PRECISIONS, check, sla2_method
 from .peers import add_peer_folders, find_peers
 from .plot import part_plot
@@ -40,6 +40,7 @@ def main(argv=None):
         if args.plot:
             write_plots(content, Path(args.plot))
         return
+    use_device(args.device)
     add_peer_folders(args.peers)
     if args.phases:
         from .phases import print_phases

@@ -25,7 +25,7 @@ from sla2_kernels.router import block_count
 
 from . import results
 from .inputs import find_shape, make_inputs
-from .measure import environment, is_gpu, median_ms
+from .measure import environment, is_gpu, median_ms, use_device
 from .ours import weights_for
 from .peers import Method, _sdpa, add_peer_folders
 
@@ -36,6 +36,7 @@ BASELINE = "FlashAttention-2 (PyTorch)"
 
 def main(argv=None):
     args = parse(argv)
+    use_device(args.device)
     add_peer_folders(args.peers)
     print(", ".join(f"{name} {value}" for name, value in environment(args.device).items()), flush=True)
     failed = False
@@ -210,16 +211,16 @@ def measure(method, q, k, v, device):
         "peak_bytes": None,
     }
     if is_gpu(device):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
         out = run()
-        torch.cuda.synchronize()
-        found["kept_bytes"] = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
+        torch.cuda.synchronize(device)
+        found["kept_bytes"] = torch.cuda.memory_allocated(device) - before - out.untyped_storage().nbytes()
         del out
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         both()
-        torch.cuda.synchronize()
-        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
     found["tensor_bytes"] = q.numel() * q.element_size()
     return found
 

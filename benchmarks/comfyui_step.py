@@ -133,13 +133,13 @@ def time_steps(model, latent, args):
     """Seconds per step (median, the first left out) and the peak memory of a sampling run, weights included."""
     if is_gpu(args.device):
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(args.device)
     out, seconds = sample(model, latent, args.steps + 1)
     if not bool(torch.isfinite(out).all()):
         raise RuntimeError("the sampled latents hold NaN or infinity: these times would mean nothing.")
     row = {"seconds_per_step": statistics.median(seconds[1:]), "seconds": seconds, "first_step_seconds": seconds[0]}
     if is_gpu(args.device):
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        row["peak_bytes"] = torch.cuda.max_memory_allocated(args.device)
     hook = model.get_attachment("sla2")
     if hook is not None:
         row["sparse_calls"], row["dense_calls"] = call_counts(hook)

@@ -7,9 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from sla2_kernels.support import on_device
+
 
 def is_gpu(device):
     return torch.device(device).type == "cuda"
+
+
+def use_device(device):
+    """Makes the GPU that a --device argument names by number, such as "cuda:1", the process's current one.
+
+    Rivals' kernels, ComfyUI and most timers ask for the current device, not for that of the tensors.
+    """
+    if is_gpu(device) and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
 
 
 def median_ms(function, device, *, least_ms=120, repeats=7):
@@ -22,9 +33,11 @@ def median_ms(function, device, *, least_ms=120, repeats=7):
         return statistics.median(_wall_ms(function) for _ in range(3))
     from triton.testing import do_bench
 
-    torch.cuda.synchronize()
-    once = _wall_ms(lambda: (function(), torch.cuda.synchronize()))
-    return do_bench(function, warmup=25, rep=max(least_ms, repeats * once), return_mode="median")
+    # do_bench records its events and clears the cache of the current device
+    with on_device(torch.device(device)):
+        torch.cuda.synchronize()
+        once = _wall_ms(lambda: (function(), torch.cuda.synchronize()))
+        return do_bench(function, warmup=25, rep=max(least_ms, repeats * once), return_mode="median")
 
 
 def launch_ms(function):
@@ -46,12 +59,12 @@ def peak_bytes(function, device):
     """Most GPU memory that ``function()`` held at once beyond what was allocated before it and its own result."""
     if not is_gpu(device):
         return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     out = function()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
     return peak - out.untyped_storage().nbytes()
 
 
@@ -68,7 +81,7 @@ def measure_ceilings(device="cuda"):
     if not is_gpu(device):
         return None
     matmul = {"16bit": _matmul_rate(device)}
-    if torch.cuda.get_device_capability() >= (8, 9):
+    if torch.cuda.get_device_capability(device) >= (8, 9):
         matmul["fp8"] = _fp8_rate(device)
     return Ceilings(_copy_rate(device), matmul)
 

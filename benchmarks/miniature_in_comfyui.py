@@ -7,6 +7,7 @@ import torch
 
 from miniature.captions import embed
 
+from .measure import is_gpu
 from .wan_in_comfyui import PACK, import_comfyui, load_pack
 
 WEIGHTS = PACK / "miniature" / "weights"
@@ -14,11 +15,11 @@ ROUTER = WEIGHTS / "wan_miniature_router.safetensors"
 
 
 class MiniatureInComfyUI:
-    """comfyui: folder of a checkout. device: "cuda" or "cpu". One per process: it imports ComfyUI."""
+    """comfyui: folder of a checkout. device: "cuda", "cuda:1" or "cpu". One per process: it imports ComfyUI."""
 
     def __init__(self, comfyui, device):
         sys.path.insert(0, str(Path(comfyui)))
-        if device == "cuda":
+        if is_gpu(device):
             # as ComfyUI's main.py does, before anything of comfy is imported
             import comfy_aimdo.control
 
@@ -26,11 +27,12 @@ class MiniatureInComfyUI:
         import_comfyui(comfyui, device)
         self._pack = load_pack().__name__
 
-    def load(self):
-        """A new ModelPatcher."""
+    def load(self, device=None):
+        """A new ModelPatcher that samples on ``device`` (torch.device), as ComfyUI's Select Model Device does; None: on its default."""
         import comfy.sd
 
-        return comfy.sd.load_diffusion_model(str(WEIGHTS / "wan_miniature_dit.safetensors"))
+        options = {} if device is None else {"load_device": device}
+        return comfy.sd.load_diffusion_model(str(WEIGHTS / "wan_miniature_dit.safetensors"), model_options=options)
 
     def module(self, name):
         """A module of this pack, as ComfyUI imports it, such as "nodes.presets"."""

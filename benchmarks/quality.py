@@ -30,7 +30,7 @@ from sla2_training.explore.captures import by_layer, load_captures, model_shape
 from sla2_training.explore.ratios import collect_rows, fit_constant
 
 from . import results
-from .measure import environment
+from .measure import environment, use_device
 from .miniature_model import Miniature
 from .peers import add_peer_folders
 from .quality_report import layers_markdown, markdown
@@ -39,6 +39,7 @@ from .quality_variants import DENSE, STAGE_1, UNTRAINED, fit_v1, make_variants
 
 def main(argv=None):
     args = parse(argv)
+    use_device(args.device)
     add_peer_folders(args.peers)
     torch.manual_seed(0)
     miniature = None

@@ -24,7 +24,7 @@ from sla2_kernels import default_precision, identity_router, load_router
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
 
 from . import results
-from .measure import environment
+from .measure import environment, use_device
 from .miniature_model import Miniature
 from .quality import train_router
 
@@ -35,6 +35,7 @@ RUNS = (QAT, AFTERWARDS, HEURISTIC)
 
 def main(argv=None):
     args = parse(argv)
+    use_device(args.device)  # accelerate takes the current one
     begin, device = time.monotonic(), torch.device(args.device)
     facts = environment(args.device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)

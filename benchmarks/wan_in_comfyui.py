@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .measure import is_gpu, use_device
+
 PACK = Path(__file__).resolve().parents[1]
 PACK_NAME = "sla2_pack"
 
@@ -39,7 +41,8 @@ def import_comfyui(folder, device):
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
 
-    args.cpu = torch.device(device).type == "cpu"
+    args.cpu = not is_gpu(device)
+    use_device(device)
     import comfy.sample  # noqa: F401  the import that starts model management
 
 
@@ -127,7 +130,7 @@ def sample(model, latent, steps, on_step=None):
 
     def callback(step, denoised, x, total):
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
         if on_step is not None:
             on_step(step)

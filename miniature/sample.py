@@ -90,7 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     for number, caption in enumerate(captions):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"), torch.no_grad():
+        with (
+            torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.device != "cpu"),
+            torch.no_grad(),
+        ):
             latents = sample_latents(model, embed(caption), shape=shape, seed=args.seed + number, steps=args.steps,
                                      cfg=args.cfg, device=args.device)  # fmt: skip
             results.append(vae.decode(denormalise_latents(latents))[0].float().cpu())

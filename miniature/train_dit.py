@@ -51,7 +51,7 @@ def encode_clips(
             code = vae.encode(clip)
         parts.append(normalise_latents(code.float()).bfloat16())
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         if time.monotonic() > until:
             break
     latents = torch.cat(parts)
@@ -162,7 +162,7 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
     )  # fmt: skip
     log.write()
     if device.type == "cuda":
-        log.result(peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30)
+        log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     shown = _spread(held_out, 6)
     for name in ("full", "small"):
         noise_shape = (1, *test[name].latents.shape[1:])

@@ -50,7 +50,7 @@ def sample_all(model, captions, first_seed, attention, args):
     """Samples every caption once, for what the attention function sees."""
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.size // 8, args.size // 8)
     for number, caption in enumerate(captions):
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.float32):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.float32):
             sample_latents(
                 model, embed(caption), shape=shape, seed=first_seed + number, steps=args.sampling_steps, cfg=args.cfg,
                 device=args.device, attention=attention,

@@ -61,11 +61,11 @@ def choose_kernels(device: torch.device, compile_: bool) -> str:
         Kernels.stack_frames = stacked
         for repeat in range(6):
             if repeat == 2:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
                 begin = time.monotonic()
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 conv(x).float().mean().backward()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         seconds[stacked] = (time.monotonic() - begin) / 4
     Kernels.stack_frames = seconds[True] < seconds[False]
     name = "2-D convolution of stacked frames" if Kernels.stack_frames else "3-D convolution"

@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from ..sla2_kernels.support import on_device
+
 SHORTEST, LONGEST = 1024, 131_072
 SECONDS = 20  # that the search may take, about
 REPEATS_S = 0.3  # per length and kind
@@ -16,6 +18,12 @@ def time_lengths(dense, sparse, device, seconds=SECONDS):
 
     Stops where SLA2 is clearly faster, or the next length would take longer than the time that is left.
     """
+    # dense attention of another pack may launch kernels on the current device
+    with on_device(device):
+        return _time_lengths(dense, sparse, device, seconds)
+
+
+def _time_lengths(dense, sparse, device, seconds):
     begun, rows, tokens = time.perf_counter(), [], SHORTEST
     while tokens <= LONGEST:
         times = [_median_time(make(tokens), device) for make in (dense, sparse)]

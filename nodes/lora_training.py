@@ -11,6 +11,7 @@ import comfy.samplers
 import torch
 from comfy_extras.nodes_train import find_modules_at_depth, patch, process_cond_list, unpatch
 
+from ..sla2_kernels.support import on_device
 from ..sla2_training import FineTuning, TrainingError
 from ..sla2_training.draws import drawn, noise_like
 from .router_training import training_mode
@@ -58,7 +59,8 @@ class LoraTraining(comfy.samplers.Sampler):
         self.model, self.options = model_wrap.inner_model, extra_args["model_options"]
         self.conds = process_cond_list(model_wrap.conds)
         self.clean = self.model.process_latent_in(self.videos.to(noise.device, torch.float32))
-        with self._prepared(model_wrap.model_patcher):
+        # core's training guider, unlike its sampling one, leaves the current device as it is
+        with on_device(noise.device), self._prepared(model_wrap.model_patcher):
             self._train()
         return torch.zeros_like(noise)
 

@@ -9,6 +9,7 @@ import torch
 
 from ..sla2_kernels import Q_BLOCK
 from ..sla2_kernels.router import block_count
+from ..sla2_kernels.support import on_device
 from .routing_maps import wanted_maps
 
 ROUNDING = 1e-6
@@ -134,7 +135,7 @@ class RunRecord:
             first = not counts
             known = counts.get(out.device)
             counts[out.device] = bad.long() if known is None else known + bad
-        if not first or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not first or _capturing(out.device):
             return False
         found = bool(bad)
         if found:
@@ -152,7 +153,7 @@ class RunRecord:
             with self.lock:
                 self.layers[layer].clocked[kind].append(elapsed)
             return
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if device.type != "cuda" or _capturing(device):
             yield
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -208,6 +209,14 @@ class RunRecord:
             self.note(
                 f"sparse outputs with NaN or infinity: {calls}; try bit_width 16bit, or these layers in dense_layers"
             )
+
+
+def _capturing(device):
+    """Whether a CUDA graph is being captured on ``device``."""
+    if device.type != "cuda":
+        return False
+    with on_device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _collect(record):

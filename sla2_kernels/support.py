@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -24,6 +25,14 @@ NOT_FOR_WINDOWS = ("3.9",)  # triton-windows had no such release when this table
 def interpreting():
     """True where Triton runs kernels in its CPU interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def on_device(device):
+    """Context in which ``device``, a torch.device, is the current CUDA device; on other devices it does nothing.
+
+    Triton launches on the current device, whatever device its tensors lie on, and torch's stream queries mean it too.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

@@ -5,7 +5,6 @@ pools -> scores -> top-k -> unselected mass where no ratio was learned; then per
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from .kernels.select import select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
-from .support import capability, interpreting
+from .support import capability, interpreting, on_device
 
 # Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
 WORKSPACE_SHARE = 1.4
@@ -58,10 +57,6 @@ def _sums_dtype(q):
     return torch.bfloat16 if q.dtype == torch.float16 and not interpreting() else q.dtype
 
 
-def _on(device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _pool_keys(k, dtype, plan=None):
     pooled = pool(k, K_BLOCK, plan)
     means = torch.empty_like(pooled, dtype=dtype)
@@ -85,7 +80,7 @@ def _given(q, k, key_blocks, dtype, plan):
 
 def route(q, k, proj_q, proj_k, count, diagonal=None):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
-    with _on(q.device):
+    with on_device(q.device):
         return _route(q, k, proj_q, proj_k, count, q.dtype, diagonal=diagonal).selected.unflatten(0, q.shape[:2])
 
 
@@ -131,7 +126,7 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
     card = capability(q.device)
     qk, pv = configs.loop_formats(precision, card)
     blocks = block_count(k.shape[2], K_BLOCK)
-    with _on(q.device):
+    with on_device(q.device):
         ratios = None if ratios is None else ratios.to(q.device).contiguous()
         plan, dtype = plan_for(q, k, v, out, proj_q, proj_k, ratios), _sums_dtype(q)
         if key_blocks is None:

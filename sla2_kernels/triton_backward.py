@@ -21,8 +21,8 @@ from .kernels.pack import pack
 from .kernels.pool import pool, smooth
 from .kernels.select import new_mask, unselected_mask
 from .router import K_BLOCK, Q_BLOCK, block_count
-from .support import capability
-from .triton_backend import Workspace, _head_groups, _on
+from .support import capability, on_device
+from .triton_backend import Workspace, _head_groups
 
 
 def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale):
@@ -33,7 +33,7 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
         key_blocks: int32 (B, H, T_m, n), the forward's selection. row_ratio: float32 (B, H, N), the forward's ratios.
         scale: softmax scale.
     """
-    with _on(q.device):
+    with on_device(q.device):
         selected = key_blocks.flatten(0, 1).contiguous()
         blocks = block_count(k.shape[2], K_BLOCK)
         config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)

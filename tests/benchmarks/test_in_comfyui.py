@@ -1,4 +1,4 @@
-"""The scripts that run the miniature in ComfyUI: the presets at a few tokens, and what the GPU checks say without a GPU."""
+"""The script that runs the miniature in ComfyUI: the presets at a few tokens."""
 
 import json
 import os
@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import gpu_checks, presets
+from benchmarks import presets
 from miniature.sample import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +31,3 @@ def test_every_preset_is_measured_against_dense(comfyui_path, tmp_path):
         assert 0 < row["psnr"] < 60 and 0 < row["ssim"] < 1
         assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in presets.markdown(content)
     assert rows["quality"]["skipped"] <= rows["fast"]["skipped"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: run python -m benchmarks.gpu_checks")
-def test_gpu_checks_say_in_a_sentence_that_they_need_a_gpu():
-    with pytest.raises(SystemExit, match="needs an NVIDIA GPU: this machine has none that PyTorch can use.$"):
-        gpu_checks.main([])

@@ -53,9 +53,13 @@ def test_fuzzed_attention_calls(bench):
         heads=heads,
         keywords=st.just({}) | keywords,
         by_name=st.booleans(),
+        sound=st.booleans(),
     )
-    def fuzz(q, k, v, same, heads, keywords, by_name):
+    def fuzz(q, k, v, same, heads, keywords, by_name, sound):
         b, below = bench(), []
+        if sound:
+            # else how many run sparse hangs on the modules that are loaded: hypothesis draws from their constants
+            q, heads = tensor(*SHAPES[0]), HEADS
 
         def chain(func, *args, **kwargs):
             below.append((args, kwargs))

@@ -1,0 +1,144 @@
+"""The operator on one GPU. Checks of it that a CPU can make are in tests/."""
+
+import threading
+
+import torch
+
+from sla2_kernels import sla2_attention
+from sla2_kernels.reference import sla2_reference
+
+from ..measure import median_ms
+from .checks import BOUNDS, random_qkv, relative_error, require
+
+
+def missing(comfyui):
+    """None: one GPU is enough."""
+
+
+def checks(comfyui):
+    """The first one needs a process that has called no kernel yet."""
+    return [
+        threads_launch_for_the_first_time,
+        few_tokens,
+        cuda_graph,
+        compiled_around_it,
+        intermediates_beyond_32_bits,
+        cost_of_the_diagonal,
+    ]
+
+
+def threads_launch_for_the_first_time():
+    """Six threads make the first call of the process at once, with an empty cache of kernels."""
+    inputs = random_qkv(2500, 2, seed=1)
+    gate, outs, errors = threading.Barrier(6), {}, []
+
+    def work(number):
+        try:
+            gate.wait()
+            outs[number] = sla2_attention(*inputs, sparsity=0.9, layout="BNHD", backend="triton")
+            torch.cuda.synchronize()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    require(not errors, f"a thread failed: {errors[:1]}")
+    alone = sla2_attention(*inputs, sparsity=0.9, layout="BNHD", backend="triton")
+    require(all(torch.equal(out, alone) for out in outs.values()), "threads got other results than one call alone")
+    return "6 threads, all bits equal"
+
+
+def few_tokens():
+    """Counts that are 1 (which Triton compiles apart), ragged ends, all dtypes and precisions, against float64."""
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    for tokens in (1, 63, 64, 65, 128, 129, 1000):
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs = random_qkv(tokens, 1, dtype=dtype, seed=tokens)
+            expected, _ = sla2_reference(*(x.transpose(1, 2) for x in inputs), sparsity=0.5)
+            for precision in BOUNDS:
+                out = sla2_attention(*inputs, sparsity=0.5, layout="BNHD", precision=precision, backend="triton")
+                error = relative_error(out.transpose(1, 2), expected)
+                worst[precision] = max(worst[precision], error)
+                require(error < BOUNDS[precision], f"{tokens} tokens, {dtype}, {precision}: error {error:.2e}")
+    return "largest errors " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+
+
+def intermediates_beyond_32_bits():
+    """Inputs and intermediates of more than 2^31 elements: the last heads equal a call of these heads alone."""
+    tokens, heads = 430_000, 40
+    inputs = random_qkv(tokens, heads, seed=2)
+    require(inputs[0].numel() > 2**31, "the input is too small for this check")
+    out = sla2_attention(*inputs, sparsity=0.97, layout="BNHD", backend="triton")
+    alone = sla2_attention(*(x[:, :, -2:] for x in inputs), sparsity=0.97, layout="BNHD", backend="triton")
+    require(torch.equal(out[:, :, -2:], alone), "the last heads differ from a call of these heads alone")
+    require(bool(torch.isfinite(out[:, -1]).all()), "NaN or infinity in the last row")
+    return f"{inputs[0].numel():,} elements, all bits equal"
+
+
+def cuda_graph():
+    """A captured call replays on new contents with the bits of an ordinary call, for every precision and ratio."""
+    for precision in BOUNDS:
+        for alpha in (None, torch.full((4,), 0.8, device="cuda")):
+            static = random_qkv(5000, 4, seed=3)
+
+            def call(inputs, precision=precision, alpha=alpha):
+                return sla2_attention(
+                    *inputs, alpha=alpha, sparsity=0.9, layout="BNHD", precision=precision, keep_diagonal=True
+                )
+
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                call(static)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = call(static)
+            for place, fresh in zip(static, random_qkv(5000, 4, seed=4), strict=True):
+                place.copy_(fresh)
+            graph.replay()
+            torch.cuda.synchronize()
+            require(torch.equal(captured, call(static)), f"{precision}: the replay differs from a call")
+    return "all precisions, learned and estimated ratio, all bits equal"
+
+
+def compiled_around_it():
+    """torch.compile with fullgraph, and with CUDA graphs: one operator, its output equal to the uncompiled module's."""
+    layer = torch.nn.Linear(512, 3 * 512, device="cuda", dtype=torch.bfloat16)
+
+    def module(x):
+        q, k, v = layer(x).unflatten(-1, (3, 4, 128)).unbind(2)
+        return sla2_attention(q, k, v, sparsity=0.9, layout="BNHD", keep_diagonal=True).flatten(2)
+
+    x = torch.randn(1, 3000, 512, device="cuda", dtype=torch.bfloat16)
+    said = []
+    with torch.no_grad():
+        expected = module(x).double()
+        for mode in ("default", "reduce-overhead"):
+            compiled = torch.compile(module, fullgraph=True, mode=mode)
+            for _ in range(3):
+                out = compiled(x).clone()
+            error = relative_error(out, expected)
+            require(error < 1e-2, f"mode {mode}: differs by {error:.2e}")
+            said.append(f"{mode} {error:.1e}")
+    return "difference to eager: " + ", ".join(said)
+
+
+def cost_of_the_diagonal():
+    """Milliseconds with and without each query block's own key blocks, skips 97%, int8, learned ratio."""
+    said = []
+    for name, tokens, heads in (("1.3B-480p", 32760, 12), ("14B-720p", 75600, 40)):
+        inputs, alpha = random_qkv(tokens, heads, seed=5), torch.full((heads,), 0.8, device="cuda")
+        times = [
+            median_ms(
+                lambda kept=kept, inputs=inputs, alpha=alpha: sla2_attention(
+                    *inputs, alpha=alpha, sparsity=0.97, layout="BNHD", precision="int8", keep_diagonal=kept
+                ),
+                "cuda",
+            )
+            for kept in (False, True)
+        ]
+        said.append(f"{name} {times[0]:.3f} -> {times[1]:.3f} ms")
+    return ", ".join(said)
