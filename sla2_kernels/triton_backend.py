@@ -5,7 +5,7 @@ pools -> scores -> top-k -> unselected mass where no ratio was learned; then per
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,9 +17,10 @@ from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
 from .kernels.score import project, scores
-from .kernels.select import select, unselected_mask
+from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
+from .kernels.weighted_mask import weighted_mask
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
@@ -41,12 +42,20 @@ class Routing:
 class Workspace:
     """What one group of heads needs of K and V; fields that a precision does not use are None."""
 
-    k_low: torch.Tensor | None
-    k_scale: torch.Tensor | None
-    v_low: torch.Tensor | None
-    v_exponent: torch.Tensor | None
-    sums: torch.Tensor | None  # (G, T_n, (D + 1) * D): h_j and z_j
-    query_sums: torch.Tensor | None  # (G, T_m, (D + 1) * D): H_i and Z_i
+    k_low: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_low: torch.Tensor | None = None
+    v_exponent: torch.Tensor | None = None
+    sums: torch.Tensor | None = None  # h_j: the first D * D of (G, T_n, >= D * D)
+    norms: torch.Tensor | None = None  # z_j: (G, T_n, D), where not in FP8 the last row of sums
+    query_sums: torch.Tensor | None = None  # (G, T_m, (D + 1) * D): H_i and Z_i
+    # where h_j is in FP8:
+    query_norms: torch.Tensor | None = None  # Z_i: (G, T_m, D), the last row of query_sums
+    sums_exponent: torch.Tensor | None = None  # float32 (G, T_n)
+    weights: torch.Tensor | None = None  # (G, T_m, T_n padded): 1 - M_c times the blocks' powers of two
+    weights_scale: torch.Tensor | None = None  # float32 (G,): what to multiply their products with
+    # TMA descriptors of the kernels for Hopper, made by the first group for all
+    descriptors: dict = field(default_factory=dict)
 
 
 def _sums_dtype(q):
@@ -84,11 +93,14 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
         return _route(q, k, proj_q, proj_k, count, q.dtype, diagonal=diagonal).selected.unflatten(0, q.shape[:2])
 
 
-def _workspace_bytes_per_head(q, k, qk, pv, linear):
-    blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
+def _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums):
+    blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
     low = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv == "fp8"))
-    sums = (blocks + block_count(q.shape[2], Q_BLOCK)) * (head_dim + 1) * head_dim * q.element_size() if linear else 0
-    return low + sums
+    if not linear:
+        return low
+    sum_bytes = (head_dim + 1) * head_dim * q.element_size()
+    key_bytes = head_dim * (head_dim + q.element_size()) if low_sums else sum_bytes
+    return low + blocks * key_bytes + q_blocks * (sum_bytes + blocks * low_sums)
 
 
 def _head_groups(q, per_head):
@@ -99,22 +111,29 @@ def _head_groups(q, per_head):
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _allocate(q, k, group, qk, pv, linear, sums_dtype):
+def _allocate(q, k, group, qk, pv, linear, sums_dtype, low_sums):
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
+    fp8 = torch.float8_e4m3fn
 
-    def empty(wanted, *shape, dtype):
+    def empty(wanted, *shape, dtype=torch.float32):
         return torch.empty(group, *shape, dtype=dtype, device=q.device) if wanted else None
 
-    sum_shape = (head_dim + 1) * head_dim
-    k_dtype = torch.int8 if qk == "int8" else torch.float8_e4m3fn
-    return Workspace(
-        k_low=empty(qk != "16bit", blocks, K_BLOCK, head_dim, dtype=k_dtype),
-        k_scale=empty(qk != "16bit", blocks, dtype=torch.float32),
-        v_low=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=torch.float8_e4m3fn),
-        v_exponent=empty(pv == "fp8", blocks, dtype=torch.float32),
-        sums=empty(linear, blocks, sum_shape, dtype=sums_dtype),
-        query_sums=empty(linear, q_blocks, sum_shape, dtype=sums_dtype),
+    square, rows = head_dim * head_dim, (head_dim + 1) * head_dim
+    work = Workspace(
+        k_low=empty(qk != "16bit", blocks, K_BLOCK, head_dim, dtype=torch.int8 if qk == "int8" else fp8),
+        k_scale=empty(qk != "16bit", blocks),
+        v_low=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=fp8),
+        v_exponent=empty(pv == "fp8", blocks),
+        query_sums=empty(linear, q_blocks, rows, dtype=sums_dtype),
     )
+    if low_sums:
+        work.sums, work.sums_exponent = empty(True, blocks, square, dtype=fp8), empty(True, blocks)
+        work.norms, work.query_norms = empty(True, blocks, head_dim, dtype=sums_dtype), work.query_sums[..., square:]
+        work.weights, work.weights_scale = empty(True, q_blocks, mask_width(blocks), dtype=fp8), empty(True)
+    elif linear:
+        work.sums = empty(True, blocks, rows, dtype=sums_dtype)
+        work.norms = work.sums[..., square:]
+    return work
 
 
 def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision, diagonal=None):
@@ -134,22 +153,29 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
         else:
             routed = _given(q, k, key_blocks, dtype, plan)
         linear = routed.selected.shape[2] < blocks
-        groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear))
-        work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype)
+        hopper = takes_hopper_loop(card, qk, pv, q, k, v)
+        low_sums = linear and hopper and pv == "fp8"
+        groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums))
+        work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype, low_sums)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         ratio = "none" if not linear else "estimated" if ratios is None else "learned"
         sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
         product = configs.product_config(card, q.element_size())
         branch = configs.linear_config(card, q.element_size())
-        hopper = takes_hopper_loop(card, qk, pv, q, k, v)
         if ratio == "estimated":
             # waits where the loop will put the ratio
             mass = configs.mass_config(card, q.element_size())
             unselected_mass(q, routed, row_ratio, k.shape[2], smoothed=qk != "16bit", config=mass, **sizes)
         for heads in groups:
             pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan, register_order=hopper and pv == "fp8")
-            if linear:
+            if low_sums:
+                from .kernels.hopper_masked_sum import hopper_masked_sum
+
+                weighted_mask(routed.unselected, work, heads, plan)
+                hopper_masked_sum(work, heads, plan)
+            elif linear:
                 masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
+            if linear and not hopper:
                 linear_attention(q, work, out, heads, q_block=Q_BLOCK, config=branch, plan=plan)
             operands = q, k, v, out, work, routed.selected, ratios, row_ratio, heads
             if hopper:

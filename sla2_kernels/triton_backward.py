@@ -80,7 +80,7 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, k_mean, grad_q, grad_
     size = groups[0].stop
     sums = torch.empty(size, blocks, columns, dtype=dtype, device=q.device)
     query_sums = torch.empty(size, q_blocks, columns, dtype=dtype, device=q.device)
-    work = Workspace(None, None, None, None, sums, query_sums)
+    work = Workspace(sums=sums, norms=sums[..., q.shape[3] ** 2 :], query_sums=query_sums)
     weight, row_product = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     tiles = block_count(k.shape[2], config.keys)
     tile_totals = torch.empty(len(selected), tiles, head_dim, dtype=torch.float32, device=q.device)

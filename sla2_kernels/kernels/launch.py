@@ -7,6 +7,7 @@ tensors in between come from torch's allocator and are always aligned.
 
 import torch
 import triton
+from triton.runtime.driver import driver
 
 MOST_PLANS = 256
 # Where a compiled kernel takes every argument, constants included; earlier releases go through the front end each time.
@@ -45,7 +46,11 @@ def launch(plan, kernel, grid, *args, options, **constants):
     if known is None:
         compiled = kernel[grid](*args, **constants, **options)
         if plan is not None:
-            plan[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+            tail = [constants[name] for name in kernel.arg_names[len(args) :]]
+            device = driver.active.get_current_device()
+            plan[key] = compiled.run, compiled.function, compiled.packed_metadata, device, tail
         return
-    compiled, tail = known
-    compiled[(*grid, 1, 1)[:3]](*args, *tail)
+    run, function, metadata, device, tail = known
+    stream = driver.active.get_current_stream(device)
+    # compiled[grid](...) does the same, and prepares for hooks at every launch, which nobody set
+    run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *tail)

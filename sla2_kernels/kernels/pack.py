@@ -2,7 +2,8 @@
 
 One program per (key block, head). Low bit: K smoothed, INT8 or FP8 with one scale per block; V in FP8 over a power of
 two per block, stored transposed because FP8 matrix units want it along the keys. Linear branch: h_j = phi(K_j)^T V_j,
-and z_j, the column sums of phi(K_j), as its last row; both divided by the block's 64 tokens so that float16 holds them.
+and z_j, the column sums of phi(K_j), both divided by the block's 64 tokens so that float16 holds them; h_j in FP8 over a
+power of two per block where hopper_masked_sum.py adds it up.
 """
 
 import triton
@@ -13,16 +14,24 @@ from .fp8 import to_fp8
 from .launch import launch
 
 FP8_MAX = tl.constexpr(448.0)
+INT8_BIAS = tl.constexpr(12582912.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
+
+
+@triton.jit
+def _exponent(x):
+    """That of the least power of two that brings all of x within FP8."""
+    exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x)), 1e-30) / FP8_MAX))
+    return tl.maximum(exponent, SMALLEST_EXPONENT)
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
 def _pack(
-    k, v, k_mean, k_low, k_scale, v_low, v_exponent, sums,
+    k, v, k_mean, k_low, k_scale, v_low, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
-    D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr,
-    REGISTER_ORDER: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, LOW_SUMS: tl.constexpr,
+    SUM_STRIDE: tl.constexpr, NORM_STRIDE: tl.constexpr, REGISTER_ORDER: tl.constexpr,
 ):  # fmt: skip
     block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -47,9 +56,9 @@ def _pack(
         largest = tl.maximum(tl.max(tl.abs(k_smooth)), 1e-20)
         k_out = k_low + tile_index * (BLOCK * D) + in_block[:, None] * D + d
         if QK == "int8":
-            scaled = k_smooth * (127.0 / largest)
-            rounded = tl.where(scaled >= 0, scaled + 0.5, scaled - 0.5)
-            tl.store(k_out, rounded.to(tl.int8))
+            # the float32 with a last bit worth 1 rounds, and its last byte is the INT8
+            biased = k_smooth * (127.0 / largest) + INT8_BIAS
+            tl.store(k_out, biased.to(tl.int32, bitcast=True).to(tl.int8))
             tl.store(k_scale + tile_index, largest / 127.0)
         else:
             tl.store(k_out, to_fp8(k_smooth * (FP8_MAX / largest)))
@@ -57,35 +66,46 @@ def _pack(
 
     if PV == "fp8":
         v_wide = v_raw.to(tl.float32)
-        exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(v_wide)), 1e-30) / FP8_MAX))
-        exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
+        exponent = _exponent(v_wide)
         v_scaled = to_fp8(v_wide * tl.exp2(-exponent))
         tl.store(v_low + tile_index * (BLOCK * D) + channel[:, None] * BLOCK + place, tl.trans(v_scaled))
         tl.store(v_exponent + tile_index, exponent)
 
     if LINEAR:
         exponentials = tl.exp(k_smooth - tl.max(k_smooth, axis=1)[:, None])
-        phi = tl.where(live, exponentials / tl.sum(exponentials, axis=1)[:, None], 0.0) / BLOCK
-        phi_low = phi.to(sums.dtype.element_ty)
+        share = tl.where(rows < tokens, 1.0 / (BLOCK * tl.sum(exponentials, axis=1)), 0.0)
+        phi = exponentials * share[:, None]
+        phi_low = phi.to(norms.dtype.element_ty)
         h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype), input_precision="tf32x3")
-        h_out = sums + tile_index * ((D + 1) * D)
-        tl.store(h_out + d[:, None] * D + d, h.to(phi_low.dtype))
-        tl.store(h_out + D * D + d, tl.sum(phi, axis=0).to(phi_low.dtype))
+        if REGISTER_ORDER:
+            h = h.reshape([D, D // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([D, D])
+        h_out = sums + tile_index * SUM_STRIDE + d[:, None] * D + d
+        if LOW_SUMS:
+            h_exponent = _exponent(h)
+            tl.store(h_out, to_fp8(h * tl.exp2(-h_exponent)))
+            tl.store(sums_exponent + tile_index, h_exponent)
+        else:
+            tl.store(h_out, h.to(phi_low.dtype))
+        tl.store(norms + tile_index * NORM_STRIDE + d, tl.sum(phi, axis=0).to(phi_low.dtype))
 
 
 def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None, *, register_order=False):
     """Fills ``work`` (a Workspace) for the heads of ``heads_slice`` of k and v (B, H, M, D), any stride.
 
-    register_order: FP8 V as hopper_loop.py's registers want it, instead of key after key and channel after channel.
+    register_order: FP8 V as hopper_loop.py's registers want it, instead of key after key and channel after channel; h_j's
+    columns, which are V's channels, likewise.
     """
     heads, tokens, head_dim = k.shape[1:]
-    linear = work.sums is not None
+    linear, low_sums = work.sums is not None, work.sums_exponent is not None
     if qk == "16bit" and not linear:
         return
     grid = (block_count(tokens, block), heads_slice.stop - heads_slice.start)
     launch(
-        plan, _pack, grid, k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent, work.sums,
-        *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
-        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, REGISTER_ORDER=register_order,
-        options={"num_warps": 8},
+        plan, _pack, grid, k, v, k_mean, work.k_low, work.k_scale, work.v_low, work.v_exponent,
+        work.sums, work.sums_exponent, work.norms, *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
+        D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, LOW_SUMS=low_sums,
+        SUM_STRIDE=work.sums.stride(1) if linear else 0, NORM_STRIDE=work.norms.stride(1) if linear else 0,
+        REGISTER_ORDER=register_order,
+        # the reordering takes registers, of which 256 threads have too few
+        options={"num_warps": 4 if register_order else 8},
     )  # fmt: skip

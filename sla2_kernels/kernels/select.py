@@ -53,25 +53,32 @@ def _select(scores, selected, unselected, count, blocks, width, mask_stride, CHU
         chosen = (row_scores > threshold) | ((tie == 1) & (tie_rank < ties_wanted))
         position = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(selected + row * count + position, at, mask=chosen)
-        tl.store(unselected + row * mask_stride + at, tl.where(chosen, 0.0, 1.0), mask=at < blocks)
+        # zeros behind the last block too: a product walks the mask in whole steps
+        tl.store(
+            unselected + row * mask_stride + at, tl.where(chosen | (at >= blocks), 0.0, 1.0), mask=at < mask_stride
+        )
         written += tl.sum(chosen.to(tl.int32), axis=0)
         ties_seen += tl.sum(tie, axis=0)
 
 
-def new_mask(rows_shape, blocks, dtype, device):
+def mask_width(blocks):
+    """Places of a row of the mask in memory: whole steps of MASK_STEP."""
+    return block_count(blocks, MASK_STEP) * MASK_STEP
+
+
+def new_mask(rows_shape, blocks, dtype, device, make=torch.zeros):
     """A 1 - M_c to be filled in, (*rows_shape, T_n): a view of rows with zeros up to the next MASK_STEP.
 
-    A product can then walk it in whole steps.
+    A product can then walk it in whole steps. make: torch.empty where the zeros are written later.
     """
-    padded = block_count(blocks, MASK_STEP) * MASK_STEP
-    return torch.zeros(*rows_shape, padded, dtype=dtype, device=device)[..., :blocks]
+    return make(*rows_shape, mask_width(blocks), dtype=dtype, device=device)[..., :blocks]
 
 
 def select(scores, blocks, count, mask_dtype, plan=None):
     """Integer scores (B * H, T_m, >= T_n) -> int32 (B * H, T_m, count), ascending, and 1 - M_c (B * H, T_m, T_n)."""
     batch_heads, rows, width = scores.shape
     selected = torch.empty(batch_heads, rows, count, dtype=torch.int32, device=scores.device)
-    unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device)
+    unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device, torch.empty)
     launch(
         plan, _select, (batch_heads * rows,), scores, selected, unselected, count, blocks, width, unselected.stride(1),
         CHUNK=CHUNK, options={"num_warps": 1},

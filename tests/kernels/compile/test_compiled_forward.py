@@ -67,7 +67,15 @@ def test_forward_fits(compile_for, attend, card, case):
     attend(*case)
     names = [kernel.name for kernel in kernels]
     assert sum("_sparse_attention" in name for name in names) == 1
-    assert ("_masked_sum" in names) == ("_linear_attention" in names) == (ratio != "none")
+    hopper = "_hopper_sparse_attention" in names
+    assert ("_masked_sum" in names) == (ratio != "none")
+    # the loop for Hopper takes the linear branch along
+    assert ("_linear_attention" in names) == (ratio != "none" and not hopper)
+    assert (
+        ("_hopper_masked_sum" in names)
+        == ("_weighted_mask" in names)
+        == (ratio != "none" and hopper and precision == "int8")
+    )
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, spill_bar(card, dtype))

@@ -1,4 +1,4 @@
-"""The loop in Gluon compiles and fits for sm_90 where the installed Triton has the Gluon it was written with."""
+"""The kernels in Gluon compile and fit for sm_90 where the installed Triton has the Gluon they were written with."""
 
 import pytest
 import torch
@@ -49,6 +49,10 @@ def test_it_fits(compile_for, attend, precision, ratio):
     attend(torch.bfloat16, 128, precision, ratio)
     (loop,) = (kernel for kernel in kernels if "sparse_attention" in kernel.name)
     assert loop.name == "_hopper_sparse_attention"
-    print(loop)
     # at the ends of a tile, outside the loop over pairs
     assert_fits(loop, HOPPER, spill=128)
+    sums = [kernel for kernel in kernels if kernel.name == "_hopper_masked_sum"]
+    assert len(sums) == (precision == "int8" and ratio != "none")
+    for kernel in sums:
+        assert_fits(kernel, HOPPER, spill=0)
+    print(loop, *sums, sep="\n")

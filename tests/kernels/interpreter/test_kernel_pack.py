@@ -18,7 +18,7 @@ def blocks_of(x):
     return padded.unflatten(1, (count, BLOCK))
 
 
-def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_order=False):
+def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_order=False, low_sums=False):
     """The workspace of the heads in ``heads`` and K's float64 mean."""
     heads = heads or slice(0, k.shape[0] * k.shape[1])
     group, blocks, head_dim = heads.stop - heads.start, -(-k.shape[2] // BLOCK), k.shape[3]
@@ -28,14 +28,17 @@ def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_o
     def empty(wanted, *shape, dtype):
         return torch.empty(group, blocks, *shape, dtype=dtype) if wanted else None
 
+    square, rows = head_dim * head_dim, (head_dim + 1) * head_dim
     work = Workspace(
         k_low=empty(qk != "16bit", BLOCK, head_dim, dtype=low.get(qk)),
         k_scale=empty(qk != "16bit", dtype=torch.float32),
         v_low=empty(pv == "fp8", head_dim, BLOCK, dtype=torch.float8_e4m3fn),
         v_exponent=empty(pv == "fp8", dtype=torch.float32),
-        sums=empty(linear, (head_dim + 1) * head_dim, dtype=k.dtype),
-        query_sums=None,
+        sums=empty(linear, square if low_sums else rows, dtype=low["fp8"] if low_sums else k.dtype),
+        sums_exponent=empty(low_sums, dtype=torch.float32),
     )
+    if linear:
+        work.norms = empty(True, head_dim, dtype=k.dtype) if low_sums else work.sums[..., square:]
     pack(k, v, mean.float(), work, heads, BLOCK, qk, pv, register_order=register_order)
     return work, mean
 
@@ -120,6 +123,19 @@ def test_equal_keys_and_zero_values_stay_finite(generator, qk):
     assert torch.isfinite(work.sums).all()
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize("keys", [1, 65, 300])
+def test_low_sums_are_fp8_over_a_power_of_two(generator, keys, size):
+    k = embedded(normal(generator, 1, 2, keys, 64))
+    v = embedded(normal(generator, 1, 2, keys, 64) * size)
+    (plain, _), (low, _) = (packed(k, v, linear=True, low_sums=low_sums) for low_sums in (False, True))
+    unit = low.sums_exponent.double().exp2()[..., None]
+    h = plain.sums[..., : 64 * 64].double() / unit
+    assert (h.abs().amax(-1) <= 448.1).all() and (h.abs().amax(-1) > 223).all()
+    assert ((low.sums.double() - h).abs() <= e4m3_tolerance(h)).all()
+    assert torch.equal(low.norms, plain.norms)
+
+
 def test_nothing_is_packed_for_16_bit_without_a_linear_branch(generator):
     k = normal(generator, 1, 1, 65, 64)
     work, _ = packed(k, k)
@@ -132,7 +148,9 @@ def test_register_order_moves_values_and_nothing_else(generator):
     (plain, _), (ordered, _) = packed(k, v, **options), packed(k, v, **options, register_order=True)
     for name in ("k_low", "k_scale", "v_exponent"):
         assert torch.equal(getattr(plain, name), getattr(ordered, name)), name
-    assert relative_error(ordered.sums, plain.sums) < 1e-6
+    h, z = ordered.sums[..., : 128 * 128].unflatten(-1, (128, 128)), ordered.sums[..., 128 * 128 :]
+    in_channel_order = h.unflatten(-1, (4, 4, 4, 2)).transpose(-3, -2).flatten(-4)
+    assert relative_error(torch.cat([in_channel_order.flatten(-2), z], -1), plain.sums) < 1e-6
     # what hopper_loop.py's registers do to P's keys and to the output's channels
     p = torch.rand(2, 3, 5, 64, generator=generator, dtype=torch.float64)
     operand = p.reshape(2, 3, 5, 4, 2, 4, 2).transpose(-3, -2).reshape(p.shape)

@@ -22,6 +22,8 @@ def assert_selects(scores, count, dtype=torch.float32):
     expected = chosen.nonzero()[:, -1].view(*scores.shape[:2], count)
     assert selected.dtype == torch.int32 and torch.equal(selected, expected.int())
     assert unselected.dtype == dtype and torch.equal(unselected, 1 - chosen.to(dtype))
+    whole_rows = unselected.as_strided((*scores.shape[:2], unselected.stride(1)), unselected.stride())
+    assert (whole_rows[..., scores.shape[2] :] == 0).all()
 
 
 @pytest.mark.parametrize("blocks", [1, 31, CHUNK, CHUNK + 1, 2 * CHUNK + 77])

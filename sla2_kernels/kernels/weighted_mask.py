@@ -1,0 +1,69 @@
+"""What kernels/hopper_masked_sum.py multiplies h_j with, the 0/1 mask 1 - M_c times each key block's power of two; and Z_i.
+
+h_j in FP8 is over a power of two per key block, which is given back here, as 2^8 over the largest of the head: blocks
+down to 2^-17 of it count. z_j is not in FP8: Z_i, its masked sum, is taken here. One program per (TILE query blocks, head).
+"""
+
+import triton
+import triton.language as tl
+
+from ..router import block_count
+from .launch import launch
+
+TILE, STEP = 32, 128
+EXPONENTS = 1024
+HIGHEST_POWER = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
+def _weighted_mask(
+    mask, exponents, norms, weights, scale, out, mask_stride_h, mask_stride_m, first_head, rows, blocks,
+    WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, D: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, EXPONENTS: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(1).to(tl.int64)
+    i, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    live = i[:, None] < rows
+    exponents += slot * blocks
+    norms += slot * blocks * D
+    mask_rows = mask + (first_head + slot) * mask_stride_h + i[:, None].to(tl.int64) * mask_stride_m
+    weight_rows = weights + (slot * rows + i[:, None]) * WIDTH
+    highest = tl.full([EXPONENTS], LOWEST, dtype=tl.float32)
+    for start in range(0, blocks, EXPONENTS):
+        block = start + tl.arange(0, EXPONENTS)
+        highest = tl.maximum(highest, tl.load(exponents + block, mask=block < blocks, other=LOWEST))
+    largest = tl.max(highest, axis=0)
+
+    acc = tl.zeros([TILE, D], dtype=tl.float32)
+    for start in range(0, blocks, STEP):
+        j = start + tl.arange(0, STEP)
+        inside = j < blocks
+        ones = tl.load(mask_rows + j[None, :], mask=live, other=0.0)  # zero behind the last block
+        z = tl.load(norms + j[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        acc = tl.dot(ones, z, acc, input_precision="tf32x3")
+        power = tl.load(exponents + j, mask=inside, other=LOWEST) - largest + HIGHEST_POWER
+        weight = (ones.to(tl.float32) * tl.exp2(power)[None, :]).to(weights.dtype.element_ty)
+        # bits 3 2 1 0 of a key block's number become 2 1 3 0: where hopper_masked_sum.py's registers have it
+        weight = weight.reshape([TILE, STEP // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([TILE, STEP])
+        tl.store(weight_rows + j[None, :], weight, mask=live)
+    tl.store(
+        out + (slot * rows + i[:, None]) * OUT_STRIDE + d[None, :], (acc / blocks).to(out.dtype.element_ty), mask=live
+    )
+    if tl.program_id(0) == 0:
+        tl.store(scale + slot, tl.exp2(largest - HIGHEST_POWER) / blocks)
+
+
+def weighted_mask(unselected, work, heads_slice, plan=None):
+    """Fills work.weights, work.weights_scale and work.query_norms for the heads of ``heads_slice``.
+
+    unselected: (B * H, T_m, T_n), rows with zeros up to the width of work.weights.
+    """
+    rows, blocks = unselected.shape[1:]
+    launch(
+        plan, _weighted_mask, (block_count(rows, TILE), heads_slice.stop - heads_slice.start),
+        unselected, work.sums_exponent, work.norms, work.weights, work.weights_scale, work.query_norms,
+        unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks,
+        WIDTH=work.weights.shape[2], OUT_STRIDE=work.query_norms.stride(1), D=work.norms.shape[2],
+        TILE=TILE, STEP=STEP, EXPONENTS=EXPONENTS, options={"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
