@@ -21,7 +21,7 @@ KERNELS = (
     ("select", ("select", "topk", "radix")),
     ("pack", ("pack",)),
     ("mass", ("unselected_mass",)),
-    ("linear", ("masked_sum", "linear")),
+    ("linear", ("masked_sum", "linear", "weighted_mask")),
     ("loop", ("sparse_attention", "attend", "attention")),
     ("score", ("score", "product", "project")),
 )

@@ -64,6 +64,7 @@ def notes(content, part, rows):
         f"{env['card']}, {versions}. Forward pass, whole operation (routing and quantisation included), median. "
         f"In brackets: times faster than {BASELINE}."
     ]
+    lines += [about["note"]] if "note" in about else []
     ours = [row for row in timed(rows) if row["method"] == NAME and row.get("peak_bytes") is not None]
     for shape in dict.fromkeys(row["shape"] for row in ours):
         most = max((row for row in ours if row["shape"] == shape), key=lambda row: row["peak_bytes"])

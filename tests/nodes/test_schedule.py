@@ -1,8 +1,12 @@
 """Schedules: how they read, which sparsity a call gets, and what the hook does with it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 HEADS, DIM = 2, 64
 
 
@@ -101,7 +105,17 @@ def test_a_schedule_without_steps_never_reads_the_device(bench, parse):
     b.hook.model_call(b, dict, b.options)
 
 
-def test_presets_are_all_readable_and_say_what_is_not_measured(pack_module, parse):
+def test_presets_say_what_their_benchmark_wrote_down(pack_module):
+    rows = json.loads((ROOT / "benchmarks/results/presets-nvidia-h100-80gb-hbm3.json").read_text())["rows"]
+    expected = {row["name"]: f"SSIM {row['ssim']:.2f}, PSNR {row['psnr']:.1f} dB" for row in rows}
+    presets = pack_module("nodes.presets").PRESETS
+    assert {preset.name: preset.measured for preset in presets} == expected
+    # of the presets as they are: another sparsity or schedule is to be measured again
+    settings = {row["name"]: (row["sparsity"], row["schedule"], row["trained"]) for row in rows}
+    assert {preset.name: (preset.sparsity, preset.schedule, preset.trained) for preset in presets} == settings
+
+
+def test_presets_are_all_readable_and_say_what_they_rest_on(pack_module, parse):
     presets = pack_module("nodes.presets")
     assert presets.preset_named("custom") is None
     for preset in presets.PRESETS:
@@ -109,6 +123,7 @@ def test_presets_are_all_readable_and_say_what_is_not_measured(pack_module, pars
         parse(preset.schedule)
         notes = presets.preset_notes(preset, None)
         assert any("not been measured" in note for note in notes) == (preset.measured is None)
+        assert any(f"({preset.measured} beside a dense run" in note for note in notes) == (preset.measured is not None)
         assert any("trained router" in note for note in notes) == preset.trained
         assert not any("trained router" in note for note in presets.preset_notes(preset, object()))
     with pytest.raises(ValueError, match="preset must be one of custom, quality"):
