@@ -50,9 +50,10 @@ def _produce(
 
 @gluon.jit
 def _along_key_blocks(h, layout: gl.constexpr):
-    """Bytes (STEP, FEATURES) of h -> left operand (FEATURES, STEP): feature order f6 f1 f0 .. in the operand's rows.
+    """E4M3 bits of h (STEP, FEATURES) as the left operand (FEATURES, STEP), without moving anything between threads.
 
-    Key block bits 5 4 3 21 0 become the operand's 5 4, 21, then 3 and 0 within a word.
+    Its rows are the features in the order of bits 1, 6 5, 0, 4 3 2 of their numbers, its columns the key blocks in the
+    order of bits 5 4, 2 1, 3, 0: that of the weights.
     """
     h = h.reshape([4, 2, 4, 2, 32, 4]).permute([0, 2, 4, 5, 1, 3])
     even, odd = h.split()

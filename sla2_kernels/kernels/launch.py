@@ -52,5 +52,5 @@ def launch(plan, kernel, grid, *args, options, **constants):
         return
     run, function, metadata, device, tail = known
     stream = driver.active.get_current_stream(device)
-    # compiled[grid](...) does the same, and prepares for hooks at every launch, which nobody set
+    # compiled[grid](...) also prepares for launch hooks, each time: a profiler that sets them sees first launches alone
     run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *tail)
