@@ -41,7 +41,7 @@ class Loop:
         out = embedded(torch.full_like(self.q, torch.nan).nan_to_num(7.0))
         row_ratio = torch.full(self.q.shape[:3], torch.nan)
         sums = None if self.sums is None else self.sums[heads].contiguous()
-        work = Workspace(None, None, None, None, sums, sums)
+        work = Workspace(query_sums=sums)
         sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e), "q_block": 128, "block": 64}
         ratio = "none" if sums is None else "estimated" if self.ratios is None else "learned"
         if sums is not None:
