@@ -22,10 +22,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
 from .hopper_gluon import keep, load_async, programs, reinterpret
+from .int8 import INT8_BIAS, INT8_BIAS_BITS
 from .launch import launch
 
-INT8_BIAS_BITS = gl.constexpr(0x4B400000)
-INT8_BIAS = gl.constexpr(12582912.0)
 P_LOG2_RANGE = gl.constexpr(8.0)
 LOWEST = gl.constexpr(-1.0e30)
 NONE, LEARNED, ESTIMATED = 0, 1, 2

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from ..router import block_count
 from .fp8 import to_fp8
+from .int8 import INT8_BIAS
 from .launch import launch
 
 FP8_MAX = tl.constexpr(448.0)
-INT8_BIAS = tl.constexpr(12582912.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
 
 

@@ -13,10 +13,9 @@ import triton.language as tl
 
 from ..router import block_count
 from .fp8 import to_fp8
+from .int8 import INT8_BIAS, INT8_BIAS_BITS
 from .launch import launch
 
-INT8_BIAS_BITS = tl.constexpr(0x4B400000)
-INT8_BIAS = tl.constexpr(12582912.0)
 P_LOG2_RANGE = tl.constexpr(8.0)  # P in [0, 1] times 2 ** 8: inside e4m3's 448
 LOWEST = tl.constexpr(-1.0e30)  # a running maximum that no finite score undercuts, finite so that differences are
 
