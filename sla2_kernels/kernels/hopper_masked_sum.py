@@ -104,27 +104,19 @@ def _consume(
         slot = tile // (tiles_m * tiles_f)
         m = tile % tiles_m
         f = tile // tiles_m % tiles_f
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        left = _along_key_blocks(h_smem.index(2 * stage + PART).reshape([STEP, FEATURES]).load(LOAD), OPERAND)
         acc = gl.zeros([FEATURES, ROWS], gl.float32, SUMS)
-        acc_t = warpgroup_mma(
-            left, w_smem.index(stage).reshape([ROWS, STEP]).permute([1, 0]), acc, use_acc=False, is_async=True
-        )
-        step += 1
-        for _ in range(STEP, blocks, STEP):
+        # nothing is under way from one step to the next: the compiler would wait after every matrix instruction, for want
+        # of registers. The other warpgroup multiplies meanwhile.
+        for _ in range(0, blocks, STEP):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            fresh = _along_key_blocks(h_smem.index(2 * stage + PART).reshape([STEP, FEATURES]).load(LOAD), OPERAND)
+            left = _along_key_blocks(h_smem.index(2 * stage + PART).reshape([STEP, FEATURES]).load(LOAD), OPERAND)
+            w = w_smem.index(stage).reshape([ROWS, STEP]).permute([1, 0])
+            acc_t = warpgroup_mma(left, w, acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc_t])
             keep(left, True)
-            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-            left = fresh
-            acc_t = warpgroup_mma(left, w_smem.index(stage).reshape([ROWS, STEP]).permute([1, 0]), acc, is_async=True)
+            mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        acc = warpgroup_mma_wait(0, [acc_t])
-        keep(left, True)
-        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
         acc = (acc * gl.load(scale + slot)).to(out.dtype.element_ty)
         acc = acc.reshape([2, 4, 2, 8, ROWS]).permute([4, 1, 3, 0, 2]).reshape([ROWS, FEATURES])
         acc = gl.convert_layout(acc, STORE)

@@ -3,7 +3,8 @@
 One program per (key block, head). Low bit: K smoothed, INT8 or FP8 with one scale per block; V in FP8 over a power of
 two per block, stored transposed because FP8 matrix units want it along the keys. Linear branch: h_j = phi(K_j)^T V_j,
 and z_j, the column sums of phi(K_j), both divided by the block's 64 tokens so that float16 holds them; h_j in FP8 over a
-power of two per block where hopper_masked_sum.py adds it up.
+power of two per block where hopper_masked_sum.py adds it up: that of a bound, z_j max |V_j|, so that h_j need not be complete
+before its first part leaves.
 """
 
 import triton
@@ -14,15 +15,15 @@ from .fp8 import to_fp8
 from .int8 import INT8_BIAS
 from .launch import launch
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
 
 
 @triton.jit
-def _exponent(x):
-    """That of the least power of two that brings all of x within FP8."""
-    exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x)), 1e-30) / FP8_MAX))
-    return tl.maximum(exponent, SMALLEST_EXPONENT)
+def _exponent(largest):
+    """That of the least power of two that brings values up to ``largest`` within FP8."""
+    return tl.maximum(tl.ceil(tl.log2(tl.maximum(largest, 1e-30) / FP8_MAX)), SMALLEST_EXPONENT)
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -31,25 +32,30 @@ def _pack(
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
     D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, LOW_SUMS: tl.constexpr,
-    SUM_STRIDE: tl.constexpr, NORM_STRIDE: tl.constexpr, REGISTER_ORDER: tl.constexpr,
+    SUM_STRIDE: tl.constexpr, NORM_STRIDE: tl.constexpr, REGISTER_ORDER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
     tile_index = slot * tl.num_programs(0) + block
     place, d = tl.arange(0, BLOCK), tl.arange(0, D)
-    in_block, channel = place, d
+    PART: tl.constexpr = D // PARTS
+    part = tl.arange(0, PART)
+    in_block, channel = place, part
     if REGISTER_ORDER:
         # in each 16 keys and 32 channels: bits abbc of a key and aabbc of a channel become bbac and bbaac
         in_block = (place & ~15) | (place & 1) | (place >> 1 & 1) << 3 | (place >> 2 & 3) << 1
-        channel = (d & ~31) | (d & 1) | (d >> 1 & 3) << 3 | (d >> 3 & 3) << 1
+        channel = (part & ~31) | (part & 1) | (part >> 1 & 3) << 3 | (part >> 3 & 3) << 1
     rows = block * BLOCK + in_block
     live = rows[:, None] < tokens
 
     k_base = k + bh // heads * k_stride_b + bh % heads * k_stride_h
-    v_base = v + bh // heads * v_stride_b + bh % heads * v_stride_h
+    v_at = v + bh // heads * v_stride_b + bh % heads * v_stride_h + rows[:, None] * v_stride_n + part * v_stride_d
     mean = tl.load(k_mean + bh * D + d)
     k_raw = tl.load(k_base + rows[:, None] * k_stride_n + d * k_stride_d, mask=live, other=0.0)
-    v_raw = tl.load(v_base + rows[:, None] * v_stride_n + d * v_stride_d, mask=live, other=0.0)
+    v_first = tl.load(v_at, mask=live, other=0.0)
+    v_last = v_first
+    if PARTS == 2:
+        v_last = tl.load(v_at + PART * v_stride_d, mask=live, other=0.0)
     k_smooth = tl.where(live, k_raw.to(tl.float32) - mean, 0.0)
 
     if QK != "16bit":
@@ -64,29 +70,35 @@ def _pack(
             tl.store(k_out, to_fp8(k_smooth * (FP8_MAX / largest)))
             tl.store(k_scale + tile_index, largest / FP8_MAX)
 
+    v_largest = tl.maximum(tl.max(tl.abs(v_first.to(tl.float32))), tl.max(tl.abs(v_last.to(tl.float32))))
     if PV == "fp8":
-        v_wide = v_raw.to(tl.float32)
-        exponent = _exponent(v_wide)
-        v_scaled = to_fp8(v_wide * tl.exp2(-exponent))
-        tl.store(v_low + tile_index * (BLOCK * D) + channel[:, None] * BLOCK + place, tl.trans(v_scaled))
+        exponent = _exponent(v_largest)
         tl.store(v_exponent + tile_index, exponent)
 
     if LINEAR:
-        exponentials = tl.exp(k_smooth - tl.max(k_smooth, axis=1)[:, None])
+        exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])
         share = tl.where(rows < tokens, 1.0 / (BLOCK * tl.sum(exponentials, axis=1)), 0.0)
-        phi = exponentials * share[:, None]
-        phi_low = phi.to(norms.dtype.element_ty)
-        h = tl.dot(tl.trans(phi_low), v_raw.to(phi_low.dtype), input_precision="tf32x3")
-        if REGISTER_ORDER:
-            h = h.reshape([D, D // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([D, D])
-        h_out = sums + tile_index * SUM_STRIDE + d[:, None] * D + d
+        z = tl.sum(exponentials * share[:, None], axis=0)
+        tl.store(norms + tile_index * NORM_STRIDE + d, z.to(norms.dtype.element_ty))
         if LOW_SUMS:
-            h_exponent = _exponent(h)
-            tl.store(h_out, to_fp8(h * tl.exp2(-h_exponent)))
+            # |h_j| <= z_j max |V_j|, and a little more for phi's rounding
+            h_exponent = _exponent(1.01 * tl.max(z, axis=0) * v_largest)
             tl.store(sums_exponent + tile_index, h_exponent)
-        else:
-            tl.store(h_out, h.to(phi_low.dtype))
-        tl.store(norms + tile_index * NORM_STRIDE + d, tl.sum(phi, axis=0).to(phi_low.dtype))
+            share *= tl.exp2(-h_exponent)
+        phi = (exponentials * share[:, None]).to(norms.dtype.element_ty)
+
+    for p in tl.static_range(PARTS):
+        v_raw = v_first if p == 0 else v_last
+        if PV == "fp8":
+            v_scaled = to_fp8(v_raw.to(tl.float32) * tl.exp2(-exponent))
+            v_out = v_low + tile_index * (BLOCK * D) + (p * PART + channel)[:, None] * BLOCK + place
+            tl.store(v_out, tl.trans(v_scaled))
+        if LINEAR:
+            h = tl.dot(tl.trans(phi), v_raw.to(phi.dtype), input_precision="tf32x3")
+            if REGISTER_ORDER:
+                h = h.reshape([D, PART // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([D, PART])
+            h_out = sums + tile_index * SUM_STRIDE + d[:, None] * D + p * PART + part
+            tl.store(h_out, to_fp8(h) if LOW_SUMS else h.to(phi.dtype))
 
 
 def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None, *, register_order=False):
@@ -105,7 +117,7 @@ def pack(k, v, k_mean, work, heads_slice, block, qk, pv, plan=None, *, register_
         work.sums, work.sums_exponent, work.norms, *k.stride(), *v.stride(), heads, heads_slice.start, tokens,
         D=head_dim, BLOCK=block, QK=qk, PV=pv, LINEAR=linear, LOW_SUMS=low_sums,
         SUM_STRIDE=work.sums.stride(1) if linear else 0, NORM_STRIDE=work.norms.stride(1) if linear else 0,
-        REGISTER_ORDER=register_order,
-        # the reordering takes registers, of which 256 threads have too few
+        REGISTER_ORDER=register_order, PARTS=2 if register_order else 1,
+        # 4 warps that take h_j in two parts need 168 registers a thread, and three such programs run at a time
         options={"num_warps": 4 if register_order else 8},
     )  # fmt: skip

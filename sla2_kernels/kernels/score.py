@@ -12,15 +12,22 @@ from ..router import K_BLOCK, Q_BLOCK, block_count
 from .launch import launch
 
 TILE = 64
+SCORES_STEP = 128  # a row of scores is a multiple of it long, so that the top-k reads without asking where it ends
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """float32 -> int32 in the same order (-0.0 counts as 0.0)."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def unordered(bits):
+    """The float32 that ordered() makes these int32 of."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols", "diagonal"])
@@ -45,15 +52,15 @@ def _product(
         own_begin = (diagonal + i * Q_BLOCK) >> K_BLOCK_LOG2
         own_end = (diagonal + (i + 1) * Q_BLOCK - 1) >> K_BLOCK_LOG2
         own = (j[None, :] >= own_begin[:, None]) & (j[None, :] <= own_end[:, None])
-        ordered = tl.where(own, HIGHEST, _ordered(tile))
-        tl.store(out_at, tl.where(j[None, :] < cols, ordered, LOWEST), mask=inside)
+        raised = tl.where(own, HIGHEST, ordered(tile))
+        tl.store(out_at, tl.where(j[None, :] < cols, raised, LOWEST), mask=inside)
     else:
         tl.store(out_at, tile, mask=inside)
 
 
 def _launch(plan, a, b, out, b_heads, b_stride_h, cols, diagonal=0):
     batch_heads, rows, head_dim = a.shape
-    grid = (block_count(rows, TILE), block_count(cols, TILE), batch_heads)
+    grid = (block_count(rows, TILE), block_count(out.shape[-1], TILE), batch_heads)
     launch(
         plan, _product, grid, a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1], diagonal,
         D=head_dim, TILE=TILE, ORDERED=out.dtype == torch.int32,
@@ -72,13 +79,13 @@ def project(pooled, proj, plan=None):
 
 
 def scores(q_pooled, k_pooled, plan=None, diagonal=None):
-    """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole tiles).
+    """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole SCORES_STEPs).
 
     They order as the float32 scores do, up to a positive factor; the padding orders below all. diagonal: the place among
     the keys of the first query's own key, whose blocks then order above all; None leaves the scores alone.
     """
     batch_heads, key_blocks, head_dim = k_pooled.shape
-    width = block_count(key_blocks, TILE) * TILE
+    width = block_count(key_blocks, SCORES_STEP) * SCORES_STEP
     out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
     nowhere = width * K_BLOCK
     own = nowhere if diagonal is None else diagonal

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 
-TILE, STEP = 32, 128
+TILE, STEP = 64, 128
 EXPONENTS = 1024
 HIGHEST_POWER = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
 LOWEST = tl.constexpr(-1.0e30)
@@ -65,5 +65,5 @@ def weighted_mask(unselected, work, heads_slice, plan=None):
         unselected, work.sums_exponent, work.norms, work.weights, work.weights_scale, work.query_norms,
         unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks,
         WIDTH=work.weights.shape[2], OUT_STRIDE=work.query_norms.stride(1), D=work.norms.shape[2],
-        TILE=TILE, STEP=STEP, EXPONENTS=EXPONENTS, options={"num_warps": 4, "num_stages": 3},
+        TILE=TILE, STEP=STEP, EXPONENTS=EXPONENTS, options={"num_warps": 8, "num_stages": 3},
     )  # fmt: skip
