@@ -13,8 +13,7 @@ from ..router import block_count
 from .launch import launch
 from .score import HIGHEST, LOWEST, SCORES_STEP, ordered, unordered
 
-CHUNK = 128
-assert SCORES_STEP % CHUNK == 0
+CHUNK = SCORES_STEP
 MASK_STEP = 128
 # of the distance as numbers, 11 of which tell 2000 usual scores apart; then as integers, which comes to an end
 HALVINGS = tl.constexpr(16)
