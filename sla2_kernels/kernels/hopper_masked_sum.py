@@ -81,6 +81,24 @@ def _along_key_blocks(h, layout: gl.constexpr):
 
 
 @gluon.jit
+def _operand(
+    h_smem, full, step, PART: gl.constexpr, load_layout: gl.constexpr, layout: gl.constexpr, STAGES: gl.constexpr
+):
+    """The left operand of a step, once it has come."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    h = h_smem.index(2 * stage + PART)
+    return _along_key_blocks(h.reshape([h.shape[1], h.shape[2]]).load(load_layout), layout)
+
+
+@gluon.jit
+def _weights(w_smem, step, STAGES: gl.constexpr):
+    """The right operand of a step."""
+    w = w_smem.index(step % STAGES)
+    return w.reshape([w.shape[1], w.shape[2]]).permute([1, 0])
+
+
+@gluon.jit
 def _consume(
     PART: gl.constexpr, h_smem, w_smem, full, empty, scale, out, out_stride_g, out_stride_m,
     rows, blocks, tiles_m, tiles_f, tiles,
@@ -105,17 +123,25 @@ def _consume(
         m = tile % tiles_m
         f = tile // tiles_m % tiles_f
         acc = gl.zeros([FEATURES, ROWS], gl.float32, SUMS)
-        # nothing is under way from one step to the next: the compiler would wait after every matrix instruction, for want
-        # of registers. The other warpgroup multiplies meanwhile.
-        for _ in range(0, blocks, STEP):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            left = _along_key_blocks(h_smem.index(2 * stage + PART).reshape([STEP, FEATURES]).load(LOAD), OPERAND)
-            w = w_smem.index(stage).reshape([ROWS, STEP]).permute([1, 0])
-            acc_t = warpgroup_mma(left, w, acc, is_async=True)
+        # nothing is under way from one turn to the next: the compiler would wait after every matrix instruction, for want
+        # of registers. Two stages a turn, and the other warpgroup multiplies meanwhile.
+        for _ in range(blocks // (2 * STEP)):
+            h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND, STAGES)
+            h1 = _operand(h_smem, full, step + 1, PART, LOAD, OPERAND, STAGES)
+            acc_t = warpgroup_mma(h0, _weights(w_smem, step, STAGES), acc, is_async=True)
+            acc_t = warpgroup_mma(h1, _weights(w_smem, step + 1, STAGES), acc_t, is_async=True)
             acc = warpgroup_mma_wait(0, [acc_t])
-            keep(left, True)
-            mbarrier.arrive(empty.index(stage), count=1)
+            keep(h0, True)
+            keep(h1, True)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
+            step += 2
+        for _ in range(blocks // (2 * STEP) * 2 * STEP, blocks, STEP):
+            h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND, STAGES)
+            acc_t = warpgroup_mma(h0, _weights(w_smem, step, STAGES), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, [acc_t])
+            keep(h0, True)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
             step += 1
         acc = (acc * gl.load(scale + slot)).to(out.dtype.element_ty)
         acc = acc.reshape([2, 4, 2, 8, ROWS]).permute([4, 1, 3, 0, 2]).reshape([ROWS, FEATURES])

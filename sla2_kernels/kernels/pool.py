@@ -11,7 +11,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 
-SMOOTH_ROWS = 64
+SMOOTH_ROWS = 256
 SMOOTH_FEATURES = 32
 
 
