@@ -85,7 +85,7 @@ def mass_config(capability, element_size):
     """The unselected mass's configuration; element_size is that of q in bytes."""
     if element_size == 4:
         return MassConfig(32, 32, 4, 1)
-    return MassConfig(128, 64, 4, 2) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
+    return MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
 
 
 def product_config(capability, element_size):
