@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
+from .base2 import LOG2_E
 from .hopper_gluon import keep, load_async, programs, reinterpret
 from .int8 import INT8_BIAS, INT8_BIAS_BITS
 from .launch import launch
@@ -30,7 +31,6 @@ LOWEST = gl.constexpr(-1.0e30)
 NONE, LEARNED, ESTIMATED = 0, 1, 2
 RATIOS = {"none": NONE, "learned": LEARNED, "estimated": ESTIMATED}
 RATIO_NONE, RATIO_ESTIMATED = gl.constexpr(NONE), gl.constexpr(ESTIMATED)
-LOG2_E = gl.constexpr(1.4426950408889634)
 # pairs of key blocks and Q tiles in flight: as many as fit the shared memory
 STAGES = {"int8": 5, "16bit": 3}
 Q_STAGES = {"int8": 2, "16bit": 1}

@@ -125,7 +125,8 @@ def _consume(
         acc = gl.zeros([FEATURES, ROWS], gl.float32, SUMS)
         # nothing is under way from one turn to the next: the compiler would wait after every matrix instruction, for want
         # of registers. Two stages a turn, and the other warpgroup multiplies meanwhile.
-        for _ in range(blocks // (2 * STEP)):
+        pairs = blocks // (2 * STEP)
+        for _ in range(pairs):
             h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND, STAGES)
             h1 = _operand(h_smem, full, step + 1, PART, LOAD, OPERAND, STAGES)
             acc_t = warpgroup_mma(h0, _weights(w_smem, step, STAGES), acc, is_async=True)
@@ -136,7 +137,7 @@ def _consume(
             mbarrier.arrive(empty.index(step % STAGES), count=1)
             mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
             step += 2
-        for _ in range(blocks // (2 * STEP) * 2 * STEP, blocks, STEP):
+        for _ in range(2 * pairs * STEP, blocks, STEP):
             h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND, STAGES)
             acc_t = warpgroup_mma(h0, _weights(w_smem, step, STAGES), acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc_t])

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from ..router import block_count
+from .base2 import LOG2_E
 from .fp8 import to_fp8
 from .int8 import INT8_BIAS
 from .launch import launch
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_EXPONENT = tl.constexpr(-60.0)  # an all-zero V block: far below real ones, and 2 ** 60 still fits float32
 

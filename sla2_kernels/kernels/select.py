@@ -105,7 +105,10 @@ def new_mask(rows_shape, blocks, dtype, device, make=torch.zeros):
 
 
 def select(scores, blocks, count, mask_dtype, plan=None):
-    """Integer scores (B * H, T_m, T_n padded to whole SCORES_STEPs) -> int32 (B * H, T_m, count), ascending, and 1 - M_c (B * H, T_m, T_n)."""
+    """The top-k: int32 (B * H, T_m, count), ascending, and 1 - M_c (B * H, T_m, T_n).
+
+    scores: of score.py, int32 (B * H, T_m, T_n padded to whole SCORES_STEPs).
+    """
     batch_heads, rows, width = scores.shape
     selected = torch.empty(batch_heads, rows, count, dtype=torch.int32, device=scores.device)
     unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device, torch.empty)

@@ -34,5 +34,5 @@ def test_smoothing_takes_the_mean_over_live_tokens_from_every_block_mean(generat
     expected = reference_pool(x - x.mean(dim=2, keepdim=True), 64).flatten(0, 1)
     # float32 around 100: each block mean is off by 4e-6 at most; the mean's own error is common to all, and moves no score
     error = pooled - expected
-    assert error.abs().max() < 2e-4
+    assert error.abs().max() < 1e-4
     assert (error - error.mean(dim=1, keepdim=True)).abs().max() < 2e-5
