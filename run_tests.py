@@ -1,6 +1,6 @@
 """Runs the tests in an environment of their own: python run_tests.py
 
-    python run_tests.py            makes .venv-tests (once), installs what the tests need, runs everything, two processes
+    python run_tests.py            makes .venv-tests (once), installs what the tests need, runs everything, three processes
                                    at a time: what a process prints appears when it ends
     python run_tests.py --here     uses the current interpreter and installs nothing
     python run_tests.py ARGS       hands ARGS to one pytest process, e.g. tests/nodes -k report
@@ -188,7 +188,7 @@ def pytest_command(environment, report, *arguments):
 
 
 def run_all(environment, counts):
-    """Every suite, two at a time; sentences on what did not run, and on what pip-audit found."""
+    """Every suite, several at a time; sentences on what did not run, and on what pip-audit found."""
     folder, why_not = oldest_triton(environment)
     notes = [f"!! Kernels were NOT compiled with Triton {OLDEST_TRITON}: {why_not}."] if folder is None else []
     notes += run_suites(environment, counts, suites(folder), at_once())

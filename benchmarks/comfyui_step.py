@@ -4,7 +4,7 @@
     python -m benchmarks.comfyui_step --comfyui PATH --runs 1.3B-480p      one of them
 
 Weights are random, made on the GPU; nothing is downloaded. SLA2 runs through the pack's own hook on a ModelPatcher, sampled
-by ComfyUI's sampler. Untrained: the ratio is estimated; --ratio fixed costs what a learned one does. Writes
+by ComfyUI's sampler. Untrained: with an estimated ratio, and with a fixed one, which costs what a learned one does. Writes
 benchmarks/results/comfyui-step-<card>.json.
 """
 
@@ -60,7 +60,7 @@ def parse(argv=None):
     parser.add_argument("--steps", type=int, default=3, help="timed steps; one more warms up")
     parser.add_argument("--sparsity", type=float, default=0.97)
     parser.add_argument("--precision", choices=("auto", "int8", "fp8", "16bit"), default="auto")
-    parser.add_argument("--ratio", choices=("estimated", "fixed"), default="estimated")
+    parser.add_argument("--ratios", nargs="+", choices=("estimated", "fixed"), default=["estimated", "fixed"])
     parser.add_argument("--peers", help="folder with packages for ComfyUI's other attention backends")
     parser.add_argument("--default-only", action="store_true", help="time no other dense backend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -94,12 +94,13 @@ def measure(run, args):
     variants = [("dense, ComfyUI's default", model)]
     if not args.default_only:
         variants += [(f"dense, {backend}", use_backend(model, backend)) for backend in registered_backends()]
-    variants.append((sla2_name(args), with_sla2(model, args)))
+    variants += [(sla2_name(args, ratio), with_sla2(model, args, ratio)) for ratio in args.ratios]
+    broken_down = (variants[0][0], sla2_name(args, args.ratios[0]))
     rows = []
     for variant, patched in variants:
         row = {"part": run, "variant": variant, "tokens": latent[0] * latent[1] * latent[2] // 4}
         row |= time_steps(patched, latent, args)
-        if is_gpu(args.device) and variant in (variants[0][0], variants[-1][0]):
+        if is_gpu(args.device) and variant in broken_down:
             row |= break_down(patched, latent)
         rows.append(row)
         print(f"{run} {variant}: {row['seconds_per_step']:.3f} s per step", flush=True)
@@ -110,11 +111,11 @@ def measure(run, args):
     return rows
 
 
-def sla2_name(args):
-    return f"SLA2, skips {100 * args.sparsity:g}%, {args.precision}, {args.ratio} ratio"
+def sla2_name(args, ratio):
+    return f"SLA2, skips {100 * args.sparsity:g}%, {args.precision}, {ratio} ratio"
 
 
-def with_sla2(model, args):
+def with_sla2(model, args, ratio):
     """The model as the node SLA2 Apply Attention patches it."""
     pack = load_pack().__name__
     hook = __import__(f"{pack}.nodes.patching", fromlist=["install"])
@@ -122,7 +123,7 @@ def with_sla2(model, args):
     chosen = settings.AttentionSettings(
         sparsity=args.sparsity,
         bit_width=args.precision if is_gpu(args.device) else "16bit",
-        ratio_mode=args.ratio,
+        ratio_mode=ratio,
         minimum_tokens=settings.AUTOMATIC if is_gpu(args.device) else 0,
         stop_on_unsupported=True,
     )

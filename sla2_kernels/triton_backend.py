@@ -5,13 +5,13 @@ pools -> scores -> top-k -> unselected mass where no ratio was learned; then per
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from .kernels import configs
 from .kernels.hopper import takes_hopper_loop
-from .kernels.launch import plan_for
+from .kernels.launch import planned
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
@@ -54,8 +54,6 @@ class Workspace:
     sums_exponent: torch.Tensor | None = None  # float32 (G, T_n)
     weights: torch.Tensor | None = None  # (G, T_m, T_n padded): 1 - M_c times the blocks' powers of two
     weights_scale: torch.Tensor | None = None  # float32 (G,): what to multiply their products with
-    # TMA descriptors of the kernels for Hopper, made by the first group for all
-    descriptors: dict = field(default_factory=dict)
 
 
 def _sums_dtype(q):
@@ -72,25 +70,37 @@ def _pool_keys(k, dtype, plan=None):
     return pooled, means, smooth(pooled, k.shape[2], K_BLOCK, means, plan)
 
 
-def _route(q, k, proj_q, proj_k, count, dtype, plan=None, diagonal=None):
+def _route(q, k, proj_q, proj_k, selected, dtype, plan=None, diagonal=None):
+    """Fills ``selected``."""
     k_pooled, k_means, k_mean = _pool_keys(k, q.dtype, plan)
     q_routed, k_routed = project(pool(q, Q_BLOCK, plan), proj_q, plan), project(k_pooled, proj_k, plan)
-    selected, unselected = select(scores(q_routed, k_routed, plan, diagonal), k_pooled.shape[1], count, dtype, plan)
+    unselected = select(scores(q_routed, k_routed, plan, diagonal), k_pooled.shape[1], selected, dtype, plan)
     return Routing(selected, unselected, k_means, k_mean)
 
 
-def _given(q, k, key_blocks, dtype, plan):
-    _, k_means, k_mean = _pool_keys(k, q.dtype, plan)
-    blocks = k_means.shape[1]
+def _new_selection(q, count):
+    shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK), count
+    return torch.empty(shape, dtype=torch.int32, device=q.device)
+
+
+def _given(key_blocks, blocks, dtype):
+    """(selected, unselected) of a Routing."""
     # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
     selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
-    return Routing(selected, unselected_mask(selected, blocks, dtype), k_means, k_mean)
+    return selected, unselected_mask(selected, blocks, dtype)
+
+
+def _as_read(q, *weights):
+    """Projections and ratios as the kernels read them; None stays None."""
+    return [None if x is None else x.to(device=q.device, dtype=torch.float32).contiguous() for x in weights]
 
 
 def route(q, k, proj_q, proj_k, count, diagonal=None):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with on_device(q.device):
-        return _route(q, k, proj_q, proj_k, count, q.dtype, diagonal=diagonal).selected.unflatten(0, q.shape[:2])
+        selected = _new_selection(q, count)
+        _route(q, k, *_as_read(q, proj_q, proj_k), selected, q.dtype, diagonal=diagonal)
+        return selected.unflatten(0, q.shape[:2])
 
 
 def _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums):
@@ -140,49 +150,58 @@ def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, sca
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, or None to route.
-    ratios: (H, T_m) float32 or None to estimate them. diagonal: see kernels/score.py.
+    ratios: (H, T_m) or None to estimate them. diagonal: see kernels/score.py.
     """
-    card = capability(q.device)
-    qk, pv = configs.loop_formats(precision, card)
-    blocks = block_count(k.shape[2], K_BLOCK)
+    blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     with on_device(q.device):
-        ratios = None if ratios is None else ratios.to(q.device).contiguous()
-        plan, dtype = plan_for(q, k, v, out, proj_q, proj_k, ratios), _sums_dtype(q)
-        if key_blocks is None:
-            routed = _route(q, k, proj_q, proj_k, selected_block_count(sparsity, blocks), dtype, plan, diagonal)
-        else:
-            routed = _given(q, k, key_blocks, dtype, plan)
-        linear = routed.selected.shape[2] < blocks
-        hopper = takes_hopper_loop(card, qk, pv, q, k, v)
-        low_sums = linear and hopper and pv == "fp8"
-        groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums))
-        work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype, low_sums)
+        weights = _as_read(q, proj_q, proj_k, ratios)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        ratio = "none" if not linear else "estimated" if ratios is None else "learned"
-        sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
-        product = configs.product_config(card, q.element_size())
-        branch = configs.linear_config(card, q.element_size())
-        if ratio == "estimated":
-            # waits where the loop will put the ratio
-            mass = configs.mass_config(card, q.element_size())
-            unselected_mass(q, routed, row_ratio, k.shape[2], smoothed=qk != "16bit", config=mass, **sizes)
-        for heads in groups:
-            pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan, register_order=hopper and pv == "fp8")
-            if low_sums:
-                from .kernels.hopper_masked_sum import hopper_masked_sum
+        if key_blocks is None:
+            selected = _new_selection(q, selected_block_count(sparsity, blocks))
+        else:
+            selected, unselected = _given(key_blocks, blocks, _sums_dtype(q))
+        tensors = q, k, v, *weights, selected, unselected, row_ratio, out
+        planned(tensors, (scale, precision, diagonal), lambda plan: _attend(*tensors, scale, precision, diagonal, plan))
+    return row_ratio, selected.unflatten(0, q.shape[:2])
 
-                weighted_mask(routed.unselected, work, heads, plan)
-                hopper_masked_sum(work, heads, plan)
-            elif linear:
-                masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
-            if linear and not hopper:
-                linear_attention(q, work, out, heads, q_block=Q_BLOCK, config=branch, plan=plan)
-            operands = q, k, v, out, work, routed.selected, ratios, row_ratio, heads
-            if hopper:
-                from .kernels.hopper_loop import hopper_sparse_attention
 
-                hopper_sparse_attention(*operands, ratio=ratio, qk=qk, **sizes)
-            else:
-                config = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
-                sparse_attention(*operands, ratio=ratio, qk=qk, pv=pv, config=config, **sizes)
-    return row_ratio, routed.selected.unflatten(0, q.shape[:2])
+def _attend(q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out, scale, precision, diagonal, plan):
+    """Fills row_ratio, out, and ``selected`` where no ``unselected`` was given with it."""
+    card, dtype = capability(q.device), _sums_dtype(q)
+    qk, pv = configs.loop_formats(precision, card)
+    if unselected is None:
+        routed = _route(q, k, proj_q, proj_k, selected, dtype, plan, diagonal)
+    else:
+        routed = Routing(selected, unselected, *_pool_keys(k, q.dtype, plan)[1:])
+    linear = selected.shape[2] < block_count(k.shape[2], K_BLOCK)
+    hopper = takes_hopper_loop(card, qk, pv, q, k, v)
+    low_sums = linear and hopper and pv == "fp8"
+    groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums))
+    work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype, low_sums)
+    ratio = "none" if not linear else "estimated" if ratios is None else "learned"
+    sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
+    product = configs.product_config(card, q.element_size())
+    branch = configs.linear_config(card, q.element_size())
+    if ratio == "estimated":
+        # waits where the loop will put the ratio
+        mass = configs.mass_config(card, q.element_size())
+        unselected_mass(q, routed, row_ratio, k.shape[2], smoothed=qk != "16bit", config=mass, **sizes)
+    for heads in groups:
+        pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan, register_order=hopper and pv == "fp8")
+        if low_sums:
+            from .kernels.hopper_masked_sum import hopper_masked_sum
+
+            weighted_mask(routed.unselected, work, heads, plan)
+            hopper_masked_sum(work, heads, plan)
+        elif linear:
+            masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
+        if linear and not hopper:
+            linear_attention(q, work, out, heads, q_block=Q_BLOCK, config=branch, plan=plan)
+        operands = q, k, v, out, work, selected, ratios, row_ratio, heads
+        if hopper:
+            from .kernels.hopper_loop import hopper_sparse_attention
+
+            hopper_sparse_attention(*operands, ratio=ratio, qk=qk, **sizes)
+        else:
+            config = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
+            sparse_attention(*operands, ratio=ratio, qk=qk, pv=pv, config=config, **sizes)

@@ -7,7 +7,7 @@ import torch
 from sla2_kernels import sla2_attention
 from sla2_kernels.reference import sla2_reference
 
-from ..measure import median_ms
+from ..measure import launch_ms, median_ms
 from .checks import BOUNDS, random_qkv, relative_error, require
 
 
@@ -20,6 +20,7 @@ def checks(comfyui):
     return [
         threads_launch_for_the_first_time,
         few_tokens,
+        played_back,
         cuda_graph,
         compiled_around_it,
         intermediates_beyond_32_bits,
@@ -64,6 +65,36 @@ def few_tokens():
                 worst[precision] = max(worst[precision], error)
                 require(error < BOUNDS[precision], f"{tokens} tokens, {dtype}, {precision}: error {error:.2e}")
     return "largest errors " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+
+
+def played_back():
+    """A call of a kind that was made before plays back its launches: for other tensors, in memory full of NaN, with the
+    bits of the first one. Tensors that were one at first need not stay one."""
+    for precision in BOUNDS:
+        for alpha in (None, torch.full((4,), 0.8, device="cuda")):
+            for blocks in (None, torch.arange(5, device="cuda").expand(1, 4, 24, 5)):
+
+                def call(*inputs, precision=precision, alpha=alpha, blocks=blocks):
+                    chosen = {"alpha": alpha, "key_blocks": blocks, "precision": precision}
+                    return sla2_attention(*inputs, sparsity=0.9, layout="BNHD", return_alpha=True, **chosen)
+
+                inputs = random_qkv(3001, 4, seed=6)
+                one = inputs[:1] * 3
+                for first in (inputs, one):
+                    expected = [x.clone() for x in call(*first)]
+                    again = [x.clone() for x in first]
+                    _spoil_free_memory()
+                    same = all(map(torch.equal, call(*again), expected))
+                    require(same, f"{precision}: other bits than at the first call")
+    q, k, v = random_qkv(4096, 12, seed=7)
+    return f"all bits equal; a call takes the host {launch_ms(lambda: sla2_attention(q, k, v, layout='BNHD')):.2f} ms"
+
+
+def _spoil_free_memory():
+    """Leaves nothing in PyTorch's cache but memory full of NaN."""
+    torch.cuda.empty_cache()
+    pieces = [torch.full((size,), float("nan"), device="cuda") for size in (2**28, *[2**17] * 200)]
+    del pieces
 
 
 def intermediates_beyond_32_bits():

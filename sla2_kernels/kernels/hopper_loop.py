@@ -484,8 +484,6 @@ def hopper_sparse_attention(
     low = qk != "16bit"
     q_blocks, count = selected.shape[1:]
     k_blocks, slots = block_count(k.shape[2], block), heads_slice.stop - heads_slice.start
-    if "loop" not in work.descriptors:
-        work.descriptors["loop"] = _descriptors(q, k, v, work, q_block, block)
     # what a mode does not read is any tensor of its kind: partitions take no None
     k_scale, v_exponent = (work.k_scale, work.v_exponent) if low else (row_ratio, row_ratio)
     sums = row_ratio if ratio == "none" else work.query_sums
@@ -493,7 +491,7 @@ def hopper_sparse_attention(
     tiles = slots * q_blocks
     launch(
         plan, _hopper_sparse_attention, (min(tiles, programs(q.device)),),
-        *work.descriptors["loop"], selected, k_scale, v_exponent, sums, ratios, row_ratio, out,
+        *_descriptors(q, k, v, work, q_block, block), selected, k_scale, v_exponent, sums, ratios, row_ratio, out,
         *out.stride(), heads, heads_slice.start, q_tokens, k.shape[2], q_blocks, k_blocks, count, tiles, scale_log2,
         D=head_dim, BLOCK=block, HALF=q_block // 2, STAGES=STAGES[qk], Q_STAGES=Q_STAGES[qk],
         LOW=low, RATIO=RATIOS[ratio], options={"num_warps": 4},

@@ -191,14 +191,12 @@ def hopper_masked_sum(work, heads_slice, plan=None):
     rows = work.query_sums.shape[1]
     tiles_m, tiles_f = block_count(rows, ROWS), columns // (2 * FEATURES)
     tiles = (heads_slice.stop - heads_slice.start) * tiles_m * tiles_f
-    if "sums" not in work.descriptors:
-        bits = work.sums.view(torch.int8)
-        work.descriptors["sums"] = (
-            TensorDescriptor.from_tensor(bits, [1, STEP, FEATURES], gl.NVMMASharedLayout(128, 8, rank=3)),
-            TensorDescriptor.from_tensor(work.weights, [1, ROWS, STEP], gl.NVMMASharedLayout(64, 8, rank=3)),
-        )
+    h_desc = TensorDescriptor.from_tensor(
+        work.sums.view(torch.int8), [1, STEP, FEATURES], gl.NVMMASharedLayout(128, 8, rank=3)
+    )
+    w_desc = TensorDescriptor.from_tensor(work.weights, [1, ROWS, STEP], gl.NVMMASharedLayout(64, 8, rank=3))
     launch(
-        plan, _hopper_masked_sum, (min(tiles, programs(work.sums.device)),), *work.descriptors["sums"],
+        plan, _hopper_masked_sum, (min(tiles, programs(work.sums.device)),), h_desc, w_desc,
         work.weights_scale, work.query_sums, *work.query_sums.stride()[:2], rows, blocks, tiles_m, tiles_f, tiles,
         FEATURES=FEATURES, ROWS=ROWS, STEP=STEP, STAGES=STAGES, options={"num_warps": 4},
     )  # fmt: skip

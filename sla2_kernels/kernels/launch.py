@@ -1,12 +1,15 @@
-"""Launching a compiled kernel again without Triton's front end, which takes longer than the smaller kernels run.
+"""Launching kernels, and launching all of a call's kernels again without the Python that led to them.
 
-The front end finds out, argument by argument, which compiled kernel a call needs. A plan remembers the answer for one
-signature of the caller's tensors: dtypes, shapes, strides and 16-byte alignment, which is all that it depends on. The
-tensors in between come from torch's allocator and are always aligned.
+What a call launches depends on its settings and on its tensors' dtypes, shapes, strides and 16-byte alignment alone; from
+call to call only addresses differ. The first call of a kind is recorded, later ones are played back with the addresses
+of their own tensors: at short lengths the host would otherwise take longer than the GPU.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 import triton
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton.runtime.driver import driver
 
 MOST_PLANS = 256
@@ -16,41 +19,135 @@ DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6
 _plans = {}
 
 
-def plan_for(*tensors):
-    """The plan of calls with such tensors (None allowed) on the current device: a dict that launch() fills.
+def planned(tensors, settings, call):
+    """Does call(plan), in which every kernel goes through launch(plan, ...), or plays back what an equal call launched.
 
-    None where nothing is compiled: on the CPU.
+    tensors: all that the call gets and what it returns, filled by kernels alone; None allowed. settings: hashable, all
+    else that decides what the call launches. What else the kernels read and write, the call makes by torch.empty() and
+    fills by kernels. On the CPU, where nothing is compiled, plan is None.
     """
     if not (DIRECT and tensors[0].is_cuda):
-        return None
-    key = torch.cuda.current_device(), *map(_signature, tensors)
-    if key not in _plans and len(_plans) >= MOST_PLANS:
+        call(None)
+        return
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    key = torch.cuda.current_device(), settings, *map(_signature, tensors), *map(addresses.index, addresses)
+    plan = _plans.get(key)
+    if plan is not None:
+        plan.play(addresses, tensors[0].device)
+        return
+    plan = Plan(addresses)
+    call(plan)
+    plan.finish()
+    if len(_plans) >= MOST_PLANS:
         _plans.clear()
-    return _plans.setdefault(key, {})
+    _plans[key] = plan
 
 
 def _signature(tensor):
-    if tensor is None:
-        return None
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0)
 
 
 def launch(plan, kernel, grid, *args, options, **constants):
-    """kernel[grid](*args, **constants, **options).
+    """kernel[grid](*args, **constants, **options), which ``plan`` records, if there is one.
 
-    plan: of plan_for(), or None to go through Triton's front end. options: num_warps and the like, all of them implied
-    by the constants and the plan's signature.
+    options: num_warps and the like.
     """
-    key = kernel, *constants.values()
-    known = plan.get(key) if plan is not None else None
-    if known is None:
-        compiled = kernel[grid](*args, **constants, **options)
-        if plan is not None:
-            tail = [constants[name] for name in kernel.arg_names[len(args) :]]
-            device = driver.active.get_current_device()
-            plan[key] = compiled.run, compiled.function, compiled.packed_metadata, device, tail
-        return
-    run, function, metadata, device, tail = known
-    stream = driver.active.get_current_stream(device)
-    # compiled[grid](...) also prepares for launch hooks, each time: a profiler that sets them sees first launches alone
-    run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *tail)
+    compiled = kernel[grid](*args, **constants, **options)
+    if plan is not None:
+        plan.add(compiled, grid, [*args, *(constants[name] for name in kernel.arg_names[len(args) :])])
+
+
+class _Address:
+    """What a TMA descriptor's base is asked for when a kernel is launched."""
+
+    def __init__(self, address):
+        self._address = address
+
+    def data_ptr(self):
+        return self._address
+
+
+@dataclass
+class _Step:
+    """One launch. pointers, descriptors: (place among the arguments, slot, bytes behind its address)."""
+
+    compiled: object
+    grid: tuple
+    arguments: list
+    pointers: list = field(default_factory=list)
+    descriptors: list = field(default_factory=list)
+    first_uses: list = field(default_factory=list)
+    last_uses: list = field(default_factory=list)
+
+    def slots(self):
+        return {slot for _, slot, _ in (*self.pointers, *self.descriptors)}
+
+
+class Plan:
+    """The launches of one call. Slots are its tensors, then the buffers that it made, which live from first to last use."""
+
+    def __init__(self, addresses):
+        """addresses: of the call's tensors, None where there is none."""
+        self._steps = []
+        self._outside = {address: slot for slot, address in reversed(list(enumerate(addresses))) if address is not None}
+        self._buffers = {}  # a weak reference tells a buffer from a later one at its address
+        self._sizes = {}
+        self._count = len(addresses)
+
+    def add(self, compiled, grid, arguments):
+        """Records a launch that was made."""
+        step = _Step(compiled, (*grid, 1, 1)[:3], arguments)
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                step.pointers.append((place, *self._slot(argument)))
+                arguments[place] = 0
+            elif hasattr(argument, "block_shape"):
+                step.descriptors.append((place, *self._slot(argument.base)))
+                arguments[place] = _at(argument, 0)
+        self._steps.append(step)
+
+    def _slot(self, tensor):
+        """(slot, bytes behind its address) of one of the call's tensors, or of a view of a buffer."""
+        address = tensor.data_ptr()
+        if address in self._outside:
+            return self._outside[address], 0
+        storage = tensor.untyped_storage()
+        slot = self._buffers.setdefault(StorageWeakRef(storage), self._count + len(self._buffers))
+        self._sizes[slot] = storage.nbytes()
+        return slot, address - storage.data_ptr()
+
+    def finish(self):
+        """Ends the recording: finds the first and last use of every buffer."""
+        self._buffers = self._outside = None
+        for found, steps in (("first_uses", self._steps), ("last_uses", self._steps[::-1])):
+            seen = set()
+            for step in steps:
+                getattr(step, found).extend(sorted(step.slots() & self._sizes.keys() - seen))
+                seen |= step.slots()
+
+    def play(self, addresses, device):
+        """Launches all again on the current stream of ``device``, the current one, with other tensors' addresses."""
+        addresses = [*addresses, *[0] * len(self._sizes)]
+        kept = {}
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        for step in self._steps:
+            for slot in step.first_uses:
+                kept[slot] = torch.empty(self._sizes[slot], dtype=torch.uint8, device=device)
+                addresses[slot] = kept[slot].data_ptr()
+            arguments = step.arguments.copy()
+            for place, slot, offset in step.pointers:
+                arguments[place] = addresses[slot] + offset
+            for place, slot, offset in step.descriptors:
+                arguments[place] = _at(arguments[place], addresses[slot] + offset)
+            compiled = step.compiled
+            # compiled[grid](...) also prepares for launch hooks: a profiler that sets them sees recorded calls alone
+            compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+            for slot in step.last_uses:
+                del kept[slot]
+
+
+def _at(descriptor, address):
+    """The TMA descriptor with another address."""
+    moved = object.__new__(type(descriptor))  # its constructor asks more of its base
+    moved.__dict__ = {**descriptor.__dict__, "base": _Address(address)}
+    return moved

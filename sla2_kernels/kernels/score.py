@@ -70,10 +70,9 @@ def _launch(plan, a, b, out, b_heads, b_stride_h, cols, diagonal=0):
 
 
 def project(pooled, proj, plan=None):
-    """x @ W^T of pooled (B * H, T, D) with W (D, D) or (H, D, D); None is the identity."""
+    """x @ W^T of pooled (B * H, T, D) with W (D, D) or (H, D, D), float32 and contiguous; None is the identity."""
     if proj is None:
         return pooled
-    proj = proj.to(device=pooled.device, dtype=torch.float32).contiguous()
     heads = 1 if proj.dim() == 2 else proj.shape[0]
     return _launch(plan, pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1] ** 2, proj.shape[-1])
 

@@ -104,19 +104,18 @@ def new_mask(rows_shape, blocks, dtype, device, make=torch.zeros):
     return make(*rows_shape, mask_width(blocks), dtype=dtype, device=device)[..., :blocks]
 
 
-def select(scores, blocks, count, mask_dtype, plan=None):
-    """The top-k: int32 (B * H, T_m, count), ascending, and 1 - M_c (B * H, T_m, T_n).
+def select(scores, blocks, selected, mask_dtype, plan=None):
+    """The top-k: fills selected, int32 (B * H, T_m, count), ascending; returns 1 - M_c (B * H, T_m, T_n).
 
     scores: of score.py, int32 (B * H, T_m, T_n padded to whole SCORES_STEPs).
     """
     batch_heads, rows, width = scores.shape
-    selected = torch.empty(batch_heads, rows, count, dtype=torch.int32, device=scores.device)
     unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device, torch.empty)
     launch(
-        plan, _select, (batch_heads * rows,), scores, selected, unselected, count, blocks, width, unselected.stride(1),
-        CHUNK=CHUNK, options={"num_warps": 1},
+        plan, _select, (batch_heads * rows,), scores, selected, unselected, selected.shape[2], blocks, width,
+        unselected.stride(1), CHUNK=CHUNK, options={"num_warps": 1},
     )  # fmt: skip
-    return selected, unselected
+    return unselected
 
 
 def unselected_mask(selected, blocks, dtype):

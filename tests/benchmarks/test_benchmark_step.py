@@ -72,8 +72,9 @@ def test_a_step_of_comfyuis_own_classes_from_a_collected_folder(comfyui_path, tm
     ]
     command += ["--default-only", "--device", "cpu", "--out", str(tmp_path / "step.json")]
     subprocess.run(command, **run)
-    dense, sparse = json.loads((tmp_path / "step.json").read_text())["rows"]
+    dense, *sparse = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert dense["variant"].startswith("dense") and "sparse_calls" not in dense
+    assert [row["variant"].split(", ")[-1] for row in sparse] == ["estimated ratio", "fixed ratio"]
     # 2 layers, 2 steps
-    assert (sparse["sparse_calls"], sparse["dense_calls"]) == (4, 0)
-    assert sparse["tokens"] == 864
+    assert [(row["sparse_calls"], row["dense_calls"]) for row in sparse] == [(4, 0)] * 2
+    assert sparse[0]["tokens"] == 864

@@ -79,12 +79,8 @@ def test_routing_launches_on_the_tensors_device(cards, monkeypatch):
     from sla2_kernels import triton_backend
 
     launched = []
-
-    def route(*args, **options):
-        launched.append(cards.current)
-        return SimpleNamespace(selected=torch.zeros(2, 3, 4))
-
-    monkeypatch.setattr(triton_backend, "_route", route)
+    monkeypatch.setattr(triton_backend, "_new_selection", lambda q, count: torch.zeros(2, 3, count))
+    monkeypatch.setattr(triton_backend, "_route", lambda *args, **options: launched.append(cards.current))
     q = SimpleNamespace(device=SECOND, dtype=torch.bfloat16, shape=(1, 2, 300, 64))
     assert triton_backend.route(q, q, None, None, 4).shape == (1, 2, 3, 4)
     assert launched == [1] and cards.current == 0

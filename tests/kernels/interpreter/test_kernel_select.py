@@ -17,7 +17,8 @@ def ordered(scores):
 
 def assert_selects(scores, count, dtype=torch.float32):
     """Checks one call against a stable sort in float64."""
-    selected, unselected = select(ordered(scores), scores.shape[2], count, dtype)
+    selected = torch.empty(*scores.shape[:2], count, dtype=torch.int32)
+    unselected = select(ordered(scores), scores.shape[2], selected, dtype)
     chosen = top_k_mask(scores.double() + 0.0, count)
     expected = chosen.nonzero()[:, -1].view(*scores.shape[:2], count)
     assert selected.dtype == torch.int32 and torch.equal(selected, expected.int())

@@ -27,6 +27,16 @@ def test_both_backends_select_the_same(generator, tokens, keys, sparsity, proj, 
     assert_same_selection(found, expected, scores)
 
 
+def test_weights_of_any_dtype_and_stride_are_taken(generator):
+    inputs = attention_inputs(generator, tokens=300, proj="per head", sparsity=0.5)
+    q, k, v, proj_q, proj_k, alpha = inputs.tensors()
+    views = [x.double().transpose(-1, -2).contiguous().transpose(-1, -2) for x in (proj_q, proj_k)]
+    assert not any(view.is_contiguous() for view in views)
+    expected = sla2_attention(q, k, v, proj_q, proj_k, alpha, sparsity=0.5, backend="triton", precision="16bit")
+    found = sla2_attention(q, k, v, *views, alpha.double(), sparsity=0.5, backend="triton", precision="16bit")
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("tokens", [65, 300, 641])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_backends_keep_the_same_diagonal(generator, tokens, dtype):

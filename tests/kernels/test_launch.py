@@ -1,0 +1,211 @@
+"""Recording a call's launches and playing them back: each kernel gets its own call's addresses, and memory for as long as it is used."""
+
+import importlib.util
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from sla2_kernels.kernels import launch as module
+
+
+class Kernel:
+    """Stands for a compiled kernel and the function it comes from: notes what it is launched with."""
+
+    arg_names = ("x", "y", "n", "desc", "SIZE")
+
+    def __init__(self):
+        self.launched, self.recorded, self.watch = [], [], lambda: None
+        self.compiled = SimpleNamespace(run=self.run, function="function", packed_metadata="metadata")
+
+    def __getitem__(self, grid):
+        def front_end(*args, num_warps, **constants):
+            self.recorded.append((grid, args, constants))
+            return self.compiled
+
+        return front_end
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        assert (stream, function, metadata) == ("stream 3", "function", "metadata")
+        assert (launch_metadata, enter, leave) == (None, None, None)
+        self.launched.append(((x, y, z), arguments, self.watch()))
+
+
+class Descriptor:
+    """As Triton's: a block of a base."""
+
+    def __init__(self, base, block_shape):
+        self.base, self.block_shape = base, block_shape
+
+
+class OnGpu:
+    """A tensor whose memory is nowhere, but which says that it is on a GPU."""
+
+    is_cuda, dtype, shape, device = True, torch.bfloat16, torch.Size([2, 3]), "cpu"
+
+    def __init__(self, address, strides=(3, 1)):
+        self.address, self.strides = address, strides
+
+    def data_ptr(self):
+        return self.address
+
+    def stride(self):
+        return self.strides
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module, "DIRECT", True)
+    active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: f"stream {device}")
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    return Kernel()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Weak references to what is allocated while launches are played back."""
+    made, empty = [], torch.empty
+
+    def watched(*args, **options):
+        tensor = empty(*args, **options)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(module, "torch", SimpleNamespace(**{**vars(torch), "empty": watched}))
+    return made
+
+
+def recorded(kernel, outside, call):
+    plan = module.Plan([x.data_ptr() for x in outside])
+    call(plan)
+    plan.finish()
+    return plan
+
+
+def launch(plan, kernel, x, y, n=7, desc=None, grid=(5, 2)):
+    module.launch(plan, kernel, grid, x, y, n, desc, SIZE=64, options={"num_warps": 4})
+
+
+def test_without_a_plan_the_front_end_launches(kernel):
+    x = torch.zeros(3)
+    launch(None, kernel, x, None)
+    assert kernel.recorded == [((5, 2), (x, None, 7, None), {"SIZE": 64})] and not kernel.launched
+
+
+def test_kernels_get_the_addresses_of_the_call_that_plays(kernel, made):
+    q, out = torch.zeros(16), torch.zeros(16)
+
+    def call(plan):
+        buffer = torch.empty(4, 100, dtype=torch.float32)
+        launch(plan, kernel, q, buffer)
+        launch(plan, kernel, buffer[2:], None, n=0.5, desc=Descriptor(buffer[1, 4:], [1, 8]), grid=(9,))
+        launch(plan, kernel, buffer, out, desc=Descriptor(q, [4]))
+
+    plan = recorded(kernel, (q, out), call)
+    kernel.launched.clear()
+    kernel.watch = lambda: [tensor() for tensor in made]
+    plan.play([1000, 2000], "cpu")
+    (buffer,) = kernel.launched[0][2]
+    assert buffer.numel() * buffer.element_size() == 1600
+    at = buffer.data_ptr()
+    first, second, third = kernel.launched
+    assert first[:2] == ((5, 2, 1), (1000, at, 7, None, 64))
+    assert second[0] == (9, 1, 1) and second[1][:3] == (at + 800, None, 0.5)
+    assert second[1][3].base.data_ptr() == at + 400 + 16 and second[1][3].block_shape == [1, 8]
+    assert third[1][:2] == (at, 2000) and third[1][3].base.data_ptr() == 1000
+
+
+def test_a_buffer_lives_from_its_first_to_its_last_use(kernel, made):
+    q = torch.zeros(16)
+
+    def call(plan):
+        first, second = torch.empty(10), torch.empty(20)
+        launch(plan, kernel, q, second)
+        launch(plan, kernel, q, first, desc=Descriptor(second[4:], [8]))
+        del second
+        third = torch.empty(20)
+        launch(plan, kernel, first, third)
+        launch(plan, kernel, third, q)
+
+    plan = recorded(kernel, (q,), call)
+    sizes = []
+
+    def watch():
+        sizes.append([tensor().numel() for tensor in made if tensor() is not None])
+
+    kernel.watch = watch
+    plan.play([1000], "cpu")
+    assert sizes == [[80], [80, 40], [40, 80], [80]]
+    assert all(tensor() is None for tensor in made)
+
+
+def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel, made):
+    memory = torch.zeros(8)
+
+    def call(plan):
+        for size in (10, 12):
+            # the allocator may give out one address twice: here it surely does
+            buffer = torch.frombuffer(memory.numpy(), dtype=torch.float32)[:8]
+            launch(plan, kernel, buffer, None, n=size)
+
+    plan = recorded(kernel, (), call)
+    kernel.watch = lambda: sum(tensor() is not None for tensor in made)
+    plan.play([], "cpu")
+    assert len(made) == 2 and [alive for *_, alive in kernel.launched] == [1, 1]
+
+
+def calls(kernel, *tensors, settings=("int8",)):
+    """How many launches were recorded and how many played back for one call."""
+    before = len(kernel.recorded), len(kernel.launched)
+
+    def call(plan):
+        for tensor in filter(None, tensors):
+            kernel[(1,)](tensor, num_warps=4)
+            plan.add(kernel.compiled, (1,), [tensor.data_ptr()])
+
+    module.planned(tensors, settings, call)
+    return len(kernel.recorded) - before[0], len(kernel.launched) - before[1]
+
+
+def test_what_decides_the_launches_decides_whether_they_are_played_back(kernel, monkeypatch):
+    a, b = OnGpu(4096), OnGpu(8192)
+    assert calls(kernel, a, b, None) == (2, 0)
+    assert calls(kernel, OnGpu(512), OnGpu(1024), None) == (0, 2)
+    assert calls(kernel, a, b, None, settings=("fp8",)) == (2, 0)
+    assert calls(kernel, a, None, b) == (2, 0)
+    assert calls(kernel, a, OnGpu(8192, (6, 2)), None) == (2, 0)
+    assert calls(kernel, a, OnGpu(8200), None) == (2, 0), "no longer aligned"
+    assert calls(kernel, a, a, None) == (2, 0), "two arguments that are one tensor"
+    assert calls(kernel, b, b, None) == (0, 2)
+    assert calls(kernel, a, b, None) == (0, 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)
+    assert calls(kernel, a, b, None) == (2, 0)
+
+
+def test_a_call_that_fails_is_not_played_back(kernel):
+    def call(plan):
+        raise MemoryError("while it is recorded")
+
+    with pytest.raises(MemoryError):
+        module.planned((OnGpu(4096),), (), call)
+    assert calls(kernel, OnGpu(4096), settings=()) == (1, 0)
+
+
+def test_the_number_of_kinds_that_are_remembered_has_a_limit(kernel, monkeypatch):
+    monkeypatch.setattr(module, "MOST_PLANS", 3)
+    for number in range(7):
+        assert calls(kernel, OnGpu(4096), settings=(number,)) == (1, 0)
+        assert 1 <= len(module._plans) <= 3
+    assert calls(kernel, OnGpu(4096), settings=(6,)) == (0, 1)
+
+
+def test_on_the_cpu_nothing_is_recorded():
+    plans = []
+    module.planned((torch.zeros(3),), (), plans.append)
+    assert plans == [None]
