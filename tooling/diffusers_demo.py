@@ -54,8 +54,9 @@ def generate(folder, plan, checkpoint):
         handle = None
         if name == "sla2":
             handle = apply_sla2(
-                transformer, router, sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens, precision="auto"
-            )
+                transformer, router, sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens,
+                dense_layers=plan.dense_layers, precision="auto",
+            )  # fmt: skip
         latents[name], sampling_s = sample(transformer, plan, name)
         video, decoding_s = decode(vae, latents[name], name)
         write_webp(folder / f"{name}.webp", video, fps=plan.fps)

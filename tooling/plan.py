@@ -12,7 +12,10 @@ SHIFT = 8.0  # ComfyUI's default for Wan2.1
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo generates. minimum_tokens 0: sparse however short the sequence is."""
+    """What the demo generates. minimum_tokens 0: sparse however short the sequence is.
+
+    In the miniature's first layer the first query block decides the first frame's colour: sparse there, it is another one.
+    """
 
     device: str
     frames: int
@@ -21,8 +24,9 @@ class Plan:
     steps: int
     sparsity: float
     cfg: float = 3.0
-    seed: int = 7  # a chosen one: at so few tokens other seeds may lose the colour of the sparse video's first frames
+    seed: int = 7
     minimum_tokens: int = 0
+    dense_layers: tuple = (0,)
     fps: int = 16
 
     @property
