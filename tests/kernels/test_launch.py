@@ -160,6 +160,18 @@ def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel, made)
     assert len(made) == 2 and [alive for *_, alive in kernel.launched] == [1, 1]
 
 
+def test_tritons_own_descriptor_is_moved_and_stays_as_it_is():
+    hopper = pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    layout = pytest.importorskip("triton.experimental.gluon.language").NVMMASharedLayout(64, 8, rank=3)
+    base = torch.zeros(4, 64, 64, dtype=torch.int8)
+    descriptor = hopper.TensorDescriptor.from_tensor(base, [1, 64, 64], layout)
+    moved = module._at(descriptor, 4096)
+    assert type(moved) is hopper.TensorDescriptor and moved.base.data_ptr() == 4096
+    others = {name: value for name, value in vars(descriptor).items() if name != "base"}
+    assert others == {name: value for name, value in vars(moved).items() if name != "base"}
+    assert descriptor.base is base
+
+
 def calls(kernel, *tensors, settings=("int8",)):
     """How many launches were recorded and how many played back for one call."""
     before = len(kernel.recorded), len(kernel.launched)
