@@ -30,9 +30,8 @@ WORKSPACE_SHARE = 1.4
 
 @dataclass
 class Routing:
-    """Which key blocks each query block takes, and the pools that told: flat over batch x head."""
+    """Which key blocks each query block leaves to the linear branch, and K's pools: flat over batch x head."""
 
-    selected: torch.Tensor  # int32 (B * H, T_m, n), ascending
     unselected: torch.Tensor  # 1 - M_c, (B * H, T_m, T_n)
     k_means: torch.Tensor  # (B * H, T_n, D), the block means of smoothed K in q's dtype
     k_mean: torch.Tensor  # float32 (B * H, D)
@@ -71,11 +70,11 @@ def _pool_keys(k, dtype, plan=None):
 
 
 def _route(q, k, proj_q, proj_k, selected, dtype, plan=None, diagonal=None):
-    """Fills ``selected``."""
+    """Fills ``selected``, int32 (B * H, T_m, n), ascending."""
     k_pooled, k_means, k_mean = _pool_keys(k, q.dtype, plan)
     q_routed, k_routed = project(pool(q, Q_BLOCK, plan), proj_q, plan), project(k_pooled, proj_k, plan)
     unselected = select(scores(q_routed, k_routed, plan, diagonal), k_pooled.shape[1], selected, dtype, plan)
-    return Routing(selected, unselected, k_means, k_mean)
+    return Routing(unselected, k_means, k_mean)
 
 
 def _new_selection(q, count):
@@ -84,7 +83,7 @@ def _new_selection(q, count):
 
 
 def _given(key_blocks, blocks, dtype):
-    """(selected, unselected) of a Routing."""
+    """(selected, unselected) as routing would have left them."""
     # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
     selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
     return selected, unselected_mask(selected, blocks, dtype)
@@ -172,7 +171,7 @@ def _attend(q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, ou
     if unselected is None:
         routed = _route(q, k, proj_q, proj_k, selected, dtype, plan, diagonal)
     else:
-        routed = Routing(selected, unselected, *_pool_keys(k, q.dtype, plan)[1:])
+        routed = Routing(unselected, *_pool_keys(k, q.dtype, plan)[1:])
     linear = selected.shape[2] < block_count(k.shape[2], K_BLOCK)
     hopper = takes_hopper_loop(card, qk, pv, q, k, v)
     low_sums = linear and hopper and pv == "fp8"

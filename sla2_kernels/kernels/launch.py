@@ -30,7 +30,8 @@ def planned(tensors, settings, call):
         call(None)
         return
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    key = torch.cuda.current_device(), settings, *map(_signature, tensors), *map(addresses.index, addresses)
+    which_are_one = map(addresses.index, addresses)
+    key = torch.cuda.current_device(), settings, *map(_signature, tensors, addresses), *which_are_one
     plan = _plans.get(key)
     if plan is not None:
         plan.play(addresses, tensors[0].device)
@@ -43,8 +44,8 @@ def planned(tensors, settings, call):
     _plans[key] = plan
 
 
-def _signature(tensor):
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0)
+def _signature(tensor, address):
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16 == 0)
 
 
 def launch(plan, kernel, grid, *args, options, **constants):
@@ -119,11 +120,14 @@ class Plan:
     def finish(self):
         """Ends the recording: finds the first and last use of every buffer."""
         self._buffers = self._outside = None
-        for found, steps in (("first_uses", self._steps), ("last_uses", self._steps[::-1])):
-            seen = set()
-            for step in steps:
-                getattr(step, found).extend(sorted(step.slots() & self._sizes.keys() - seen))
-                seen |= step.slots()
+        first, last = {}, {}
+        for step in self._steps:
+            for slot in sorted(step.slots() & self._sizes.keys()):
+                first.setdefault(slot, step)
+                last[slot] = step
+        for slot in self._sizes:
+            first[slot].first_uses.append(slot)
+            last[slot].last_uses.append(slot)
 
     def play(self, addresses, device):
         """Launches all again on the current stream of ``device``, the current one, with other tensors' addresses."""

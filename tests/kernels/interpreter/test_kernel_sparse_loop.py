@@ -27,11 +27,11 @@ class Loop:
             embedded(normal(generator, BATCH, HEADS, length, head_dim)) for length in (tokens, keys, keys)
         )
         q_blocks, k_blocks = block_count(tokens, 128), block_count(keys, 64)
-        selected = top_k_blocks(torch.rand(BATCH * HEADS, q_blocks, k_blocks, generator=generator), count)
-        mask = unselected_mask(selected[None], k_blocks, torch.float32)[0]
+        self.selected = top_k_blocks(torch.rand(BATCH * HEADS, q_blocks, k_blocks, generator=generator), count)
+        mask = unselected_mask(self.selected[None], k_blocks, torch.float32)[0]
         mean = self.k.mean(dim=2)
         k_means = pool(self.k, 64) - mean[:, :, None]
-        self.routed = Routing(selected, mask, k_means.flatten(0, 1), mean.flatten(0, 1))
+        self.routed = Routing(mask, k_means.flatten(0, 1), mean.flatten(0, 1))
         # sums of any numbers do: the loop only multiplies phi(q) with them
         self.sums = normal(generator, BATCH * HEADS, q_blocks, head_dim + 1, head_dim).abs() if linear else None
         self.ratios = torch.rand(HEADS, q_blocks, generator=generator) if ratios else None
@@ -52,7 +52,7 @@ class Loop:
                 self.q, self.routed, row_ratio, self.k.shape[2], smoothed=False, config=config_of_mass, **sizes
             )
         sparse_attention(
-            self.q, self.k, self.v, out, work, self.routed.selected, self.ratios, row_ratio, heads,
+            self.q, self.k, self.v, out, work, self.selected, self.ratios, row_ratio, heads,
             ratio=ratio, qk="16bit", pv="16bit", config=config, **sizes,
         )  # fmt: skip
         assert out._base.isnan().sum() == out._base.numel() - out.numel(), "wrote between the output's elements"

@@ -28,7 +28,7 @@ def test_both_backends_select_the_same(generator, tokens, keys, sparsity, proj, 
 
 
 def test_weights_of_any_dtype_and_stride_are_taken(generator):
-    inputs = attention_inputs(generator, tokens=300, proj="per head", sparsity=0.5)
+    inputs = attention_inputs(generator, tokens=300, proj="per head")
     q, k, v, proj_q, proj_k, alpha = inputs.tensors()
     views = [x.double().transpose(-1, -2).contiguous().transpose(-1, -2) for x in (proj_q, proj_k)]
     assert not any(view.is_contiguous() for view in views)
