@@ -46,13 +46,13 @@ def checked_scale(scale, head_dim):
 
 
 def checked_count(name, value):
-    """value as an integer, a number of tokens; raises ValueError where it is none."""
+    """value as an integer; raises ValueError where it is none."""
     if isinstance(value, int):
         return value
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be an integer, a number of tokens, got {_shown(value)}.") from None
+        raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
 
 
 def check_dimensions(name, tensor, layout):

@@ -57,26 +57,29 @@ def sla2_attention(
         q: (B, H, N, D), or (B, N, H, D) with layout "BNHD"; a view of any stride. float16, bfloat16 or float32
             (float64 on the torch backend).
         k, v: (B, H, M, D) or (B, M, H, D); q's dtype and device.
-        proj_q, proj_k: router projections, (D, D) or (H, D, D), applied as x @ W^T; None is the identity.
-        alpha: share of the softmax branch, in (0, 1): (H,), or (H, A) knots resampled linearly along the query blocks.
+        proj_q, proj_k: router projections, (D, D) or (H, D, D), finite, applied as x @ W^T; None is the identity.
+        alpha: share of the softmax branch, 0 to 1: (H,), or (H, A) knots resampled linearly along the query blocks.
             None estimates it per query row from the run.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1. Ignored with ``key_blocks``.
         precision: "16bit" (the dtype of q), "int8" (INT8 QK^T, FP8 PV; 16-bit PV below sm_89) or "fp8" (sm_89 and up).
         layout: "BHND" or "BNHD".
         scale: softmax scale, > 0; None is D ** -0.5.
-        key_blocks: integers (B, H, T_m, n), distinct key blocks per query block, instead of routing. Contents are
-            checked on the CPU only. On a GPU, where a check would wait for it, what is out of range is clamped and a
-            block named twice counts once: the next one takes the second place.
+        key_blocks: integers (B, H, T_m, n), distinct key blocks per query block, instead of routing. On a GPU what is out
+            of range is clamped and a block named twice counts once: the next one takes the second place.
         backend: "triton", "torch", or "auto": Triton where it can run, else torch.
         return_alpha: also return the ratio used for each query row.
         keep_diagonal: each query block always takes the key blocks that hold its own tokens, within its count; needs as
             many keys as queries. Ignored with ``key_blocks``.
+
+    Contents of proj_q, proj_k, alpha and key_blocks are checked on the CPU only, and not under torch.compile: on a GPU a
+    check would wait for it.
 
     Returns:
         The output, contiguous, in q's layout and dtype; with ``return_alpha`` also float32 (B, H, N).
 
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
+        NotImplementedError: q, k, v or alpha carries a tangent of forward-mode differentiation.
     """
     check_options(layout, backend, precision)
     check_inputs(layout, q=q, k=k, v=v)

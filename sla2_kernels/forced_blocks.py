@@ -53,9 +53,10 @@ def select_with_forced_blocks(
         raise ValueError(
             f"keep_diagonal needs as many keys between front and back as queries, got {keys - front - back} and {q.shape[axis]}."
         )
-    return torch.ops.sla2.select_with_forced_blocks(
-        q, k, proj_q, proj_k, sparsity, front, back, layout == "BHND", backend, keep_diagonal
-    )
+    with torch.no_grad():  # a choice has no derivative: none is asked for, in forward mode neither
+        return torch.ops.sla2.select_with_forced_blocks(
+            q, k, proj_q, proj_k, sparsity, front, back, layout == "BHND", backend, keep_diagonal
+        )
 
 
 def selected_with_forced(tokens, sparsity, front, back):

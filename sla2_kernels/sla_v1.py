@@ -12,6 +12,7 @@ import torch
 
 from .arguments import check_dimensions, check_linear_projection, check_options
 from .attention import sla2_attention
+from .support import without_autocast
 
 TINY = 1e-5  # added to the linear branch's denominator where these weights were trained
 CHUNK_BYTES = 128 * 2**20
@@ -108,7 +109,7 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         weight, bias = (t.to(q.device, q.dtype) for t in proj_l)
         # in q's dtype, as the softmax branch is; torch.cat fails where autocast has the other 16-bit type
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             linear = torch.nn.functional.linear(linear_over_all_keys(q, k, v), weight, bias)
         out = out + (linear if layout == "BHND" else linear.transpose(1, 2))
     return (out, share) if return_alpha else out

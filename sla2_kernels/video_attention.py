@@ -14,7 +14,7 @@ from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options
 from .attention import sla2_attention
 from .forced_blocks import select_with_forced_blocks
 from .sla_v1 import sla_attention
-from .support import default_precision, unsupported_reason
+from .support import default_precision, unsupported_reason, without_autocast
 
 
 def video_attention(
@@ -94,7 +94,7 @@ def video_attention(
     parts.append(out)
     parts += [exact(q.narrow(axis, tokens - back, back), k, v)] if back else []
     # under autocast the exact rows have its dtype, and joining the two 16-bit types would fail
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return torch.cat([part.to(q.dtype) for part in parts], dim=axis)
 
 
