@@ -184,9 +184,9 @@ def _ratios_of(alpha, q):
 
 
 def _distinct(key_blocks, count):
-    """Ascending int32 rows of distinct indices in 0 to count - 1; those of a sound selection are only sorted. Never waits for a GPU.
+    """Ascending int32 rows of distinct indices in 0 to count - 1; those of a sound selection are only sorted.
 
-    A repeat becomes the next index up; where that would leave the range, the last indices are taken.
+    A repeat becomes the next index up; where that would leave the range, the last indices are taken. Never waits for a GPU.
     """
     steps = torch.arange(key_blocks.shape[-1], dtype=torch.int32, device=key_blocks.device)
     # clamped first: in 32 bits what does not fit would wrap into the range
