@@ -9,13 +9,13 @@ Self-attention (attn1) of every block runs through ``sla2_kernels.sla2_attention
 """
 
 import functools
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
 from sla2_kernels import K_BLOCK, Q_BLOCK, default_precision, sla2_attention, unsupported_reason
+from sla2_kernels.arguments import checked_count, checked_sparsity
 from sla2_kernels.router import block_count, selected_block_count
 
 MODEL_FAMILY = "wan"
@@ -228,7 +228,7 @@ def apply_sla2(
             reason; "torch" computes it block by block on any device.
 
     Raises:
-        TypeError: transformer is not a Wan transformer.
+        TypeError: transformer is not a Wan transformer, or router is no RouterWeights.
         ValueError: a setting does not fit; the sentence says which.
         RouterFileError: the router was trained for another model.
     """
@@ -240,6 +240,8 @@ def apply_sla2(
     if any(isinstance(attention.processor, SLA2WanProcessor) for attention in attentions):
         raise ValueError("SLA2 is applied to this transformer already: undo() the former handle first.")
     if router is not None:
+        if not hasattr(router, "require_model"):
+            raise TypeError(f"router must be what load_router() returns, or None, got {type(router).__name__}.")
         heads = attentions[0].heads
         router.require_model(
             model_family=MODEL_FAMILY,
@@ -264,13 +266,14 @@ def _weights(router, layer, sparsity):
 
 
 def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, count):
-    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}.")
+    sparsity, minimum_tokens = checked_sparsity(sparsity), checked_count("minimum_tokens", minimum_tokens)
     if precision not in ("auto", "16bit", "int8", "fp8"):
         raise ValueError(f'precision must be "auto", "16bit", "int8" or "fp8", got {precision!r}.')
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
+    if isinstance(dense_layers, (str, int)):
+        raise ValueError(f"dense_layers must be a list of layer numbers, got {dense_layers!r}.")
     for layer in dense_layers:
-        if not -count <= layer < count:
+        if not -count <= checked_count("dense_layers", layer) < count:
             raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {count - 1}.")
     return Settings(sparsity, precision, minimum_tokens, frozenset(layer % count for layer in dense_layers), backend)

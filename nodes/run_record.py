@@ -129,7 +129,8 @@ class RunRecord:
 
     def count_output(self, layer, out):
         """Counts a sparse output that holds NaN or infinity, on its device; True where it is the layer's first one and does."""
-        bad = ~torch.stack(torch.aminmax(out.detach())).isfinite().all()
+        lowest, highest = torch.aminmax(out.detach())
+        bad = ~(lowest.isfinite() & highest.isfinite())
         with self.lock:
             counts = self.layers[layer].bad_outputs
             first = not counts

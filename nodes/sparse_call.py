@@ -11,6 +11,7 @@ from ..sla2_kernels import K_BLOCK, sla2_attention
 from ..sla2_kernels.forced_blocks import select_with_forced_blocks, selected_with_forced
 from ..sla2_kernels.router import block_count
 from ..sla2_kernels.sla_v1 import sla_attention
+from ..sla2_kernels.support import without_autocast
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,14 @@ def with_dense_rows(out, request, exact, dense):
     """The whole call's output: ``out`` of the video's queries between the rows that ``dense`` computes exactly."""
     out = out.flatten(2) if request.flat_output else out
     axis = 1 if request.flat_output else 2
+    parts = [out]
     if exact.query_front:
-        out = torch.cat([dense(slice(0, exact.query_front)), out], dim=axis)
+        parts.insert(0, dense(slice(0, exact.query_front)))
     if exact.query_back:
-        out = torch.cat([out, dense(slice(request.tokens - exact.query_back, request.tokens))], dim=axis)
-    return out
+        parts.append(dense(slice(request.tokens - exact.query_back, request.tokens)))
+    # under autocast the dense rows have its dtype, and joining the two 16-bit types would fail
+    with without_autocast(out.device):
+        return torch.cat([part.to(out.dtype) for part in parts], dim=axis) if len(parts) > 1 else out
 
 
 def rows_of_call(args, kwargs, rows):

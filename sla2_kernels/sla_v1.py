@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .arguments import check_dimensions, check_linear_projection, check_options
 from .attention import sla2_attention
+from .support import without_autocast
 
 TINY = 1e-5  # added to the linear branch's denominator where these weights were trained
 CHUNK_BYTES = 128 * 2**20
@@ -94,6 +96,9 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     Returns:
         The output in q's layout and dtype; with ``return_alpha`` also ones (B, H, N), the share of the softmax branch.
     """
+    check_options(layout)
+    check_dimensions("q", q, layout)
+    check_linear_projection(proj_l, q.shape[3])
     heads = q.shape[1 if layout == "BHND" else 2]
     everything = torch.ones(heads, device=q.device)
     out, share = sla2_attention(
@@ -103,6 +108,8 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
         if layout == "BNHD":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         weight, bias = (t.to(q.device, q.dtype) for t in proj_l)
-        linear = torch.nn.functional.linear(linear_over_all_keys(q, k, v), weight, bias)
+        # in q's dtype, as the softmax branch is; torch.cat fails where autocast has the other 16-bit type
+        with without_autocast(q.device):
+            linear = torch.nn.functional.linear(linear_over_all_keys(q, k, v), weight, bias)
         out = out + (linear if layout == "BHND" else linear.transpose(1, 2))
     return (out, share) if return_alpha else out

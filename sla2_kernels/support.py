@@ -35,6 +35,12 @@ def on_device(device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def without_autocast(device):
+    """Context in which autocast is off on ``device``, a torch.device; on devices without autocast (meta) it does nothing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 @functools.cache
 def _cuda_capability(index):
     return torch.cuda.get_device_capability(index)

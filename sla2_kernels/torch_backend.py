@@ -148,25 +148,23 @@ def compute_dtype(q):
 
 
 @torch.no_grad()
-def attention(q, k, v, key_blocks, ratios, *, scale, precision):
-    """SLA2 over BHND views, given the selection.
+def attention(q, k, v, key_blocks, ratios, out, *, scale, precision):
+    """SLA2 over BHND views, given the selection: fills out, returns the ratio of each query row.
 
     Args:
-        q: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
+        q, out: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
         key_blocks: (B, H, T_m, n) selected key blocks. ratios: (H, T_m) or None to estimate them.
         scale: softmax scale. precision: "16bit", "int8" or "fp8".
 
     Returns:
-        out (B, H, N, D) in q's dtype and the ratio per query row (B, H, N), float32 (float64 for float64 inputs).
+        (B, H, N), float32 (float64 for float64 inputs).
     """
     compute = compute_dtype(q)
-    outputs, row_ratios = [], []
+    row_ratios = torch.empty(q.shape[:3], dtype=compute, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 head = (q[b, h].to(compute), k[b, h].to(compute), v[b, h].to(compute))
                 ratio = None if ratios is None else ratios[h].to(compute)
-                out, row_ratio = _attend_head(*head, key_blocks[b, h].long(), ratio, scale, precision)
-                outputs.append(out.to(q.dtype))
-                row_ratios.append(row_ratio)
-    return torch.stack(outputs).unflatten(0, q.shape[:2]), torch.stack(row_ratios).unflatten(0, q.shape[:2])
+                out[b, h], row_ratios[b, h] = _attend_head(*head, key_blocks[b, h].long(), ratio, scale, precision)
+    return row_ratios

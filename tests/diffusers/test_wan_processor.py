@@ -213,6 +213,11 @@ def test_a_router_of_another_model_is_refused(transformer, changes, sentence):
     ("options", "sentence"),
     [
         ({"sparsity": 1.0}, "sparsity must be"),
+        ({"sparsity": None}, "sparsity must be at least 0 and below 1, got None"),
+        ({"sparsity": "0.9"}, "sparsity must be at least 0 and below 1, got '0.9'"),
+        ({"minimum_tokens": "many"}, "minimum_tokens must be an integer, got 'many'"),
+        ({"dense_layers": "0, 1"}, "dense_layers must be a list of layer numbers, got '0, 1'"),
+        ({"dense_layers": [0.5]}, "dense_layers must be an integer, got 0.5"),
         ({"precision": "4bit"}, "precision must be"),
         ({"backend": "cuda"}, "backend must be"),
         ({"dense_layers": [2]}, "names layer 2"),
@@ -229,3 +234,8 @@ def test_applying_twice_and_to_another_model_is_refused(transformer):
         apply_sla2(transformer)
     with pytest.raises(TypeError, match="WanTransformer3DModel"):
         apply_sla2(torch.nn.Linear(2, 2))
+
+
+def test_a_path_in_a_routers_place_is_refused(transformer):
+    with pytest.raises(TypeError, match=r"router must be what load_router\(\) returns, or None, got str"):
+        apply_sla2(transformer, "router.safetensors")

@@ -30,6 +30,17 @@ def test_rows_of_other_tokens_are_exact_and_those_of_the_video_are_sparse(bench,
     assert b.run.layers[0].sparse == 1 and not b.run.layers[0].dense
 
 
+@pytest.mark.parametrize("masked", [0, 30], ids=["all text", "text masked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_exact_rows_that_autocast_gave_another_dtype_join_the_others(bench, dtype, masked):
+    b = bench(grid=(11, 4, 10), front=70)
+    mask = (torch.arange(600) >= masked)[None, None, None]
+    b.model_call()
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float16 else torch.float16):
+        out = b.attend(*(t.to(dtype) for t in call()), heads=HEADS, mask=mask if masked else None)
+    assert b.run.layers[0].sparse == 1 and out.dtype == dtype and torch.isfinite(out).all()
+
+
 def test_every_video_query_attends_the_other_tokens_exactly(bench):
     """Values of text tokens alone: with softmax over all keys, a query's output is the text's share of its attention."""
     q, k, v = call()
