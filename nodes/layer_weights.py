@@ -1,7 +1,7 @@
 """What the operator needs per layer: projections and ratios, on the device of the call, moved there once per run."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ class CallWeights:
 
 
 class LayerWeights:
-    """Weights of one patched clone by layer, device and sparsity. Used by several threads (MultiGPU)."""
+    """Weights of one patched clone by layer and device; trained ratios also by sparsity. Used by several threads (MultiGPU)."""
 
     def __init__(self, settings, router, num_heads, sla_weights=None):
         self._settings = settings
@@ -31,35 +31,52 @@ class LayerWeights:
 
     def on_device(self, layer, device, sparsity):
         """CallWeights of a call of this layer at this sparsity."""
-        key = (layer, device, sparsity)
         with self._lock:
-            if key not in self._placed:
-                # not inference tensors: a training step may save them for its backward pass
-                with torch.inference_mode(False), torch.no_grad():
-                    self._placed[key] = self._of_layer(layer, sparsity, device)
-            return self._placed[key]
+            weights = self._once(self._of_layer, layer, device)
+            # apart: projections are large, and the same at every sparsity of a schedule
+            return self._once(self._with_ratio, layer, device, sparsity) if self._ratio_is_trained else weights
+
+    def _once(self, make, *key):
+        if key not in self._placed:
+            # not inference tensors: a training step may save them for its backward pass
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed[key] = make(*key)
+        return self._placed[key]
 
     def clear(self):
         with self._lock:
             self._placed.clear()
 
-    def _of_layer(self, layer, sparsity, device):
-        def placed(tensor):
-            return None if tensor is None else tensor.to(device, torch.float32, copy=True)
+    @property
+    def _ratio_is_trained(self):
+        """Whether alpha is the router's, at the call's sparsity."""
+        mixes = self._sla_weights is None and self._settings.method != "top-k only"
+        return mixes and self._router is not None and self._settings.ratio_mode == "learned"
 
+    def _with_ratio(self, layer, device, sparsity):
+        return replace(self._placed[layer, device], alpha=_placed(self._router.ratio(layer, sparsity), device))
+
+    def _of_layer(self, layer, device):
+        """CallWeights but for a trained ratio."""
         if self._sla_weights is not None:
-            return CallWeights(proj_l=tuple(map(placed, self._sla_weights.layers[layer])), linear_branch=False)
+            proj_l = tuple(_placed(tensor, device) for tensor in self._sla_weights.layers[layer])
+            return CallWeights(proj_l=proj_l, linear_branch=False)
         proj_q = proj_k = alpha = None
         if self._router is not None:
-            proj_q, proj_k = self._router.layers[layer].proj_q, self._router.layers[layer].proj_k
+            router_layer = self._router.layers[layer]
+            proj_q, proj_k = _placed(router_layer.proj_q, device), _placed(router_layer.proj_k, device)
         if self._settings.method == "top-k only":
-            return CallWeights(placed(proj_q), placed(proj_k), linear_branch=False)
-        if self._settings.ratio_mode == "fixed":
-            alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
-        elif self._router is not None and self._settings.ratio_mode == "learned":
-            alpha = self._router.ratio(layer, sparsity)
+            return CallWeights(proj_q, proj_k, linear_branch=False)
         keep_diagonal = self._router is None or self._router.keep_diagonal
-        return CallWeights(placed(proj_q), placed(proj_k), placed(alpha), keep_diagonal=keep_diagonal)
+        if self._settings.ratio_mode == "fixed":
+            if self._settings.fixed_ratio == 1:  # nothing is mixed in
+                return CallWeights(proj_q, proj_k, linear_branch=False, keep_diagonal=keep_diagonal)
+            alpha = torch.full((self._num_heads,), self._settings.fixed_ratio, device=device)
+        return CallWeights(proj_q, proj_k, alpha, keep_diagonal=keep_diagonal)
+
+
+def _placed(tensor, device):
+    return None if tensor is None else tensor.to(device, torch.float32, copy=True)
 
 
 def router_notes(settings, router, sla_weights=None):

@@ -1,7 +1,7 @@
 """sla2_attention(): check the arguments, route, run a backend. One torch operator, so torch.compile sees no graph break."""
 
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ from .support import BACKENDS, PRECISIONS, resolve_backend
 LAYOUTS = ("BHND", "BNHD")
 
 
+class RoutedBlocks(NamedTuple):
+    """A selection that this package's own router made, for ``key_blocks``: as it ascends and holds no block twice, it is
+    neither checked nor sorted."""
+
+    key_blocks: Tensor
+
+
 def sla2_attention(
     q,
     k,
@@ -37,6 +44,7 @@ def sla2_attention(
     backend="auto",
     return_alpha=False,
     keep_diagonal=False,
+    linear_branch=True,
 ):
     """Sparse-linear attention with a learned router (SLA2, arXiv 2602.12675, Eq. 13-16).
 
@@ -61,6 +69,8 @@ def sla2_attention(
         return_alpha: also return the ratio used for each query row.
         keep_diagonal: each query block always takes the key blocks that hold its own tokens, within its count; needs as
             many keys as queries. Ignored with ``key_blocks``.
+        linear_branch: False leaves the linear branch out, at no cost: the output is softmax attention over the selected
+            key blocks alone, the ratio 1. Takes no alpha.
 
     Returns:
         The output, contiguous, in q's layout and dtype; with ``return_alpha`` also float32 (B, H, N).
@@ -74,15 +84,21 @@ def sla2_attention(
     query_blocks = block_count(tokens, Q_BLOCK)
     key_block_count = block_count(k.shape[2 if heads_first else 1], K_BLOCK)
     _check_weights(proj_q, proj_k, alpha, heads, head_dim)
-    if key_blocks is not None:
+    if alpha is not None and not linear_branch:
+        raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
+    is_routed = isinstance(key_blocks, RoutedBlocks)
+    if is_routed:
+        key_blocks = key_blocks.key_blocks
+    elif key_blocks is not None:
         _check_key_blocks(key_blocks, (batch, heads, query_blocks), key_block_count, q.device)
     elif keep_diagonal:
         _check_diagonal(q, k)
     diagonal = 0 if keep_diagonal else None
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, row_ratio, _ = torch.ops.sla2.attention(
-        q, k, v, proj_q, proj_k, alpha, key_blocks, float(sparsity), precision, heads_first, scale, backend, diagonal
-    )
+        q, k, v, proj_q, proj_k, alpha, key_blocks, float(sparsity), precision, heads_first, scale, backend, diagonal,
+        bool(linear_branch), is_routed,
+    )  # fmt: skip
     return (out, row_ratio) if return_alpha else out
 
 
@@ -131,8 +147,10 @@ def _attention(
     scale: float,
     backend: str,
     diagonal: Optional[int] = None,
+    linear_branch: bool = True,
+    is_routed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, ratio per query row, key blocks used); see sla2_attention."""
+    """(out, ratio per query row, key blocks used); see sla2_attention. is_routed: key_blocks were RoutedBlocks."""
     # in here, where torch.compile does not look: some releases cannot trace a search for packages
     backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     if not heads_first:
@@ -141,19 +159,23 @@ def _attention(
     if not heads_first:
         out = torch.empty(_swapped(q.shape), dtype=q.dtype, device=q.device).transpose(1, 2)
     ratios = _ratios_of(alpha, q)
-    if key_blocks is not None:
+    if is_routed:
+        key_blocks = key_blocks.clone()  # an operator must not return its own input
+    elif key_blocks is not None:
         key_blocks = _distinct(key_blocks.to(torch.int32), block_count(k.shape[2], K_BLOCK))
     if backend == "triton":
         from . import triton_backend
 
         row_ratio, key_blocks = triton_backend.attention(
             q, k, v, proj_q, proj_k, key_blocks, ratios, out,
-            sparsity=sparsity, scale=scale, precision=precision, diagonal=diagonal,
+            sparsity=sparsity, scale=scale, precision=precision, diagonal=diagonal, linear_branch=linear_branch,
         )  # fmt: skip
     else:
         if key_blocks is None:
             key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
-        result, row_ratio = torch_backend.attention(q, k, v, key_blocks, ratios, scale=scale, precision=precision)
+        result, row_ratio = torch_backend.attention(
+            q, k, v, key_blocks, ratios, scale=scale, precision=precision, linear_branch=linear_branch
+        )
         out.copy_(result)
     return out if heads_first else out.transpose(1, 2), row_ratio.float(), key_blocks
 
@@ -180,7 +202,10 @@ def _swapped(shape):
 
 
 @_attention.register_fake
-def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None):
+def _(
+    q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
+    linear_branch=True, is_routed=False,
+):  # fmt: skip
     batch, heads, tokens, _ = q.shape if heads_first else _swapped(q.shape)
     keys = k.shape[2 if heads_first else 1]
     if key_blocks is None:
@@ -195,7 +220,7 @@ def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_fir
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _ = inputs
+    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _, ctx.linear_branch, _ = inputs
     ctx.save_for_backward(q, k, v, alpha, output[1], output[2])
     ctx.precision, ctx.heads_first, ctx.scale, ctx.backend = precision, heads_first, scale, backend
 
@@ -204,8 +229,9 @@ def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     """Gradients on the saved selection: 16-bit in Triton; in torch those of its own formats, recomputed chunk by chunk."""
     q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
     *grads, grad_ratio = torch.ops.sla2.attention_backward(
-        grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend
-    )
+        grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend,
+        ctx.linear_branch,
+    )  # fmt: skip
     grad_alpha = None
     if alpha is not None:
         blocks = block_count(k.shape[2 if ctx.heads_first else 1], K_BLOCK)
@@ -214,7 +240,7 @@ def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
             rows = F.pad(grad_row_ratio, (0, -grad_row_ratio.shape[-1] % Q_BLOCK)).unflatten(-1, (-1, Q_BLOCK))
             grad_ratio = grad_ratio + rows.sum(dim=(0, -1))
         grad_alpha = resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
-    return *grads, None, None, grad_alpha, *[None] * 7
+    return *grads, None, None, grad_alpha, *[None] * 9
 
 
 @torch.library.custom_op("sla2::attention_backward", mutates_args=())
@@ -230,6 +256,7 @@ def _attention_backward(
     alpha: Optional[Tensor] = None,
     precision: str = "16bit",
     backend: str = "triton",
+    linear_branch: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d loss / d ratio (H, T_m) float32, float64 for float64 inputs)."""
     backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
@@ -243,17 +270,22 @@ def _attention_backward(
     if backend == "triton":
         from . import triton_backward
 
-        grad_ratio = triton_backward.attention_backward(q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale)
+        grad_ratio = triton_backward.attention_backward(
+            q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale, linear_branch=linear_branch
+        )
     else:
         ratios = _ratios_of(alpha, q)
         grad_ratio = torch_backward.attention_backward(
-            q, k, v, grad_out, key_blocks, ratios, *views, scale=scale, precision=precision
+            q, k, v, grad_out, key_blocks, ratios, *views, scale=scale, precision=precision, linear_branch=linear_branch
         )
     return *grads, grad_ratio.sum(dim=0)
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale, alpha=None, precision="16bit", backend="triton"):
+def _(
+    grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale, alpha=None, precision="16bit", backend="triton",
+    linear_branch=True,
+):  # fmt: skip
     grads = (t.new_empty(t.shape) for t in (q, k, v))
     dtype = torch_backend.compute_dtype(q)
     return *grads, q.new_empty((key_blocks.shape[1], key_blocks.shape[2]), dtype=dtype)

@@ -94,10 +94,8 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     Returns:
         The output in q's layout and dtype; with ``return_alpha`` also ones (B, H, N), the share of the softmax branch.
     """
-    heads = q.shape[1 if layout == "BHND" else 2]
-    everything = torch.ones(heads, device=q.device)
     out, share = sla2_attention(
-        q, k, v, alpha=everything, sparsity=sparsity, layout=layout, return_alpha=True, **options
+        q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, **options
     )
     if proj_l is not None:
         if layout == "BNHD":
