@@ -91,7 +91,7 @@ def attention_backward(
 ):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m).
 
-    ratios: (H, T_m), or None where they were estimated. Other arguments as in torch_backend.attention.
+    ratios: (H, T_m), or None where they were estimated or there is no linear branch. Other arguments as in torch_backend.attention.
     """
     compute = torch_backend.compute_dtype(q)
     grad_ratio = torch.zeros(key_blocks.shape[:3], dtype=compute, device=q.device)
@@ -100,9 +100,8 @@ def attention_backward(
             for h in range(q.shape[1]):
                 tensors = [t[b, h].to(compute) for t in (q, k, v)]
                 ratio = None if ratios is None else ratios[h].to(compute)
-                found = _head_gradient(
-                    *tensors, key_blocks[b, h].long(), ratio, grad_out[b, h].to(compute), scale, precision, linear_branch
-                )
+                selected, grad = key_blocks[b, h].long(), grad_out[b, h].to(compute)
+                found = _head_gradient(*tensors, selected, ratio, grad, scale, precision, linear_branch)
                 for target, gradient in zip((grad_q[b, h], grad_k[b, h], grad_v[b, h]), found[:3], strict=True):
                     target.copy_(gradient)
                 grad_ratio[b, h] = found[3]

@@ -25,9 +25,7 @@ from .support import capability, on_device
 from .triton_backend import Workspace, _head_groups
 
 
-def attention_backward(
-    q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True
-):
+def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
 
     Args:

@@ -46,7 +46,9 @@ def test_projections_are_kept_once_and_ratios_follow_the_sparsity(placed):
         assert torch.equal(weights.alpha, given.ratio(0, sparsity))
 
 
-@pytest.mark.parametrize("settings", [{"ratio_mode": "fixed"}, {"ratio_mode": "estimated"}, {"method": "top-k only"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"ratio_mode": "fixed"}, {"ratio_mode": "estimated"}, {"method": "top-k only"}], ids=str
+)
 def test_what_does_not_depend_on_the_sparsity_is_kept_once(placed, settings):
     found = placed(router(), **settings)
     assert all(weights is found[0] for weights in found)

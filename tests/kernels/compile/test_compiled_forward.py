@@ -116,7 +116,7 @@ def test_float32_launches_what_is_compiled_for_a_card_with_no_more_memory(compil
 def test_without_the_linear_branch_it_launches_what_a_call_with_every_block_selected_does(
     compile_for, attend, card, precision
 ):
-    """That is compiled above and in test_compiled_hopper_loop.py: nothing of the linear branch, not even its mask."""
+    """Nothing of the linear branch, not even its mask; these loops, and those with a ratio, are compiled above."""
     if precision == "fp8" and card.capability < (8, 9):
         pytest.skip(f"{card} has no FP8")
 
