@@ -1,7 +1,7 @@
 """What the operator needs per layer: projections and ratios, on the device of the call, moved there once per run."""
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,63 +19,62 @@ class CallWeights:
 
 
 class LayerWeights:
-    """Weights of one patched clone by layer and device; trained ratios also by sparsity. Used by several threads (MultiGPU)."""
+    """Weights of one patched clone by layer, device and sparsity. Used by several threads (MultiGPU)."""
 
     def __init__(self, settings, router, num_heads, sla_weights=None):
         self._settings = settings
         self._router = router
         self._num_heads = num_heads
         self._sla_weights = sla_weights
-        self._placed = {}
+        self._placed = {}  # by layer and device: its projections
+        self._calls = {}
         self._lock = threading.Lock()
 
     def on_device(self, layer, device, sparsity):
         """CallWeights of a call of this layer at this sparsity."""
+        key = (layer, device, sparsity)
         with self._lock:
-            weights = self._once(self._of_layer, layer, device)
-            # apart: projections are large, and the same at every sparsity of a schedule
-            return self._once(self._with_ratio, layer, device, sparsity) if self._ratio_is_trained else weights
-
-    def _once(self, make, *key):
-        if key not in self._placed:
-            # not inference tensors: a training step may save them for its backward pass
-            with torch.inference_mode(False), torch.no_grad():
-                self._placed[key] = make(*key)
-        return self._placed[key]
+            if key not in self._calls:
+                # not inference tensors: a training step may save them for its backward pass
+                with torch.inference_mode(False), torch.no_grad():
+                    self._calls[key] = self._of_call(layer, sparsity, device)
+            return self._calls[key]
 
     def clear(self):
         with self._lock:
             self._placed.clear()
+            self._calls.clear()
 
-    @property
-    def _ratio_is_trained(self):
-        """Whether alpha is the router's, at the call's sparsity."""
-        mixes = self._sla_weights is None and self._settings.method != "top-k only"
-        return mixes and self._router is not None and self._settings.ratio_mode == "learned"
-
-    def _with_ratio(self, layer, device, sparsity):
-        return replace(self._placed[layer, device], alpha=_placed(self._router.ratio(layer, sparsity), device))
-
-    def _of_layer(self, layer, device):
-        """CallWeights but for a trained ratio."""
+    def _of_call(self, layer, sparsity, device):
+        projections = self._projections(layer, device)
         if self._sla_weights is not None:
-            proj_l = tuple(_placed(tensor, device) for tensor in self._sla_weights.layers[layer])
-            return CallWeights(proj_l=proj_l, linear_branch=False)
-        proj_q = proj_k = alpha = None
-        if self._router is not None:
-            router_layer = self._router.layers[layer]
-            proj_q, proj_k = _placed(router_layer.proj_q, device), _placed(router_layer.proj_k, device)
+            return CallWeights(proj_l=projections, linear_branch=False)
         if self._settings.method == "top-k only":
-            return CallWeights(proj_q, proj_k, linear_branch=False)
+            return CallWeights(*projections, linear_branch=False)
+        alpha = None
         keep_diagonal = self._router is None or self._router.keep_diagonal
         if self._settings.ratio_mode == "fixed":
-            if self._settings.fixed_ratio == 1:  # nothing is mixed in
-                return CallWeights(proj_q, proj_k, linear_branch=False, keep_diagonal=keep_diagonal)
-            alpha = torch.full((self._num_heads,), self._settings.fixed_ratio, device=device)
-        return CallWeights(proj_q, proj_k, alpha, keep_diagonal=keep_diagonal)
+            if self._settings.fixed_ratio == 1:  # nothing of the linear branch would be mixed in
+                return CallWeights(*projections, linear_branch=False, keep_diagonal=keep_diagonal)
+            alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
+        elif self._router is not None and self._settings.ratio_mode == "learned":
+            alpha = self._router.ratio(layer, sparsity)
+        return CallWeights(*projections, placed(alpha, device), keep_diagonal=keep_diagonal)
+
+    def _projections(self, layer, device):
+        """What all sparsities of a layer share: SLA v1's (weight, bias), else the router's (proj_q, proj_k)."""
+        if (layer, device) not in self._placed:
+            weights = (None, None)
+            if self._sla_weights is not None:
+                weights = self._sla_weights.layers[layer]
+            elif self._router is not None:
+                weights = self._router.layers[layer].proj_q, self._router.layers[layer].proj_k
+            self._placed[layer, device] = tuple(placed(tensor, device) for tensor in weights)
+        return self._placed[layer, device]
 
 
-def _placed(tensor, device):
+def placed(tensor, device):
+    """A float32 copy on ``device``; None stays None."""
     return None if tensor is None else tensor.to(device, torch.float32, copy=True)
 
 

@@ -91,7 +91,7 @@ def attention_backward(
 ):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m).
 
-    ratios: (H, T_m), or None where they were estimated or there is no linear branch. Other arguments as in torch_backend.attention.
+    ratios: (H, T_m), or None where they were estimated or there is no linear branch. Others as in torch_backend.attention.
     """
     compute = torch_backend.compute_dtype(q)
     grad_ratio = torch.zeros(key_blocks.shape[:3], dtype=compute, device=q.device)
