@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..sla2_kernels import K_BLOCK, sla2_attention
+from ..sla2_kernels.attention import RoutedBlocks
 from ..sla2_kernels.forced_blocks import select_with_forced_blocks, selected_with_forced
 from ..sla2_kernels.router import block_count
 from ..sla2_kernels.sla_v1 import sla_attention
@@ -51,11 +52,12 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale):
     keep_diagonal = weights.keep_diagonal and part.queries_are_keys
     selection = None
     if exact.key_front or exact.key_back:
-        selection = select_with_forced_blocks(
+        blocks = select_with_forced_blocks(
             part.q, part.k, proj_q, proj_k,
             sparsity=sparsity, front=exact.key_front, back=exact.key_back, layout=part.layout,
             keep_diagonal=keep_diagonal,
         )  # fmt: skip
+        selection = RoutedBlocks(blocks)
     options = {
         "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
         "layout": part.layout, "key_blocks": selection, "return_alpha": True,

@@ -1,6 +1,6 @@
 """sla2_attention(): check the arguments, route, run a backend. One torch operator, so torch.compile sees no graph break."""
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,13 @@ from .router import (
 from .support import resolve_backend
 
 
+class RoutedBlocks(NamedTuple):
+    """A selection that this package's own router made, for ``key_blocks``: as it ascends and holds no block twice, it is
+    neither checked nor sorted."""
+
+    key_blocks: Tensor
+
+
 def sla2_attention(
     q,
     k,
@@ -47,6 +54,7 @@ def sla2_attention(
     backend="auto",
     return_alpha=False,
     keep_diagonal=False,
+    linear_branch=True,
 ):
     """Sparse-linear attention with a learned router (SLA2, arXiv 2602.12675, Eq. 13-16).
 
@@ -70,6 +78,8 @@ def sla2_attention(
         return_alpha: also return the ratio used for each query row.
         keep_diagonal: each query block always takes the key blocks that hold its own tokens, within its count; needs as
             many keys as queries. Ignored with ``key_blocks``.
+        linear_branch: False leaves the linear branch out, at no cost: the output is softmax attention over the selected
+            key blocks alone, the ratio 1. Takes no alpha.
 
     Contents of proj_q, proj_k, alpha and key_blocks are checked on the CPU only, and not under torch.compile: on a GPU a
     check would wait for it.
@@ -86,7 +96,12 @@ def sla2_attention(
     batch, heads, tokens, head_dim = q.shape if layout == "BHND" else _swapped(q.shape)
     check_projections(proj_q, proj_k, heads, head_dim)
     check_alpha(alpha, heads)
-    if key_blocks is not None:
+    if alpha is not None and not linear_branch:
+        raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
+    is_routed = isinstance(key_blocks, RoutedBlocks)
+    if is_routed:
+        key_blocks, sparsity = key_blocks.key_blocks, 0.0
+    elif key_blocks is not None:
         rows = batch, heads, block_count(tokens, Q_BLOCK)
         check_key_blocks(key_blocks, rows, block_count(k.shape[TOKENS_DIM[layout]], K_BLOCK), q.device)
         sparsity = 0.0
@@ -95,7 +110,7 @@ def sla2_attention(
     refuse_forward_mode(q, k, v, alpha)
     out, row_ratio, _ = torch.ops.sla2.attention(
         q, k, v, proj_q, proj_k, alpha, key_blocks, checked_sparsity(sparsity), precision, layout == "BHND",
-        checked_scale(scale, head_dim), backend, 0 if keep_diagonal else None,
+        checked_scale(scale, head_dim), backend, 0 if keep_diagonal else None, bool(linear_branch), is_routed,
     )  # fmt: skip
     return (out, row_ratio) if return_alpha else out
 
@@ -151,8 +166,10 @@ def _attention(
     scale: float,
     backend: str,
     diagonal: Optional[int] = None,
+    linear_branch: bool = True,
+    is_routed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, ratio per query row, key blocks used, in one dimension); see sla2_attention."""
+    """(out, ratio per query row, key blocks used, in one dimension); see sla2_attention. is_routed: they were RoutedBlocks."""
     # in here, where torch.compile does not look: some releases cannot trace a search for packages
     backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     # what is returned must not be a view, or a caller could not write into it under autograd
@@ -160,19 +177,23 @@ def _attention(
     if not heads_first:
         q, k, v, out = (t.transpose(1, 2) for t in (q, k, v, out))
     ratios = _ratios_of(alpha, q)
-    if key_blocks is not None:
+    if is_routed:
+        key_blocks = key_blocks.clone()  # an operator must not return its own input
+    elif key_blocks is not None:
         key_blocks = _distinct(key_blocks, block_count(k.shape[2], K_BLOCK))
     if backend == "triton":
         from . import triton_backend
 
         row_ratio, key_blocks = triton_backend.attention(
             q, k, v, proj_q, proj_k, key_blocks, ratios, out,
-            sparsity=sparsity, scale=scale, precision=precision, diagonal=diagonal,
+            sparsity=sparsity, scale=scale, precision=precision, diagonal=diagonal, linear_branch=linear_branch,
         )  # fmt: skip
     else:
         if key_blocks is None:
             key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
-        row_ratio = torch_backend.attention(q, k, v, key_blocks, ratios, out, scale=scale, precision=precision)
+        row_ratio = torch_backend.attention(
+            q, k, v, key_blocks, ratios, out, scale=scale, precision=precision, linear_branch=linear_branch
+        )
     return result, row_ratio.float(), key_blocks.flatten()
 
 
@@ -199,7 +220,10 @@ def _swapped(shape):
 
 
 @_attention.register_fake
-def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None):
+def _(
+    q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
+    linear_branch=True, is_routed=False,
+):  # fmt: skip
     batch, heads, tokens, _ = q.shape if heads_first else _swapped(q.shape)
     keys = k.shape[2 if heads_first else 1]
     if key_blocks is None:
@@ -215,7 +239,7 @@ def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_fir
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _ = inputs
+    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _, ctx.linear_branch, _ = inputs
     ctx.save_for_backward(q, k, v, alpha, output[1], output[2])
     ctx.precision, ctx.heads_first, ctx.scale, ctx.backend = precision, heads_first, scale, backend
 
@@ -225,9 +249,9 @@ def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
     *grads, grad_alpha = torch.ops.sla2.attention_backward(
         grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend,
-        None if alpha is None else grad_row_ratio,
+        None if alpha is None else grad_row_ratio, ctx.linear_branch,
     )  # fmt: skip
-    return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 7
+    return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 9
 
 
 @torch.library.custom_op("sla2::attention_backward", mutates_args=())
@@ -244,6 +268,7 @@ def _attention_backward(
     precision: str = "16bit",
     backend: str = "triton",
     grad_row_ratio: Optional[Tensor] = None,
+    linear_branch: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d loss / d alpha, empty without alpha); key_blocks: those of each query block, in any shape."""
     backend = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
@@ -258,11 +283,13 @@ def _attention_backward(
     if backend == "triton":
         from . import triton_backward
 
-        grad_ratio = triton_backward.attention_backward(q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale)
+        grad_ratio = triton_backward.attention_backward(
+            q, k, v, grad_out, key_blocks, row_ratio, *views, scale=scale, linear_branch=linear_branch
+        )
     else:
         ratios = _ratios_of(alpha, q)
         grad_ratio = torch_backward.attention_backward(
-            q, k, v, grad_out, key_blocks, ratios, *views, scale=scale, precision=precision
+            q, k, v, grad_out, key_blocks, ratios, *views, scale=scale, precision=precision, linear_branch=linear_branch
         )
     if alpha is None:
         return *grads, q.new_empty(0)
@@ -277,7 +304,7 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(
     grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale, alpha=None, precision="16bit", backend="triton",
-    grad_row_ratio=None,
+    grad_row_ratio=None, linear_branch=True,
 ):  # fmt: skip
     return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0) if alpha is None else alpha.new_empty(alpha.shape)
 

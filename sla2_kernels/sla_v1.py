@@ -99,10 +99,8 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     check_options(layout)
     check_dimensions("q", q, layout)
     check_linear_projection(proj_l, q.shape[3])
-    heads = q.shape[1 if layout == "BHND" else 2]
-    everything = torch.ones(heads, device=q.device)
     out, share = sla2_attention(
-        q, k, v, alpha=everything, sparsity=sparsity, layout=layout, return_alpha=True, **options
+        q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, **options
     )
     if proj_l is not None:
         if layout == "BNHD":

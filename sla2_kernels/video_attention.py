@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count
-from .attention import sla2_attention
+from .attention import RoutedBlocks, sla2_attention
 from .forced_blocks import select_with_forced_blocks
 from .sla_v1 import sla_attention
 from .support import default_precision, unsupported_reason, without_autocast
@@ -79,10 +79,11 @@ def video_attention(
         "precision": default_precision(q.device) if precision == "auto" else precision,
     }  # fmt: skip
     if front or back:
-        options["key_blocks"] = select_with_forced_blocks(
+        blocks = select_with_forced_blocks(
             video, k, proj_q, proj_k, sparsity=sparsity, front=front, back=back, layout=layout, backend=backend,
             keep_diagonal=keep_diagonal,
         )  # fmt: skip
+        options["key_blocks"] = RoutedBlocks(blocks)
     if method == "sla2":
         out = sla2_attention(video, k, v, alpha=alpha, **options)
     else:

@@ -154,3 +154,11 @@ def test_the_operator_s_registration(generator, heads_first, given):
     leaves = [x.detach().requires_grad_() for x in (*tensors, inputs.alpha)]
     arguments = *leaves[:3], inputs.proj_q, inputs.proj_k, leaves[3], *rest
     torch.library.opcheck(operator, arguments)
+
+
+def test_the_operator_s_registration_without_the_linear_branch_on_our_own_selection(generator):
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16)
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
+    leaves = [x.requires_grad_() for x in inputs.tensors()[:3]]
+    arguments = *leaves, None, None, None, key_blocks, 0.5, "16bit", True, 0.25, "torch", None, False, True
+    torch.library.opcheck(torch.ops.sla2.attention.default, arguments)

@@ -55,6 +55,23 @@ def test_every_video_query_attends_the_other_tokens_exactly(bench):
     assert (b.attend(q, k, v, heads=HEADS) - dense).norm() / dense.norm() > 0.3
 
 
+@pytest.mark.parametrize("method", ["sla2", "top-k only"])
+def test_the_selection_around_other_tokens_is_not_sorted_again(bench, pack_module, monkeypatch, method):
+    module, given = pack_module("nodes.sparse_call"), []
+    for name in ("sla2_attention", "sla_attention"):
+        original = getattr(module, name)
+
+        def watched(*args, original=original, **options):
+            given.append(options["key_blocks"])
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+    b = bench(grid=(5, 10, 10), front=100, method=method)
+    b.model_call()
+    b.attend(*call(), heads=HEADS)
+    assert [type(blocks) for blocks in given] == [module.RoutedBlocks]
+
+
 @pytest.mark.parametrize("layout", ["flat", "heads first", "heads first in and out"])
 def test_sparsity_0_equals_dense_in_every_layout(bench, layout):
     qkv, b = call(), bench(grid=(11, 4, 10), front=70, sparsity=0.0)
