@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..sla2_kernels import default_precision, unsupported_reason
+from ..sla2_kernels.loops import watch_loops
 from .attention_call import read_call
 from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
@@ -249,8 +250,9 @@ class AttentionHook:
             weights = self.weights.on_device(layer, device, sparsity)
             if run.maps is not None:
                 run.maps.see(layer, part, weights, sparsity)
-            with run.timed(layer, "sparse", device):
-                return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+            with run.timed(layer, "sparse", device), watch_loops() as loops:
+                result = sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+            return *result, loops
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
@@ -260,8 +262,9 @@ class AttentionHook:
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
-        out, ratio, kept, blocks = result
+        out, ratio, kept, blocks, loops = result
         run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
+        run.count_loops(loops)
         return with_dense_rows(out, request, exact, dense_rows), None
 
     def _precision(self, device):

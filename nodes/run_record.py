@@ -58,6 +58,7 @@ class RunRecord:
         self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
         self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
         self.precisions = set()
+        self.loops = Counter()  # Loop -> sparse calls that took it
         self.backends = set()  # attention functions of ComfyUI that our calls came from
         self.notes = {}
         self.failure = None
@@ -126,6 +127,11 @@ class RunRecord:
             if seen is not None:
                 bounds = torch.stack((torch.minimum(seen[0], bounds[0]), torch.maximum(seen[1], bounds[1])))
             record.ratio_bounds[ratio.device] = bounds
+
+    def count_loops(self, loops):
+        """loops: what watch_loops() saw during one sparse call."""
+        with self.lock:
+            self.loops.update(set(loops))
 
     def count_output(self, layer, out):
         """Counts a sparse output that holds NaN or infinity, on its device; True where it is the layer's first one and does."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import router, torch_backend, torch_backward
+from . import loops, router, torch_backend, torch_backward
 from .router import (
     K_BLOCK,
     Q_BLOCK,
@@ -16,7 +16,7 @@ from .router import (
     resample_ratio_gradient,
     selected_block_count,
 )
-from .support import BACKENDS, PRECISIONS, resolve_backend
+from .support import BACKENDS, PRECISIONS, resolve_backend, triton_reason
 
 LAYOUTS = ("BHND", "BNHD")
 
@@ -153,6 +153,8 @@ def _attention(
     else:
         if key_blocks is None:
             key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
+        reason = triton_reason(q.device, q.dtype, q.shape[3], precision)
+        loops.took_loop(loops.TORCH, reason or 'backend "torch" was asked for')
         result, row_ratio = torch_backend.attention(q, k, v, key_blocks, ratios, scale=scale, precision=precision)
         out.copy_(result)
     return out if heads_first else out.transpose(1, 2), row_ratio.float(), key_blocks

@@ -28,19 +28,21 @@ def why_not_hopper_loop(card, qk, pv, q, k, v):
     if interpreting():
         return "Triton's interpreter runs no kernel in Gluon"
     if card[0] != 9:
-        return f"it is for cards of compute capability 9.0 (H100, H200), and this one has {card[0]}.{card[1]}"
+        return f"the Hopper loop is for cards of compute capability 9.0 (H100, H200), and this one has {card[0]}.{card[1]}"
     if (qk, pv) not in FORMATS:
-        return f"it multiplies in int8 and fp8, or all in 16 bit, not in {qk} and {pv}"
+        return f"the Hopper loop multiplies in int8 and fp8, or all in 16 bit, not in {qk} and {pv}"
     if q.shape[3] != 128:
-        return f"it is for head_dim 128, and this model has {q.shape[3]}"
+        return f"the Hopper loop is for head_dim 128, and this call has {q.shape[3]}"
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+        return f"the Hopper loop takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if not _gluon_is_known():
         first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
-        return f"it was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
+        return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
     copied = {"q": q} if qk == "int8" else {"q": q, "k": k, "v": v}
     odd = [name for name, x in copied.items() if not _can_be_copied(x)]
-    return f"strides or address of {' and '.join(odd)} are no multiples of {TMA_BYTES} bytes" if odd else None
+    if odd:
+        return f"the Hopper loop needs strides and addresses in multiples of {TMA_BYTES} bytes, unlike those of {' and '.join(odd)}"
+    return None
 
 
 def _can_be_copied(x):
