@@ -139,7 +139,7 @@ def triton_reason(device, dtype, head_dim, precision):
     reason = _card_reason(device) or _triton_reason() or _blackwell_reason(device)
     if reason:
         return reason
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:
         return f"the Triton kernels take head_dim 32, 64 and 128, not {head_dim}"
@@ -153,7 +153,7 @@ def unsupported_reason(device, dtype, head_dim, precision="int8", backend="auto"
     """Why the operator has no fast path for such a call: None, or one sentence for the user.
 
     Args:
-        device: torch.device or its name. dtype: of q, k and v. head_dim: D. precision: "16bit" | "int8" | "fp8".
+        device: torch.device or its name. dtype: of q, k and v, or None before they are known. head_dim: D. precision: "16bit" | "int8" | "fp8".
         backend: "torch" is always possible; "auto" counts the torch backend as a fast path on the CPU alone.
     """
     device = torch.device(device)
