@@ -17,7 +17,7 @@ from ..sla2_kernels.loops import watch_loops
 from .attention_call import read_call
 from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
-from .override_chain import MARK, leads_to, name_of
+from .override_chain import MARK, chosen_in_comfyui, leads_to, name_of
 from .run_history import RunHistory
 from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
@@ -298,22 +298,29 @@ def _log_outcome(run, settings):
 
 def make_override(hook, base):
     """The attention override: a closure over ``hook`` that falls back to ``base``, the override that was there before."""
+    base_name = base and name_of(chosen_in_comfyui(base) or base)
 
     @not_compiled
     def sla2_attention_override(func, *args, **kwargs):
         below = func if base is None else functools.partial(base, func)
+        name = name_of(func) if base is None else base_name
         options = kwargs.get("transformer_options") or {}
         call, layer = options.get(CALL), options.get(LAYER)
         if hook.is_inside or (call is not None and call.hook is not hook):
             return below(*args, **kwargs)
+        run = hook.run_for_call() if call is None else call.run
+
+        def below_seen(*args, **kwargs):
+            run.see_handed_on(name, args, kwargs)
+            return below(*args, **kwargs)
+
         if call is None or layer is None or hook.family_reason:
-            run = hook.run_for_call() if call is None else call.run
             run.count_other(hook.family_reason)
             if hook.family_reason and run.first_time(hook.family_reason):
                 logger.warning("SLA2: every attention call runs dense: %s", hook.family_reason)
-            return hook.inside(below, args, kwargs)
-        call.run.see_backend(name_of(func))
-        return hook.attend(call, layer, below, args, kwargs)
+            return hook.inside(below_seen, args, kwargs)
+        run.see_backend(name_of(func))
+        return hook.attend(call, layer, below_seen, args, kwargs)
 
     setattr(sla2_attention_override, MARK, hook)
     sla2_attention_override.sla2_base = base

@@ -10,6 +10,7 @@ import torch
 from ..sla2_kernels import Q_BLOCK
 from ..sla2_kernels.router import block_count
 from ..sla2_kernels.support import on_device
+from .inexact_dense import is_sage, ragged_key_count
 from .routing_maps import wanted_maps
 
 ROUNDING = 1e-6
@@ -60,6 +61,7 @@ class RunRecord:
         self.precisions = set()
         self.loops = Counter()  # Loop -> sparse calls that took it
         self.backends = set()  # attention functions of ComfyUI that our calls came from
+        self.ragged_sage_calls = Counter()  # number of keys -> calls handed to SageAttention, see inexact_dense.py
         self.notes = {}
         self.failure = None
         self.started = time.monotonic()
@@ -84,6 +86,13 @@ class RunRecord:
     def see_backend(self, name):
         with self.lock:
             self.backends.add(name)
+
+    def see_handed_on(self, name, args, kwargs):
+        """A call that goes down the chain, to a function of this name."""
+        keys = ragged_key_count(args, kwargs) if is_sage(name) else None
+        if keys is not None:
+            with self.lock:
+                self.ragged_sage_calls[keys] += 1
 
     def count_model_call(self):
         with self.lock:

@@ -90,7 +90,9 @@ def _triton_reason():
         )
     version = triton_version()
     if not version:
-        return f"Triton's version {triton.__version__!r} is no number; install a release with: {triton_install_command()}"
+        return (
+            f"Triton's version {triton.__version__!r} is no number; install a release with: {triton_install_command()}"
+        )
     if version < OLDEST_TRITON:
         return f"Triton {triton.__version__} is too old (3.2 or newer is needed); update it with: {triton_install_command()}"
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sla2_kernels.loops import TRITON, Loop
 from tooling import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,19 @@ def test_kernels_that_cannot_be_loaded_are_named_with_what_helps(monkeypatch, ca
     monkeypatch.setattr(doctor, "sla2_attention", fail)
     assert doctor.main() == 1
     assert f"16bit: FAILED: {type(error).__name__}: {error}{part}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_on_a_card_it_says_which_loop_ran_and_how_kernels_are_launched(monkeypatch, direct):
+    launch = pytest.importorskip("sla2_kernels.kernels.launch")
+    monkeypatch.setattr(launch, "DIRECT", direct)
+    monkeypatch.setattr(doctor, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(doctor, "self_test", lambda *_: (0.0, Loop(TRITON, "the Hopper loop is for others")))
+    monkeypatch.setattr(doctor, "benchmark", lambda device: "as fast as light")
+    said = []
+    assert doctor.check(torch.device("cuda", 0), said.append)
+    assert said.count("int8: ran in Triton's loop: the Hopper loop is for others") == 1
+    assert any(line.startswith("slower at short lengths: ") for line in said) is not direct
 
 
 def test_it_starts_as_a_file_without_the_folder_on_the_path(tmp_path):

@@ -155,6 +155,11 @@ def check(device, say):
         say(f"{precision}: {verdict}, relative error {error:.5f} (at most {LARGEST_ERROR[precision]})")
         if loop is not None:
             say(f"{precision}: ran in {loop.name}" + (f": {loop.why_not_faster}" if loop.why_not_faster else ""))
+    if device.type == "cuda" and not unsupported_reason(device, torch.bfloat16, 128, "16bit"):
+        from sla2_kernels.kernels.launch import why_not_direct
+
+        if why_not_direct():
+            say(f"slower at short lengths: {why_not_direct()}")
     say(
         benchmark(device)
         if healthy and not unsupported_reason(device, torch.bfloat16, 128, "16bit")

@@ -28,7 +28,9 @@ def why_not_hopper_loop(card, qk, pv, q, k, v):
     if interpreting():
         return "Triton's interpreter runs no kernel in Gluon"
     if card[0] != 9:
-        return f"the Hopper loop is for cards of compute capability 9.0 (H100, H200), and this one has {card[0]}.{card[1]}"
+        return (
+            f"the Hopper loop is for cards of compute capability 9.0 (H100, H200), and this one has {card[0]}.{card[1]}"
+        )
     if (qk, pv) not in FORMATS:
         return f"the Hopper loop multiplies in int8 and fp8, or all in 16 bit, not in {qk} and {pv}"
     if q.shape[3] != 128:

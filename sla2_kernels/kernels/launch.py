@@ -24,6 +24,14 @@ _plans = {}  # oldest first
 _plans_change = threading.Lock()
 
 
+def why_not_direct():
+    """None where calls are played back, or one sentence why each goes through Triton's front end."""
+    if DIRECT:
+        return None
+    first, last = (".".join(map(str, release)) for release in (DIRECT_RELEASES[0], DIRECT_RELEASES[-1]))
+    return f"every launch goes through Triton's front end: what avoids it was tested with Triton {first} to {last}"
+
+
 def planned(tensors, settings, call):
     """Does call(plan), in which every kernel goes through launch(plan, ...), or plays back what an equal call launched.
 

@@ -182,6 +182,9 @@ def test_the_private_launcher_is_used_with_the_releases_it_was_tested_with(monke
     assert module.DIRECT is support.is_tested_triton(module.DIRECT_RELEASES)
     monkeypatch.setattr("triton.__version__", version)
     assert support.is_tested_triton(module.DIRECT_RELEASES) is direct
+    monkeypatch.setattr(module, "DIRECT", direct)
+    reason = module.why_not_direct()
+    assert reason is None if direct else reason.endswith("was tested with Triton 3.6 to 3.9")
 
 
 def test_tritons_own_descriptor_is_moved_and_stays_as_it_is():
