@@ -69,6 +69,7 @@ class SLA2WanProcessor:
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         attend = functools.partial(self._attend, precision)
+        # processes that share a call must all go one way: there an error is raised
         if self._parallel_config is None:
             out, reason = self._attempt(attend, q, k, v)
             if reason:

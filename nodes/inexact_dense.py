@@ -7,7 +7,8 @@ import functools
 import importlib.metadata
 
 WRONG_VERSION = "1.0.6"
-# what that version takes; ComfyUI computes other calls, and masked ones, with PyTorch
+# what that version takes; ComfyUI computes other calls with PyTorch. Masked calls are not counted: who gets them depends on
+# the release of ComfyUI
 HEAD_DIMS = (64, 96, 128)
 KEYS_PER_BLOCK = 64
 

@@ -213,7 +213,7 @@ KERNELS = {
     "shared memory": of_triton("OutOfResources", "out of resource: shared memory, Required: 200000, Hardware limit: 101376."),
     "triton 1556": RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
     "auto-round 2048": RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"),
-    "LLaVA 1418": RuntimeError("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."),
+    "CUDA's error 222": RuntimeError("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."),
     "triton 5570": RuntimeError("0 active drivers ([]). There should only be one."),
     "triton 2985": RuntimeError("2 active drivers ([<class 'c.CudaDriver'>, <class 'nvi.CudaDriver'>]). There should only be one."),
     "triton-windows 21": ImportError("DLL load failed while importing cuda_utils: The specified module could not be found."),
