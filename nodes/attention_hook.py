@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ..sla2_kernels import default_precision, unsupported_reason
+from ..sla2_kernels.loops import watch_loops
 from .attention_call import read_call
 from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
-from .override_chain import MARK, leads_to, name_of
+from .override_chain import MARK, chosen_in_comfyui, leads_to, name_of
 from .run_history import RunHistory
 from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
@@ -249,8 +250,9 @@ class AttentionHook:
             weights = self.weights.on_device(layer, device, sparsity)
             if run.maps is not None:
                 run.maps.see(layer, part, weights, sparsity)
-            with run.timed(layer, "sparse", device):
-                return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+            with run.timed(layer, "sparse", device), watch_loops() as loops:
+                result = sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+            return *result, loops
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
@@ -260,8 +262,9 @@ class AttentionHook:
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
-        out, ratio, kept, blocks = result
+        out, ratio, kept, blocks, loops = result
         run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
+        run.count_loops(loops)
         return with_dense_rows(out, request, exact, dense_rows), None
 
     def _precision(self, device):
@@ -295,22 +298,29 @@ def _log_outcome(run, settings):
 
 def make_override(hook, base):
     """The attention override: a closure over ``hook`` that falls back to ``base``, the override that was there before."""
+    base_name = base and name_of(chosen_in_comfyui(base) or base)
 
     @not_compiled
     def sla2_attention_override(func, *args, **kwargs):
         below = func if base is None else functools.partial(base, func)
+        name = name_of(func) if base is None else base_name
         options = kwargs.get("transformer_options") or {}
         call, layer = options.get(CALL), options.get(LAYER)
         if hook.is_inside or (call is not None and call.hook is not hook):
             return below(*args, **kwargs)
+        run = hook.run_for_call() if call is None else call.run
+
+        def below_seen(*args, **kwargs):
+            run.see_handed_on(name, args, kwargs)
+            return below(*args, **kwargs)
+
         if call is None or layer is None or hook.family_reason:
-            run = hook.run_for_call() if call is None else call.run
             run.count_other(hook.family_reason)
             if hook.family_reason and run.first_time(hook.family_reason):
                 logger.warning("SLA2: every attention call runs dense: %s", hook.family_reason)
-            return hook.inside(below, args, kwargs)
-        call.run.see_backend(name_of(func))
-        return hook.attend(call, layer, below, args, kwargs)
+            return hook.inside(below_seen, args, kwargs)
+        run.see_backend(name_of(func))
+        return hook.attend(call, layer, below_seen, args, kwargs)
 
     setattr(sla2_attention_override, MARK, hook)
     sla2_attention_override.sla2_base = base

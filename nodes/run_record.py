@@ -10,6 +10,7 @@ import torch
 from ..sla2_kernels import Q_BLOCK
 from ..sla2_kernels.router import block_count
 from ..sla2_kernels.support import on_device
+from .inexact_dense import is_sage, ragged_key_count
 from .routing_maps import wanted_maps
 
 ROUNDING = 1e-6
@@ -58,7 +59,9 @@ class RunRecord:
         self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
         self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
         self.precisions = set()
+        self.loops = Counter()  # Loop -> sparse calls that took it
         self.backends = set()  # attention functions of ComfyUI that our calls came from
+        self.ragged_sage_calls = Counter()  # number of keys -> calls handed to SageAttention, see inexact_dense.py
         self.notes = {}
         self.failure = None
         self.started = time.monotonic()
@@ -83,6 +86,13 @@ class RunRecord:
     def see_backend(self, name):
         with self.lock:
             self.backends.add(name)
+
+    def see_handed_on(self, name, args, kwargs):
+        """A call that goes down the chain, to a function of this name."""
+        keys = ragged_key_count(args, kwargs) if is_sage(name) else None
+        if keys is not None:
+            with self.lock:
+                self.ragged_sage_calls[keys] += 1
 
     def count_model_call(self):
         with self.lock:
@@ -126,6 +136,11 @@ class RunRecord:
             if seen is not None:
                 bounds = torch.stack((torch.minimum(seen[0], bounds[0]), torch.maximum(seen[1], bounds[1])))
             record.ratio_bounds[ratio.device] = bounds
+
+    def count_loops(self, loops):
+        """loops: what watch_loops() saw during one sparse call."""
+        with self.lock:
+            self.loops.update(set(loops))
 
     def count_output(self, layer, out):
         """Counts a sparse output that holds NaN or infinity, on its device; True where it is the layer's first one and does."""

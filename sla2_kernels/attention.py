@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import router, torch_backend, torch_backward
+from . import loops, router, torch_backend, torch_backward
 from .arguments import (
     HEADS_DIM,
     TOKENS_DIM,
@@ -28,7 +28,7 @@ from .router import (
     resample_ratio_gradient,
     selected_block_count,
 )
-from .support import resolve_backend
+from .support import resolve_backend, triton_reason
 
 
 class RoutedBlocks(NamedTuple):
@@ -191,6 +191,8 @@ def _attention(
     else:
         if key_blocks is None:
             key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
+        reason = triton_reason(q.device, q.dtype, q.shape[3], precision)
+        loops.took_loop(loops.TORCH, reason or 'backend "torch" was asked for')
         row_ratio = torch_backend.attention(
             q, k, v, key_blocks, ratios, out, scale=scale, precision=precision, linear_branch=linear_branch
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import configs
-from .kernels.hopper import takes_hopper_loop
+from .kernels.hopper import why_not_hopper_loop
 from .kernels.launch import planned
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
@@ -21,6 +21,7 @@ from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
 from .kernels.weighted_mask import weighted_mask
+from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
@@ -161,15 +162,18 @@ def attention(
         linear = linear_branch and selected.shape[2] < blocks
         if linear and not routing:
             unselected = unselected_mask(selected, blocks, _sums_dtype(q))
+        card = capability(q.device)
+        why_not_hopper = why_not_hopper_loop(card, *configs.loop_formats(precision, card), q, k, v)
+        took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         tensors = q, k, v, *weights, selected, unselected, row_ratio, out
-        settings = scale, precision, diagonal, routing, linear
+        settings = scale, precision, diagonal, routing, linear, why_not_hopper is None
         planned(tensors, settings, lambda plan: _attend(*tensors, *settings, plan))
     return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
 def _attend(
     q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out,
-    scale, precision, diagonal, routing, linear, plan,
+    scale, precision, diagonal, routing, linear, hopper, plan,
 ):  # fmt: skip
     """Fills row_ratio, out, and ``selected`` where ``routing``."""
     card, dtype = capability(q.device), _sums_dtype(q)
@@ -180,7 +184,6 @@ def _attend(
         routed = Routing(unselected, *_pool_keys(k, q.dtype, plan)[1:])
     else:
         routed = Routing()
-    hopper = takes_hopper_loop(card, qk, pv, q, k, v)
     low_sums = linear and hopper and pv == "fp8"
     groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums))
     work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype, low_sums)

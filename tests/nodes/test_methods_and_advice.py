@@ -89,7 +89,7 @@ def finished(seconds=10.0, **records):
         layers[number] = SimpleNamespace(
             sparse=sparse, dense=dense, milliseconds=record.get("ms", {}), unreached=unreached
         )
-    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"})
+    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"}, ragged_sage_calls=Counter())
 
 
 TRAINED = SimpleNamespace(
