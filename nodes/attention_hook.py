@@ -80,6 +80,15 @@ def kept_dense_reason(settings, layer, in_window):
     return None
 
 
+def planned_sparsity(settings, layer, in_window, progress):
+    """(sparsity, None) of a layer's calls in a step, or (None, one sentence) which setting keeps them dense."""
+    reason = kept_dense_reason(settings, layer, in_window)
+    sparsity = None if reason else sparsity_of(settings.schedule, layer, progress, settings.sparsity)
+    if reason is None and sparsity is None:
+        reason = "the schedule keeps this step or layer dense"
+    return sparsity, reason
+
+
 def short_reason(settings, tokens, device):
     """None, or one sentence where a sequence is too short to gain."""
     least = settings.minimum_tokens
@@ -99,7 +108,7 @@ class AttentionHook:
         self.family_reason = family_reason
         self.model_sampling = model_sampling
         self.weights = LayerWeights(settings, router, facts.num_heads, sla_weights) if facts else None
-        self.runs = RunHistory(router_notes(settings, router, sla_weights))
+        self.runs = RunHistory(facts.num_layers if facts else 0, router_notes(settings, router, sla_weights))
         self.on_run_end = None  # called with this hook and the closed RunRecord
         self._inside = threading.local()
         self._fronted = (None, None)
@@ -132,6 +141,31 @@ class AttentionHook:
         """The run under way, or one for calls that come without a sampler."""
         return self.runs.current(self._window)
 
+    def before_model(self, device, options):
+        """Takes the memory that the sparse calls of one model call on ``device`` keep: inside it, none may be taken.
+
+        options: its transformer_options.
+        """
+        if self.facts is None or self.family_reason:
+            return
+        run, sigmas = self.run_for_call(), options.get("sigmas")
+        in_window, progress = self._step_of(run, sigmas)
+        sparsities = {}
+        for layer in range(self.facts.num_layers):
+            sparsity, reason = planned_sparsity(self.settings, layer, in_window, progress)
+            if reason is None:
+                sparsities[layer] = sparsity
+        run.prepare(device)
+        self.weights.prepare(sparsities, device)
+        if run.maps is not None:
+            run.maps.begin_step(sigmas, options.get("sample_sigmas"))
+            run.maps.prepare(sparsities, device)
+
+    def _step_of(self, run, sigmas):
+        """(in_window, progress) of a step, None each where the sampler does not say."""
+        progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
+        return run.in_window(sigmas), progress
+
     def model_call(self, diffusion_model, inputs, options):
         """Prepares transformer_options of one model call: the ModelCall, and our override where it got lost.
 
@@ -140,11 +174,11 @@ class AttentionHook:
         run = self.run_for_call()
         run.count_model_call()
         span = self._span(run, diffusion_model, inputs)
-        grid, sigmas = span and span.grid, options.get("sigmas")
+        sigmas = options.get("sigmas")
         if run.maps is not None:
-            run.maps.begin_model_call(options.get("sigmas"), options.get("sample_sigmas"), grid)
-        progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
-        call = options[CALL] = ModelCall(self, run, diffusion_model, span, run.in_window(sigmas), progress)
+            run.maps.begin_step(sigmas, options.get("sample_sigmas"))
+            run.maps.grid = span and span.grid
+        call = options[CALL] = ModelCall(self, run, diffusion_model, span, *self._step_of(run, sigmas))
         current = options.get(OVERRIDE)
         known, override = self._fronted
         if current is not known or override is None:
@@ -182,10 +216,7 @@ class AttentionHook:
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
         call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
-        sparsity = sparsity_of(self.settings.schedule, layer, call.progress, self.settings.sparsity)
-        reason = kept_dense_reason(self.settings, layer, call.in_window)
-        if reason is None and sparsity is None:
-            reason = "the schedule keeps this step or layer dense"
+        sparsity, reason = planned_sparsity(self.settings, layer, call.in_window, call.progress)
         if reason is None and request is not None:
             reason = short_reason(self.settings, max(request.tokens, request.key_tokens), request.q.device)
         if reason is None:
