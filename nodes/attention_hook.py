@@ -17,12 +17,13 @@ from .attention_call import read_call
 from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
 from .override_chain import MARK, leads_to, name_of
+from .recomputation import Decisions
 from .run_history import RunHistory
 from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
-from .sparse_failure import attempt, check_output, not_attempted_reason
+from .sparse_failure import NOT_FINITE, attempt, check_output, not_attempted_reason
 from .text_mask import HAS_MASK, live_keys
 from .video_tokens import DENSE_BY_NATURE, VideoSpan
 
@@ -59,9 +60,15 @@ class ModelCall:
     progress: float | None = None
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
+    decisions: Decisions = field(default_factory=Decisions)  # by layer: (sparsity, reason), one of them None
 
     def __deepcopy__(self, memo):
         return self
+
+    @property
+    def repeated(self):
+        """Whether gradient checkpointing recomputes parts of this call now, which nothing counts."""
+        return self.decisions.repeated
 
     @property
     def grid(self):
@@ -171,6 +178,9 @@ class AttentionHook:
 
         inputs: function that returns the model's arguments by name. options: its transformer_options.
         """
+        current, earlier = options.get(OVERRIDE), options.get(CALL)
+        if earlier is not None and earlier.hook is self and earlier.repeated:
+            return earlier, current
         run = self.run_for_call()
         run.count_model_call()
         span = self._span(run, diffusion_model, inputs)
@@ -179,7 +189,6 @@ class AttentionHook:
             run.maps.begin_step(sigmas, options.get("sample_sigmas"))
             run.maps.grid = span and span.grid
         call = options[CALL] = ModelCall(self, run, diffusion_model, span, *self._step_of(run, sigmas))
-        current = options.get(OVERRIDE)
         known, override = self._fronted
         if current is not known or override is None:
             override = current if leads_to(current, self) else self._front(run, current)
@@ -202,6 +211,8 @@ class AttentionHook:
 
     def after_model_call(self, call, current):
         """Notices an override that holds ours but never called it: the next model call goes past it."""
+        if call.repeated:
+            return
         if self.facts is not None and not call.counts["entered"] and not call.run.has_hidden_calls:
             call.run.count_answered()
         never_asked = call.counts["entered"] and not call.counts["attended"]
@@ -214,6 +225,8 @@ class AttentionHook:
 
     def attend(self, call, layer, below, args, kwargs):
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
+        if call.repeated:
+            return self._repeat(call, layer, below, args, kwargs)
         call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
         sparsity, reason = planned_sparsity(self.settings, layer, call.in_window, call.progress)
@@ -226,13 +239,27 @@ class AttentionHook:
                 reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], precision)
             reason = reason or not_attempted_reason(call, layer)
             if reason is None:
-                out, reason = self._sparse(call, layer, request, exact, sparsity, precision, below, args, kwargs)
+                out, reason = self._sparse(call, layer, request, exact, sparsity, below, args, kwargs)
                 if reason is None:
+                    call.decisions.take(layer, (sparsity, True))
                     return out
             if self.settings.stop_on_unsupported and reason not in DENSE_BY_NATURE:
                 raise UnsupportedCall(f"SLA2 stopped in layer {layer}: {reason} (on_unsupported is set to stop).")
             self._say(call.run, layer, reason)
+        # autograd has saved tensors of a sparse output even where it is not used
+        call.decisions.take(layer, (sparsity if reason == NOT_FINITE else None, False))
         return self._dense(call.run, layer, reason, below, args, kwargs)
+
+    def _repeat(self, call, layer, below, args, kwargs):
+        """A call that gradient checkpointing recomputes, as it went the first time: if it fails now, it has no other way."""
+        sparsity, is_used = call.decisions.again(layer)
+        if sparsity is not None:
+            request, exact, _ = self.exact(call, read_call(args, kwargs)[0])
+            weights = self.weights.on_device(layer, request.q.device, sparsity)
+            out, *_ = self._compute(request, exact, weights, sparsity)
+            if is_used:
+                return self._whole(out, request, exact, below, args, kwargs)
+        return self.inside(below, args, kwargs)
 
     def exact(self, call, request):
         """(request, ExactTokens, None), or (None, None, one sentence); keys that a text mask hides are gone."""
@@ -272,28 +299,37 @@ class AttentionHook:
     def is_inside(self):
         return getattr(self._inside, "value", False)
 
-    def _sparse(self, call, layer, request, exact, sparsity, precision, below, args, kwargs):
+    def _sparse(self, call, layer, request, exact, sparsity, below, args, kwargs):
         """(output, None), or (None, one sentence) where it failed and dense attention has to do."""
-        run, part, device = call.run, video_part(request, exact), request.q.device
+        run, device = call.run, request.q.device
 
         def compute():
             weights = self.weights.on_device(layer, device, sparsity)
             if run.maps is not None:
-                run.maps.see(layer, part, weights, sparsity)
+                run.maps.see(layer, video_part(request, exact), weights, sparsity)
             with run.timed(layer, "sparse", device):
-                return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
-
-        def dense_rows(rows):
-            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
-            return self.inside(below, new_args, new_kwargs)
+                return self._compute(request, exact, weights, sparsity)
 
         result, reason = attempt(call, layer, device, compute)
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
         out, ratio, kept, blocks = result
-        run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
-        return with_dense_rows(out, request, exact, dense_rows), None
+        run.count_sparse(layer, ratio.shape, kept, blocks, self._precision(device), ratio)
+        return self._whole(out, request, exact, below, args, kwargs), None
+
+    def _compute(self, request, exact, weights, sparsity):
+        part, precision = video_part(request, exact), self._precision(request.q.device)
+        return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+
+    def _whole(self, out, request, exact, below, args, kwargs):
+        """The call's output: ``out`` of the video's queries, and the other rows as ``below`` computes them."""
+
+        def dense_rows(rows):
+            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+            return self.inside(below, new_args, new_kwargs)
+
+        return with_dense_rows(out, request, exact, dense_rows)
 
     def _precision(self, device):
         return default_precision(device) if self.settings.bit_width == "auto" else self.settings.bit_width
@@ -336,7 +372,8 @@ def make_override(hook, base):
             return below(*args, **kwargs)
         if call is None or layer is None or hook.family_reason:
             run = hook.run_for_call() if call is None else call.run
-            run.count_other(hook.family_reason)
+            if call is None or not call.repeated:
+                run.count_other(hook.family_reason)
             if hook.family_reason and run.first_time(hook.family_reason):
                 logger.warning("SLA2: every attention call runs dense: %s", hook.family_reason)
             return hook.inside(below, args, kwargs)

@@ -80,7 +80,8 @@ class LoraAttention:
             part = video_part(request, exact)
             reason = self._reason(request, exact, part)
         if reason is not None:
-            self.untrained[reason] += 1
+            if not call.repeated:
+                self.untrained[reason] += 1
             return below(*args, **kwargs)
 
         def dense_rows(rows):
@@ -94,7 +95,8 @@ class LoraAttention:
         )  # fmt: skip
         if alpha is None:
             self._estimates.setdefault(layer, []).append(ratio)
-        self.sparse_calls += 1
+        if not call.repeated:
+            self.sparse_calls += 1
         return with_dense_rows(out, request, exact, dense_rows)
 
     def _reason(self, request, exact, part):

@@ -10,6 +10,7 @@ import operator
 from .attention_hook import CALL, KEY, LAYER, MARK, OVERRIDE, AttentionHook, make_override
 from .compiled_models import not_compiled
 from .model_layouts import model_facts, module_and_method, unsupported_model_reason
+from .recomputation import backward_pass
 from .video_tokens import call_inputs, latent_of
 
 WITHOUT_OPTIONS = "the model passes no options here (as with a KV cache), so that nothing can take this call over"
@@ -29,10 +30,11 @@ def marked_forward(layer, path, original, replaced, method="forward", hook=None)
         options = kwargs.get("transformer_options")
         call = options.get(CALL) if options else None
         if call is not None:
-            call.counts["entered"] += 1
-            call.run.count_entered(layer)
+            if not call.repeated:
+                call.counts["entered"] += 1
+                call.run.count_entered(layer)
             return find(call.diffusion_model), {**kwargs, "transformer_options": {**options, LAYER: layer}}
-        if hook is not None:
+        if hook is not None and backward_pass() is None:
             run = hook.run_for_call()
             run.has_hidden_calls = True
             run.count_dense(layer, WITHOUT_OPTIONS)

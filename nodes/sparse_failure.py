@@ -60,6 +60,7 @@ def _first_line(error):
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
+@torch.no_grad()
 def check_output(call, layer, out, inputs):
     """None, or NOT_FINITE where the layer's first sparse output of the run held NaN or infinity. Later ones are counted.
 

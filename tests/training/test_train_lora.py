@@ -81,8 +81,8 @@ def trained(comfy, new_prompt):
 def test_the_error_falls_and_the_calls_ran_sparse(trained):
     before, after = errors(trained["text"][0])
     assert 0 < after < before
-    # per layer: 4 calls measure before, 4 after, and 12 steps take a call each, which the backward pass repeats
-    assert f"{LAYERS * (4 + 4 + 2 * 12)} attention calls ran sparse" in trained["text"][0]
+    # per layer: 4 calls measure before, 4 after, and 12 steps take a call each; the backward pass repeats that one
+    assert f"{LAYERS * (4 + 4 + 12)} attention calls ran sparse" in trained["text"][0]
     assert "ran dense" not in trained["text"][0] and len(trained["images"]) == 1
 
 
