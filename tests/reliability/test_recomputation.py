@@ -96,9 +96,7 @@ def test_gradients_and_counts_are_those_without_checkpointing(training, recomput
 
 
 @pytest.mark.parametrize("recomputed", DEPTHS)
-def test_no_memory_in_the_first_pass_is_repeated_in_the_second(
-    training, recomputed, failure, monkeypatch, pack_module
-):
+def test_no_memory_in_the_first_pass_is_repeated_in_the_second(training, recomputed, failure, monkeypatch, pack_module):
     failing(monkeypatch, pack_module, 2)
     checked = training(recomputed)
     gradients = checked.gradients()
