@@ -18,6 +18,7 @@ from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
 from .override_chain import MARK, leads_to, name_of
 from .recomputation import Decisions
+from .recording import lasting_tensors
 from .run_history import RunHistory
 from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
@@ -60,7 +61,7 @@ class ModelCall:
     progress: float | None = None
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
-    decisions: Decisions = field(default_factory=Decisions)  # by layer: (sparsity, reason), one of them None
+    decisions: Decisions = field(default_factory=Decisions)  # (sparsity of its sparse output or None, is it used)
 
     def __deepcopy__(self, memo):
         return self
@@ -272,7 +273,8 @@ class AttentionHook:
             if not self.facts.layout.text_mask:
                 reason = HAS_MASK
             elif key not in call.live_keys:
-                call.live_keys[key] = mask, live_keys(mask, exact)
+                with lasting_tensors():  # for the layers that follow
+                    call.live_keys[key] = mask, live_keys(mask, exact)
             if reason is None:
                 live, reason = call.live_keys[key][1]
             if reason is None:

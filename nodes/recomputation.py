@@ -31,7 +31,7 @@ class Decisions:
         return backward_pass() not in (None, self._made_in)
 
     def take(self, layer, decision):
-        """Keeps the decision of a layer's call."""
+        """Keeps the decision of a layer's call, whatever it looks like."""
         with self._lock:
             self._taken[layer].append(decision)
 

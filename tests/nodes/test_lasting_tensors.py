@@ -57,6 +57,19 @@ def test_a_call_that_was_announced_takes_none(bench, qkv, router, pauses, pack_m
         assert not pauses
 
 
+def test_what_one_block_learns_of_a_text_mask_for_the_next_is_outside_the_recording(bench, qkv, pauses):
+    b = bench(grid=(2, 10, 10), front=100)
+    mask = torch.ones(1, 1, 300, dtype=torch.bool)
+    mask[..., 40:100] = False
+    b.hook.begin_run()
+    b.hook.before_model(torch.device("cpu"), {"sigmas": torch.tensor([0.5])})
+    pauses.clear()
+    b.model_call()
+    for layer in range(2):
+        b.attend(*qkv, heads=2, mask=mask, layer=layer)
+        assert pauses == ["paused", "on"] and b.run.layers[layer].sparse == 1
+
+
 def test_each_device_gets_its_own(bench, router):
     """As with MultiGPU, where calls of one run are made on several: "meta" stands in for the second one."""
     hook = bench(router=router).hook
