@@ -18,8 +18,8 @@ def failure(pack_module):
 class Training:
     """One optimisation step of a small model on a bench: every layer's attention with q from the layer before."""
 
-    def __init__(self, b, qkv, recomputed):
-        self.b, self.recomputed = b, recomputed
+    def __init__(self, b, qkv, recomputed, new_frame):
+        self.b, self.recomputed, self.new_frame = b, recomputed, new_frame
         self.q, self.k, self.v = (tensor.clone().requires_grad_(True) for tensor in qkv)
         # as core's trainer hands it over
         sigmas = torch.tensor([0.5], requires_grad=True)
@@ -27,14 +27,18 @@ class Training:
         self.options["sample_sigmas"] = torch.tensor([1.0, 0.5, 0.0])
 
     def model(self, x):
-        call, current = self.b.hook.model_call(SimpleNamespace(), dict, self.options)
-        self.b.options = self.options
-        for layer in range(LAYERS):
-            x = self.again(self.block, x, layer) if self.recomputed == "blocks" else self.block(x, layer)
-        self.b.hook.after_model_call(call, current)
+        frame = self.new_frame(SimpleNamespace(), dict, self.options)
+        with self.b.hook.frames.opened(frame):
+            self.b.hook.open_call(frame)
+            self.b.options = self.options
+            for layer in range(LAYERS):
+                x = self.again(self.block, x, layer) if self.recomputed == "blocks" else self.block(x, layer)
+            self.b.hook.finish(frame)
         return x
 
     def block(self, x, layer):
+        call = self.options["sla2_call"]
+        call.counts["entered"] += not call.repeated  # as the layer's mark does
         return x + self.b.attend(x * (1 + layer), self.k, self.v, heads=HEADS, layer=layer)
 
     @staticmethod
@@ -58,7 +62,7 @@ def training(bench, qkv, pack_module, monkeypatch):
     def begin(recomputed, tensors=qkv, **settings):
         b = bench(**{"start_percent": 0.1} | settings)
         b.hook.begin_run()
-        return Training(b, tensors, recomputed)
+        return Training(b, tensors, recomputed, pack_module("nodes.model_frames").Frame)
 
     return begin
 
