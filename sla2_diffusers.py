@@ -9,16 +9,21 @@ Self-attention (attn1) of every block runs through ``sla2_kernels.sla2_attention
 """
 
 import functools
-import math
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
 from sla2_kernels import K_BLOCK, Q_BLOCK, default_precision, sla2_attention, unsupported_reason
+from sla2_kernels.arguments import checked_count, checked_sparsity
+from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
 from sla2_kernels.router import block_count, selected_block_count
 
 MODEL_FAMILY = "wan"
+VACE_FAMILY = "wan-vace"  # of routers that cover vace_blocks too, behind the blocks
+
+logger = logging.getLogger("sla2")
 
 
 @dataclass
@@ -32,29 +37,43 @@ class LayerCounts:
 
 
 class SLA2WanProcessor:
-    """Attention processor of one self-attention layer; ``dense`` is the processor that was there before."""
+    """Attention processor of one self-attention layer; ``dense`` is the processor that was there before.
 
-    def __init__(self, dense, settings, layer, weights, keep_diagonal):
+    failures: list that all layers share; holds the sentence why kernels cannot run here, once that is known.
+    """
+
+    def __init__(self, dense, settings, layer, weights, keep_diagonal, failures):
         self.dense = dense
         self.settings = settings
         self.layer = layer
         self.weights = weights
         self.keep_diagonal = keep_diagonal
+        self.failures = failures
         self.counts = LayerCounts()
         self._on_device = {}
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+        def dense(reason):
+            self.counts.dense[reason] += 1
+            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+
         precision = self.settings.precision_on(hidden_states.device)
         reason = self._dense_reason(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs, precision)
         if reason:
-            self.counts.dense[reason] += 1
-            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+            return dense(reason)
         q, k, v = project_qkv(attn, hidden_states)
+        # the weights' own dtype says nothing of it: layerwise casting and quantised layers compute in another
+        reason = unsupported_reason(q.device, q.dtype, q.shape[3], precision, self.settings.backend)
+        if reason:
+            return dense(reason)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         attend = functools.partial(self._attend, precision)
+        # processes that share a call must all go one way: there an error is raised
         if self._parallel_config is None:
-            out = attend(q, k, v, slice(None))
+            out, reason = self._attempt(attend, q, k, v)
+            if reason:
+                return dense(reason)
         else:
             from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
@@ -73,6 +92,28 @@ class SLA2WanProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config):
         self.dense._parallel_config = config
+
+    @property
+    def _attention_backend(self):
+        """Where diffusers keeps what set_attention_backend() was told: it is for the dense calls, and stays after undo()."""
+        return self.dense._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend):
+        self.dense._attention_backend = backend
+
+    def _attempt(self, attend, q, k, v):
+        """(output of all heads, None), or (None, one sentence) where kernels cannot be built, loaded or started."""
+        try:
+            return attend(q, k, v, slice(None)), None
+        except Exception as error:
+            remedy = kernel_failure_remedy(error)
+            if remedy is None:
+                raise
+            reason = f"the kernels could not be built or started ({failure_in_a_line(error)}); {remedy}"
+        self.failures.append(reason)
+        logger.warning("SLA2: every layer runs dense from now on: %s", reason)
+        return None, reason
 
     def _attend(self, precision, q, k, v, heads):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
@@ -104,8 +145,10 @@ class SLA2WanProcessor:
             tokens *= parallel.ulysses_degree
         if tokens < settings.minimum_tokens:
             return f"the sequence has {tokens} tokens, minimum_tokens is {settings.minimum_tokens}"
+        if self.failures:
+            return self.failures[0]
         head_dim = attn.inner_dim // attn.heads
-        return unsupported_reason(x.device, attn.to_q.weight.dtype, head_dim, precision, settings.backend)
+        return unsupported_reason(x.device, None, head_dim, precision, settings.backend)
 
     def _weights_on(self, device):
         placed = self._on_device.get(device)
@@ -214,63 +257,71 @@ class SLA2Handle:
 def apply_sla2(
     transformer, router=None, *, sparsity=0.9, precision="auto", minimum_tokens=0, dense_layers=(), backend="auto"
 ):
-    """Puts SLA2 attention into the self-attention of a WanTransformer3DModel; returns an SLA2Handle.
+    """Puts SLA2 attention into the self-attention of a Wan transformer; returns an SLA2Handle.
 
     Args:
-        transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video).
+        transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video), or
+            WanVACETransformer3DModel, whose vace_blocks are the layers behind its blocks.
         router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block,
-            keeps each query block's own key blocks and estimates the mixing ratio from the run.
+            keeps each query block's own key blocks and estimates the mixing ratio from the run. For VACE a router of
+            family "wan-vace" covers all layers; one of family "wan" the blocks, and vace_blocks run as with None.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.
         precision: "auto" (what is fastest on the device), "16bit", "int8" or "fp8".
         minimum_tokens: shorter sequences run dense.
-        dense_layers: numbers of layers that always run dense.
+        dense_layers: numbers of layers that always run dense; -1 is the last.
         backend: as in sla2_attention. A call that the operator has no fast path for runs dense and is counted with the
             reason; "torch" computes it block by block on any device.
 
     Raises:
-        TypeError: transformer is not a Wan transformer.
+        TypeError: transformer is not a Wan transformer, or router is no RouterWeights.
         ValueError: a setting does not fit; the sentence says which.
         RouterFileError: the router was trained for another model.
     """
     blocks = getattr(transformer, "blocks", None)
     if not blocks or not all(hasattr(getattr(block, "attn1", None), "set_processor") for block in blocks):
         raise TypeError(f"apply_sla2 takes diffusers' WanTransformer3DModel, got {type(transformer).__name__}.")
-    settings = _checked(sparsity, precision, minimum_tokens, dense_layers, backend, len(blocks))
-    attentions = [block.attn1 for block in blocks]
+    vace_blocks = getattr(transformer, "vace_blocks", ())
+    attentions = [block.attn1 for block in (*blocks, *vace_blocks)]
+    settings = _checked(sparsity, precision, minimum_tokens, dense_layers, backend, len(attentions))
     if any(isinstance(attention.processor, SLA2WanProcessor) for attention in attentions):
         raise ValueError("SLA2 is applied to this transformer already: undo() the former handle first.")
     if router is not None:
+        if not hasattr(router, "require_model"):
+            raise TypeError(f"router must be what load_router() returns, or None, got {type(router).__name__}.")
         heads = attentions[0].heads
+        whole = bool(vace_blocks) and router.model_family != MODEL_FAMILY
         router.require_model(
-            model_family=MODEL_FAMILY,
-            num_layers=len(blocks),
+            model_family=VACE_FAMILY if whole else MODEL_FAMILY,
+            num_layers=len(attentions) if whole else len(blocks),
             num_heads=heads,
             head_dim=attentions[0].inner_dim // heads,
         )
-    layers, keep_diagonal = [], router is None or router.keep_diagonal
+    layers, failures = [], []
     for index, attention in enumerate(attentions):
         weights = _weights(router, index, sparsity)
-        processor = SLA2WanProcessor(attention.processor, settings, index, weights, keep_diagonal)
+        processor = SLA2WanProcessor(attention.processor, settings, index, *weights, failures)
         attention.set_processor(processor)
         layers.append((attention, processor))
     return SLA2Handle(layers)
 
 
 def _weights(router, layer, sparsity):
-    if router is None:
-        return None, None, None
+    """((proj_q, proj_k, alpha), keep_diagonal) of a layer; without a router, or behind its layers, those of an untrained one."""
+    if router is None or layer >= router.num_layers:
+        return (None, None, None), True
     row = router.layers[layer]
-    return row.proj_q, row.proj_k, router.ratio(layer, sparsity)
+    return (row.proj_q, row.proj_k, router.ratio(layer, sparsity)), router.keep_diagonal
 
 
 def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, count):
-    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}.")
+    sparsity, minimum_tokens = checked_sparsity(sparsity), checked_count("minimum_tokens", minimum_tokens)
     if precision not in ("auto", "16bit", "int8", "fp8"):
         raise ValueError(f'precision must be "auto", "16bit", "int8" or "fp8", got {precision!r}.')
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
+    if isinstance(dense_layers, (str, int)):
+        raise ValueError(f"dense_layers must be a list of layer numbers, got {dense_layers!r}.")
     for layer in dense_layers:
-        if not -count <= layer < count:
+        if not -count <= checked_count("dense_layers", layer) < count:
             raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {count - 1}.")
     return Settings(sparsity, precision, minimum_tokens, frozenset(layer % count for layer in dense_layers), backend)

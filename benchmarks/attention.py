@@ -2,8 +2,10 @@
 
     python -m benchmarks.attention                       all parts, on a GPU (about 8 minutes on an H100)
     python -m benchmarks.attention --parts shapes        one part; its rows in the file are replaced
+    python -m benchmarks.attention --parts branches      without the linear branch (top-k only) beside the whole operator
     python -m benchmarks.attention --quick               a minute: Wan 1.3B at 480p, skips 97%
-    python -m benchmarks.attention --phases 14B-720p     time of each kernel against the card's ceilings
+    python -m benchmarks.attention --phases 14B-720p     time of each kernel against the card's ceilings (--alphas none:
+                                                         without the linear branch)
     python -m benchmarks.attention --table               the README's table from the file, nothing is measured
     python -m benchmarks.attention --plot docs           length.svg and sparsity.svg from the file into a folder
 
@@ -20,12 +22,12 @@ import torch
 from . import results
 from .inputs import KINDS, find_shape, make_inputs, shape_of_length
 from .measure import environment, is_gpu, launch_ms, measure_ceilings, median_ms, peak_bytes, use_device
-from .ours import ALPHAS, NAME, PRECISIONS, check, sla2_method
+from .ours import ALPHAS, NAME, NO_LINEAR_BRANCH, PRECISIONS, check, sla2_method
 from .peers import add_peer_folders, find_peers
 from .plot import part_plot
 from .table import label, markdown
 
-PARTS = ("shapes", "data", "length", "sparsity")
+PARTS = ("shapes", "data", "length", "sparsity", "branches")
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 SWEPT_SPARSITIES = (0.5, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98)
 
@@ -46,13 +48,17 @@ def main(argv=None):
         from .phases import print_phases
 
         for precision in args.precisions:
-            print_phases(find_shape(args.phases), args.sparsities[0], precision, args.device, backend=args.backend)
+            print_phases(
+                find_shape(args.phases), args.sparsities[0], precision, args.device,
+                alpha=args.alphas[0], backend=args.backend,
+            )  # fmt: skip
         return
     bench = Bench(args)
     for part in args.parts:
         bench.measure(part)
-    if "shapes" in args.parts:
-        print("\n" + markdown(results.load(path)))
+    for part in ("shapes", "branches"):
+        if part in args.parts:
+            print("\n" + markdown(results.load(path), part))
 
 
 def parse(argv=None):
@@ -63,7 +69,7 @@ def parse(argv=None):
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=["1.3B-480p", "14B-720p"])
     parser.add_argument("--sparsities", type=_numbers, default=[0.97, 0.95, 0.9])
     parser.add_argument("--precisions", type=_words(PRECISIONS), default=list(PRECISIONS))
-    parser.add_argument("--alphas", type=_words(ALPHAS), default=list(ALPHAS))
+    parser.add_argument("--alphas", type=_words((*ALPHAS, NO_LINEAR_BRANCH)), default=list(ALPHAS))
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(LENGTHS))
     parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/peers.py)")
     parser.add_argument("--no-peers", action="store_true", help="time SLA2 and dense attention only")
@@ -137,13 +143,16 @@ class Bench:
             peers, _ = find_peers(())
         else:
             peers, self.about["absent"] = [], {"every peer": "they need a GPU"}
-        ours = [
+        ours = self._ours(sparsities, precisions or self.args.precisions, alphas or self.args.alphas)
+        return [m for m in peers if dense or not m.is_dense] + ours
+
+    def _ours(self, sparsities, precisions, alphas):
+        return [
             sla2_method(sparsity, precision, alpha, self.args.backend)
-            for precision in precisions or self.args.precisions
-            for alpha in alphas or self.args.alphas
+            for precision in precisions
+            for alpha in alphas
             for sparsity in sparsities
         ]
-        return [m for m in peers if dense or not m.is_dense] + ours
 
     def _shapes(self):
         methods = self._methods(self.args.sparsities)
@@ -165,6 +174,12 @@ class Bench:
     def _sparsity(self):
         methods = self._methods(SWEPT_SPARSITIES, precisions=self.args.precisions[1:2] or self.args.precisions)
         self._time(find_shape(self.args.shapes[0]), methods)
+
+    def _branches(self):
+        alphas = dict.fromkeys([*self.args.alphas, NO_LINEAR_BRANCH])
+        methods = self._ours(self.args.sparsities, self.args.precisions, alphas)
+        for name in self.args.shapes:
+            self._time(find_shape(name), methods)
 
     def _time(self, shape, methods, kind="random"):
         q, k, v = make_inputs(shape, kind, device=self.device)

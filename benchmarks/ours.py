@@ -13,6 +13,7 @@ from .peers import Method
 NAME = "sla2"
 PRECISIONS = ("16bit", "int8", "fp8")
 ALPHAS = ("learned", "estimated")
+NO_LINEAR_BRANCH = "none"  # no ratio, since there is nothing to mix: top-k only, and SLA v1's softmax branch
 # largest relative output error against float64 that a timed row may have: on Gaussian inputs 8-bit formats have
 # 0.013-0.041 (int8) and 0.030-0.053 (fp8)
 TOLERANCE = {"16bit": 0.01, "int8": 0.06, "fp8": 0.09}
@@ -31,7 +32,8 @@ class Weights:
 
 
 def weights_for(alpha, heads, head_dim, device):
-    """Stand-ins for a trained router ("learned": shared projections near the identity, a ratio per head), or none of it."""
+    """Stand-ins for a trained router ("learned": shared projections near the identity, a ratio per head), or none of it
+    ("estimated"), or its projections alone (NO_LINEAR_BRANCH)."""
     if alpha == "estimated":
         return Weights()
     generator = torch.Generator().manual_seed(1)
@@ -39,8 +41,8 @@ def weights_for(alpha, heads, head_dim, device):
         torch.eye(head_dim) + 0.1 * head_dim**-0.5 * torch.randn(head_dim, head_dim, generator=generator)
         for _ in range(2)
     )
-    ratio = torch.linspace(0.6, 0.95, heads)
-    return Weights(proj_q.to(device), proj_k.to(device), ratio.to(device))
+    ratio = None if alpha == NO_LINEAR_BRANCH else torch.linspace(0.6, 0.95, heads).to(device)
+    return Weights(proj_q.to(device), proj_k.to(device), ratio)
 
 
 def sla2_method(sparsity, precision, alpha, backend="auto"):
@@ -57,7 +59,7 @@ def _call(q, k, v, sparsity, precision, alpha, backend):
     weights = weights_for(alpha, q.shape[2], q.shape[3], q.device)
     return lambda: sla2_attention(
         q, k, v, weights.proj_q, weights.proj_k, weights.alpha,
-        sparsity=sparsity, precision=precision, layout="BNHD", backend=backend,
+        sparsity=sparsity, precision=precision, layout="BNHD", backend=backend, linear_branch=alpha != NO_LINEAR_BRANCH,
     )  # fmt: skip
 
 
@@ -108,8 +110,9 @@ def check(q, k, v, sparsity, precision, alpha, *, backend="auto", slack=1.0, hea
         q_head, k_head, v_head = (x[:, :, index].transpose(1, 2) for x in (q, k, v))
         mine = weights.heads(index)
         expected, _ = sla2_reference(
-            q_head, k_head, v_head, alpha=mine.alpha, key_blocks=selected[:, index], query_blocks=rows
-        )
+            q_head, k_head, v_head, alpha=mine.alpha, key_blocks=selected[:, index], query_blocks=rows,
+            linear_branch=alpha != NO_LINEAR_BRANCH,
+        )  # fmt: skip
         tokens = torch.cat([torch.arange(r * Q_BLOCK, min((r + 1) * Q_BLOCK, q.shape[1])) for r in rows])
         got = first[:, tokens.to(q.device), head].double()
         difference += float((got - expected[:, 0]).square().sum())

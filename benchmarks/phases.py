@@ -13,7 +13,7 @@ from sla2_kernels.router import block_count, selected_block_count
 
 from .inputs import make_inputs
 from .measure import is_gpu, measure_ceilings, median_ms
-from .ours import sla2_method
+from .ours import NO_LINEAR_BRANCH, sla2_method
 
 # phase -> parts of kernel names, first match wins
 KERNELS = (
@@ -43,8 +43,8 @@ def phase_of(kernel):
     return next((phase for phase, parts in KERNELS if any(part in name for part in parts)), kernel[:40])
 
 
-def least_work(shape, sparsity, precision, element=2):
-    """{phase: Work} of one call; element: bytes of a number of q."""
+def least_work(shape, sparsity, precision, element=2, linear=True):
+    """{phase: Work} of one call; element: bytes of a number of q. linear: with the linear branch."""
     heads, tokens, dim = shape.batch * shape.heads, shape.tokens, shape.head_dim
     rows, blocks = block_count(tokens, Q_BLOCK), block_count(tokens, K_BLOCK)
     chosen = selected_block_count(sparsity, blocks)
@@ -52,18 +52,19 @@ def least_work(shape, sparsity, precision, element=2):
     tensor = heads * tokens * dim
     pools = heads * (rows + blocks) * dim * 4
     scores = heads * rows * blocks
-    sums = dim * (dim + 1)
+    sums = dim * (dim + 1) if linear else 0
+    projected = 2 * tensor * dim if linear else 0  # phi(K)^T V, phi(Q) H
     unit = "16bit" if precision == "16bit" else "fp8"
     return {
         "pool": Work(2 * tensor * element + pools),
         "score": Work(pools + 4 * scores, 2 * scores * dim),
-        "select": Work(4 * scores + 4 * heads * rows * chosen + element * scores),
-        "pack": Work(2 * tensor * (element + low) + heads * blocks * sums * element, 2 * tensor * dim),
+        "select": Work(4 * scores + 4 * heads * rows * chosen + (element * scores if linear else 0)),
+        "pack": Work(2 * tensor * (element + low) + heads * blocks * sums * element, projected),
         "mass": Work(tensor * element, 2 * heads * tokens * blocks * dim),
         "linear": Work(element * (scores + heads * (rows + blocks) * sums), 2 * scores * sums),
         "loop": Work(
             2 * tensor * (element + low) + heads * rows * sums * element,
-            4 * heads * rows * Q_BLOCK * chosen * K_BLOCK * dim + 2 * tensor * dim,
+            4 * heads * rows * Q_BLOCK * chosen * K_BLOCK * dim + projected,
             unit,
         ),
     }
@@ -111,7 +112,8 @@ def print_phases(shape, sparsity, precision, device, *, alpha="learned", backend
     q, k, v = make_inputs(shape, device=device)
     run = sla2_method(sparsity, precision, alpha, backend).prepare(q, k, v)
     whole = median_ms(run, device)
-    rows = phase_rows(kernel_times(run), least_work(shape, sparsity, precision, q.element_size()), ceilings)
+    work = least_work(shape, sparsity, precision, q.element_size(), linear=alpha != NO_LINEAR_BRANCH)
+    rows = phase_rows(kernel_times(run), work, ceilings)
     rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings.matmul.items())
     print(f"{shape.name}, skips {100 * sparsity:g}%, {precision}, {alpha} ratio: {whole:.3f} ms as a whole")
     print(f"ceilings: copy {ceilings.copy / 1e9:.0f} GB/s, matmul {rates}\n")

@@ -1,6 +1,6 @@
 """The README's table, from the results file."""
 
-from .ours import NAME
+from .ours import NAME, NO_LINEAR_BRANCH
 from .peers import BASELINE
 from .results import timed
 
@@ -11,6 +11,8 @@ def label(row):
     """Method, and for SLA2 what it ran with."""
     if row["method"] != NAME:
         return row["method"]
+    if row["alpha"] == NO_LINEAR_BRANCH:
+        return f"**SLA2**, {row['precision']}, no linear branch"
     return f"**SLA2**, {row['precision']}, {row['alpha']} ratio"
 
 

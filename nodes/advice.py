@@ -1,5 +1,7 @@
 """What a run says about whether SLA2 pays here, and what to change. Every sentence rests on what was counted or measured."""
 
+from .inexact_dense import sage_warning
+
 SMALL_SHARE = 0.2  # of the sampling time: below it even free attention saves little
 LITTLE_GAIN = 1.15  # times faster per call
 
@@ -7,6 +9,7 @@ LITTLE_GAIN = 1.15  # times faster per call
 def advice(hook, run):
     """Sentences, the most important first; none where nothing stands out."""
     found = [
+        sage_warning(run),
         _too_short(run),
         _not_faster(run),
         _small_share(run),

@@ -1,11 +1,9 @@
 """What runs the attention of a MODEL and what else touches it, in plain words; what is unknown is named by module.function."""
 
-import inspect
-import types
 from collections import Counter
 
 from .attention_hook import KEY, OVERRIDE
-from .override_chain import name_of, ours_in
+from .override_chain import chosen_in_comfyui, name_of, ours_in
 
 BACKENDS = {
     "attention_basic": "ComfyUI's basic attention", "attention_split": "ComfyUI's split attention",
@@ -14,7 +12,6 @@ BACKENDS = {
     "attention_sage": "SageAttention", "attention3_sage": "SageAttention 3",
     "attention_comfy_kitchen_int8": "comfy-kitchen's INT8 attention",
 }  # fmt: skip
-SET_BY_COMFY = "comfy.model_patcher.ModelPatcher.set_model_optimized_attention.optimized_attention_override"
 ADAPTERS = {"boft": "BOFT", "glora": "GLoRA", "loha": "LoHa", "lokr": "LoKr", "lora": "LoRA", "oft": "OFT"}
 WRAPPERS = {
     "easycache": "EasyCache", "lazycache": "LazyCache", "torch.compile": "torch.compile",
@@ -44,11 +41,8 @@ def _below(override, run):
     if override is None:
         names = run.backends if run and run.backends else {_default_backend()}
         return " and ".join(sorted(map(_backend, names)))
-    if isinstance(override, types.FunctionType) and name_of(override) == SET_BY_COMFY:
-        chosen = inspect.getclosurevars(override).nonlocals.get("optimized_attention")
-        if chosen is not None:
-            return f"{_backend(name_of(chosen))}, which a node chose for this model"
-    return name_of(override)
+    chosen = chosen_in_comfyui(override)
+    return name_of(override) if chosen is None else f"{_backend(name_of(chosen))}, which a node chose for this model"
 
 
 def _default_backend():

@@ -6,11 +6,28 @@ import time
 import torch
 
 from ..sla2_kernels.support import on_device
+from .layer_weights import LayerWeights
+from .sparse_call import VideoPart, sparse_video
+from .video_tokens import ExactTokens
 
 SHORTEST, LONGEST = 1024, 131_072
 SECONDS = 20  # that the search may take, about
 REPEATS_S = 0.3  # per length and kind
 CLEARLY_FASTER = 1.5
+
+
+def attend_as(hook, device, precision):
+    """attend(q, k, v) of (B, N, H, D): what ``hook`` computes in its first layer, by its own method and weights."""
+    settings = hook.settings
+    weights = LayerWeights(settings, hook.router, hook.facts.num_heads, hook.sla_weights)
+    first_layer = weights.on_device(0, device, settings.sparsity)
+
+    def attend(q, k, v):
+        part = VideoPart(q, k, v, k, "BNHD")
+        options = {"sparsity": settings.sparsity, "precision": precision, "scale": None}
+        return sparse_video(part, ExactTokens(), first_layer, **options)[0]
+
+    return attend
 
 
 def time_lengths(dense, sparse, device, seconds=SECONDS):

@@ -9,9 +9,9 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 
-from ..sla2_kernels import default_precision, sla2_attention
+from ..sla2_kernels import default_precision
 from .attention_hook import KEY
-from .break_even import break_even, time_lengths
+from .break_even import attend_as, break_even, time_lengths
 from .comparison import Measured, StepClock, attention_seconds, comparison_data, comparison_text
 from .comparison_frames import check_vae, saved_frames
 from .model_layouts import unsupported_model_reason
@@ -144,10 +144,10 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
 
 
 def search_break_even(model, hook):
-    """(tokens or None, longest length tried): the model's heads, its dtype and first layer's router, on its device."""
+    """(tokens or None, longest length tried): the model's heads, its dtype, method and first layer's weights, on its device."""
     settings, facts, device = hook.settings, hook.facts, torch.device(model.load_device)
     precision = default_precision(device) if settings.bit_width == "auto" else settings.bit_width
-    proj_q, proj_k, alpha = first_layer(hook, device)
+    attend = attend_as(hook, device, precision)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
 
     def tensors(tokens):
@@ -161,18 +161,7 @@ def search_break_even(model, hook):
 
     def sparse(tokens):
         q, k, v = (t.unflatten(-1, (facts.num_heads, -1)) for t in tensors(tokens))
-        return lambda: sla2_attention(
-            q, k, v, proj_q, proj_k, alpha, sparsity=settings.sparsity, precision=precision, layout="BNHD"
-        )
+        return lambda: attend(q, k, v)
 
     rows = time_lengths(dense, sparse, device)
     return break_even(rows), rows[-1][0]
-
-
-def first_layer(hook, device):
-    """(proj_q, proj_k, ratios) of the router's first layer on ``device``, None each where nothing is trained."""
-    if hook.router is None:
-        return None, None, None
-    layer = hook.router.layers[0]
-    tensors = (layer.proj_q, layer.proj_k, hook.router.ratio(0, hook.settings.sparsity))
-    return tuple(None if tensor is None else tensor.to(device, torch.float32) for tensor in tensors)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .recording import lasting_tensors
+
 
 @dataclass(frozen=True)
 class CallWeights:
@@ -26,40 +28,61 @@ class LayerWeights:
         self._router = router
         self._num_heads = num_heads
         self._sla_weights = sla_weights
-        self._placed = {}
+        self._placed = {}  # by layer and device: its projections
+        self._calls = {}
         self._lock = threading.Lock()
+
+    def prepare(self, sparsities, device):
+        """Moves the weights of a step's sparse layers to ``device``, outside of any model call. sparsities: by layer."""
+        for layer, sparsity in sparsities.items():
+            self.on_device(layer, device, sparsity)
 
     def on_device(self, layer, device, sparsity):
         """CallWeights of a call of this layer at this sparsity."""
         key = (layer, device, sparsity)
         with self._lock:
-            if key not in self._placed:
-                # not inference tensors: a training step may save them for its backward pass
-                with torch.inference_mode(False), torch.no_grad():
-                    self._placed[key] = self._of_layer(layer, sparsity, device)
-            return self._placed[key]
+            if key not in self._calls:
+                # kept, and a training step may save them for its backward pass
+                with lasting_tensors():
+                    self._calls[key] = self._of_call(layer, sparsity, device)
+            return self._calls[key]
 
     def clear(self):
         with self._lock:
             self._placed.clear()
+            self._calls.clear()
 
-    def _of_layer(self, layer, sparsity, device):
-        def placed(tensor):
-            return None if tensor is None else tensor.to(device, torch.float32, copy=True)
-
+    def _of_call(self, layer, sparsity, device):
+        projections = self._projections(layer, device)
         if self._sla_weights is not None:
-            return CallWeights(proj_l=tuple(map(placed, self._sla_weights.layers[layer])), linear_branch=False)
-        proj_q = proj_k = alpha = None
-        if self._router is not None:
-            proj_q, proj_k = self._router.layers[layer].proj_q, self._router.layers[layer].proj_k
+            return CallWeights(proj_l=projections, linear_branch=False)
         if self._settings.method == "top-k only":
-            return CallWeights(placed(proj_q), placed(proj_k), linear_branch=False)
+            return CallWeights(*projections, linear_branch=False)
+        alpha = None
+        keep_diagonal = self._router is None or self._router.keep_diagonal
         if self._settings.ratio_mode == "fixed":
+            if self._settings.fixed_ratio == 1:  # nothing of the linear branch would be mixed in
+                return CallWeights(*projections, linear_branch=False, keep_diagonal=keep_diagonal)
             alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
         elif self._router is not None and self._settings.ratio_mode == "learned":
             alpha = self._router.ratio(layer, sparsity)
-        keep_diagonal = self._router is None or self._router.keep_diagonal
-        return CallWeights(placed(proj_q), placed(proj_k), placed(alpha), keep_diagonal=keep_diagonal)
+        return CallWeights(*projections, placed(alpha, device), keep_diagonal=keep_diagonal)
+
+    def _projections(self, layer, device):
+        """What all sparsities of a layer share: SLA v1's (weight, bias), else the router's (proj_q, proj_k)."""
+        if (layer, device) not in self._placed:
+            weights = (None, None)
+            if self._sla_weights is not None:
+                weights = self._sla_weights.layers[layer]
+            elif self._router is not None:
+                weights = self._router.layers[layer].proj_q, self._router.layers[layer].proj_k
+            self._placed[layer, device] = tuple(placed(tensor, device) for tensor in weights)
+        return self._placed[layer, device]
+
+
+def placed(tensor, device):
+    """A float32 copy on ``device``; None stays None."""
+    return None if tensor is None else tensor.to(device, torch.float32, copy=True)
 
 
 def router_notes(settings, router, sla_weights=None):

@@ -1,6 +1,7 @@
 """Who calls whom among attention overrides: whether an override that a later node installed still leads to ours."""
 
 import functools
+import inspect
 import re
 import types
 
@@ -8,6 +9,7 @@ import torch
 
 MARK = "sla2_hook"
 MOST_OBJECTS = 500
+SET_BY_COMFY = "comfy.model_patcher.ModelPatcher.set_model_optimized_attention.optimized_attention_override"
 
 
 def leads_to(override, hook):
@@ -52,6 +54,13 @@ def _is_filled(cell):
     except ValueError:
         return False
     return True
+
+
+def chosen_in_comfyui(override):
+    """The attention function of an override that ComfyUI made of it, else None."""
+    if isinstance(override, types.FunctionType) and name_of(override) == SET_BY_COMFY:
+        return inspect.getclosurevars(override).nonlocals.get("optimized_attention")
+    return None
 
 
 def name_of(override):

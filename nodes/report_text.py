@@ -29,6 +29,10 @@ def report_data(hook, run, caveat=None):
         "answered_calls": run.answered_calls,
         "bit_widths": sorted(run.precisions),
         "sparse_calls": sum(row["sparse"] for row in layers),
+        "loops": [
+            {"loop": loop.name, "calls": count, "why_not_faster": loop.why_not_faster}
+            for loop, count in run.loops.most_common()
+        ],
         "dense_calls": sum(sum(row["dense"].values()) for row in layers),
         "other_calls": run.other_calls,
         "unsupported_calls": dict(run.family_reasons),
@@ -94,6 +98,7 @@ def report_text(hook, run, caveat=None):
         + (f", {run.failure}" if run.failure else ""),
         f"method: {data['method']}; router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",
     ]
+    lines += [_loop_line(row) for row in data["loops"]]
     lines += [f"{count} calls ran dense: {reason}" for reason, count in data["unsupported_calls"].items()]
     lines += [_layer_line(row) for row in data["layers"]]
     if data["answered_calls"]:
@@ -109,6 +114,11 @@ def report_text(hook, run, caveat=None):
 
 def _ago(run):
     return f"{time.monotonic() - run.ended:.0f} s ago"
+
+
+def _loop_line(row):
+    why = f" ({row['why_not_faster']})" if row["why_not_faster"] else ""
+    return f"{row['calls']} sparse {'call' if row['calls'] == 1 else 'calls'} ran in {row['loop']}{why}"
 
 
 def _layer_line(row):

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ..sla2_kernels import K_BLOCK, sla2_attention
+from ..sla2_kernels.attention import RoutedBlocks
 from ..sla2_kernels.forced_blocks import select_with_forced_blocks, selected_with_forced
 from ..sla2_kernels.router import block_count
 from ..sla2_kernels.sla_v1 import sla_attention
+from ..sla2_kernels.support import without_autocast
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale):
     keep_diagonal = weights.keep_diagonal and part.queries_are_keys
     selection = None
     if exact.key_front or exact.key_back:
-        selection = select_with_forced_blocks(
+        blocks = select_with_forced_blocks(
             part.q, part.k, proj_q, proj_k,
             sparsity=sparsity, front=exact.key_front, back=exact.key_back, layout=part.layout,
             keep_diagonal=keep_diagonal,
         )  # fmt: skip
+        selection = RoutedBlocks(blocks)
     options = {
         "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
         "layout": part.layout, "key_blocks": selection, "return_alpha": True,
@@ -72,11 +75,14 @@ def with_dense_rows(out, request, exact, dense):
     """The whole call's output: ``out`` of the video's queries between the rows that ``dense`` computes exactly."""
     out = out.flatten(2) if request.flat_output else out
     axis = 1 if request.flat_output else 2
+    parts = [out]
     if exact.query_front:
-        out = torch.cat([dense(slice(0, exact.query_front)), out], dim=axis)
+        parts.insert(0, dense(slice(0, exact.query_front)))
     if exact.query_back:
-        out = torch.cat([out, dense(slice(request.tokens - exact.query_back, request.tokens))], dim=axis)
-    return out
+        parts.append(dense(slice(request.tokens - exact.query_back, request.tokens)))
+    # under autocast the dense rows have its dtype, and joining the two 16-bit types would fail
+    with without_autocast(out.device):
+        return torch.cat([part.to(out.dtype) for part in parts], dim=axis) if len(parts) > 1 else out
 
 
 def rows_of_call(args, kwargs, rows):

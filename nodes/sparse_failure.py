@@ -1,12 +1,12 @@
-"""A sparse call that fails while it runs: memory, a kernel that cannot be built, NaN in its output. Dense attention takes over.
+"""A sparse call that fails while it runs: memory, a kernel that cannot be built or loaded, NaN in its output. Dense attention takes over.
 
 Each failure is counted with its reason and said once per run. What is no failure of these kinds is raised as it came:
 ComfyUI's interrupt, another pack's error, a mistake of ours.
 """
 
-import subprocess
-
 import torch
+
+from ..sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
 
 OUT_OF_MEMORY = "memory ran out in sparse attention: the rest of this step runs dense"
 NOT_FINITE = "the layer's first sparse output held NaN or infinity: it runs dense for this run"
@@ -19,14 +19,6 @@ def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
-
-
-def is_kernel_failure(error):
-    """Triton's own errors, a compiler that is missing or fails, a cache folder that is read-only or full."""
-    names = {base.__module__.split(".")[0] for base in type(error).__mro__}
-    if "triton" in names or isinstance(error, (OSError, subprocess.SubprocessError)):
-        return True
-    return isinstance(error, RuntimeError) and "C compiler" in str(error)
 
 
 def not_attempted_reason(call, layer):
@@ -42,12 +34,13 @@ def attempt(call, layer, device, compute):
     try:
         return compute(), None
     except Exception as error:
+        remedy = kernel_failure_remedy(error)
         if is_out_of_memory(error):
             call.counts[OUT_OF_MEMORY] += 1
             reason = OUT_OF_MEMORY
-        elif is_kernel_failure(error):
+        elif remedy is not None:
             reason = call.run.failed_layers[None] = NO_KERNEL
-            call.run.note(f"{NO_KERNEL} ({type(error).__name__}: {_first_line(error)})")
+            call.run.note(f"{NO_KERNEL} ({failure_in_a_line(error)}); {remedy}")
         else:
             raise
     # only now are the tensors gone that the error's traceback held
@@ -56,10 +49,7 @@ def attempt(call, layer, device, compute):
     return None, reason
 
 
-def _first_line(error):
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
+@torch.no_grad()
 def check_output(call, layer, out, inputs):
     """None, or NOT_FINITE where the layer's first sparse output of the run held NaN or infinity. Later ones are counted.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..sla2_kernels.support import without_autocast
+
 HAS_MASK = "the call has an attention mask"
 
 
@@ -33,7 +35,9 @@ class LiveKeys:
         if self.all:
             return request, exact
         video = slice(exact.key_front, request.key_tokens - exact.key_back)
-        k, v = (torch.cat([t[:, self.front], t[:, video], t[:, self.back]], dim=1) for t in (request.k, request.v))
+        # torch.cat fails where autocast has the other 16-bit type
+        with without_autocast(request.k.device):
+            k, v = (torch.cat([t[:, self.front], t[:, video], t[:, self.back]], dim=1) for t in (request.k, request.v))
         return replace(request, k=k, v=v), replace(exact, key_front=len(self.front), key_back=len(self.back))
 
 

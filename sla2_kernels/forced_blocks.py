@@ -9,7 +9,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .attention import select_blocks
+from .arguments import TOKENS_DIM, checked_count, checked_sparsity
+from .attention import check_selection, select_blocks
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 
 
@@ -43,16 +44,19 @@ def select_with_forced_blocks(
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
-    axis = 1 if layout == "BNHD" else 2
+    check_selection(q, k, proj_q, proj_k, layout, backend)
+    sparsity, front, back = checked_sparsity(sparsity), checked_count("front", front), checked_count("back", back)
+    axis = TOKENS_DIM[layout]
     keys = k.shape[axis]
     forced_block_counts(keys, front, back)
     if keep_diagonal and q.shape[axis] != keys - front - back:
         raise ValueError(
             f"keep_diagonal needs as many keys between front and back as queries, got {keys - front - back} and {q.shape[axis]}."
         )
-    return torch.ops.sla2.select_with_forced_blocks(
-        q, k, proj_q, proj_k, float(sparsity), front, back, layout == "BHND", backend, keep_diagonal
-    )
+    with torch.no_grad():  # a choice has no derivative: none is asked for, in forward mode neither
+        return torch.ops.sla2.select_with_forced_blocks(
+            q, k, proj_q, proj_k, sparsity, front, back, layout == "BHND", backend, keep_diagonal
+        )
 
 
 def selected_with_forced(tokens, sparsity, front, back):
@@ -88,7 +92,7 @@ def _select(
     # K's mean is subtracted before scoring: over the free keys instead of all it only moves a row's scores together
     keys = k[:, :, before * K_BLOCK : None if not after else (before + free) * K_BLOCK]
     diagonal = front - before * K_BLOCK if keep_diagonal else None
-    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, "BHND", backend, diagonal) + before
+    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, backend, diagonal) + before
     return torch.cat([always(0, before), picked, always(before + free, after)], dim=-1)
 
 

@@ -47,7 +47,7 @@ def with_diagonal(scores):
 
 def sla2_reference(
     q, k, v, proj_q=None, proj_k=None, alpha=None, *,
-    sparsity=0.97, scale=None, key_blocks=None, query_blocks=None, keep_diagonal=False,
+    sparsity=0.97, scale=None, key_blocks=None, query_blocks=None, keep_diagonal=False, linear_branch=True,
 ):  # fmt: skip
     """SLA2 attention in float64 (arXiv 2602.12675, Eq. 13-16).
 
@@ -60,6 +60,7 @@ def sla2_reference(
         key_blocks: int (B, H, T_m, n), a selection to use instead of routing.
         keep_diagonal: each query block always takes the key blocks of its own tokens, within its count.
         query_blocks: indices of the query blocks to compute; None computes all of them.
+        linear_branch: False leaves the softmax branch alone: O = O_s, with a ratio of 1.
 
     Returns:
         (out, ratio): float64 (B, H, rows, D) and the ratio used per row, (B, H, rows); rows are all N queries, or those
@@ -93,6 +94,10 @@ def sla2_reference(
 
         logits = (q_i @ k.transpose(-1, -2) * scale).masked_fill(~selected, -torch.inf)
         o_sparse = logits.softmax(dim=-1) @ v
+        if not linear_branch:
+            outputs.append(o_sparse)
+            row_ratios.append(torch.ones_like(o_sparse[..., 0]))
+            continue
 
         phi_k_unselected = phi_k * ~selected.transpose(-1, -2)
         h = phi_k_unselected.transpose(-1, -2) @ v

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 Q_BLOCK = 128
 K_BLOCK = 64
+PARTS = 2**40
 
 
 def block_count(tokens, block):
@@ -21,7 +22,9 @@ def block_count(tokens, block):
 
 def selected_block_count(sparsity, key_block_count):
     """Selected key blocks per query block: max(1, floor((1 - sparsity) * T_n)). The 1e-6 keeps 0.9 * 10 from losing one."""
-    return max(1, math.floor((1 - sparsity) * key_block_count + 1e-6))
+    # in integers, of 2 ** -40: torch.compile adds no guard for a symbolic count of blocks, as it does for floats
+    kept = math.floor((1 - sparsity) * PARTS) * key_block_count
+    return torch.sym_max(1, (kept + PARTS // 10**6) // PARTS)
 
 
 def resample_ratio(alpha, query_block_count):

@@ -7,6 +7,8 @@ Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 import torch
 import torch.distributed as dist
 
+from .arguments import check_inputs
+
 
 def sequence_parallel_attention(q, k, v, attend, group=None):
     """Self-attention of tokens that P processes hold in equal parts, in the order of their ranks; differentiable.
@@ -21,12 +23,13 @@ def sequence_parallel_attention(q, k, v, attend, group=None):
         (B, N / P, H, D): the output of this process's tokens.
 
     Raises:
-        ValueError: q, k and v differ in shape, or P does not divide H.
+        ValueError: q, k and v differ in shape, dtype or device, or P does not divide H.
     """
+    check_inputs("BNHD", q=q, k=k, v=v)
+    if q.shape != k.shape:
+        raise ValueError(f"q, k and v must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
     batch, tokens, heads, head_dim = q.shape
-    if not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k and v must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
     if heads % processes:
         raise ValueError(
             f"{processes} processes cannot share {heads} heads equally: use a number that divides {heads}."

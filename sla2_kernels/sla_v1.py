@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .arguments import check_dimensions, check_linear_projection, check_options
 from .attention import sla2_attention
+from .support import without_autocast
 
 TINY = 1e-5  # added to the linear branch's denominator where these weights were trained
 CHUNK_BYTES = 128 * 2**20
@@ -94,15 +96,18 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     Returns:
         The output in q's layout and dtype; with ``return_alpha`` also ones (B, H, N), the share of the softmax branch.
     """
-    heads = q.shape[1 if layout == "BHND" else 2]
-    everything = torch.ones(heads, device=q.device)
+    check_options(layout)
+    check_dimensions("q", q, layout)
+    check_linear_projection(proj_l, q.shape[3])
     out, share = sla2_attention(
-        q, k, v, alpha=everything, sparsity=sparsity, layout=layout, return_alpha=True, **options
+        q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, **options
     )
     if proj_l is not None:
         if layout == "BNHD":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         weight, bias = (t.to(q.device, q.dtype) for t in proj_l)
-        linear = torch.nn.functional.linear(linear_over_all_keys(q, k, v), weight, bias)
+        # in q's dtype, as the softmax branch is; torch.cat fails where autocast has the other 16-bit type
+        with without_autocast(q.device):
+            linear = torch.nn.functional.linear(linear_over_all_keys(q, k, v), weight, bias)
         out = out + (linear if layout == "BHND" else linear.transpose(1, 2))
     return (out, share) if return_alpha else out

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 import sys
 from contextlib import nullcontext
 
@@ -33,6 +34,12 @@ def on_device(device):
     Triton launches on the current device, whatever device its tensors lie on, and torch's stream queries mean it too.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def without_autocast(device):
+    """Context in which autocast is off on ``device``, a torch.device; on devices without autocast (meta) it does nothing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 @functools.cache
@@ -79,22 +86,40 @@ def triton_install_command():
 def _triton_reason():
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed; install it with: {triton_install_command()}"
-    import triton
-
-    if _triton_version() < OLDEST_TRITON:
+    try:
+        import triton
+    except (ImportError, OSError) as error:  # a DLL or shared library that it needs, or a broken installation
+        first = (str(error).splitlines() or [""])[0]
+        return (
+            f"Triton is installed but cannot be imported ({type(error).__name__}: {first}); "
+            f"reinstall it with: {triton_install_command()}"
+        )
+    version = triton_version()
+    if not version:
+        return (
+            f"Triton's version {triton.__version__!r} is no number; install a release with: {triton_install_command()}"
+        )
+    if version < OLDEST_TRITON:
         return f"Triton {triton.__version__} is too old (3.2 or newer is needed); update it with: {triton_install_command()}"
     return None
 
 
-def _triton_version():
+def triton_version():
+    """The leading numbers of the installed Triton's version, three at most: 3.5.0rc1 is (3, 5, 0), 3.3.0+git1 (3, 3, 0)."""
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    numbers = re.match(r"\d+(\.\d+){0,2}", triton.__version__)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+def is_tested_triton(releases):
+    """Whether the installed Triton is of one of these (major, minor), for what uses its private or changing parts."""
+    return triton_version()[:2] in releases
 
 
 def _blackwell_reason(device):
     major, minor = capability(device)
-    if device.type != "cuda" or major < 10 or _triton_version() >= OLDEST_TRITON_ON_BLACKWELL:
+    if device.type != "cuda" or major < 10 or triton_version() >= OLDEST_TRITON_ON_BLACKWELL:
         return None
     return (
         f"a card of compute capability {major}.{minor} needs Triton 3.3.1 or newer; "
@@ -122,7 +147,7 @@ def triton_reason(device, dtype, head_dim, precision):
     reason = _card_reason(device) or _triton_reason() or _blackwell_reason(device)
     if reason:
         return reason
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:
         return f"the Triton kernels take head_dim 32, 64 and 128, not {head_dim}"
@@ -136,7 +161,7 @@ def unsupported_reason(device, dtype, head_dim, precision="int8", backend="auto"
     """Why the operator has no fast path for such a call: None, or one sentence for the user.
 
     Args:
-        device: torch.device or its name. dtype: of q, k and v. head_dim: D. precision: "16bit" | "int8" | "fp8".
+        device: torch.device or its name. dtype: of q, k and v, or None before they are known. head_dim: D. precision: "16bit" | "int8" | "fp8".
         backend: "torch" is always possible; "auto" counts the torch backend as a fast path on the CPU alone.
     """
     device = torch.device(device)

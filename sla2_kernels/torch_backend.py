@@ -19,8 +19,8 @@ CHUNK_BYTES = 256 * 2**20
 class Head:
     """One head in blocks: q (T_m, 128, D), k, smoothed, and v (T_n, 64, D), each also as the low-bit formats see it.
 
-    live (T_n, 64): False on the padding of the last block. selected: (T_m, n). sums: (T_n, D, D + 1), None where every
-    block is selected.
+    live (T_n, 64): False on the padding of the last block. selected: (T_m, n). sums: (T_n, D, D + 1), None where there is
+    no linear branch: it was not asked for, or every block is selected.
     """
 
     q_blocks: torch.Tensor
@@ -65,13 +65,14 @@ def _linear_sums(k_blocks, v_blocks, live):
     return phi_k.transpose(1, 2) @ values_and_one
 
 
-def prepare_head(q, k, v, selected, precision):
+def prepare_head(q, k, v, selected, precision, linear_branch=True):
     """Head of q (N, D), k and v (M, D)."""
     k = k - k.mean(dim=0, keepdim=True)
     q_blocks, k_blocks, v_blocks = blocks_of(q, Q_BLOCK), blocks_of(k, K_BLOCK), blocks_of(v, K_BLOCK)
     live = blocks_of(torch.ones_like(k[:, :1]), K_BLOCK)[..., 0].bool()
     k_means = k_blocks.sum(dim=1) / live.sum(dim=1, keepdim=True)
-    sums = _linear_sums(k_blocks, v_blocks, live) if selected.shape[1] < k_blocks.shape[0] else None
+    linear = linear_branch and selected.shape[1] < k_blocks.shape[0]
+    sums = _linear_sums(k_blocks, v_blocks, live) if linear else None
     low = _quantize(q_blocks, k_blocks, v_blocks, precision)
     return Head(q_blocks, k_blocks, v_blocks, *low, live, k_means, sums, selected)
 
@@ -132,9 +133,9 @@ def _attend_chunk(head, rows, ratio, scale, low_bit):
     return row_ratio[..., None] * o_sparse + (1 - row_ratio[..., None]) * (numerator / norm), row_ratio
 
 
-def _attend_head(q, k, v, selected, ratio, scale, precision):
+def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch):
     """One head: q (N, D), k and v (M, D), selected (T_m, n), ratio (T_m,) or None -> out (N, D), ratio (N,)."""
-    head = prepare_head(q, k, v, selected, precision)
+    head = prepare_head(q, k, v, selected, precision, linear_branch)
     outputs, ratios = [], []
     for rows in chunks(head):
         out, row_ratio = _attend_chunk(head, rows, None if ratio is None else ratio[rows], scale, precision != "16bit")
@@ -148,25 +149,24 @@ def compute_dtype(q):
 
 
 @torch.no_grad()
-def attention(q, k, v, key_blocks, ratios, *, scale, precision):
-    """SLA2 over BHND views, given the selection.
+def attention(q, k, v, key_blocks, ratios, out, *, scale, precision, linear_branch=True):
+    """SLA2 over BHND views, given the selection: fills out, returns the ratio of each query row.
 
     Args:
-        q: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
+        q, out: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
         key_blocks: (B, H, T_m, n) selected key blocks. ratios: (H, T_m) or None to estimate them.
-        scale: softmax scale. precision: "16bit", "int8" or "fp8".
+        scale: softmax scale. precision: "16bit", "int8" or "fp8". linear_branch: False leaves it out.
 
     Returns:
-        out (B, H, N, D) in q's dtype and the ratio per query row (B, H, N), float32 (float64 for float64 inputs).
+        (B, H, N), float32 (float64 for float64 inputs).
     """
     compute = compute_dtype(q)
-    outputs, row_ratios = [], []
+    row_ratios = torch.empty(q.shape[:3], dtype=compute, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 head = (q[b, h].to(compute), k[b, h].to(compute), v[b, h].to(compute))
                 ratio = None if ratios is None else ratios[h].to(compute)
-                out, row_ratio = _attend_head(*head, key_blocks[b, h].long(), ratio, scale, precision)
-                outputs.append(out.to(q.dtype))
-                row_ratios.append(row_ratio)
-    return torch.stack(outputs).unflatten(0, q.shape[:2]), torch.stack(row_ratios).unflatten(0, q.shape[:2])
+                found = _attend_head(*head, key_blocks[b, h].long(), ratio, scale, precision, linear_branch)
+                out[b, h], row_ratios[b, h] = found
+    return row_ratios

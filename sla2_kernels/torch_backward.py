@@ -60,9 +60,9 @@ def _chunk_gradient(head, rows, ratio, grad, scale, totals, low_bit):
     return grad_q + _linear_gradient(queries, *linear), grad_ratio
 
 
-def _head_gradient(q, k, v, selected, ratio, grad, scale, precision):
+def _head_gradient(q, k, v, selected, ratio, grad, scale, precision, linear_branch):
     """One head: gradients of q (N, D), k and v (M, D) and of the ratio (T_m,)."""
-    head = torch_backend.prepare_head(q, k, v, selected, precision)
+    head = torch_backend.prepare_head(q, k, v, selected, precision, linear_branch)
     totals = {"k": torch.zeros_like(head.k_low), "v": torch.zeros_like(head.v_low)}
     if head.sums is not None:
         totals["sums"] = torch.zeros_like(head.sums)
@@ -86,10 +86,12 @@ def _head_gradient(q, k, v, selected, ratio, grad, scale, precision):
 
 
 @torch.no_grad()
-def attention_backward(q, k, v, grad_out, key_blocks, ratios, grad_q, grad_k, grad_v, *, scale, precision):
+def attention_backward(
+    q, k, v, grad_out, key_blocks, ratios, grad_q, grad_k, grad_v, *, scale, precision, linear_branch=True
+):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m).
 
-    ratios: (H, T_m), or None where they were estimated. Other arguments as in torch_backend.attention.
+    ratios: (H, T_m), or None where they were estimated or there is no linear branch. Others as in torch_backend.attention.
     """
     compute = torch_backend.compute_dtype(q)
     grad_ratio = torch.zeros(key_blocks.shape[:3], dtype=compute, device=q.device)
@@ -98,9 +100,8 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratios, grad_q, grad_k, gr
             for h in range(q.shape[1]):
                 tensors = [t[b, h].to(compute) for t in (q, k, v)]
                 ratio = None if ratios is None else ratios[h].to(compute)
-                found = _head_gradient(
-                    *tensors, key_blocks[b, h].long(), ratio, grad_out[b, h].to(compute), scale, precision
-                )
+                selected, grad = key_blocks[b, h].long(), grad_out[b, h].to(compute)
+                found = _head_gradient(*tensors, selected, ratio, grad, scale, precision, linear_branch)
                 for target, gradient in zip((grad_q[b, h], grad_k[b, h], grad_v[b, h]), found[:3], strict=True):
                     target.copy_(gradient)
                 grad_ratio[b, h] = found[3]

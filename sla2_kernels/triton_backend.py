@@ -1,7 +1,7 @@
 """The forward pass in Triton: route all heads, then work through groups of heads in one reused workspace.
 
 pools -> scores -> top-k -> unselected mass where no ratio was learned; then per group: pack K and V -> masked sums
--> linear branch -> sparse loop and the mix.
+-> linear branch -> sparse loop and the mix. Without a linear branch: pools -> scores -> top-k; pack -> sparse loop.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import configs
-from .kernels.hopper import takes_hopper_loop
+from .kernels.hopper import why_not_hopper_loop
 from .kernels.launch import planned
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
@@ -21,6 +21,7 @@ from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
 from .kernels.weighted_mask import weighted_mask
+from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
@@ -30,11 +31,14 @@ WORKSPACE_SHARE = 1.4
 
 @dataclass
 class Routing:
-    """Which key blocks each query block leaves to the linear branch, and K's pools: flat over batch x head."""
+    """Which key blocks each query block leaves to the linear branch, and K's pools: flat over batch x head.
 
-    unselected: torch.Tensor  # 1 - M_c, (B * H, T_m, T_n)
-    k_means: torch.Tensor  # (B * H, T_n, D), the block means of smoothed K in q's dtype
-    k_mean: torch.Tensor  # float32 (B * H, D)
+    None: what a call does not need.
+    """
+
+    unselected: torch.Tensor | None = None  # 1 - M_c, (B * H, T_m, T_n)
+    k_means: torch.Tensor | None = None  # (B * H, T_n, D), the block means of smoothed K in q's dtype
+    k_mean: torch.Tensor | None = None  # float32 (B * H, D)
 
 
 @dataclass
@@ -70,7 +74,7 @@ def _pool_keys(k, dtype, plan=None):
 
 
 def _route(q, k, proj_q, proj_k, selected, dtype, plan=None, diagonal=None):
-    """Fills ``selected``, int32 (B * H, T_m, n), ascending."""
+    """Fills ``selected``, int32 (B * H, T_m, n), ascending. dtype: of the mask, None makes none."""
     k_pooled, k_means, k_mean = _pool_keys(k, q.dtype, plan)
     q_routed, k_routed = project(pool(q, Q_BLOCK, plan), proj_q, plan), project(k_pooled, proj_k, plan)
     unselected = select(scores(q_routed, k_routed, plan, diagonal), k_pooled.shape[1], selected, dtype, plan)
@@ -82,13 +86,6 @@ def _new_selection(q, count):
     return torch.empty(shape, dtype=torch.int32, device=q.device)
 
 
-def _given(key_blocks, blocks, dtype):
-    """(selected, unselected) as routing would have left them."""
-    # contents on the GPU cannot be checked without waiting for it; clamped, they cannot leave the tensors either
-    selected = key_blocks.flatten(0, 1).clamp(0, blocks - 1).contiguous()
-    return selected, unselected_mask(selected, blocks, dtype)
-
-
 def _as_read(q, *weights):
     """Projections and ratios as the kernels read them; None stays None."""
     return [None if x is None else x.to(device=q.device, dtype=torch.float32).contiguous() for x in weights]
@@ -98,7 +95,7 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with on_device(q.device):
         selected = _new_selection(q, count)
-        _route(q, k, *_as_read(q, proj_q, proj_k), selected, q.dtype, diagonal=diagonal)
+        _route(q, k, *_as_read(q, proj_q, proj_k), selected, None, diagonal=diagonal)
         return selected.unflatten(0, q.shape[:2])
 
 
@@ -145,35 +142,48 @@ def _allocate(q, k, group, qk, pv, linear, sums_dtype, low_sums):
     return work
 
 
-def attention(q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision, diagonal=None):
+def attention(
+    q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision, diagonal=None, linear_branch=True
+):  # fmt: skip
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
-    q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, or None to route.
-    ratios: (H, T_m) or None to estimate them. diagonal: see kernels/score.py.
+    q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
+    or None to route. ratios: (H, T_m) or None to estimate them. diagonal: see kernels/score.py.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
+    routing = key_blocks is None
     with on_device(q.device):
         weights = _as_read(q, proj_q, proj_k, ratios)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        if key_blocks is None:
+        if routing:
             selected = _new_selection(q, selected_block_count(sparsity, blocks))
         else:
-            selected, unselected = _given(key_blocks, blocks, _sums_dtype(q))
+            selected = key_blocks.flatten(0, 1).contiguous()
+        linear = linear_branch and selected.shape[2] < blocks
+        if linear and not routing:
+            unselected = unselected_mask(selected, blocks, _sums_dtype(q))
+        card = capability(q.device)
+        why_not_hopper = why_not_hopper_loop(card, *configs.loop_formats(precision, card), q, k, v)
+        took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         tensors = q, k, v, *weights, selected, unselected, row_ratio, out
-        planned(tensors, (scale, precision, diagonal), lambda plan: _attend(*tensors, scale, precision, diagonal, plan))
+        settings = scale, precision, diagonal, routing, linear, why_not_hopper is None
+        planned(tensors, settings, lambda plan: _attend(*tensors, *settings, plan))
     return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
-def _attend(q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out, scale, precision, diagonal, plan):
-    """Fills row_ratio, out, and ``selected`` where no ``unselected`` was given with it."""
+def _attend(
+    q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out,
+    scale, precision, diagonal, routing, linear, hopper, plan,
+):  # fmt: skip
+    """Fills row_ratio, out, and ``selected`` where ``routing``."""
     card, dtype = capability(q.device), _sums_dtype(q)
     qk, pv = configs.loop_formats(precision, card)
-    if unselected is None:
-        routed = _route(q, k, proj_q, proj_k, selected, dtype, plan, diagonal)
-    else:
+    if routing:
+        routed = _route(q, k, proj_q, proj_k, selected, dtype if linear else None, plan, diagonal)
+    elif linear or qk != "16bit":
         routed = Routing(unselected, *_pool_keys(k, q.dtype, plan)[1:])
-    linear = selected.shape[2] < block_count(k.shape[2], K_BLOCK)
-    hopper = takes_hopper_loop(card, qk, pv, q, k, v)
+    else:
+        routed = Routing()
     low_sums = linear and hopper and pv == "fp8"
     groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums))
     work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype, low_sums)

@@ -25,13 +25,13 @@ from .support import capability, on_device
 from .triton_backend import Workspace, _head_groups
 
 
-def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale):
+def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
 
     Args:
         q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
         key_blocks: int32 (B, H, T_m, n), the forward's selection. row_ratio: float32 (B, H, N), the forward's ratios.
-        scale: softmax scale.
+        scale: softmax scale. linear_branch: False where the forward had none.
     """
     with on_device(q.device):
         selected = key_blocks.flatten(0, 1).contiguous()
@@ -45,7 +45,7 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
             scale_log2=scales["scale_log2"], q_block=Q_BLOCK, block=K_BLOCK, config=config.statistics,
         )  # fmt: skip
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
-        if selected.shape[2] < blocks:
+        if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
                 q, k, v, grad_out, selected, row_ratio.contiguous(), k_mean, grad_q, grad_k, grad_v, config.linear
             )

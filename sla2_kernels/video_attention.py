@@ -10,10 +10,11 @@ State is the caller's: nothing is kept between calls, any thread may call.
 import torch
 import torch.nn.functional as F
 
-from .attention import sla2_attention
+from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count
+from .attention import RoutedBlocks, sla2_attention
 from .forced_blocks import select_with_forced_blocks
 from .sla_v1 import sla_attention
-from .support import default_precision, unsupported_reason
+from .support import default_precision, unsupported_reason, without_autocast
 
 
 def video_attention(
@@ -60,7 +61,10 @@ def video_attention(
     """
     if method not in ("sla2", "sla", "top-k only") or (method == "sla") != (proj_l is not None):
         raise ValueError(f'method must be "sla2", "top-k only", or "sla" with proj_l, got {method!r}.')
-    axis = 1 if layout == "BNHD" else 2
+    check_options(layout, backend)
+    check_inputs(layout, q=q, k=k, v=v)
+    front, back = checked_count("front", front), checked_count("back", back)
+    axis = TOKENS_DIM[layout]
     tokens = q.shape[axis]
     if k.shape[axis] != tokens:
         raise ValueError(f"q and k must have equally many tokens, got {tokens} and {k.shape[axis]}.")
@@ -75,10 +79,11 @@ def video_attention(
         "precision": default_precision(q.device) if precision == "auto" else precision,
     }  # fmt: skip
     if front or back:
-        options["key_blocks"] = select_with_forced_blocks(
+        blocks = select_with_forced_blocks(
             video, k, proj_q, proj_k, sparsity=sparsity, front=front, back=back, layout=layout, backend=backend,
             keep_diagonal=keep_diagonal,
         )  # fmt: skip
+        options["key_blocks"] = RoutedBlocks(blocks)
     if method == "sla2":
         out = sla2_attention(video, k, v, alpha=alpha, **options)
     else:
@@ -89,12 +94,16 @@ def video_attention(
     parts = [exact(q.narrow(axis, 0, front), k, v)] if front else []
     parts.append(out)
     parts += [exact(q.narrow(axis, tokens - back, back), k, v)] if back else []
-    return torch.cat(parts, dim=axis)
+    # under autocast the exact rows have its dtype, and joining the two 16-bit types would fail
+    with without_autocast(q.device):
+        return torch.cat([part.to(q.dtype) for part in parts], dim=axis)
 
 
 def why_dense(q, *, layout="BHND", precision="auto", minimum_tokens=8192):
     """None, or one sentence why this call should run dense: too short to gain, or nothing fast can take it."""
-    tokens = q.shape[1 if layout == "BNHD" else 2]
+    check_options(layout)
+    check_dimensions("q", q, layout)
+    tokens = q.shape[TOKENS_DIM[layout]]
     if tokens < minimum_tokens:
         return f"the sequence has {tokens} tokens, minimum_tokens is {minimum_tokens}"
     precision = default_precision(q.device) if precision == "auto" else precision

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .arguments import checked_count, checked_sparsity
 from .router import K_BLOCK, Q_BLOCK
 from .router_format import (
     FORMAT,
@@ -98,8 +99,12 @@ class RouterWeights:
     def ratio(self, layer, sparsity):
         """Mixing ratios (H, A) in (0, 1) of ``layer`` at ``sparsity``, or None where they are estimated from the run.
 
-        Logits are interpolated linearly between the trained sparsities; outside them the nearest one counts.
+        Logits are interpolated linearly between the trained sparsities; outside them the nearest one counts. Raises
+        ValueError where ``sparsity`` is not a number, 0 <= sparsity < 1, or the router has no such layer.
         """
+        sparsity = checked_sparsity(sparsity)
+        if not -self.num_layers <= checked_count("layer", layer) < self.num_layers:
+            raise ValueError(f"{self._name()} has layers 0 to {self.num_layers - 1}, not {layer}.")
         order = sorted(range(len(self.sparsities)), key=self.sparsities.__getitem__)
         above = next((i for i in order if self.sparsities[i] >= sparsity), None)
         below = next((i for i in reversed(order) if self.sparsities[i] <= sparsity), None)
@@ -184,6 +189,8 @@ def load_router(path):
 
     Raises RouterFileError: one sentence with the file, the tensor and what was expected of it.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise RouterFileError(f"A router file is named by its path, got {path!r}.")
     path = os.fspath(path)
     try:
         # opening a pipe would wait for somebody to write into it

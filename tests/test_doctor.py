@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sla2_kernels.loops import TRITON, Loop
 from tooling import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,8 @@ def test_the_report_of_this_machine_can_be_pasted(capsys):
     for name in ("sla2-attention: ", "ComfyUI: ", "Python: ", f"PyTorch: {torch.__version__}", "Triton: ", "card"):
         assert name in said
     assert re.search(r"16bit: right, relative error 0\.\d+", said)
+    if not torch.cuda.is_available():
+        assert "16bit: ran in PyTorch's loop, block by block: the Triton kernels need an NVIDIA GPU" in said
     assert re.search(r"dense attention [\d.]+ ms, SLA2 skipping 90% in \w+ [\d.]+ ms, [\d.]+x as fast", said)
     if not torch.cuda.is_available():
         assert "No speed-up on this machine: the Triton kernels need an NVIDIA GPU" in said
@@ -45,6 +48,36 @@ def test_a_failing_call_is_named(monkeypatch, capsys):
     assert doctor.main() == 1
     said = capsys.readouterr().out
     assert "16bit: FAILED: RuntimeError: out of resource: shared memory" in said and "no benchmark" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (ImportError("DLL load failed while importing cuda_utils: not found."), "; install Microsoft's Visual C++"),
+        (AssertionError("libcuda.so cannot found!"), "; update the NVIDIA driver"),
+    ],
+    ids=repr,
+)
+def test_kernels_that_cannot_be_loaded_are_named_with_what_helps(monkeypatch, capsys, error, part):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(doctor, "sla2_attention", fail)
+    assert doctor.main() == 1
+    assert f"16bit: FAILED: {type(error).__name__}: {error}{part}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_on_a_card_it_says_which_loop_ran_and_how_kernels_are_launched(monkeypatch, direct):
+    launch = pytest.importorskip("sla2_kernels.kernels.launch")
+    monkeypatch.setattr(launch, "DIRECT", direct)
+    monkeypatch.setattr(doctor, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(doctor, "self_test", lambda *_: (0.0, Loop(TRITON, "the Hopper loop is for others")))
+    monkeypatch.setattr(doctor, "benchmark", lambda device: "as fast as light")
+    said = []
+    assert doctor.check(torch.device("cuda", 0), said.append)
+    assert said.count("int8: ran in Triton's loop: the Hopper loop is for others") == 1
+    assert any(line.startswith("slower at short lengths: ") for line in said) is not direct
 
 
 def test_it_starts_as_a_file_without_the_folder_on_the_path(tmp_path):

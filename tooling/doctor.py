@@ -22,6 +22,8 @@ if not __package__:  # started as a file: the pack's folder is not on the path, 
 import torch  # noqa: E402
 
 from sla2_kernels import default_precision, reference, select_key_blocks, sla2_attention, unsupported_reason  # noqa: E402
+from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy  # noqa: E402
+from sla2_kernels.loops import watch_loops  # noqa: E402
 from sla2_kernels.support import PRECISIONS  # noqa: E402
 
 # largest relative error, |out - reference| / |reference|, that is rounding and no mistake: an H100 has 0.002, 0.031, 0.044
@@ -88,12 +90,13 @@ def inputs(device, tokens, heads, dtype):
 
 
 def self_test(device, precision):
-    """Relative error of the operator against the float64 definition, at a length that no block divides."""
+    """(relative error of the operator against the float64 definition at a length that no block divides, Loop taken)."""
     q, k, v = inputs(device, 1000, 2, torch.bfloat16 if device.type == "cuda" else torch.float32)
     blocks = select_key_blocks(q, k, sparsity=0.75)
-    out = sla2_attention(q, k, v, sparsity=0.75, precision=precision, key_blocks=blocks)
+    with watch_loops() as loops:
+        out = sla2_attention(q, k, v, sparsity=0.75, precision=precision, key_blocks=blocks)
     expected, _ = reference.sla2_reference(q, k, v, sparsity=0.75, key_blocks=blocks)
-    return ((out.double() - expected).norm() / expected.norm()).item()
+    return ((out.double() - expected).norm() / expected.norm()).item(), loops[-1] if loops else None
 
 
 def median_ms(call, device, seconds):
@@ -138,15 +141,25 @@ def check(device, say):
             say(f"{precision}: not available: {reason}")
             continue
         try:
-            error = self_test(device, precision)
-        except (RuntimeError, ValueError, OSError) as failure:
-            say(f"{precision}: FAILED: {type(failure).__name__}: {failure}")
+            error, loop = self_test(device, precision)
+        except Exception as failure:
+            remedy = kernel_failure_remedy(failure)
+            if remedy is None and not isinstance(failure, (RuntimeError, ValueError)):
+                raise
+            say(f"{precision}: FAILED: {failure_in_a_line(failure)}" + (f"; {remedy}" if remedy else ""))
             healthy = False
             continue
         right = error <= LARGEST_ERROR[precision]
         healthy &= right
         verdict = "right" if right else "WRONG"
         say(f"{precision}: {verdict}, relative error {error:.5f} (at most {LARGEST_ERROR[precision]})")
+        if loop is not None:
+            say(f"{precision}: ran in {loop.name}" + (f": {loop.why_not_faster}" if loop.why_not_faster else ""))
+    if device.type == "cuda" and not unsupported_reason(device, torch.bfloat16, 128, "16bit"):
+        from sla2_kernels.kernels.launch import why_not_direct
+
+        if why_not_direct():
+            say(f"slower at short lengths: {why_not_direct()}")
     say(
         benchmark(device)
         if healthy and not unsupported_reason(device, torch.bfloat16, 128, "16bit")

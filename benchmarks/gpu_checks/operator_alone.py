@@ -1,5 +1,6 @@
 """The operator on one GPU. Checks of it that a CPU can make are in tests/."""
 
+import itertools
 import threading
 
 import torch
@@ -53,17 +54,20 @@ def threads_launch_for_the_first_time():
 
 
 def few_tokens():
-    """Counts that are 1 (which Triton compiles apart), ragged ends, all dtypes and precisions, against float64."""
+    """Counts that are 1 (which Triton compiles apart), ragged ends, all dtypes and precisions, with and without the linear
+    branch, against float64."""
     worst = dict.fromkeys(BOUNDS, 0.0)
-    for tokens in (1, 63, 64, 65, 128, 129, 1000):
-        for dtype in (torch.bfloat16, torch.float16):
-            inputs = random_qkv(tokens, 1, dtype=dtype, seed=tokens)
-            expected, _ = sla2_reference(*(x.transpose(1, 2) for x in inputs), sparsity=0.5)
-            for precision in BOUNDS:
-                out = sla2_attention(*inputs, sparsity=0.5, layout="BNHD", precision=precision, backend="triton")
-                error = relative_error(out.transpose(1, 2), expected)
-                worst[precision] = max(worst[precision], error)
-                require(error < BOUNDS[precision], f"{tokens} tokens, {dtype}, {precision}: error {error:.2e}")
+    cases = itertools.product((1, 63, 64, 65, 128, 129, 1000), (torch.bfloat16, torch.float16), (True, False))
+    for tokens, dtype, linear in cases:
+        inputs = random_qkv(tokens, 1, dtype=dtype, seed=tokens)
+        options = {"sparsity": 0.5, "linear_branch": linear}
+        expected, _ = sla2_reference(*(x.transpose(1, 2) for x in inputs), **options)
+        for precision in BOUNDS:
+            out = sla2_attention(*inputs, **options, layout="BNHD", precision=precision, backend="triton")
+            error = relative_error(out.transpose(1, 2), expected)
+            worst[precision] = max(worst[precision], error)
+            which = f"{tokens} tokens, {dtype}, {precision}{'' if linear else ', no linear branch'}"
+            require(error < BOUNDS[precision], f"{which}: error {error:.2e}")
     return "largest errors " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
 
 
@@ -71,11 +75,11 @@ def played_back():
     """A call of a kind that was made before plays back its launches: for other tensors, in memory full of NaN, with the
     bits of the first one. Tensors that were one at first need not stay one."""
     for precision in BOUNDS:
-        for alpha in (None, torch.full((4,), 0.8, device="cuda")):
+        for mixing in ({}, {"alpha": torch.full((4,), 0.8, device="cuda")}, {"linear_branch": False}):
             for blocks in (None, torch.arange(5, device="cuda").expand(1, 4, 24, 5)):
 
-                def call(*inputs, precision=precision, alpha=alpha, blocks=blocks):
-                    chosen = {"alpha": alpha, "key_blocks": blocks, "precision": precision}
+                def call(*inputs, precision=precision, mixing=mixing, blocks=blocks):
+                    chosen = {**mixing, "key_blocks": blocks, "precision": precision}
                     return sla2_attention(*inputs, sparsity=0.9, layout="BNHD", return_alpha=True, **chosen)
 
                 inputs = random_qkv(3001, 4, seed=6)

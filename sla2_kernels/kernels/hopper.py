@@ -1,11 +1,11 @@
-"""Which calls take the sparse loop written for Hopper (hopper_loop.py, in Gluon) instead of Triton's."""
+"""Which calls take the sparse loop written for Hopper (hopper_loop.py, in Gluon) instead of Triton's, and why others do not."""
 
 import functools
 
 import torch
 import triton
 
-from ..support import interpreting
+from ..support import interpreting, is_tested_triton
 
 # The releases whose Gluon it was compiled with; names in it still change from one to the next.
 GLUON_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -15,21 +15,36 @@ TMA_BYTES = 16  # strides and addresses of what it copies are multiples
 
 @functools.cache
 def _gluon_is_known():
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) in GLUON_RELEASES
+    return is_tested_triton(GLUON_RELEASES)
 
 
 def takes_hopper_loop(card, qk, pv, q, k, v):
     """True where the loop in Gluon takes q, k, v (B, H, N, D) on a card of compute capability ``card``."""
-    copied = (q,) if qk == "int8" else (q, k, v)
-    return (
-        card[0] == 9
-        and (qk, pv) in FORMATS
-        and q.shape[3] == 128
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and all(_can_be_copied(x) for x in copied)
-        and not interpreting()
-        and _gluon_is_known()
-    )
+    return why_not_hopper_loop(card, qk, pv, q, k, v) is None
+
+
+def why_not_hopper_loop(card, qk, pv, q, k, v):
+    """None where the loop in Gluon takes such a call, else one sentence why Triton's does; arguments as above."""
+    if interpreting():
+        return "Triton's interpreter runs no kernel in Gluon"
+    if card[0] != 9:
+        return (
+            f"the Hopper loop is for cards of compute capability 9.0 (H100, H200), and this one has {card[0]}.{card[1]}"
+        )
+    if (qk, pv) not in FORMATS:
+        return f"the Hopper loop multiplies in int8 and fp8, or all in 16 bit, not in {qk} and {pv}"
+    if q.shape[3] != 128:
+        return f"the Hopper loop is for head_dim 128, and this call has {q.shape[3]}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the Hopper loop takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if not _gluon_is_known():
+        first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
+        return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
+    copied = {"q": q} if qk == "int8" else {"q": q, "k": k, "v": v}
+    odd = [name for name, x in copied.items() if not _can_be_copied(x)]
+    if odd:
+        return f"the Hopper loop needs strides and addresses in multiples of {TMA_BYTES} bytes, unlike those of {' and '.join(odd)}"
+    return None
 
 
 def _can_be_copied(x):

@@ -5,18 +5,31 @@ call to call only addresses differ. The first call of a kind is recorded, later 
 of their own tensors: at short lengths the host would otherwise take longer than the GPU.
 """
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
-import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from triton.runtime.driver import driver
 
-MOST_PLANS = 256
-# Where a compiled kernel takes every argument, constants included; earlier releases go through the front end each time.
-DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+from ..support import is_tested_triton
 
-_plans = {}
+MOST_PLANS = 256
+# The releases whose compiled kernels take every argument, constants included, in the order of Plan.play(): a private
+# interface, the same in their sources. With others every call goes through the front end.
+DIRECT_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
+DIRECT = is_tested_triton(DIRECT_RELEASES)
+
+_plans = {}  # oldest first
+_plans_change = threading.Lock()
+
+
+def why_not_direct():
+    """None where calls are played back, or one sentence why each goes through Triton's front end."""
+    if DIRECT:
+        return None
+    first, last = (".".join(map(str, release)) for release in (DIRECT_RELEASES[0], DIRECT_RELEASES[-1]))
+    return f"every launch goes through Triton's front end: what avoids it was tested with Triton {first} to {last}"
 
 
 def planned(tensors, settings, call):
@@ -36,12 +49,13 @@ def planned(tensors, settings, call):
     if plan is not None:
         plan.play(addresses, tensors[0].device)
         return
-    plan = Plan(addresses)
+    plan = Plan(tensors)
     call(plan)
     plan.finish()
-    if len(_plans) >= MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+    with _plans_change:
+        if len(_plans) >= MOST_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[key] = plan
 
 
 def _signature(tensor, address):
@@ -87,13 +101,14 @@ class _Step:
 class Plan:
     """The launches of one call. Slots are its tensors, then the buffers that it made, which live from first to last use."""
 
-    def __init__(self, addresses):
-        """addresses: of the call's tensors, None where there is none."""
+    def __init__(self, tensors):
+        """tensors: the call's own, None where there is none."""
         self._steps = []
-        self._outside = {address: slot for slot, address in reversed(list(enumerate(addresses))) if address is not None}
+        self._outside = tensors
+        self._slots = {x.data_ptr(): slot for slot, x in reversed(list(enumerate(tensors))) if x is not None}
         self._buffers = {}  # a weak reference tells a buffer from a later one at its address
         self._sizes = {}
-        self._count = len(addresses)
+        self._count = len(tensors)
 
     def add(self, compiled, grid, arguments):
         """Records a launch that was made."""
@@ -108,18 +123,24 @@ class Plan:
         self._steps.append(step)
 
     def _slot(self, tensor):
-        """(slot, bytes behind its address) of one of the call's tensors, or of a view of a buffer."""
+        """(slot, bytes behind its address) of one of the call's tensors, or of a view of a buffer.
+
+        Raises ValueError for a view that begins inside one of the call's tensors: where it begins in the next call's
+        is not known, as tensors that share memory need not lie in it as these do.
+        """
         address = tensor.data_ptr()
-        if address in self._outside:
-            return self._outside[address], 0
+        if address in self._slots:
+            return self._slots[address], 0
         storage = tensor.untyped_storage()
+        if any(x is not None and x.untyped_storage().data_ptr() == storage.data_ptr() for x in self._outside):
+            raise ValueError("a kernel of a recorded call got a view that begins inside one of the call's tensors.")
         slot = self._buffers.setdefault(StorageWeakRef(storage), self._count + len(self._buffers))
         self._sizes[slot] = storage.nbytes()
         return slot, address - storage.data_ptr()
 
     def finish(self):
         """Ends the recording: finds the first and last use of every buffer."""
-        self._buffers = self._outside = None
+        self._buffers = self._outside = self._slots = None
         first, last = {}, {}
         for step in self._steps:
             for slot in sorted(step.slots() & self._sizes.keys()):

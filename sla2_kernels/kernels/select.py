@@ -83,10 +83,11 @@ def _select(scores, selected, unselected, count, blocks, width, mask_stride, CHU
         chosen = (row_scores > low) | ((tie == 1) & (tie_rank < ties_wanted))
         position = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(selected + row * count + position, at, mask=chosen)
-        # zeros behind the last block too: a product walks the mask in whole steps
-        tl.store(
-            unselected + row * mask_stride + at, tl.where(chosen | (at >= blocks), 0.0, 1.0), mask=at < mask_stride
-        )
+        if unselected is not None:
+            # zeros behind the last block too: a product walks the mask in whole steps
+            tl.store(
+                unselected + row * mask_stride + at, tl.where(chosen | (at >= blocks), 0.0, 1.0), mask=at < mask_stride
+            )
         written += tl.sum(chosen.to(tl.int32), axis=0)
         ties_seen += tl.sum(tie, axis=0)
 
@@ -107,13 +108,15 @@ def new_mask(rows_shape, blocks, dtype, device, make=torch.zeros):
 def select(scores, blocks, selected, mask_dtype, plan=None):
     """The top-k: fills selected, int32 (B * H, T_m, count), ascending; returns 1 - M_c (B * H, T_m, T_n).
 
-    scores: of score.py, int32 (B * H, T_m, T_n padded to whole SCORES_STEPs).
+    scores: of score.py, int32 (B * H, T_m, T_n padded to whole SCORES_STEPs). mask_dtype: None makes no mask, returns None.
     """
     batch_heads, rows, width = scores.shape
-    unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device, torch.empty)
+    unselected = None
+    if mask_dtype is not None:
+        unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device, torch.empty)
     launch(
         plan, _select, (batch_heads * rows,), scores, selected, unselected, selected.shape[2], blocks, width,
-        unselected.stride(1), CHUNK=CHUNK, options={"num_warps": 1},
+        0 if unselected is None else unselected.stride(1), CHUNK=CHUNK, options={"num_warps": 1},
     )  # fmt: skip
     return unselected
 

@@ -178,7 +178,7 @@ def sparse_attention(
 
     work: the packed key blocks (Workspace). selected: int32 (B * H, T_m, n), ascending.
     ratio: "learned", from ratios (H, T_m); "estimated", from the unselected log2 mass that row_ratio holds; either mixes
-    with the O_l that out holds. "none": every key block is selected, there is nothing to mix.
+    with the O_l that out holds. "none": there is no linear branch to mix in.
     """
     heads, tokens, head_dim = q.shape[1:]
     q_blocks, count = selected.shape[1:]

@@ -42,6 +42,17 @@ def test_measuring_a_part_again_replaces_its_rows_and_keeps_the_others(measured,
     assert {row["sparsity"] for row in rows if row["part"] == "length"} == {0.5}
 
 
+def test_the_operator_is_timed_with_and_without_its_linear_branch(tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    attention.main(
+        [*TINY[:-1], "16bit", "--parts", "branches", "--shapes", "tiny", "--sparsities", "0.75", "--out", str(path)]
+    )
+    rows = results.load(path)["rows"]
+    assert [row["alpha"] for row in rows] == [*ours.ALPHAS, ours.NO_LINEAR_BRANCH]
+    assert all(row["passed"] and row["ms"] > 0 for row in rows)
+    assert "| **SLA2**, 16bit, no linear branch |" in capsys.readouterr().out
+
+
 def test_a_wrong_output_fails_the_check(monkeypatch):
     q, k, v = inputs.make_inputs(inputs.SHAPES["tiny"], device="cpu")
     right = ours.sla2_attention

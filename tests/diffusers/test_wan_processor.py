@@ -1,14 +1,16 @@
 """sla2_diffusers on a tiny random Wan transformer of diffusers, on the CPU."""
 
+import dataclasses
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers.models")  # this folder alone would pass for the package
 
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
 from sla2_diffusers import SLA2WanProcessor, apply_sla2
-from sla2_kernels import sla2_attention
+from sla2_kernels import sla2_attention, support
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.weights import RouterLayer, RouterWeights, identity_router
 
@@ -213,6 +215,11 @@ def test_a_router_of_another_model_is_refused(transformer, changes, sentence):
     ("options", "sentence"),
     [
         ({"sparsity": 1.0}, "sparsity must be"),
+        ({"sparsity": None}, "sparsity must be at least 0 and below 1, got None"),
+        ({"sparsity": "0.9"}, "sparsity must be at least 0 and below 1, got '0.9'"),
+        ({"minimum_tokens": "many"}, "minimum_tokens must be an integer, got 'many'"),
+        ({"dense_layers": "0, 1"}, "dense_layers must be a list of layer numbers, got '0, 1'"),
+        ({"dense_layers": [0.5]}, "dense_layers must be an integer, got 0.5"),
         ({"precision": "4bit"}, "precision must be"),
         ({"backend": "cuda"}, "backend must be"),
         ({"dense_layers": [2]}, "names layer 2"),
@@ -229,3 +236,206 @@ def test_applying_twice_and_to_another_model_is_refused(transformer):
         apply_sla2(transformer)
     with pytest.raises(TypeError, match="WanTransformer3DModel"):
         apply_sla2(torch.nn.Linear(2, 2))
+
+
+def test_a_path_in_a_routers_place_is_refused(transformer):
+    with pytest.raises(TypeError, match=r"router must be what load_router\(\) returns, or None, got str"):
+        apply_sla2(transformer, "router.safetensors")
+
+
+class Quantised(torch.nn.Linear):
+    """As diffusers' GGUFLinear: the weight is bytes, and is computed with in ``values``' dtype."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.values, self.bias = linear.weight.data, linear.bias
+        self.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.values, self.bias)
+
+
+def gguf(model):
+    for block in model.blocks:
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn1, name, Quantised(getattr(block.attn1, name)))
+
+
+def layerwise_fp8(model):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The Triton path's answers as on a card that has it, and the operator in PyTorch for what takes that path."""
+    monkeypatch.setattr(support, "_card_reason", lambda device: None)
+    monkeypatch.setattr(support, "_triton_reason", lambda: None)
+    monkeypatch.setattr(support, "_blackwell_reason", lambda device: None)
+
+    def in_torch(*tensors, **options):
+        return sla2_attention(*tensors, **options | {"backend": "torch"})
+
+    monkeypatch.setattr("sla2_diffusers.sla2_attention", in_torch)
+
+
+@pytest.mark.parametrize("quantise", [layerwise_fp8, gguf])
+def test_quantised_layers_are_judged_by_what_they_compute_in(transformer, inputs, as_on_a_gpu, quantise):
+    transformer.to(torch.bfloat16)
+    quantise(transformer)
+    assert transformer.blocks[0].attn1.to_q.weight.dtype in (torch.float8_e4m3fn, torch.uint8)
+    inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    handle = apply_sla2(transformer, sparsity=0.75, precision="16bit", backend="triton")
+    run(transformer, inputs)
+    assert (handle.sparse_calls, handle.dense_reasons()) == (LAYERS, {})
+
+
+def test_a_dtype_without_kernels_runs_dense_and_is_named(transformer, inputs, as_on_a_gpu):
+    transformer.double()
+    inputs = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    dense = run(transformer, inputs)
+    handle = apply_sla2(transformer, sparsity=0.75, precision="16bit", backend="triton")
+    assert torch.equal(run(transformer, inputs), dense)
+    assert handle.dense_reasons() == {
+        "the Triton kernels take float16, bfloat16 and float32, not float64": LAYERS,
+    }
+
+
+def test_kernels_that_cannot_be_loaded_run_dense_from_then_on(transformer, inputs, monkeypatch, caplog):
+    tried = []
+
+    def fail(*_, **__):
+        tried.append(1)
+        raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
+
+    dense = run(transformer, inputs)
+    monkeypatch.setattr("sla2_diffusers.sla2_attention", fail)
+    handle = apply_sla2(transformer, sparsity=0.75)
+    assert torch.equal(run(transformer, inputs), dense) and torch.equal(run(transformer, inputs), dense)
+    ((reason, count),) = handle.dense_reasons().items()
+    assert count == 2 * LAYERS and len(tried) == len(caplog.records) == 1
+    assert "device kernel image is invalid); update the NVIDIA driver" in reason and reason in handle.summary()
+
+
+def test_another_error_is_raised_as_it_came(transformer, inputs, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr("sla2_diffusers.sla2_attention", fail)
+    apply_sla2(transformer, sparsity=0.75)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(transformer, inputs)
+
+
+@pytest.fixture
+def backends(transformer, monkeypatch):
+    """Function: the attention backends that processors name; "dense" are those from before apply_sla2.
+
+    diffusers' choice for the whole process is put back afterwards.
+    """
+    from diffusers.models import attention_dispatch
+
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    originals = [block.attn1.processor for block in transformer.blocks]
+
+    def of(which="attn1"):
+        if which == "dense":
+            return {processor._attention_backend for processor in originals}
+        return {getattr(block, which).processor._attention_backend for block in transformer.blocks}
+
+    return of
+
+
+@pytest.mark.parametrize("undo_first", [False, True])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_an_attention_backend_is_for_the_dense_calls_and_can_be_reset(
+    transformer, inputs, backends, monkeypatch, order, undo_first
+):
+    if order == "before":
+        transformer.set_attention_backend("_native_math")
+    handle = apply_sla2(transformer, sparsity=0.75, dense_layers=[0])
+    if order == "after":
+        transformer.set_attention_backend("_native_math")
+    assert backends("dense") == backends("attn2") == {"_native_math"}
+    asked, processor_class = [], type(transformer.blocks[0].attn1.processor.dense)
+    call = processor_class.__call__
+
+    def spy(self, attn, *args, **kwargs):
+        asked.append(self._attention_backend)
+        return call(self, attn, *args, **kwargs)
+
+    monkeypatch.setattr(processor_class, "__call__", spy)
+    run(transformer, inputs)
+    assert len(asked) > LAYERS and set(asked) == {"_native_math"}
+    if undo_first:
+        handle.undo()
+        assert backends() == {"_native_math"}, "as without us"
+    transformer.reset_attention_backend()
+    handle.undo()
+    assert backends() == backends("attn2") == {None}
+
+
+def test_a_processor_that_takes_no_attention_backend_is_passed_over_as_without_us(transformer, backends):
+    class Plain:
+        def __call__(self, *args, **kwargs):
+            raise NotImplementedError
+
+    transformer.blocks[0].attn1.set_processor(Plain())
+    handle = apply_sla2(transformer)
+    transformer.set_attention_backend("_native_math")
+    handle.undo()
+    assert not hasattr(transformer.blocks[0].attn1.processor, "_attention_backend")
+    assert transformer.blocks[1].attn1.processor._attention_backend == "_native_math"
+
+
+@pytest.fixture
+def vace():
+    torch.manual_seed(0)
+    return WanVACETransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, text_dim=32, freq_dim=32, ffn_dim=64,
+        num_layers=LAYERS, vace_layers=[0], vace_in_channels=16,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def vace_inputs(inputs):
+    return inputs | {"control_hidden_states": torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))}
+
+
+def test_vace_blocks_are_accelerated_and_counted(vace, vace_inputs):
+    dense = run(vace, vace_inputs)
+    handle = apply_sla2(vace, sparsity=0.0, precision="16bit")
+    assert relative_error(run(vace, vace_inputs), dense) < 1e-5
+    assert (handle.sparse_calls, handle.dense_calls, len(handle.layers)) == (LAYERS + 1, 0, LAYERS + 1)
+    handle.undo()
+    assert torch.equal(run(vace, vace_inputs), dense)
+
+
+def test_the_last_layer_of_a_vace_model_is_its_last_vace_block(vace, vace_inputs):
+    handle = apply_sla2(vace, sparsity=0.5, dense_layers=[-1])
+    run(vace, vace_inputs)
+    assert [layer.sparse for layer in handle.layers] == [1] * LAYERS + [0]
+
+
+def test_a_router_of_all_vace_layers_or_of_the_blocks_alone(vace, vace_inputs, monkeypatch):
+    seen = []
+
+    def spy(q, k, v, proj_q, proj_k, alpha, *, keep_diagonal, **options):
+        seen.append((proj_q is not None, alpha is not None, keep_diagonal))
+        return sla2_attention(q, k, v, proj_q, proj_k, alpha, keep_diagonal=keep_diagonal, **options)
+
+    monkeypatch.setattr("sla2_diffusers.sla2_attention", spy)
+    blocks = router(keep_diagonal=False)
+    whole = RouterWeights(
+        (blocks.layers[0],) * (LAYERS + 1), model_family="wan-vace", num_heads=HEADS, head_dim=HEAD_DIM,
+        sparsities=(0.75,), keep_diagonal=False,
+    )  # fmt: skip
+    trained, untrained = (True, True, False), (False, False, True)
+    for weights, expected in ((whole, [trained] * (LAYERS + 1)), (blocks, [untrained] + [trained] * LAYERS)):
+        seen.clear()
+        handle = apply_sla2(vace, weights, sparsity=0.75, precision="16bit")
+        run(vace, vace_inputs)
+        handle.undo()
+        assert seen == expected, "vace_blocks run first"
+    with pytest.raises(ValueError, match="number of layers"):
+        apply_sla2(vace, dataclasses.replace(blocks, model_family="wan-vace"))

@@ -1,9 +1,16 @@
 """Whatever does not fit is refused with one sentence that names it and says what is expected."""
 
+import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels import arguments, select_key_blocks, sla2_attention
+from sla2_kernels.forced_blocks import select_with_forced_blocks
+from sla2_kernels.sequence_parallel import sequence_parallel_attention
+from sla2_kernels.sla_v1 import sla_attention
+from sla2_kernels.video_attention import video_attention, why_dense
 
 
 def tensors(batch=2, heads=3, tokens=130, keys=200, head_dim=16, dtype=torch.float32):
@@ -25,8 +32,22 @@ CASES = {
     "sparsity below 0": ({"sparsity": -0.1}, "sparsity must be at least 0 and below 1, got -0.1."),
     "sparsity in percent": ({"sparsity": 97}, "sparsity must be at least 0 and below 1, got 97."),
     "sparsity NaN": ({"sparsity": float("nan")}, "sparsity must be at least 0 and below 1, got nan."),
+    "sparsity None": ({"sparsity": None}, "sparsity must be at least 0 and below 1, got None."),
+    "sparsity text": ({"sparsity": "0.5"}, "sparsity must be at least 0 and below 1, got '0.5'."),
+    "sparsity a list": ({"sparsity": [0.5]}, "sparsity must be at least 0 and below 1, got [0.5]."),
+    "sparsity of two": (
+        {"sparsity": torch.tensor([0.5, 0.6])},
+        "sparsity must be at least 0 and below 1, got a tensor of shape (2,).",
+    ),
+    "scale text": ({"scale": "0.5"}, "scale must be a finite number above 0, got '0.5'."),
+    "scale of two": ({"scale": torch.ones(2)}, "scale must be a finite number above 0, got a tensor of shape (2,)."),
     "scale 0": ({"scale": 0.0}, "scale must be a finite number above 0, got 0.0."),
     "scale infinite": ({"scale": float("inf")}, "scale must be a finite number above 0, got inf."),
+    "q None": ({"q": None}, "q must be a tensor of 4 dimensions (BHND), got None."),
+    "k an array": (
+        {"k": numpy.ones((2, 3, 200, 16), "f")},
+        "k must be a tensor of 4 dimensions (BHND), got a ndarray.",
+    ),
     "q of 3 dimensions": ({"q": torch.ones(3, 130, 16)}, "q must have 4 dimensions (BHND), got shape (3, 130, 16)."),
     "v of 2 dimensions": ({"v": torch.ones(200, 16)}, "v must have 4 dimensions (BHND), got shape (200, 16)."),
     "k in another dtype": (
@@ -65,9 +86,37 @@ CASES = {
         {"proj_k": torch.ones(2, 16, 16)},
         "proj_k must be (16, 16) or (3, 16, 16), got (2, 16, 16).",
     ),
+    "proj_q a list": ({"proj_q": [1.0]}, "proj_q must be a tensor (16, 16) or (3, 16, 16), got [1.0]."),
+    "proj_q complex": (
+        {"proj_q": torch.eye(16, dtype=torch.complex64)},
+        "proj_q must hold real numbers, got torch.complex64.",
+    ),
+    "proj_k with NaN": (
+        {"proj_k": torch.full((16, 16), float("nan"))},
+        "proj_k must hold finite numbers, but NaN or infinity is among them.",
+    ),
+    "proj_q with infinities that cancel": (
+        {"proj_q": torch.eye(16).index_fill(0, torch.tensor(3), -float("inf"))},
+        "proj_q must hold finite numbers, but NaN or infinity is among them.",
+    ),
+    "alpha a float": ({"alpha": 0.5}, "alpha must be a tensor (3,) or (3, knots), got 0.5."),
+    "alpha a list": ({"alpha": [0.5] * 3}, "alpha must be a tensor (3,) or (3, knots), got [0.5, 0.5, 0.5]."),
+    "alpha an array": ({"alpha": numpy.full(99, 0.5)}, "alpha must be a tensor (3,) or (3, knots), got a ndarray."),
+    "alpha complex": ({"alpha": torch.ones(3) * 0.5j}, "alpha must hold real numbers, got torch.complex64."),
+    "alpha above 1": ({"alpha": torch.tensor([0.5, 1.5, 0.5])}, "alpha must lie in 0 to 1, but 1.5 is among it."),
+    "alpha below 0": ({"alpha": torch.tensor([0.5, 0.5, -2.0])}, "alpha must lie in 0 to 1, but -2 is among it."),
+    "alpha NaN": ({"alpha": torch.tensor([0.5, float("nan"), 0])}, "alpha must lie in 0 to 1, but nan is among it."),
     "alpha of other heads": ({"alpha": torch.full((2,), 0.5)}, "alpha must be (3,) or (3, knots), got (2,)."),
     "alpha a number": ({"alpha": torch.tensor(0.5)}, "alpha must be (3,) or (3, knots), got ()."),
     "alpha without knots": ({"alpha": torch.ones(3, 0)}, "alpha must be (3,) or (3, knots), got (3, 0)."),
+    "key_blocks a list": (
+        {"key_blocks": [[[[0]]]]},
+        "key_blocks must be a tensor of int32 or int64, (2, 3, 2) x n, got [[[[0]]]].",
+    ),
+    "key_blocks an array": (
+        {"key_blocks": numpy.zeros((2, 3, 2, 1), "i")},
+        "key_blocks must be a tensor of int32 or int64, (2, 3, 2) x n, got a ndarray.",
+    ),
     "key_blocks not integers": (
         {"key_blocks": torch.zeros(2, 3, 2, 1)},
         "key_blocks must be int32 or int64, got torch.float32.",
@@ -118,6 +167,130 @@ def test_the_selection_refuses_the_same(change, sentence):
     with pytest.raises(ValueError) as caught:
         select_key_blocks(**arguments)
     assert str(caught.value) == sentence
+
+
+# k has 200 tokens
+FORCED = {
+    "layout": ({"layout": "BDHN"}, 'layout must be "BHND" or "BNHD", got \'BDHN\'.'),
+    "backend": ({"backend": "cuda"}, 'backend must be "auto", "triton" or "torch", got \'cuda\'.'),
+    "front 1.5": ({"front": 1.5}, "front must be an integer, got 1.5."),
+    "back text": ({"back": "10"}, "back must be an integer, got '10'."),
+    "sparsity None": ({"sparsity": None}, "sparsity must be at least 0 and below 1, got None."),
+    "sparsity with nothing free": (
+        {"front": 200, "sparsity": 2},
+        "sparsity must be at least 0 and below 1, got 2.",
+    ),
+    "q of 3 dimensions": ({"q": torch.ones(3, 130, 16)}, "q must have 4 dimensions (BHND), got shape (3, 130, 16)."),
+    "proj_q of another width": ({"proj_q": torch.eye(8)}, "proj_q must be (16, 16) or (3, 16, 16), got (8, 8)."),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), FORCED.values(), ids=FORCED)
+def test_a_selection_with_forced_blocks_refuses(change, sentence):
+    arguments = {**tensors(), "sparsity": 0.5, **change}
+    arguments.pop("v")
+    with pytest.raises(ValueError) as caught:
+        select_with_forced_blocks(**arguments)
+    assert str(caught.value) == sentence
+
+
+VIDEO = {
+    **{
+        name: FORCED[name]
+        for name in ("layout", "backend", "front 1.5", "back text", "sparsity None", "q of 3 dimensions")
+    },
+    "k None": ({"k": None}, "k must be a tensor of 4 dimensions (BHND), got None."),
+    "v without tokens": ({"v": torch.ones(2, 3, 0, 16)}, "v is empty: shape (2, 3, 0, 16)."),
+    "proj_l a tensor": (
+        {"method": "sla", "proj_l": torch.eye(16)},
+        "proj_l must be a pair (weight, bias) of tensors, got a tensor of shape (16, 16).",
+    ),
+    "proj_l of another width": (
+        {"method": "sla", "proj_l": (torch.eye(8), torch.ones(8))},
+        "proj_l's weight must be (16, 16), got (8, 8).",
+    ),
+    "proj_l with NaN": (
+        {"method": "sla", "proj_l": (torch.eye(16), torch.full((16,), float("nan")))},
+        "proj_l's bias must hold finite numbers, but NaN or infinity is among them.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), VIDEO.values(), ids=VIDEO)
+def test_video_attention_refuses(change, sentence):
+    with pytest.raises(ValueError) as caught:
+        video_attention(**{**tensors(tokens=200), "precision": "16bit", **change})
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("change", "sentence"), [FORCED["layout"], FORCED["q of 3 dimensions"]])
+def test_sla_attention_and_why_dense_refuse(change, sentence):
+    arguments = {**tensors(), **change}
+    for call in (lambda: sla_attention(**arguments, proj_l=None),
+                 lambda: why_dense(arguments["q"], layout=change.get("layout", "BHND"))):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == sentence
+
+
+PARALLEL = {
+    "q of 3 dimensions": ({"q": torch.ones(3, 130, 16)}, "q must have 4 dimensions (BNHD), got shape (3, 130, 16)."),
+    "v in another dtype": (
+        {"v": torch.ones(2, 3, 130, 16).half()},
+        "q, k and v must share one dtype and device; q is torch.float32 on cpu, v is torch.float16 on cpu.",
+    ),
+    "other keys": (
+        {"k": torch.ones(2, 9, 130, 16), "v": torch.ones(2, 9, 130, 16)},
+        "q, k and v must have one shape, got (2, 3, 130, 16), (2, 9, 130, 16), (2, 9, 130, 16).",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), PARALLEL.values(), ids=PARALLEL)
+def test_attention_of_several_processes_refuses(change, sentence):
+    """Before anything is sent: the other processes would wait for ever."""
+    with pytest.raises(ValueError) as caught:
+        sequence_parallel_attention(**{**tensors(keys=130), **change}, attend=None)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("sparsity", [None, "auto", 1.0])
+def test_sparsity_is_ignored_with_key_blocks(sparsity):
+    arguments = {**tensors(), "key_blocks": blocks(2, 3, 2, 2)}
+    assert torch.equal(sla2_attention(**arguments, sparsity=sparsity), sla2_attention(**arguments))
+
+
+@pytest.mark.parametrize("sparsity", [0, numpy.float32(0.5), torch.tensor(0.5), torch.tensor([0.5]), numpy.array(0.5)])
+def test_numbers_of_any_type_are_numbers(sparsity):
+    expected = sla2_attention(**tensors(), sparsity=float(sparsity), scale=2.0)
+    assert torch.equal(sla2_attention(**tensors(), sparsity=sparsity, scale=numpy.int64(2)), expected)
+
+
+def test_contents_on_a_gpu_are_not_read():
+    """Reading them would wait for the GPU. A meta tensor raises where its contents are read."""
+    q = torch.ones(1, 3, 130, 16, device="meta")
+    weights = {"proj_q": torch.eye(16, device="meta"), "alpha": torch.full((3, 2), 0.5, device="meta")}
+    key_blocks = torch.zeros(1, 3, 2, 1, dtype=torch.int32, device="meta")
+    assert sla2_attention(q, q, q, **weights, key_blocks=key_blocks, backend="torch").shape == q.shape
+
+
+def test_contents_are_not_read_where_they_are_traced_faked_or_batched():
+    weights = torch.eye(16), torch.full((3,), 0.5)
+
+    def call(proj_q, alpha):
+        x = torch.ones(1, 3, 130, 16)
+        return sla2_attention(x, x, x, proj_q, alpha=alpha)
+
+    expected = call(*weights)
+    batched = torch.vmap(call)(torch.eye(16).expand(2, -1, -1), torch.full((2, 3), 0.5))
+    assert torch.equal(batched, expected.expand(2, *expected.shape))
+    assert torch.equal(make_fx(call)(*weights)(*weights), expected)
+    with FakeTensorMode():
+        assert call(torch.eye(16), torch.full((3,), 0.5)).shape == expected.shape
+
+
+def test_a_sum_that_overflows_is_no_infinity():
+    arguments.check_projections(torch.full((16, 16), 3e38), None, 3, 16)
 
 
 def test_an_explicit_triton_never_falls_back(monkeypatch):

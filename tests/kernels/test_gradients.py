@@ -3,9 +3,11 @@
 import pytest
 import torch
 from operator_inputs import attention_inputs, normal, relative_error
+from torch.autograd import forward_ad
 
 from sla2_kernels import select_key_blocks, sla2_attention
 from sla2_kernels.reference import sla2_reference
+from sla2_kernels.video_attention import video_attention
 
 
 def leaves_of(inputs):
@@ -142,3 +144,65 @@ def test_gradients_do_not_depend_on_the_chunks(generator, monkeypatch):
     monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1)
     chunked = operator_gradients(inputs, weight, sparsity=0.5, precision="16bit")
     assert all(relative_error(x, y) < 1e-10 for x, y in zip(chunked, whole, strict=True))
+
+
+def half_sparse(q, k, v):
+    return sla2_attention(q, k, v, sparsity=0.5)
+
+
+def through_alpha(q, k, v):
+    x = torch.ones_like(k)
+    return sla2_attention(x, x, x, alpha=q[0, :, :1, 0].sigmoid(), sparsity=0.5)
+
+
+def top_k_of_a_video(q, k, v):
+    return video_attention(q, k, v, front=10, sparsity=0.5, method="top-k only")
+
+
+def forward_dual(function, q, k, v):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(q, q), k, v)
+
+
+def with_gradient(function, q, k, v):
+    return forward_dual(function, q.requires_grad_(), k, v)
+
+
+def jvp(function, *tensors):
+    return torch.func.jvp(function, tensors, tensors)
+
+
+def compiled_jvp(function, *tensors):
+    return torch.compile(jvp, fullgraph=True, backend="eager")(function, *tensors)
+
+
+@pytest.mark.parametrize("derive", [jvp, forward_dual, with_gradient, compiled_jvp])
+@pytest.mark.parametrize("function", [half_sparse, through_alpha, top_k_of_a_video])
+def test_forward_mode_is_refused_as_dense_attention_refuses_it(generator, derive, function):
+    q, k, v = attention_inputs(generator, tokens=130, head_dim=16).tensors()[:3]
+    with pytest.raises(NotImplementedError if derive is not compiled_jvp else Exception, match="forward") as caught:
+        derive(function, q, k, v)
+    assert "has no forward-mode derivative" in str(caught.value) and "use reverse mode" in str(caught.value)
+    with pytest.raises(NotImplementedError):
+        forward_dual(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_the_output_may_be_written_into(generator, layout):
+    """Autograd refuses to where an operator hands out views."""
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16)
+    axes = (1, 2) if layout == "BNHD" else (1, 1)
+    grads = []
+    for change in (lambda out: out.mul_(2).add_(1), lambda out: out * 2 + 1):
+        leaves = [x.detach().transpose(*axes).contiguous().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out = sla2_attention(*leaves, sparsity=0.5, precision="16bit", layout=layout)
+        assert out.is_contiguous() and not out._is_view()
+        change(out).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_the_ratio_may_be_written_into(generator):
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16)
+    _, ratio = sla2_attention(*leaves_of(inputs)[:3], sparsity=0.5, return_alpha=True)
+    assert not ratio._is_view() and ratio.mul_(2).isfinite().all()

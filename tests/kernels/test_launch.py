@@ -10,6 +10,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from sla2_kernels import support
 from sla2_kernels.kernels import launch as module
 
 
@@ -82,7 +83,7 @@ def made(monkeypatch):
 
 
 def recorded(kernel, outside, call):
-    plan = module.Plan([x.data_ptr() for x in outside])
+    plan = module.Plan(outside)
     call(plan)
     plan.finish()
     return plan
@@ -160,6 +161,32 @@ def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel, made)
     assert len(made) == 2 and [alive for *_, alive in kernel.launched] == [1, 1]
 
 
+def test_a_view_that_begins_inside_a_caller_s_tensor_is_no_scratch(kernel):
+    """Played back as scratch, the kernel would read memory that nobody filled."""
+    qkv = torch.zeros(3, 64)
+    q, k, v = qkv
+    for view in (k[16:], qkv[1:, 8:]):
+        with pytest.raises(ValueError, match="a view that begins inside one of the call's tensors"):
+            recorded(kernel, (q, None, k, v), lambda plan, view=view: launch(plan, kernel, q, view))
+    plan = recorded(kernel, (q, None, k, v), lambda plan: launch(plan, kernel, k, v[:8]))
+    kernel.launched.clear()
+    plan.play([1000, None, 2000, 3000], "cpu")
+    assert kernel.launched[0][1][:2] == (2000, 3000), "views that begin where a tensor does are that tensor"
+
+
+@pytest.mark.parametrize(
+    ("version", "direct"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.7.0rc1", True), ("3.10.0", False), ("4.0rc1", False)],
+)
+def test_the_private_launcher_is_used_with_the_releases_it_was_tested_with(monkeypatch, version, direct):
+    assert module.DIRECT is support.is_tested_triton(module.DIRECT_RELEASES)
+    monkeypatch.setattr("triton.__version__", version)
+    assert support.is_tested_triton(module.DIRECT_RELEASES) is direct
+    monkeypatch.setattr(module, "DIRECT", direct)
+    reason = module.why_not_direct()
+    assert reason is None if direct else reason.endswith("was tested with Triton 3.6 to 3.9")
+
+
 def test_tritons_own_descriptor_is_moved_and_stays_as_it_is():
     hopper = pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
     layout = pytest.importorskip("triton.experimental.gluon.language").NVMMASharedLayout(64, 8, rank=3)
@@ -214,7 +241,9 @@ def test_the_number_of_kinds_that_are_remembered_has_a_limit(kernel, monkeypatch
     for number in range(7):
         assert calls(kernel, OnGpu(4096), settings=(number,)) == (1, 0)
         assert 1 <= len(module._plans) <= 3
-    assert calls(kernel, OnGpu(4096), settings=(6,)) == (0, 1)
+    for number in (4, 5, 6):
+        assert calls(kernel, OnGpu(4096), settings=(number,)) == (0, 1), "the oldest goes, not all"
+    assert calls(kernel, OnGpu(4096), settings=(3,)) == (1, 0)
 
 
 def test_on_the_cpu_nothing_is_recorded():

@@ -50,9 +50,29 @@ def test_routing(long_inputs):
 @pytest.mark.parametrize("sparsity", [0.5, 0.97])
 def test_forward(long_inputs, sparsity, precision):
     key_blocks = select_key_blocks(*long_inputs[:2], sparsity=sparsity)
+    out = torch.empty_like(long_inputs[0])
     with torch.no_grad(), LargestStorage() as largest:
-        torch_backend.attention(*long_inputs, key_blocks, None, scale=0.2, precision=precision)
+        torch_backend.attention(*long_inputs, key_blocks, None, out, scale=0.2, precision=precision)
     assert 0 < largest.bytes <= CHUNK_BYTES < DENSE_BYTES / 30
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_the_output_is_allocated_once(generator, monkeypatch, layout):
+    """Each head is written where it belongs: nothing as large as the output is made beside it."""
+    q, k, v = (normal(generator, 1, 64, 64, 64, dtype=torch.bfloat16) for _ in range(3))
+    made = []
+    for name in ("empty", "stack", "cat", "empty_like", "zeros"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name), made))
+    out = sla2_attention(q, k, v, sparsity=0.5, layout=layout)
+    assert [tensor.shape for tensor in made if tensor.numel() >= out.numel()] == [out.shape]
+
+
+def recorded(function, results):
+    def call(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return call
 
 
 def test_backward(long_inputs):

@@ -97,9 +97,41 @@ def test_an_old_triton_is_named(monkeypatch):
     assert reason.startswith("Triton 3.1.0 is too old (3.2 or newer is needed); update it with: ")
 
 
-@pytest.mark.parametrize("version", ["3.2.0", "3.7.1", "3.10.0+git123", "4.0"])
-def test_newer_tritons_are_taken(monkeypatch, version):
+# releases, and as prereleases, PyTorch's nightly builds and triton-windows write themselves
+VERSIONS = {
+    "3.2.0": (3, 2, 0), "3.7.1": (3, 7, 1), "3.10.0+git123": (3, 10, 0), "4.0": (4, 0), "3.5.0rc1": (3, 5, 0),
+    "3.4.0.dev20250601": (3, 4, 0), "3.3.0+git96316ce5": (3, 3, 0), "3.2.0.post10": (3, 2, 0), "3.6rc2": (3, 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_newer_tritons_are_taken_however_their_version_is_written(monkeypatch, version):
     assert triton_reason_anew(monkeypatch, version) is None
+    assert support.triton_version() == VERSIONS[version]
+
+
+def test_a_version_that_is_no_number_is_named(monkeypatch):
+    reason = triton_reason_anew(monkeypatch, "main")
+    assert_sentence(reason)
+    assert reason.startswith("Triton's version 'main' is no number; install a release with: ")
+
+
+@pytest.mark.parametrize("error", [
+    ImportError("DLL load failed while importing libtriton: The specified module could not be found."),
+    OSError("[WinError 126] The specified module could not be found"),
+])  # fmt: skip
+def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch, error):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "triton":
+                raise error
+
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    reason = support._triton_reason.__wrapped__()
+    assert_sentence(reason)
+    assert reason.startswith(f"Triton is installed but cannot be imported ({type(error).__name__}: {error}); reinstall")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +170,7 @@ def test_the_interpreter_s_card(monkeypatch, told, capability):
     ((3, 2, 0), (12, 0), False), ((3, 3, 0), (10, 0), False), ((3, 3, 1), (12, 0), True), ((3, 2, 0), (9, 0), True),
 ])  # fmt: skip
 def test_blackwell_needs_a_triton_that_compiles_for_it(monkeypatch, version, card, runs):
-    monkeypatch.setattr(support, "_triton_version", lambda: version)
+    monkeypatch.setattr(support, "triton_version", lambda: version)
     monkeypatch.setattr(support, "_triton_reason", lambda: None)
     monkeypatch.setattr(support, "capability", lambda device: card)
     reason = unsupported_reason("cuda", torch.bfloat16, 128, "int8")

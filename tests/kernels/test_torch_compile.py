@@ -63,6 +63,57 @@ def test_lengths_share_their_graphs(generator):
     assert counter.frame_count <= 2
 
 
+LENGTHS = [(1, 1), (2, 2), (64, 64), (65, 65), (129, 129), (640, 640), (1, 300), (100, 1), (200, 64), (300, 1000)]
+
+
+def test_as_many_graphs_as_dense_attention():
+    """Block counts of one, of queries, keys and selected blocks, are no cases of their own."""
+    dense = graphs(torch.nn.functional.scaled_dot_product_attention)
+    assert graphs(half_sparse) <= dense
+    assert graphs(half_sparse_with_ratio, backward=True) <= dense
+
+
+def half_sparse(q, k, v):
+    return sla2_attention(q, k, v, sparsity=0.5)
+
+
+def half_sparse_with_ratio(q, k, v):
+    alpha = 0.5 + 0 * q[0, :, :1].mean(dim=-1)
+    out, ratio = sla2_attention(q, k, v, alpha=alpha, sparsity=0.5, return_alpha=True)
+    return out * ratio[..., None]
+
+
+def graphs(function, backward=False):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=counter)
+    for tokens, keys in LENGTHS:
+        out = compiled(*(torch.randn(1, 2, n, 16, requires_grad=backward) for n in (tokens, keys, keys)))
+        if backward:
+            out.sum().backward()
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("name", ["scale", "sparsity"])
+def test_a_number_that_changes_between_calls(generator, name):
+    """One graph a value, as in dense attention."""
+    q, k, v = attention_inputs(generator, heads=1, tokens=65, keys=200).tensors()[:3]
+    compiled = torch.compile(sla2_attention, **HOW)
+    for value in (0.2, 0.4, 0.6):
+        expected = sla2_attention(q, k, v, **{"sparsity": 0.5, name: value})
+        assert torch.equal(compiled(q, k, v, **{"sparsity": 0.5, name: value}), expected)
+
+
+@pytest.mark.parametrize("given", [2**32, 2**32 + 1, -(2**32), 2**31])
+def test_indices_beyond_32_bits_are_clamped_where_no_check_reads_them(generator, given):
+    q, k, v = attention_inputs(generator, heads=1, tokens=65, keys=200).tensors()[:3]
+    compiled = torch.compile(sla2_attention, **HOW)
+    found, expected = (
+        compiled(q, k, v, key_blocks=torch.full((1, 1, 1, 1), block)) for block in (given, 3 if given > 0 else 0)
+    )
+    assert torch.equal(found, expected)
+
+
 def test_a_selection_handed_in(generator):
     inputs = attention_inputs(generator, tokens=130, keys=300)
     key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
@@ -103,3 +154,11 @@ def test_the_operator_s_registration(generator, heads_first, given):
     leaves = [x.detach().requires_grad_() for x in (*tensors, inputs.alpha)]
     arguments = *leaves[:3], inputs.proj_q, inputs.proj_k, leaves[3], *rest
     torch.library.opcheck(operator, arguments)
+
+
+def test_the_operator_s_registration_without_the_linear_branch_on_our_own_selection(generator):
+    inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16)
+    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
+    leaves = [x.requires_grad_() for x in inputs.tensors()[:3]]
+    arguments = *leaves, None, None, None, key_blocks, 0.5, "16bit", True, 0.25, "torch", None, False, True
+    torch.library.opcheck(torch.ops.sla2.attention.default, arguments)

@@ -70,6 +70,18 @@ def test_bad_arguments_are_refused_in_one_sentence(changes, sentence):
         video_attention(q, k[:, :, :600], v[:, :, :600])
 
 
+def test_shapes_alone_and_compiled():
+    """On the meta device, which has no autocast to turn off, and in one graph."""
+    proj_l = torch.eye(32) / 2, torch.zeros(32)
+
+    def call(q, k, v):
+        return video_attention(q, k, v, front=70, sparsity=0.7, precision="16bit", method="sla", proj_l=proj_l)
+
+    qkv = tensors(tokens=200)
+    assert call(*(t.to("meta") for t in qkv)).shape == (1, 2, 200, 32)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*qkv), call(*qkv))
+
+
 def test_why_dense():
     q, *_ = tensors()
     assert why_dense(q) == "the sequence has 640 tokens, minimum_tokens is 8192"

@@ -193,6 +193,26 @@ def test_ratio_stays_inside_0_and_1_for_huge_logits():
     assert 0 < ratio[0, 0] < 1e-6 and 1 - 1e-6 < ratio[0, 1] < 1
 
 
+@pytest.mark.parametrize(
+    ("layer", "sparsity", "words"),
+    [
+        (0, None, "sparsity must be at least 0 and below 1, got None"),
+        (0, "0.9", "sparsity must be at least 0 and below 1, got '0.9'"),
+        (2, 0.9, "This router has layers 0 to 1, not 2"),
+        (0.5, 0.9, "layer must be an integer, got 0.5"),
+    ],
+)
+def test_a_ratio_that_is_asked_for_in_a_wrong_way(layer, sparsity, words):
+    with pytest.raises(ValueError, match=words):
+        make_router().ratio(layer, sparsity)
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_a_file_without_a_path(path):
+    with pytest.raises(RouterFileError, match=f"named by its path, got {path}"):
+        load_router(path)
+
+
 def test_require_model_names_the_first_mismatch():
     router = make_router()
     model = {"model_family": "wan2.1", "num_layers": LAYERS, "num_heads": HEADS, "head_dim": DIM}

@@ -41,6 +41,16 @@ def test_top_k_only_has_no_linear_branch(bench, qkv):
     assert b.hook.runs.finished()[0].layers[0].ratio_range == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("method", ["sla2", "top-k only", "automatic"])
+def test_the_break_even_search_times_what_the_model_runs(bench, qkv, pack_module, sla_weights, method):
+    weights = sla_weights if method == "automatic" else None
+    b = bench(method=method, sla_weights=weights, ratio_mode="fixed", fixed_ratio=0.7)
+    b.model_call()
+    attend = pack_module("nodes.break_even").attend_as(b.hook, torch.device("cpu"), "16bit")
+    found = attend(*(t.unflatten(-1, (HEADS, DIM)) for t in qkv))
+    torch.testing.assert_close(found.flatten(2), b.attend(*qkv, heads=HEADS))
+
+
 def test_the_report_names_the_method(bench, qkv, sla_weights, pack_module):
     text = pack_module("nodes.report_text")
     assert text.method_name(bench().hook) == "SLA2"
@@ -79,7 +89,7 @@ def finished(seconds=10.0, **records):
         layers[number] = SimpleNamespace(
             sparse=sparse, dense=dense, milliseconds=record.get("ms", {}), unreached=unreached
         )
-    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"})
+    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"}, ragged_sage_calls=Counter())
 
 
 TRAINED = SimpleNamespace(

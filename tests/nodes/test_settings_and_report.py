@@ -105,7 +105,10 @@ def test_a_marked_module_is_looked_up_in_the_model_of_the_call(pack_module):
     first, copied = model("first"), model("copied")
     forward = hook.marked_forward(3, "only.self_attn", first.only.self_attn, None)
     call = SimpleNamespace(
-        diffusion_model=copied, counts={"entered": 0}, run=SimpleNamespace(count_entered=lambda n: None)
+        diffusion_model=copied,
+        counts={"entered": 0},
+        run=SimpleNamespace(count_entered=lambda n: None),
+        repeated=False,
     )
     assert forward(0, transformer_options={hook.CALL: call}) == ("copied", 3)
     assert forward(0, transformer_options={}) == ("first", None)
@@ -127,3 +130,18 @@ def test_a_module_that_is_called_without_options_is_counted_and_said(pack_module
     text = pack_module("nodes.report_text").report_text(b.hook, run)
     assert "2 dense (the model passes no options here" in text
     assert "advice: most calls could not run sparse: the model passes no options here" in text
+
+
+def test_the_report_says_which_loop_ran_and_why_not_the_faster_one(bench, qkv, pack_module):
+    report, b = pack_module("nodes.report_text"), bench(dense_layers=frozenset([1]))
+    b.hook.begin_run()
+    b.model_call()
+    for layer in (0, 1, 2):
+        b.attend(*qkv, heads=HEADS, layer=layer)
+    b.hook.end_run()
+    (run,) = b.hook.runs.finished()
+    (row,) = report.report_data(b.hook, run)["loops"]
+    assert row["loop"] == "PyTorch's loop, block by block" and row["calls"] == 2 == run.loops.total()
+    assert "the Triton kernels need an NVIDIA GPU" in row["why_not_faster"]
+    line = f"2 sparse calls ran in PyTorch's loop, block by block ({row['why_not_faster']})"
+    assert line in report.report_text(b.hook, run).splitlines()

@@ -30,6 +30,17 @@ def test_rows_of_other_tokens_are_exact_and_those_of_the_video_are_sparse(bench,
     assert b.run.layers[0].sparse == 1 and not b.run.layers[0].dense
 
 
+@pytest.mark.parametrize("masked", [0, 30], ids=["all text", "text masked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_exact_rows_that_autocast_gave_another_dtype_join_the_others(bench, dtype, masked):
+    b = bench(grid=(11, 4, 10), front=70)
+    mask = (torch.arange(600) >= masked)[None, None, None]
+    b.model_call()
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float16 else torch.float16):
+        out = b.attend(*(t.to(dtype) for t in call()), heads=HEADS, mask=mask if masked else None)
+    assert b.run.layers[0].sparse == 1 and out.dtype == dtype and torch.isfinite(out).all()
+
+
 def test_every_video_query_attends_the_other_tokens_exactly(bench):
     """Values of text tokens alone: with softmax over all keys, a query's output is the text's share of its attention."""
     q, k, v = call()
@@ -42,6 +53,23 @@ def test_every_video_query_attends_the_other_tokens_exactly(bench):
     b = bench(grid=(6, 10, 10), front=0, sparsity=0.7)
     b.model_call()
     assert (b.attend(q, k, v, heads=HEADS) - dense).norm() / dense.norm() > 0.3
+
+
+@pytest.mark.parametrize("method", ["sla2", "top-k only"])
+def test_the_selection_around_other_tokens_is_not_sorted_again(bench, pack_module, monkeypatch, method):
+    module, given = pack_module("nodes.sparse_call"), []
+    for name in ("sla2_attention", "sla_attention"):
+        original = getattr(module, name)
+
+        def watched(*args, original=original, **options):
+            given.append(options["key_blocks"])
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+    b = bench(grid=(5, 10, 10), front=100, method=method)
+    b.model_call()
+    b.attend(*call(), heads=HEADS)
+    assert [type(blocks) for blocks in given] == [module.RoutedBlocks]
 
 
 @pytest.mark.parametrize("layout", ["flat", "heads first", "heads first in and out"])

@@ -128,7 +128,7 @@ def test_a_diffusers_processor_gives_each_device_its_own_weights():
     from sla2_diffusers import SLA2WanProcessor
 
     weights = torch.eye(4), None, torch.ones(2)
-    processor = SLA2WanProcessor(None, None, 0, weights, True)
+    processor = SLA2WanProcessor(None, None, 0, weights, True, [])
     here, there = processor._weights_on(CPU), processor._weights_on(torch.device("meta"))
     assert [w.device.type for w in here if w is not None] == ["cpu", "cpu"]
     assert [w.device.type for w in there if w is not None] == ["meta", "meta"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -193,15 +194,42 @@ def test_what_the_failed_attempt_held_is_free_before_dense_attention_runs(run_of
     assert len(held) == 1
 
 
-TritonError = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+def of_triton(name, message):
+    return type(name, (Exception,), {"__module__": "triton.runtime.errors"})(message)
+
+
+SM_121 = (
+    "PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\n"
+    "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\n\nRepro command: ptxas --gpu-name=sm_121a\n"
+)
+# as users reported them (the repository and number of the issue), or as they are made on this system
 KERNELS = {
     "read-only cache": PermissionError(13, "Permission denied", "/cache/triton"),
     "full disk": OSError(28, "No space left on device"),
     "no compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    "no C++ compiler": RuntimeError("Failed to find C++ compiler. Please specify via CXX environment variable or set triton.knobs.build.impl."),
     "no headers": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
     "no gcc": FileNotFoundError(2, "No such file or directory", "gcc"),
-    "shared memory": TritonError("out of resource: shared memory, Required: 200000, Hardware limit: 101376."),
-}
+    "shared memory": of_triton("OutOfResources", "out of resource: shared memory, Required: 200000, Hardware limit: 101376."),
+    "triton 1556": RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+    "auto-round 2048": RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device"),
+    "CUDA's error 222": RuntimeError("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."),
+    "triton 5570": RuntimeError("0 active drivers ([]). There should only be one."),
+    "triton 2985": RuntimeError("2 active drivers ([<class 'c.CudaDriver'>, <class 'nvi.CudaDriver'>]). There should only be one."),
+    "triton-windows 21": ImportError("DLL load failed while importing cuda_utils: The specified module could not be found."),
+    "triton-windows 87": ImportError("DLL load failed while importing libtriton: A dynamic link library (DLL) initialization routine failed."),
+    "pytorch 123054": ImportError("/home/u/.triton/cache/AB/__triton_launcher.so: failed to map segment from shared object"),
+    "no libcuda": RuntimeError("Failed to open libcuda.so.1"),
+    "old libcuda": RuntimeError("Failed to retrieve cuTensorMapEncodeTiled from libcuda.so.1"),
+    "mamba 14": AssertionError("libcuda.so cannot found!"),
+    "triton 8539": of_triton("PTXASError", SM_121),
+    "mlcommons training 826": RuntimeError("Internal Triton PTX codegen error: \nptxas fatal   : Value 'sm_100' is not defined for option 'gpu-name'\n"),
+    "HunyuanVideoWrapper 48": RuntimeError("`ptxas` failed with error code 4294967295: \n"),
+    "HunyuanVideoWrapper 29": RuntimeError("Cannot find ptxas.exe"),
+    "triton-windows 49": RuntimeError("Triton only support CUDA 10.0 or higher, but got CUDA version: 12.8"),
+    "FramePack 350": RuntimeError("PassManager::run failed"),
+    "pytorch 125807": ModuleNotFoundError("No module named 'triton.ops'", name="triton.ops"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("error", KERNELS.values(), ids=KERNELS)
@@ -216,8 +244,11 @@ def test_a_kernel_that_cannot_be_built_runs_every_layer_dense(
     data, _ = end(b)
     assert len(attempts) == 1 and data["sparse_calls"] == 0
     assert [row["dense"] for row in data["layers"]] == [{failure.NO_KERNEL: 2}, {failure.NO_KERNEL: 1}]
-    assert len(data["notes"]) == 1 and type(error).__name__ in data["notes"][0]
-    assert str(error).splitlines()[0][:60] in data["notes"][0]
+    (note,) = data["notes"]
+    assert type(error).__name__ in note and str(error).splitlines()[0][:60].strip() in note and "\n" not in note
+    assert "ptxas fatal" in note or "ptxas fatal" not in str(error), "the line that says what is wrong"
+    helps = note.rpartition("); ")[2]
+    assert re.match("(update|delete|install|tooling/doctor.py) ?", helps), helps
 
 
 CACHES = {"a file in its way": None, "read-only file system": "ro", "full disk": "size=4k"}
@@ -225,10 +256,10 @@ CACHES = {"a file in its way": None, "read-only file system": "ro", "full disk":
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("mount", CACHES.values(), ids=CACHES)
-def test_triton_cannot_write_its_cache(failure, tmp_path, mount, in_a_small_disk):
+def test_triton_cannot_write_its_cache(tmp_path, mount, in_a_small_disk):
     """The real Triton compiling for a card, its cache where it cannot write: one of the failures that run dense."""
     script = Path(__file__).with_name("compile_one_kernel.py")
-    command = [sys.executable, str(script), str(tmp_path / "cache" / "below"), failure.__file__]
+    command = [sys.executable, str(script), str(tmp_path / "cache" / "below"), str(Path(__file__).parents[2])]
     if mount is None:
         (tmp_path / "cache").touch()
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -242,11 +273,17 @@ class Interrupted(BaseException):
     """As comfy.model_management.InterruptProcessingException."""
 
 
-@pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError, AssertionError, Interrupted, KeyboardInterrupt])
+LOST = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+OURS = ImportError("cannot import name 'pool' from 'sla2_kernels.kernels.pool'", name="sla2_kernels.kernels.pool")
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError, ValueError, RuntimeError, AssertionError, Interrupted, KeyboardInterrupt, LOST, OURS], ids=repr
+)
 def test_any_other_error_is_raised_as_it_came(run_of, qkv, error, monkeypatch, pack_module):
     failing_with(monkeypatch, pack_module, error)
     b = run_of()
-    with pytest.raises(error):
+    with pytest.raises(error if isinstance(error, type) else type(error)):
         b.attend(*qkv, heads=HEADS)
     assert not b.hook.is_inside and not b.run.failed_layers
 

@@ -111,6 +111,23 @@ def test_float32_launches_what_is_compiled_for_a_card_with_no_more_memory(compil
     assert found and found <= known
 
 
+@pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_without_the_linear_branch_it_launches_what_a_call_with_every_block_selected_does(
+    compile_for, attend, card, precision
+):
+    """Nothing of the linear branch, not even its mask; these loops, and those with a ratio, are compiled above."""
+    if precision == "fp8" and card.capability < (8, 9):
+        pytest.skip(f"{card} has no FP8")
+
+    def launches(ratio, **options):
+        recorder = compile_for(card, compiling=False)
+        attend(BF16, 128, precision, ratio, **options)
+        return recorder.launches
+
+    assert launches("estimated", linear_branch=False) == launches("none")
+
+
 @pytest.mark.parametrize("card", ODD, ids=str)
 def test_odd_strides_and_one_block(compile_for, attend, card):
     """Integers that are 1, strides that 16 does not divide, pointers at odd elements: another specialisation of it all."""

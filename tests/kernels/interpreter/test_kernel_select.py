@@ -38,6 +38,13 @@ def test_the_mask_takes_the_dtype_of_the_sums(generator, dtype):
     assert_selects(normal(generator, 1, 2, 70), 9, dtype)
 
 
+def test_no_mask_where_none_is_asked_for(generator):
+    scores = normal(generator, 1, 2, 70)
+    selected = torch.empty(1, 2, 9, dtype=torch.int32)
+    assert select(ordered(scores), 70, selected, None) is None
+    assert torch.equal(selected.long(), top_k_mask(scores.double(), 9).nonzero()[:, -1].view(1, 2, 9))
+
+
 @pytest.mark.parametrize("count", [1, 200, CHUNK, CHUNK + 1, 700])
 def test_all_equal_scores_take_the_lowest_indices(generator, count):
     level = normal(generator, 1).item()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_inputs import assert_same_selection, attention_inputs, normal, projection, relative_error
 
-from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
+from sla2_kernels import select_key_blocks, sla2_attention
 from sla2_kernels.forced_blocks import select_with_forced_blocks
 from sla2_kernels.reference import router_scores, with_diagonal
 
@@ -106,11 +106,9 @@ def test_blocks_out_of_range_are_clamped_where_no_check_can_see_them(generator):
     inputs = attention_inputs(generator, heads=1, tokens=130, keys=300)
     outside = torch.tensor([-7, 2, 900], dtype=torch.int32).expand(1, 1, 2, 3)
     inside = torch.tensor([0, 2, 4], dtype=torch.int32).expand(1, 1, 2, 3)
-    results = []
-    for key_blocks in (outside, inside):
-        out = torch.empty(inputs.q.shape)
-        triton_backend.attention(
-            inputs.q, inputs.k, inputs.v, None, None, key_blocks, None, out, sparsity=0.5, scale=0.1, precision="int8"
-        )
-        results.append(out)
+    tensors = inputs.q, inputs.k, inputs.v, None, None, None
+    results = [
+        torch.ops.sla2.attention(*tensors, key_blocks, 0.5, "int8", True, 0.1, "triton")[0]
+        for key_blocks in (outside, inside)
+    ]
     assert torch.equal(*results) and torch.isfinite(results[0]).all()

@@ -1,0 +1,207 @@
+"""What the operator's public functions refuse: one sentence that says which argument, what it is and what is expected.
+
+The contents of tensors are read on the CPU only: on a GPU a check would wait for everything that was launched before.
+"""
+
+import math
+import operator
+
+import torch
+from torch.autograd import forward_ad
+
+from .support import BACKENDS, PRECISIONS
+
+LAYOUTS = ("BHND", "BNHD")
+HEADS_DIM = {"BHND": 1, "BNHD": 2}
+TOKENS_DIM = {"BHND": 2, "BNHD": 1}
+
+
+def check_options(layout, backend="auto", precision="16bit"):
+    """Raises ValueError where a name is none of those that exist."""
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be "16bit", "int8" or "fp8", got {precision!r}.')
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
+
+
+def checked_sparsity(sparsity):
+    """sparsity as a float; raises ValueError unless it is a number, 0 <= sparsity < 1."""
+    number = _number(sparsity)
+    if number is None or not 0 <= number < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {_shown(sparsity)}.")
+    return number
+
+
+def checked_scale(scale, head_dim):
+    """The softmax scale as a float, head_dim ** -0.5 for None; raises ValueError unless it is a finite number above 0."""
+    if scale is None:
+        return head_dim**-0.5
+    number = _number(scale)
+    # not math.isfinite: torch.compile cannot trace it for a scale that changes between calls
+    if number is None or not 0 < number < math.inf:
+        raise ValueError(f"scale must be a finite number above 0, got {_shown(scale)}.")
+    return number
+
+
+def checked_count(name, value):
+    """value as an integer; raises ValueError where it is none."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
+
+
+def check_dimensions(name, tensor, layout):
+    """Raises ValueError unless tensor is one of four dimensions."""
+    _check_tensor(name, tensor, f"of 4 dimensions ({layout})")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions ({layout}), got shape {tuple(tensor.shape)}.")
+
+
+def check_inputs(layout, **tensors):
+    """q, k and v (or q and k alone) by name, in ``layout``; raises ValueError where they do not fit together."""
+    for name, tensor in tensors.items():
+        check_dimensions(name, tensor, layout)
+        q = tensors["q"]
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"q, k and v must share one dtype and device; q is {q.dtype} on {q.device}, {name} is {tensor.dtype} on {tensor.device}."
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}.")
+    q, k, v = tensors["q"], tensors["k"], tensors.get("v")
+    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise ValueError(f"q, k and v must be float16, bfloat16, float32 or float64, got {q.dtype}.")
+    if v is not None and k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}.")
+    heads = HEADS_DIM[layout]
+    if (q.shape[0], q.shape[heads], q.shape[3]) != (k.shape[0], k.shape[heads], k.shape[3]):
+        raise ValueError(
+            f"q and k must agree in batch, heads and head_dim ({layout}), got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+
+
+def check_diagonal(q, k):
+    """keep_diagonal: raises ValueError unless there are as many keys as queries."""
+    if q.shape != k.shape:
+        raise ValueError(f"keep_diagonal needs as many keys as queries, got {tuple(k.shape)} and {tuple(q.shape)}.")
+
+
+def check_projections(proj_q, proj_k, heads, head_dim):
+    """Raises ValueError unless each is None or finite real numbers, (D, D) or (H, D, D)."""
+    expected = f"({head_dim}, {head_dim}) or ({heads}, {head_dim}, {head_dim})"
+    for name, proj in (("proj_q", proj_q), ("proj_k", proj_k)):
+        if proj is None:
+            continue
+        _check_weight(name, proj, ((head_dim, head_dim), (heads, head_dim, head_dim)), expected)
+
+
+def check_linear_projection(proj_l, head_dim):
+    """Raises ValueError unless proj_l is None or (weight (D, D), bias (D,)) of finite real numbers."""
+    if proj_l is None:
+        return
+    if not isinstance(proj_l, (tuple, list)) or len(proj_l) != 2:
+        raise ValueError(f"proj_l must be a pair (weight, bias) of tensors, got {_shown(proj_l)}.")
+    for name, tensor, shape in zip(("weight", "bias"), proj_l, ((head_dim, head_dim), (head_dim,)), strict=True):
+        _check_weight(f"proj_l's {name}", tensor, (shape,), str(shape))
+
+
+def check_alpha(alpha, heads):
+    """Raises ValueError unless alpha is None or real numbers from 0 to 1, (H,) or (H, knots)."""
+    if alpha is None:
+        return
+    expected = f"({heads},) or ({heads}, knots)"
+    _check_tensor("alpha", alpha, expected)
+    if alpha.dim() not in (1, 2) or alpha.shape[0] != heads or alpha.numel() == 0:
+        raise ValueError(f"alpha must be {expected}, got {tuple(alpha.shape)}.")
+    if alpha.is_complex():
+        raise ValueError(f"alpha must hold real numbers, got {alpha.dtype}.")
+    if _may_read(alpha):
+        lowest, highest = (bound.item() for bound in alpha.detach().float().aminmax())
+        if not (lowest >= 0 and highest <= 1):
+            raise ValueError(f"alpha must lie in 0 to 1, but {lowest if not lowest >= 0 else highest:g} is among it.")
+
+
+def check_key_blocks(key_blocks, rows, key_block_count, device):
+    """Raises ValueError unless key_blocks are distinct integers from 0 to key_block_count - 1, ``rows`` x n, on ``device``."""
+    _check_tensor("key_blocks", key_blocks, f"of int32 or int64, {rows} x n")
+    if key_blocks.device != device:
+        raise ValueError(f"key_blocks must lie on q's device {device}, got {key_blocks.device}.")
+    if key_blocks.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"key_blocks must be int32 or int64, got {key_blocks.dtype}.")
+    if key_blocks.dim() != 4 or tuple(key_blocks.shape[:3]) != rows or not 1 <= key_blocks.shape[3] <= key_block_count:
+        raise ValueError(
+            f"key_blocks must be {rows} x n with n from 1 to {key_block_count}, got {tuple(key_blocks.shape)}."
+        )
+    if _may_read(key_blocks):
+        ordered = key_blocks.sort(dim=-1).values
+        if ordered[..., 0].min() < 0 or ordered[..., -1].max() >= key_block_count:
+            raise ValueError(f"key_blocks must lie in 0 to {key_block_count - 1}.")
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise ValueError("key_blocks must not name a key block twice for one query block.")
+
+
+def refuse_forward_mode(*tensors):
+    """Raises NotImplementedError, as dense attention does, where a tensor carries a tangent of forward-mode AD."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "sla2_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
+            "use reverse mode, backward() or torch.autograd.grad."
+        )
+
+
+def _number(value):
+    """value as a float, or None where it is no real number. Tensors and arrays of one element are numbers."""
+    if isinstance(value, (float, torch.SymFloat)):
+        return value
+    if isinstance(value, (str, bytes, bytearray)):
+        return None
+    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _shown(value):
+    """What a sentence says it got: short, and on one line."""
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 and text.isprintable() else f"a {type(value).__name__}"
+
+
+def _check_tensor(name, value, expected):
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor {expected}, got {_shown(value)}.")
+
+
+def _check_weight(name, tensor, shapes, expected):
+    _check_tensor(name, tensor, expected)
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}.")
+    if tensor.is_complex():
+        raise ValueError(f"{name} must hold real numbers, got {tensor.dtype}.")
+    if _may_read(tensor) and not _is_finite(tensor):
+        raise ValueError(f"{name} must hold finite numbers, but NaN or infinity is among them.")
+
+
+def _may_read(tensor):
+    """Whether a check may look at the contents: not on a GPU, nor where they are faked, batched by vmap or traced."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_batchedtensor(tensor)
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
+def _is_finite(tensor):
+    # one pass and no mask; only a sum that overflows asks for the second look
+    return math.isfinite(tensor.detach().float().sum()) or bool(torch.isfinite(tensor).all())
