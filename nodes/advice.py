@@ -1,6 +1,7 @@
 """What a run says about whether SLA2 pays here, and what to change. Every sentence rests on what was counted or measured."""
 
 from .inexact_dense import sage_warning
+from .rival_attention import ASIDE
 
 SMALL_SHARE = 0.2  # of the sampling time: below it even free attention saves little
 LITTLE_GAIN = 1.15  # times faster per call
@@ -80,7 +81,14 @@ def _small_share(run):
 
 
 def _other_dense(run):
-    settings = ("dense_layers", "the step lies outside", "the schedule keeps", "the sequence has", "the queries are")
+    settings = (
+        "dense_layers",
+        "the step lies outside",
+        "the schedule keeps",
+        "the sequence has",
+        "the queries are",
+        ASIDE,
+    )
     reasons = {reason: count for reason, count in _reasons(run).items() if not reason.startswith(settings)}
     unreached = sum(record.unreached for record in run.layers.values())
     total = sum(reasons.values()) + unreached

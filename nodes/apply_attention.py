@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from .attention_hook import KEY
 from .load_router import Router
 from .load_sla import SLAWeightsType
-from .model_layouts import model_facts, unsupported_model_reason
+from .model_layouts import facts_of, unsupported_reason_of
 from .patching import install
 from .presets import CUSTOM, NAMES, preset_named, preset_notes
 from .run_outcome import show_outcomes
@@ -97,8 +97,8 @@ class SLA2ApplyAttention(io.ComfyNode):
         cls, model, sparsity, bit_width, ratio_mode, fixed_ratio, start_percent, end_percent, dense_layers,
         minimum_tokens, on_unsupported, router=None, method="automatic", preset=CUSTOM, schedule="", sla_weights=None,
     ) -> io.NodeOutput:  # fmt: skip
-        facts = model_facts(model.model.diffusion_model)
-        reason = unsupported_model_reason(model.model.diffusion_model)
+        facts = facts_of(model)
+        reason = unsupported_reason_of(model)
         if reason and on_unsupported == STOP:
             raise ValueError(f"SLA2 Apply Attention: {reason} (on_unsupported is set to stop).")
         chosen = preset_named(preset)

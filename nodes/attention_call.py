@@ -115,6 +115,14 @@ def _shape_reason(q, k, v):
     return None
 
 
+def sizes_reason(facts, call):
+    """None, or one sentence where the heads are not those of the model's self-attention: another call inside of it."""
+    heads, head_dim = call.q.shape[2:]
+    if (heads, head_dim) == (facts.num_heads, facts.head_dim):
+        return None
+    return f"the call has {heads} heads of {head_dim}, and this model's self-attention {facts.num_heads} of {facts.head_dim}"
+
+
 def unsupported_call_reason(call, precision, grid):
     """None, or one sentence why a router cannot be trained on this call. grid: (t, h, w) of the video tokens, or None."""
     if call.mask is not None:

@@ -14,12 +14,16 @@ import torch
 
 from ..sla2_kernels import default_precision, unsupported_reason
 from ..sla2_kernels.loops import watch_loops
-from .attention_call import read_call
+from .attention_call import read_call, sizes_reason
 from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
-from .override_chain import MARK, chosen_in_comfyui, leads_to, name_of
-from .recomputation import Decisions
+from .model_frames import ModelFrames
+from .model_marks import has_layers, on_the_way, options_given, with_options
+from .override_chain import MARK, chosen_in_comfyui, find_in, name_of, ours_in, states_of
+from .own_attention import PREFERRED, own_attention
+from .recomputation import Decisions, backward_pass
 from .recording import lasting_tensors
+from .rival_attention import ASIDE, callbacks_in
 from .run_history import RunHistory
 from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
@@ -36,6 +40,11 @@ CALL = "sla2_call"  # in transformer_options: the ModelCall of this model call
 LAYER = "sla2_layer"  # in transformer_options: the layer whose self-attention is running
 OVERRIDE = "optimized_attention_override"
 NO_SPAN = "the model's arguments do not say where the video's tokens lie"
+WITHOUT_OPTIONS = "this self-attention takes no transformer_options here, so that nothing can take its call over"
+PAST = "the model is called past SLA2's wrappers, so that nothing says where the video's tokens lie"
+OTHER_MODEL = "they were calls of a model that SLA2 was not applied to"
+NOT_KNOWN = "no node is known that stands in for them"
+CACHES = {"easycache", "lazycache"}  # keys of wrappers that answer model calls without the model
 
 # device type -> fewest tokens for which sparse attention is worth its routing
 MINIMUM_TOKENS = {"cuda": 8192, "cpu": 8192}
@@ -60,6 +69,8 @@ class ModelCall:
     span: VideoSpan | None
     in_window: bool | None
     progress: float | None = None
+    override: Any = None  # what the marked calls of this model call run through
+    own_attention: bool = False  # the checkpoint brings attention of its own for some modules
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
     decisions: Decisions = field(default_factory=Decisions)  # (sparsity of its sparse output or None, is it used)
@@ -119,7 +130,10 @@ class AttentionHook:
         self.weights = LayerWeights(settings, router, facts.num_heads, sla_weights) if facts else None
         self.runs = RunHistory(facts.num_layers if facts else 0, router_notes(settings, router, sla_weights))
         self.on_run_end = None  # called with this hook and the closed RunRecord
+        self.frames = ModelFrames()
+        self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
         self._inside = threading.local()
+        self._own_attention = (None, None, None)
         self._fronted = (None, None)
         self._progress = None
 
@@ -175,28 +189,80 @@ class AttentionHook:
         progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
         return run.in_window(sigmas), progress
 
+    def see_rival(self, callbacks):
+        """Steps aside for the whole run where ComfyUI's own sparse attention was placed after us; stops where that is asked.
+
+        callbacks: {kind: {key: [function, ...]}} of the MODEL that runs.
+        """
+        run = self.run_for_call()
+        if run.aside or self.facts is None or not callbacks_in(callbacks):
+            return
+        self._stop_for(ASIDE)
+        run.aside = ASIDE
+        run.note(ASIDE)
+        logger.warning("SLA2: %s", ASIDE)
+
+    def _stop_for(self, reason, where=""):
+        if self.settings.stop_on_unsupported:
+            raise UnsupportedCall(f"SLA2 stopped{where}: {reason} (on_unsupported is set to stop).")
+
     def model_call(self, diffusion_model, inputs, options):
         """Prepares transformer_options of one model call: the ModelCall, and our override where it got lost.
 
-        inputs: function that returns the model's arguments by name. options: its transformer_options.
+        inputs: function that returns the model's arguments by name. options: its transformer_options. Returns the ModelCall
+        and the override that the options came with.
         """
         current, earlier = options.get(OVERRIDE), options.get(CALL)
         if earlier is not None and earlier.hook is self and earlier.repeated:
             return earlier, current
         run = self.run_for_call()
         run.count_model_call()
+        self.see_rival(options.get("callbacks") or {})
         span = self._span(run, diffusion_model, inputs)
         sigmas = options.get("sigmas")
         if run.maps is not None:
             run.maps.begin_step(sigmas, options.get("sample_sigmas"))
             run.maps.grid = span and span.grid
-        call = options[CALL] = ModelCall(self, run, diffusion_model, span, *self._step_of(run, sigmas))
+        if current is None and earlier is not None and earlier.hook is self:
+            current = earlier.override  # a guider of another pack calls with these options again
+        override = current if run.aside else self._override(run, current)
+        own = self._brings_attention(run, diffusion_model)
+        call = ModelCall(self, run, diffusion_model, span, *self._step_of(run, sigmas), override, own)
+        options[CALL], options[OVERRIDE] = call, override
+        # any override in the options drops the checkpoint's own attention, ours too: then the marked calls alone get it
+        ours_alone = getattr(override, MARK, None) is self and override.sla2_base is None
+        if override is None or (own and ours_alone):
+            del options[OVERRIDE]
+            if self.family_reason:
+                self._say_family(run)
+        return call, current
+
+    def _override(self, run, current):
+        """``current`` where it leads to ours, else ours in front of it."""
         known, override = self._fronted
         if current is not known or override is None:
-            override = current if leads_to(current, self) else self._front(run, current)
+            ours = ours_in(current, self)
+            if ours is None:
+                override = self._front(run, current, _replaced_note(current))
+            elif current is not ours and _came_back(current, ours.sla2_base):
+                override = self._front(run, current, _returned_note(current))
+            else:
+                override = current
             self._fronted = (current, override)
-        options[OVERRIDE] = override
-        return call, current
+        return override
+
+    def _brings_attention(self, run, diffusion_model):
+        """Whether the checkpoint chose an attention of its own for any module; looked up once per run and model."""
+        known_run, known_model, found = self._own_attention
+        if known_run != run.number or known_model != id(diffusion_model):
+            found = own_attention(diffusion_model) is not None
+            self._own_attention = (run.number, id(diffusion_model), found)
+        return found
+
+    def _say_family(self, run):
+        run.note(f"every attention call runs dense: {self.family_reason}")
+        if run.first_time(self.family_reason):
+            logger.warning("SLA2: every attention call runs dense: %s", self.family_reason)
 
     def _span(self, run, diffusion_model, inputs):
         """VideoSpan, or None where nobody knows it: another family, or a call that another pack shaped in its own way."""
@@ -211,19 +277,96 @@ class AttentionHook:
             run.note(f"{NO_SPAN} ({type(error).__name__}: {error})")
             return None
 
-    def after_model_call(self, call, current):
-        """Notices an override that holds ours but never called it: the next model call goes past it."""
-        if call.repeated:
-            return
-        if self.facts is not None and not call.counts["entered"] and not call.run.has_hidden_calls:
-            call.run.count_answered()
-        never_asked = call.counts["entered"] and not call.counts["attended"]
-        if never_asked and self._fronted == (current, current) and not self.family_reason:
-            self._fronted = (current, self._front(call.run, current))
+    def open_call(self, frame):
+        """Prepares the ModelCall of a Frame."""
+        frame.call, frame.current = self.model_call(frame.diffusion_model, frame.inputs, frame.options)
+        return frame.call
 
-    def _front(self, run, current):
-        run.note(_replaced_note(current))
+    def finish(self, frame):
+        """After a model call, as its wrapper saw it: what was never reached is counted, and how far our override came."""
+        if frame.passed_on if frame.call is None else frame.call.repeated:
+            return
+        run = self.run_for_call() if frame.call is None else frame.call.run
+        if frame.call is None:
+            run.count_model_call()
+        elif frame.call.counts["entered"]:
+            self._look_for_ours(frame.call, frame.current)
+            return
+        if self.facts is not None and not run.aside and not run.has_hidden_calls:
+            self._count_unmet(run, frame)
+
+    def _look_for_ours(self, call, current):
+        """Notices an override that holds ours but never called it: the next model call goes past it."""
+        never_asked = not call.counts["attended"] and not call.run.aside
+        if never_asked and self._fronted == (current, current) and not self.family_reason:
+            self._fronted = (current, self._front(call.run, current, _replaced_note(current)))
+
+    def _count_unmet(self, run, frame):
+        """Counts a model call in which none of our marks was met; what is not known is not guessed."""
+        met_before = any(record.entered for record in run.layers.values())
+        wrappers = (frame.options.get("wrappers") or {}).values()
+        if met_before and any(CACHES & by_key.keys() for by_key in wrappers):
+            run.count_answered()
+        elif not has_layers(self.facts, frame.diffusion_model):
+            run.count_unmet(OTHER_MODEL)
+        else:
+            reason = self._in_the_way(frame.diffusion_model, frame.options) or NOT_KNOWN
+            run.count_unmet(reason)
+            if not met_before:
+                self._stop_for(f"this model call came to none of the self-attentions that SLA2 marked: {reason}")
+
+    def require_met(self):
+        """At the end of a sampling: stops, where asked, if no mark was met in any of its model calls."""
+        run = self.run_for_call()
+        if run.unmet and not any(record.entered for record in run.layers.values()):
+            self._stop_for(f"no model call came to the self-attentions that SLA2 marked: {next(iter(run.unmet))}")
+
+    def _in_the_way(self, diffusion_model, options):
+        names = on_the_way(self.facts, diffusion_model, options)
+        return f"between the model's call and its layers there is {', '.join(names)}" if names else None
+
+    def _front(self, run, current, note):
+        run.note(note)
         return make_override(self, current)
+
+    def enter_layer(self, layer, module, forward, args, kwargs):
+        """(args, kwargs) with which a marked self-attention runs, counted; None where they stay as they are."""
+        options = options_given(forward, args, kwargs) or {}
+        call, frame = options.get(CALL), self.frames.current
+        if call is None and frame is not None:
+            call = frame.call or self.open_call(frame)
+            options = {**(options or frame.options), OVERRIDE: call.override}
+        if call is None:
+            model = self.live_model()
+            way = None if model is None else self._in_the_way(model, options)
+            if backward_pass() is None:  # what gradient checkpointing recomputes is counted already
+                self._count_hidden(self.run_for_call(), layer, True, f"{PAST}; {way}" if way else PAST)
+            return with_options(module, forward, args, kwargs, {**options, LAYER: layer})
+        if not call.repeated:
+            call.counts["entered"] += 1
+            call.run.count_entered(layer)
+        given = {OVERRIDE: call.override, **options, CALL: call, LAYER: layer}
+        if given[OVERRIDE] is None:
+            del given[OVERRIDE]
+        if call.own_attention:
+            given[PREFERRED] = own_attention(module)
+        changed = with_options(module, forward, args, kwargs, given)
+        if call.repeated:
+            return changed
+        if call.run.aside:
+            call.run.count_dense(layer, ASIDE)
+        elif changed is None:
+            self._count_hidden(call.run, layer, call.in_window, WITHOUT_OPTIONS)
+        return changed
+
+    def _count_hidden(self, run, layer, in_window, reason):
+        """A self-attention call that no override can take over."""
+        run.has_hidden_calls = True
+        kept = kept_dense_reason(self.settings, layer, in_window)
+        run.count_dense(layer, kept or reason)
+        if kept is None:
+            self._stop_for(reason, f" in layer {layer}")
+            self._say(run, layer, reason)
 
     def attend(self, call, layer, below, args, kwargs):
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
@@ -245,8 +388,8 @@ class AttentionHook:
                 if reason is None:
                     call.decisions.take(layer, (sparsity, True))
                     return out
-            if self.settings.stop_on_unsupported and reason not in DENSE_BY_NATURE:
-                raise UnsupportedCall(f"SLA2 stopped in layer {layer}: {reason} (on_unsupported is set to stop).")
+            if reason not in DENSE_BY_NATURE:
+                self._stop_for(reason, f" in layer {layer}")
             self._say(call.run, layer, reason)
         # autograd has saved tensors of a sparse output even where it is not used
         call.decisions.take(layer, (sparsity if reason == NOT_FINITE else None, False))
@@ -265,8 +408,9 @@ class AttentionHook:
 
     def exact(self, call, request):
         """(request, ExactTokens, None), or (None, None, one sentence); keys that a text mask hides are gone."""
-        if call.span is None:
-            return None, None, NO_SPAN
+        reason = sizes_reason(self.facts, request)
+        if reason is not None or call.span is None:
+            return None, None, reason or NO_SPAN
         exact, reason = call.span.exact_tokens(request.tokens, request.key_tokens)
         if reason is None and request.mask is not None:
             mask = request.mask
@@ -354,7 +498,22 @@ def _replaced_note(current):
     )
 
 
+def _came_back(current, base):
+    """Whether ``current`` is of a node whose override lies below ours already: it put itself in front again."""
+    states = {id(state) for state in states_of(current)}
+    return find_in(base, lambda function: any(id(state) in states for state in states_of(function))) is not None
+
+
+def _returned_note(current):
+    return (
+        f"{name_of(current)} put itself in front of SLA2, which was placed after it: SLA2 went back in front of it, "
+        "and it runs the calls that SLA2 does not take"
+    )
+
+
 def _log_outcome(run, settings):
+    if run.aside:
+        return  # said as the run began
     sparse = sum(record.sparse for record in run.layers.values())
     dense = sum(record.dense.total() + record.unreached for record in run.layers.values())
     how = f" ({run.failure})" if run.failure else ""
@@ -370,12 +529,14 @@ def make_override(hook, base):
 
     @not_compiled
     def sla2_attention_override(func, *args, **kwargs):
-        below = func if base is None else functools.partial(base, func)
-        name = name_of(func) if base is None else base_name
         options = kwargs.get("transformer_options") or {}
         call, layer = options.get(CALL), options.get(LAYER)
+        func = options.get(PREFERRED) or func
+        below = func if base is None else functools.partial(base, func)
+        counted_as_it_entered = layer is not None and (call is None or call.run.aside)
         if hook.is_inside or (call is not None and call.hook is not hook):
             return below(*args, **kwargs)
+        name = name_of(func) if base is None else base_name
         run = hook.run_for_call() if call is None else call.run
 
         def below_seen(*args, **kwargs):
@@ -383,6 +544,8 @@ def make_override(hook, base):
                 run.see_handed_on(name, args, kwargs)
             return below(*args, **kwargs)
 
+        if counted_as_it_entered:
+            return hook.inside(below_seen, args, kwargs)
         if call is None or layer is None or hook.family_reason:
             if call is None or not call.repeated:
                 run.count_other(hook.family_reason)

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from .attention_hook import KEY, OVERRIDE
+from .model_marks import is_mark
 from .override_chain import chosen_in_comfyui, name_of, ours_in
 
 BACKENDS = {
@@ -73,9 +74,8 @@ def _changed_weights(patches):
 
 
 def _replaced_parts(object_patches):
-    in_model = (part for name, part in object_patches.items() if name.startswith("diffusion_model"))
-    parts = (getattr(part, "sla2_replaced", part) for part in in_model)
-    names = Counter(_part(part) for part in parts if part is not None)
+    in_model = {name: part for name, part in object_patches.items() if name.startswith("diffusion_model")}
+    names = Counter(_part(part) for name, part in in_model.items() if not is_mark(name, part))
     yield from (f"{name} on {_many(count, 'part')} of the model" for name, count in names.items())
 
 

@@ -14,7 +14,7 @@ from .attention_hook import KEY
 from .break_even import attend_as, break_even, time_lengths
 from .comparison import Measured, StepClock, attention_seconds, comparison_data, comparison_text
 from .comparison_frames import check_vae, saved_frames
-from .model_layouts import unsupported_model_reason
+from .model_layouts import unsupported_reason_of
 from .patching import install
 from .progress_text import plain, show_on_node
 from .sample_once import sample_once
@@ -89,7 +89,7 @@ class SLA2Compare(io.ComfyNode):
                 "SLA2 Compare: connect the MODEL of SLA2 Apply Attention; this one did not come through it."
             )
         if hook.facts is None:
-            raise ValueError(f"SLA2 Compare: {unsupported_model_reason(model.model.diffusion_model)}.")
+            raise ValueError(f"SLA2 Compare: {unsupported_reason_of(model)}.")
         if vae is not None:
             check_vae(vae, model.model.latent_format)
         node, bar = cls.hidden.unique_id, comfy.utils.ProgressBar(2 * steps)

@@ -13,6 +13,7 @@ from .attention_call import read_call
 from .attention_hook import CALL, LAYER, OVERRIDE
 from .layer_weights import CallWeights
 from .patching import install
+from .rival_attention import take_off
 from .settings import AttentionSettings
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
 
@@ -59,6 +60,7 @@ class LoraAttention:
     def install(self, model, layers):
         """A clone of ``model`` whose ``layers`` self-attention layers run through this."""
         patched = model.clone()
+        take_off(patched)
         options = patched.model_options.setdefault("transformer_options", {})
         options[OVERRIDE] = self._override(options.get(OVERRIDE))
         return install(patched, AttentionSettings(dense_layers=frozenset(range(layers))), None)
@@ -67,7 +69,7 @@ class LoraAttention:
         def sla2_lora_override(func, *args, **kwargs):
             below = func if base is None else functools.partial(base, func)
             options = kwargs.get("transformer_options") or {}
-            if self.dense or options.get(LAYER) is None:
+            if self.dense or options.get(CALL) is None or options.get(LAYER) is None:
                 return below(*args, **kwargs)
             return self._attend(options[CALL], options[LAYER], below, args, kwargs)
 

@@ -155,21 +155,58 @@ class ModelFacts:
     attention_paths: tuple[str, ...]
 
 
-def class_name(thing):
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def as_it_is(path, thing):
+    """The view of a diffusion model that no ModelPatcher has changed."""
+    return thing
 
 
-def model_facts(diffusion_model):
-    """ModelFacts of a supported diffusion model, else None."""
-    layout = next((row for row in LAYOUTS if row.model_class == class_name(diffusion_model)), None)
+def class_name(thing, path="", view=as_it_is):
+    """Full name of a thing's class. path, view: where it lies in the diffusion model of a MODEL, see view_of."""
+    kind = view(f"{path}.__class__".removeprefix("."), type(thing))
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def view_of(patcher):
+    """view(path, thing): what this MODEL runs at ``path`` of its diffusion model, where ``thing`` lies in the live one.
+
+    The live model is shared with other MODELs, and keeps what the last of them put into it until another one is loaded.
+    """
+
+    def view(path, thing):
+        name = f"diffusion_model.{path}".removesuffix(".")
+        known = patcher.object_patches.get(name, patcher.object_patches_backup.get(name, thing))
+        return getattr(known, "_orig_mod", known)  # compiled, it is still what was compiled
+
+    return view
+
+
+def diffusion_model_of(patcher):
+    """The diffusion model that this MODEL runs."""
+    return view_of(patcher)("", patcher.model.diffusion_model)
+
+
+def facts_of(patcher):
+    """ModelFacts of a MODEL (ModelPatcher) that is supported, else None."""
+    return model_facts(diffusion_model_of(patcher), view_of(patcher))
+
+
+def unsupported_reason_of(patcher):
+    """None, or one sentence why no call of this MODEL can run sparse."""
+    return unsupported_model_reason(diffusion_model_of(patcher), view_of(patcher))
+
+
+def model_facts(diffusion_model, view=as_it_is):
+    """ModelFacts of a supported diffusion model, else None. view: of a MODEL, see view_of."""
+    name = class_name(diffusion_model, "", view)
+    layout = next((row for row in LAYOUTS if row.model_class == name), None)
     if layout is None:
         return None
     found = [
         (path, module, expected)
         for pattern, expected in layout.modules
-        for path, module in modules_at(diffusion_model, pattern)
+        for path, module in modules_at(diffusion_model, pattern, view)
     ]
-    if not found or any(class_name(module) != expected for _, module, expected in found):
+    if not found or any(class_name(module, path, view) != expected for path, module, expected in found):
         return None
     sizes = {head_sizes(module) for _, module, _ in found}
     if len(sizes) > 1:
@@ -185,7 +222,7 @@ def model_facts(diffusion_model):
     )
 
 
-def modules_at(root, pattern):
+def modules_at(root, pattern, view=as_it_is):
     """[(path, module)] of "blocks.*.attn"; a last part that is a method belongs to the path of the module before it."""
     found = [("", root)]
     for part in pattern.split("."):
@@ -193,6 +230,7 @@ def modules_at(root, pattern):
             found = [(f"{path}{name}.", child) for path, module in found for name, child in module.named_children()]
         else:
             found = [(f"{path}{part}.", getattr(module, part)) for path, module in found if hasattr(module, part)]
+        found = [(path, view(path[:-1], thing)) for path, thing in found]
     return [(path[:-1], getattr(thing, "__self__", thing)) for path, thing in found]
 
 
@@ -225,9 +263,11 @@ def patch_size(diffusion_model):
     return (1,) * (3 - len(size)) + tuple(size)
 
 
-def unsupported_model_reason(diffusion_model):
-    """None, or one sentence why no call of this model can run sparse."""
-    if model_facts(diffusion_model) is not None:
+def unsupported_model_reason(diffusion_model, view=as_it_is):
+    """None, or one sentence why no call of this model can run sparse. view: of a MODEL, see view_of."""
+    if model_facts(diffusion_model, view) is not None:
         return None
-    name = class_name(diffusion_model)
-    return UNREACHABLE.get(name, f"model family {type(diffusion_model).__name__} is not supported yet")
+    name = class_name(diffusion_model, "", view)
+    if any(row.model_class == name for row in LAYOUTS):
+        return f"the self-attention inside this {name.rpartition('.')[2]} is not the one that SLA2 knows: another node changed it"
+    return UNREACHABLE.get(name, f"model family {name.rpartition('.')[2]} is not supported yet")

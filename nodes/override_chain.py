@@ -12,20 +12,20 @@ MOST_OBJECTS = 500
 SET_BY_COMFY = "comfy.model_patcher.ModelPatcher.set_model_optimized_attention.optimized_attention_override"
 
 
-def leads_to(override, hook):
-    """True where calling ``override`` can reach an override of ``hook``."""
-    return ours_in(override, hook) is not None
-
-
 def ours_in(override, hook):
-    """The override of ``hook`` that calling ``override`` can reach, or None: closures, partials, defaults, attributes."""
+    """The override of ``hook`` that calling ``override`` can reach, or None."""
+    return find_in(override, lambda function: getattr(function, MARK, None) is hook)
+
+
+def find_in(override, is_wanted):
+    """The first function that calling ``override`` can reach and is_wanted: closures, partials, defaults, attributes."""
     queue, seen = [override], set()
     while queue and len(seen) < MOST_OBJECTS:
         thing = queue.pop(0)
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if isinstance(thing, types.FunctionType) and getattr(thing, MARK, None) is hook:
+        if isinstance(thing, types.FunctionType) and is_wanted(thing):
             return thing
         queue.extend(_parts(thing))
     return None
@@ -39,13 +39,36 @@ def _parts(thing):
     if isinstance(thing, types.MethodType):
         return (thing.__func__, thing.__self__)
     if isinstance(thing, types.FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
-        return (*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *vars(thing).values())
+        return (
+            *closed_over(thing).values(),
+            *(thing.__defaults__ or ()),
+            *(thing.__kwdefaults__ or {}).values(),
+            *vars(thing).values(),
+        )
     if isinstance(thing, dict):
         return tuple(thing.values())
     if isinstance(thing, (list, tuple, set, frozenset)):
         return tuple(thing)
     return tuple(getattr(thing, "__dict__", {}).values())
+
+
+def closed_over(function):
+    """{name: value} of a function's closure; {} for what is no Python function."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = getattr(function, "__closure__", None) or ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True) if _is_filled(cell)}
+
+
+def states_of(function):
+    """The objects of its own that a function or method carries: what functions of one node share, and no others."""
+    if isinstance(function, types.MethodType):
+        return [function.__self__, *states_of(function.__func__)]
+    shared = (types.FunctionType, types.MethodType, types.ModuleType, type, torch.nn.Module, torch.Tensor)
+    return [
+        value
+        for value in closed_over(function).values()
+        if hasattr(value, "__dict__") and not isinstance(value, shared)
+    ]
 
 
 def _is_filled(cell):

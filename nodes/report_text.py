@@ -5,7 +5,15 @@ import os
 import time
 
 from .advice import advice
+from .rival_attention import ASIDE
 from .settings import skips_keeps
+
+UNREACHED = "another node's attention took the call before SLA2 could see it"
+
+
+def how_it_ran(reason):
+    """What is known of a call that SLA2 did not take."""
+    return "in another node's attention" if reason in (ASIDE, UNREACHED) else "dense"
 
 
 def report_data(hook, run, caveat=None):
@@ -45,7 +53,7 @@ def report_data(hook, run, caveat=None):
 def layer_data(layer, record):
     dense = dict(record.dense)
     if record.unreached:
-        dense["another node's attention took the call before SLA2 could see it"] = record.unreached
+        dense[UNREACHED] = record.unreached
     return {
         "layer": layer,
         "sparse": record.sparse,
@@ -90,10 +98,9 @@ def report_text(hook, run, caveat=None):
     if run is None:
         return "This MODEL has not been sampled yet: connect the sampler's LATENT, so that the report runs after it."
     data = report_data(hook, run, caveat)
-    total = data["sparse_calls"] + data["dense_calls"]
     setting = skips_keeps(hook.settings.sparsity)
     lines = [
-        f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({setting})",
+        _headline(data, run, setting),
         f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"
         + (f", {run.failure}" if run.failure else ""),
         f"method: {data['method']}; router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",
@@ -110,6 +117,13 @@ def report_text(hook, run, caveat=None):
     lines += [f"note: {sentence}" for sentence in ([caveat] if caveat else []) + data["notes"]]
     lines += [f"advice: {sentence}" for sentence in data["advice"]]
     return "\n".join(lines)
+
+
+def _headline(data, run, setting):
+    if run.aside:
+        return "SLA2: stood aside in this run"
+    total = data["sparse_calls"] + data["dense_calls"]
+    return f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({setting})"
 
 
 def _ago(run):
@@ -130,6 +144,6 @@ def _layer_line(row):
         parts.append(f"ratio {low} to {high}")
     if row["not_finite"]:
         parts.append(f"{row['not_finite']} outputs with NaN or infinity")
-    parts += [f"{count} dense ({reason})" for reason, count in row["dense"].items()]
+    parts += [f"{count} {how_it_ran(reason)} ({reason})" for reason, count in row["dense"].items()]
     parts += [f"{value:.3f} ms per {kind} call" for kind, value in row["milliseconds"].items()]
     return ", ".join(parts)

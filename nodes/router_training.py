@@ -7,9 +7,10 @@ import threading
 from collections import Counter
 
 from ..sla2_training import RouterTrainer
-from .attention_call import read_call, unsupported_call_reason
+from .attention_call import read_call, sizes_reason, unsupported_call_reason
 from .attention_hook import CALL, LAYER, OVERRIDE
 from .patching import install
+from .rival_attention import take_off
 from .settings import AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more on one tensor teach little
@@ -38,7 +39,7 @@ class RouterTraining:
 
     def __init__(self, model, facts, trainer, schedule, say):
         self.trainer, self.schedule, self.say = trainer, schedule, say
-        self.layers = facts.num_layers
+        self.facts = facts
         self.untrained = Counter()
         self.number, self.step = 0, 0
         self.calls, self.last_calls = {}, {}
@@ -48,16 +49,17 @@ class RouterTraining:
     def _install(self, model):
         """A clone that keeps every layer dense; its dense calls go down the chain, where the trainer sees them marked."""
         patched = model.clone()
+        take_off(patched)
         options = patched.model_options.setdefault("transformer_options", {})
         options[OVERRIDE] = self._override(options.get(OVERRIDE))
-        return install(patched, AttentionSettings(dense_layers=frozenset(range(self.layers))), None)
+        return install(patched, AttentionSettings(dense_layers=frozenset(range(self.facts.num_layers))), None)
 
     def _override(self, base):
         def sla2_training_override(func, *args, **kwargs):
             below = func if base is None else functools.partial(base, func)
             out = below(*args, **kwargs)
             options = kwargs.get("transformer_options") or {}
-            if options.get(LAYER) is not None:
+            if options.get(CALL) is not None and options.get(LAYER) is not None:
                 self._meet(options[CALL], options[LAYER], args, kwargs)
             return out
 
@@ -106,6 +108,7 @@ class RouterTraining:
     def _meet(self, call, layer, args, kwargs):
         """One self-attention call, computed densely already: the router learns from it, or is measured on it."""
         request, reason = read_call(args, kwargs)
+        reason = reason or sizes_reason(self.facts, request)
         reason = reason or unsupported_call_reason(request, "16bit", call.grid)
         with self.lock:
             if reason is not None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 from .page_events import send_event
 from .progress_text import plain
-from .report_text import report_data
+from .report_text import how_it_ran, report_data
 from .settings import skips_keeps
 
 MOST_REASONS = 4
@@ -26,7 +26,8 @@ def outcome(hook, run):
     parts += _faster(data)
     parts += [data["failure"]] if data["failure"] else []
     sentences = [
-        f"{count} {'call' if count == 1 else 'calls'} ran dense: {reason}" for reason, count in dense.most_common()
+        f"{count} {'call' if count == 1 else 'calls'} ran {how_it_ran(reason)}: {reason}"
+        for reason, count in dense.most_common()
     ]
     if len(sentences) > MOST_REASONS:
         left = len(sentences) - MOST_REASONS + 1

@@ -55,6 +55,8 @@ class RunRecord:
         self.other_calls = 0
         self.model_calls = 0
         self.answered_calls = 0
+        self.unmet = Counter()  # why a model call came to none of the marked self-attentions
+        self.aside = None  # why SLA2 takes no call of this run
         self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
         self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
         self.precisions = set()
@@ -100,9 +102,14 @@ class RunRecord:
             self.model_calls += 1
 
     def count_answered(self):
-        """A model call that never reached the model's layers: a step cache answered it."""
+        """A model call that a step cache on this model answered: it never reached the model's layers."""
         with self.lock:
             self.answered_calls += 1
+
+    def count_unmet(self, reason):
+        """A model call that came to none of the marked self-attentions."""
+        with self.lock:
+            self.unmet[reason] += 1
 
     def count_other(self, family_reason=None):
         with self.lock:
@@ -220,6 +227,7 @@ class RunRecord:
             record.times.clear()
         self._on_devices.clear()
         self._note_bad_outputs()
+        self._note_unmet()
         if self.maps is not None:
             self.maps.close()
         if failure is None and output is not None:
@@ -237,6 +245,12 @@ class RunRecord:
             calls = ", ".join(f"{count} in layer {layer}" for layer, count in bad.items())
             self.note(
                 f"sparse outputs with NaN or infinity: {calls}; try bit_width 16bit, or these layers in dense_layers"
+            )
+
+    def _note_unmet(self):
+        for reason, count in self.unmet.items():
+            self.note(
+                f"{count} of {self.model_calls} model calls came to none of the self-attentions that SLA2 marked: {reason}"
             )
 
 

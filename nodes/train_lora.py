@@ -17,7 +17,7 @@ from .load_router import Router
 from .lora_files import save_both
 from .loss_curves import loss_curves
 from .loss_plot import plot_losses
-from .model_layouts import model_facts, unsupported_model_reason
+from .model_layouts import facts_of, unsupported_reason_of
 from .needed_version import needs_comfyui
 from .page_events import send_event
 from .progress_text import plain, show_on_node
@@ -125,9 +125,9 @@ class SLA2TrainLora(io.ComfyNode):
         from .lora_session import LoraPlan, LoraSession
         from .lora_training import LoraSettings
 
-        facts = model_facts(model.model.diffusion_model)
+        facts = facts_of(model)
         if facts is None:
-            raise ValueError(f"SLA2 Train LoRA: {unsupported_model_reason(model.model.diffusion_model)}.")
+            raise ValueError(f"SLA2 Train LoRA: {unsupported_reason_of(model)}.")
         if loss == FLOW and latents is None:
             raise ValueError(
                 f'SLA2 Train LoRA: "{FLOW}" needs videos of yours: connect latents, or choose "{DISTILL}".'

@@ -11,7 +11,7 @@ from ..sla2_training import TrainerOptions, TrainingError
 from .load_router import FOLDER, Router
 from .loss_curves import loss_curves
 from .loss_plot import plot_losses
-from .model_layouts import model_facts, unsupported_model_reason
+from .model_layouts import facts_of, unsupported_reason_of
 from .needed_version import needs_comfyui
 from .page_events import send_event
 from .progress_text import plain, show_on_node
@@ -92,9 +92,9 @@ class SLA2TrainRouter(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsities,
         training_steps, learning_rate, query_blocks, resume=None,
     ) -> io.NodeOutput:  # fmt: skip
-        facts = model_facts(model.model.diffusion_model)
+        facts = facts_of(model)
         if facts is None:
-            raise ValueError(f"SLA2 Train Router: {unsupported_model_reason(model.model.diffusion_model)}.")
+            raise ValueError(f"SLA2 Train Router: {unsupported_reason_of(model)}.")
         options = TrainerOptions(learning_rate=learning_rate, query_blocks=query_blocks, seed=seed % 2**63)
         trainer = make_trainer(facts, parse_sparsities(sparsities), options, resume)
         node = cls.hidden.unique_id

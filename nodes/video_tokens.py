@@ -16,6 +16,19 @@ def call_inputs(function, args, kwargs):
     return inputs | inputs.pop("kwargs", {})
 
 
+def apply_inputs(function, args, kwargs):
+    """The same of a call of ComfyUI's model around the diffusion model, where its arguments have other names or packing."""
+    inputs = call_inputs(function, args, kwargs)
+    if "c_crossattn" in inputs:
+        inputs["context"] = inputs.pop("c_crossattn")
+    shapes = inputs.get("latent_shapes")
+    if shapes is not None:
+        from comfy.utils import unpack_latents
+
+        inputs["x"] = unpack_latents(inputs["x"], shapes)
+    return inputs
+
+
 def latent_of(inputs):
     """The video's latent (B, C, T, H, W) or (B, C, H, W); models with sound get it first in a list."""
     latent = inputs["x"]

@@ -4,8 +4,6 @@ sparse, and prints one line of JSON. Started by test_families.py:
     python family_probe.py COMFYUI REPOSITORY [FAMILY ...]
 """
 
-import importlib
-import importlib.util
 import json
 import sys
 import traceback
@@ -22,65 +20,12 @@ args.cpu = True
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from family_models import FAMILIES, RECORDED, build, class_of, inputs_for
+from model_host import Host, pack_loader, sample
+from own_attention_contract import OwnAttention
 from recorded_scopes import RecordedScopes
 
-
-def pack_module(name):
-    if "sla2_pack" not in sys.modules:
-        root = Path(repository)
-        spec = importlib.util.spec_from_file_location(
-            "sla2_pack", root / "__init__.py", submodule_search_locations=[str(root)]
-        )
-        sys.modules["sla2_pack"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["sla2_pack"])
-    return importlib.import_module(f"sla2_pack.{name}")
-
-
-class Sampling(torch.nn.Module):
-    def percent_to_sigma(self, percent):
-        return 1.0 - percent
-
-
-class Host(torch.nn.Module):
-    """What ComfyUI's BaseModel is to a diffusion model: its owner, and the place of the APPLY_MODEL wrappers."""
-
-    def __init__(self, diffusion_model):
-        super().__init__()
-        self.diffusion_model = diffusion_model
-        self.model_sampling = Sampling()
-
-    def apply_model(self, inputs, transformer_options):
-        wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, transformer_options)
-        x = inputs["x"]
-        rest = {name: value for name, value in inputs.items() if name != "x"}
-        executor = WrapperExecutor.new_class_executor(self._apply_model, self, wrappers)
-        return executor.execute(x, transformer_options=transformer_options, **rest)
-
-    def _apply_model(self, x, transformer_options, **inputs):
-        out = self.diffusion_model(x, transformer_options=transformer_options.copy(), **inputs)
-        return torch.cat([part.flatten() for part in out]) if isinstance(out, (list, tuple)) else out
-
-
-def fresh(value):
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return [fresh(item) for item in value] if isinstance(value, list) else value
-
-
-@torch.inference_mode()
-def sample(patcher, inputs, sigma=0.5):
-    options = {
-        **patcher.model_options["transformer_options"],
-        "wrappers": patcher.wrappers,
-        "sigmas": torch.tensor([sigma]),
-        "sample_sigmas": torch.tensor([1.0, 0.5, 0.25, 0.0]),
-    }
-    patcher.patch_model()
-    out = patcher.model.apply_model({name: fresh(value) for name, value in inputs.items()}, options)
-    patcher.unpatch_model()
-    return out
+pack_module = pack_loader(Path(repository))
 
 
 def counting(calls):
@@ -105,11 +50,13 @@ def probe(name):
     plain_calls = []
     patcher.model_options["transformer_options"]["optimized_attention_override"] = counting(plain_calls)
     plain = sample(patcher, inputs)
+    del patcher.model_options["transformer_options"]["optimized_attention_override"]
     found = {"family": pack_module("nodes.model_layouts").unsupported_model_reason(model), "calls": len(plain_calls)}
     for key, sparsity in (("exact", 0.0), ("sparse", 0.7)):
         made = settings.AttentionSettings(sparsity=sparsity, bit_width="16bit", minimum_tokens=0)
         patched = hook.install(patcher, made, None)
-        out = sample(patched, inputs)
+        with OwnAttention(model, sparsity == 0.0) as own:
+            out = sample(patched, inputs)
         (run,) = patched.get_attachment("sla2").runs.finished()
         found[key] = {
             "difference": ((out - plain).norm() / plain.norm()).item(),
@@ -120,6 +67,8 @@ def probe(name):
             "unreached": sum(record.unreached for record in run.layers.values()),
             "other": run.other_calls,
             "model_calls": run.model_calls,
+            "own attention": own.preferred,
+            "past own attention": own.other,
             "sparsity": [record.sparsity for record in run.layers.values()],
         }
     again = sample(patcher, inputs)

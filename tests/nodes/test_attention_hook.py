@@ -101,6 +101,21 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_another_attention_inside_a_marked_one_runs_dense(bench, qkv, pack_module, heads):
+    """Its heads are not those that the router was made for."""
+    weights = pack_module("sla2_kernels.weights")
+    layer = weights.RouterLayer(proj_q=torch.eye(DIM), proj_k=torch.eye(DIM))
+    for router in (None, weights.RouterWeights((layer,) * 4, "wan", HEADS, DIM)):
+        b = bench(router=router)
+        b.model_call()
+        assert torch.equal(b.attend(*qkv, heads=heads), b.attention(*qkv, heads=heads))
+        reason = (
+            f"the call has {heads} heads of {HEADS * DIM // heads}, and this model's self-attention {HEADS} of {DIM}"
+        )
+        assert b.run.layers[0].dense == {reason: 1}
+
+
 @pytest.mark.parametrize(("change", "reason"), CALLS.values(), ids=CALLS)
 def test_calls_of_unlike_or_unexpected_tensors_have_a_reason(bench, qkv, change, reason):
     b = bench()
@@ -292,3 +307,19 @@ def test_each_query_block_keeps_its_own_blocks_untrained_or_where_the_router_was
     )
     torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2))
     assert not torch.allclose(expected, other, rtol=1e-3)
+
+
+def test_an_unsupported_family_keeps_the_attention_that_its_checkpoint_brings(bench):
+    """Any override in the options would drop it."""
+    b = bench()
+    b.hook.family_reason = "model family Unknown is not supported yet"
+    model = torch.nn.Linear(1, 1)
+    for function in (None, len):
+        model.comfy_attention = torch.nn.Module()
+        model.comfy_attention.function = function
+        b.hook.begin_run()
+        options = {"optimized_attention_override": b.override}
+        b.hook.model_call(model, dict, options)
+        assert ("optimized_attention_override" in options) == (function is None)
+        b.hook.end_run()
+    assert list(b.hook.runs.finished()[-1].notes)[-1].endswith(b.hook.family_reason)

@@ -103,8 +103,6 @@ def test_a_packs_module_is_named_without_the_path_of_its_folder(pack_module):
 def test_everything_else_on_the_model(stack, bench):
     b = bench()
     lora, other = SimpleNamespace(name="lora"), Counter()
-    ours = SimpleNamespace(sla2_replaced=None)
-    replaced = SimpleNamespace(sla2_replaced=foreign)
     compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     model = patcher(
         b.hook_module.make_override(b.hook, foreign),
@@ -121,8 +119,9 @@ def test_everything_else_on_the_model(stack, bench):
         injections={"bypass_lora": [], "else": []},
         object_patches={
             "model_sampling": object(),
-            "diffusion_model.blocks.0.self_attn.forward": ours,
-            "diffusion_model.blocks.1.self_attn.forward": replaced,
+            "diffusion_model.blocks.0.self_attn._forward_pre_hooks": {"sla2_mark": foreign},
+            "diffusion_model.blocks.0.self_attn._forward_pre_hooks_with_kwargs": {"sla2_mark": True},
+            "diffusion_model.blocks.1.self_attn.forward": foreign,
             "diffusion_model.blocks.2": compiled,
             "diffusion_model.blocks.3": compiled,
         },

@@ -89,47 +89,72 @@ def test_subclasses_of_a_supported_model_are_not_taken_for_it(pack_module):
     assert layouts.unsupported_model_reason(model) == "model family VaceWanModel is not supported yet"
 
 
-def test_a_marked_module_is_looked_up_in_the_model_of_the_call(pack_module):
-    hook = pack_module("nodes.patching")
+class Attention(torch.nn.Module):
+    """Stands for a self-attention module; answers with the layer that its options name."""
 
-    class Module:
-        def __init__(self, name):
-            self.name = name
-
-        def forward(self, x, transformer_options):
-            return self.name, transformer_options.get(hook.LAYER)
-
-    def model(name):
-        return SimpleNamespace(blocks=[], only=SimpleNamespace(self_attn=Module(name)))
-
-    first, copied = model("first"), model("copied")
-    forward = hook.marked_forward(3, "only.self_attn", first.only.self_attn, None)
-    call = SimpleNamespace(
-        diffusion_model=copied,
-        counts={"entered": 0},
-        run=SimpleNamespace(count_entered=lambda n: None),
-        repeated=False,
-    )
-    assert forward(0, transformer_options={hook.CALL: call}) == ("copied", 3)
-    assert forward(0, transformer_options={}) == ("first", None)
+    def forward(self, x, transformer_options=None):
+        return (transformer_options or {}).get("sla2_layer")
 
 
-def test_a_module_that_is_called_without_options_is_counted_and_said(pack_module, bench):
-    patching, b = pack_module("nodes.patching"), bench()
+def marked(pack_module, hook, layer, module):
+    marks = pack_module("nodes.model_marks")
+    facts = SimpleNamespace(attention_paths=("first",) * layer + ("attn",))
+    model = torch.nn.ModuleDict({"first": torch.nn.Identity(), "attn": module})
+    patcher = SimpleNamespace(object_patches={}, get_model_object=lambda name: getattr(module, name.split(".")[-1]))
+    patcher.add_object_patch = patcher.object_patches.__setitem__
+    marks.mark_layers(patcher, hook, facts, model)
+    for name, value in patcher.object_patches.items():
+        if name.startswith("diffusion_model.attn."):
+            assert marks.is_mark(name, value)
+            setattr(module, name.split(".")[-1], value)
+    return module
 
-    class Module:
-        def forward(self, x, transformer_options=None):
-            return x
 
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_mark_says_which_layer_runs_and_keeps_the_hooks_of_others(pack_module, bench, positional):
+    b, module, seen = bench(), Attention(), []
+    module.register_forward_pre_hook(lambda *call: seen.append(1))
+    marked(pack_module, b.hook, 3, module)
+    b.model_call()
+    assert (module(0, b.options) if positional else module(0, transformer_options=b.options)) == 3
+    assert b.run.layers[3].entered == 1 and seen == [1]
+
+
+class TakesNoOptions(Attention):
+    def forward(self, x):
+        return x
+
+
+def test_a_module_that_takes_no_options_is_counted_and_said(pack_module, bench):
+    b = bench()
+    module = marked(pack_module, b.hook, 2, TakesNoOptions())
     b.hook.begin_run()
-    forward = patching.marked_forward(2, "blocks.2.self_attn", Module(), None, hook=b.hook)
-    assert forward(7) == forward(7, transformer_options={}) == 7
+    frame = pack_module("nodes.model_frames").Frame(SimpleNamespace(), dict, {"sigmas": torch.tensor([0.5])})
+    with b.hook.frames.opened(frame):
+        assert module(7) == module(7) == 7
     run = b.run
     b.hook.end_run()
-    assert run.layers[2].dense == {patching.WITHOUT_OPTIONS: 2} and run.has_hidden_calls
+    reason = pack_module("nodes.attention_hook").WITHOUT_OPTIONS
+    assert run.layers[2].dense == {reason: 2} and run.has_hidden_calls
     text = pack_module("nodes.report_text").report_text(b.hook, run)
-    assert "2 dense (the model passes no options here" in text
-    assert "advice: most calls could not run sparse: the model passes no options here" in text
+    assert f"2 dense ({reason})" in text
+    assert f"advice: most calls could not run sparse: {reason}" in text
+
+
+def test_a_module_that_takes_no_options_stops_where_that_is_asked(pack_module, bench):
+    b = bench(stop_on_unsupported=True)
+    module = marked(pack_module, b.hook, 2, TakesNoOptions())
+    frame = pack_module("nodes.model_frames").Frame(SimpleNamespace(), dict, {})
+    with b.hook.frames.opened(frame), pytest.raises(RuntimeError, match="layer 2: this self-attention takes no"):
+        module(7)
+
+
+def test_options_that_a_caller_left_out_are_handed_on(pack_module, bench):
+    b = bench()
+    module = marked(pack_module, b.hook, 1, Attention())
+    frame = pack_module("nodes.model_frames").Frame(SimpleNamespace(), dict, {"sigmas": torch.tensor([0.5])})
+    with b.hook.frames.opened(frame):
+        assert module(0) == 1
 
 
 def test_the_report_says_which_loop_ran_and_why_not_the_faster_one(bench, qkv, pack_module):
