@@ -27,7 +27,9 @@ from tooling.side_by_side import Part, at_once, run_side_by_side
 
 ROOT = Path(__file__).resolve().parent
 RUFF = "ruff==0.17.*"  # its formatting is tested, and changes with its minor version
-PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow", RUFF]
+IMPORT_GUARD = "comfy-import-guard==1.3.0"  # needs nothing but git
+PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow", RUFF,
+            IMPORT_GUARD]  # fmt: skip
 OLDEST_TRITON = "3.2.0"
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)

@@ -126,9 +126,8 @@ class RoutingMaps:
                 Image.fromarray(self.atlas()).save(os.path.join(folder, self.file), optimize=True)
         height, width = next(iter(self.shares.values())).shape
         return {
-            "filename": self.file,
-            "subfolder": "",
-            "type": "temp",
+            # a level deeper than a result: clients list whatever names a file at this place as one, before the videos
+            "file": {"filename": self.file, "subfolder": "", "type": "temp"},
             "layers": self.layers,
             "steps": self.steps,
             "tile": [width, height],

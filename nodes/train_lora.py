@@ -7,7 +7,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
-import comfyui_version
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
@@ -19,6 +18,7 @@ from .lora_files import save_both
 from .loss_curves import loss_curves
 from .loss_plot import plot_losses
 from .model_layouts import facts_of, unsupported_reason_of
+from .needed_version import needs_comfyui
 from .page_events import send_event
 from .progress_text import plain, show_on_node
 from .schema_support import ADVANCED, search_aliases
@@ -115,10 +115,7 @@ class SLA2TrainLora(io.ComfyNode):
         """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
         if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
             return True
-        return (
-            "SLA2 Train LoRA needs ComfyUI 0.25 or newer, whose LoRA training it builds on; "
-            f"this is {comfyui_version.__version__}: update ComfyUI."
-        )
+        return needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
 
     @classmethod
     def execute(

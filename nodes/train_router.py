@@ -12,6 +12,7 @@ from .load_router import FOLDER, Router
 from .loss_curves import loss_curves
 from .loss_plot import plot_losses
 from .model_layouts import facts_of, unsupported_reason_of
+from .needed_version import needs_comfyui
 from .page_events import send_event
 from .progress_text import plain, show_on_node
 from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
@@ -78,6 +79,13 @@ class SLA2TrainRouter(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="Errors per layer and sparsity, before and after."),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model):
+        """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
+        if hasattr(comfy.model_management, "in_training"):
+            return True
+        return needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
 
     @classmethod
     def execute(

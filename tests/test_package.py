@@ -1,5 +1,6 @@
 """What the Registry, the Manager and a reader of the README rely on."""
 
+import posixpath
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from sla2_kernels import support
+from tooling.archive import packed_files
+from tooling.comfyui import RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +81,9 @@ def test_floors_agree(project):
     assert floors["minimum-triton"] == ".".join(map(str, support.OLDEST_TRITON))
     assert f"PyTorch {floors['minimum-torch']}, Triton {floors['minimum-triton']}, Python 3.10" in text("README.md")
     assert project["project"]["requires-python"] == ">=3.10"
+    comfyui = project["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    tested = re.search(rf"ComfyUI {re.escape(comfyui)} or newer \(tested on (.*?)\)", text("README.md"))[1]
+    assert tested.split(" and ") == [RELEASE.removeprefix("v"), comfyui]
     from run_tests import OLDEST_TRITON
 
     assert OLDEST_TRITON.startswith(floors["minimum-triton"] + ".")
@@ -114,10 +120,34 @@ def test_an_unknown_torch_gets_the_newest_triton(monkeypatch):
 
 
 def test_the_readmes_commands_exist():
-    commands = re.search(r"## Try it\n\n```\n(.*?)```", text("README.md"), re.DOTALL)[1].split("\n")
+    commands = re.search(r"## Try it\n.*?```\n(.*?)```", text("README.md"), re.DOTALL)[1].split("\n")
     for command in filter(None, commands):
         assert command.startswith("python ") and (ROOT / command.split()[1]).is_file()
     assert "run_tests.py" in text(".ci/run") and (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+PACKED = packed_files()
+PAGES = [name for name in PACKED if name.endswith(".md")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file_of_the_archive(page):
+    """A folder, too: where one of its files is packed."""
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text(page)) if "://" not in link]
+    targets = [posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in links if link]
+    assert [link for link in targets if not any(f"{name}/".startswith(f"{link}/") for name in PACKED)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_command_that_is_not_in_the_archive_is_said_to_need_a_clone(page):
+    """In the command's section, or at the head of its page."""
+    head, *sections = re.split(r"^## ", text(page), flags=re.MULTILINE)
+    for section in (head, *sections):
+        for module, file in re.findall(r"\bpython (?:-m ([\w.]+)|([\w./]+\.py))", section):
+            named = file or module.replace(".", "/")
+            packed = {named, f"{named}.py", f"{named}/__main__.py"} & set(PACKED)
+            ours = (ROOT / named.split("/")[0]).exists()
+            assert packed or not ours or "clone" in head + section, f"{named} is not in the archive"
 
 
 def test_every_environment_variable_is_in_the_readme():

@@ -72,6 +72,12 @@ class Comfy:
         path = self.base / "output" / found["subfolder"] / found["filename"]
         return safetensors.torch.load_file(path)["latent_tensor"]
 
+    def skip_before(self, major, minor, why):
+        """Skips the test on an older ComfyUI: what it needs is refused there, which test_older_comfyui.py holds."""
+        version = self.server.get("/system_stats")["system"]["comfyui_version"]
+        if tuple(map(int, version.split(".")[:2])) < (major, minor):
+            pytest.skip(f"{why} needs ComfyUI {major}.{minor}, this is {version}")
+
     @staticmethod
     def report(outputs, node):
         return outputs[node]["sla2_report"][0]

@@ -1,5 +1,6 @@
 """The page as the tests use it: graphs from API prompts, both renderers, both themes, prompts queued from the page."""
 
+import json
 import time
 
 # the page goes on after its nodes are known: it loads a first workflow over whatever is shown, and listens to selections
@@ -42,7 +43,13 @@ class Canvas:
         self.page.wait_for_timeout(300)
 
     def save(self):
-        return self.js("app.graph.serialize()")
+        return json.loads(self.js("JSON.stringify(app.graph.serialize())"))  # as the page does: undefined is no null
+
+    def alerts(self):
+        """Texts of the messages that the page shows; it shows them no longer."""
+        shown = self.page.locator(".p-toast-message").all_inner_texts()
+        self.js("app.extensionManager.toast.removeAll()")
+        return shown
 
     def history(self):
         """The newest entries: other tests of this server leave hundreds."""

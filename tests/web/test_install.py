@@ -13,23 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tooling.archive import packed_files
 from tooling.locales import english
 from tooling.plan import PACK_FOLDER, ROOT
 from tooling.server import Server
 
 
 def archive(target):
-    """A zip of the files under git (or, in an unpacked archive, of all files) that .comfyignore does not leave out."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    names = listed.stdout.decode().split("\0") if listed.returncode == 0 else []
-    names = [name for name in names if name] or [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
-    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-    left_out = tuple(line for line in lines if line and not line.startswith("#"))
     with zipfile.ZipFile(target, "w") as zipped:
-        for name in names:
-            is_left_out = any(name == line or (line.endswith("/") and name.startswith(line)) for line in left_out)
-            if not is_left_out and (ROOT / name).is_file() and "__pycache__" not in name:
-                zipped.write(ROOT / name, name)
+        for name in packed_files():
+            zipped.write(ROOT / name, name)
 
 
 def has_manager():

@@ -30,10 +30,23 @@ def saved_nodes(workflow):
     }  # fmt: skip
 
 
+@pytest.fixture
+def validating(canvas):
+    """The page holds workflows to its own schema while they load, which is off by default."""
+    canvas.setting("Comfy.Validation.Workflows", True)
+    canvas.alerts()
+    yield
+    canvas.setting("Comfy.Validation.Workflows", False)
+
+
 @pytest.mark.parametrize("path", BUNDLED + [BLUEPRINT] + MUSEUM, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_it_loads_without_a_missing_node_and_with_every_value(canvas, path):
+def test_it_loads_without_a_missing_node_and_with_every_value(canvas, validating, path):
     workflow = read(path)
     canvas.load(workflow)
+    # users have some, and so has the museum, with nulls that the schema refuses: they load all the same
+    old = path in MUSEUM and '"slot_index": null' in path.read_text(encoding="utf-8")
+    alerts = [text for text in canvas.alerts() if "schema" in text]
+    assert len(alerts) == old, alerts
     unknown = canvas.js(
         "[app.rootGraph, ...(app.rootGraph.subgraphs?.values() ?? [])].flatMap((g) => g.nodes)"
         ".filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
@@ -123,7 +136,8 @@ def test_the_training_workflow_trains_and_uses_its_router(server, canvas):
     assert list((server.base / "models/sla2").glob("wan2.1_t2v_1.3b_*_.safetensors"))
 
 
-def test_the_lora_workflow_trains_saves_and_uses_lora_and_router(server, canvas):
+def test_the_lora_workflow_trains_saves_and_uses_lora_and_router(comfy, server, canvas):
+    comfy.skip_before(0, 25, "SLA2 Train LoRA")
     workflow = read(ROOT / "workflows/wan2.1_t2v_1.3b_train_lora.json")
     prompt = made_tiny(prompt_of(canvas, workflow), steps=2, width=128, height=128, sparsity=0.6, videos=1, rank=4,
                        training_steps=2, batch_size=1, minimum_tokens=0, cfg=1.0)  # fmt: skip

@@ -82,7 +82,7 @@ function mapChooser(node, maps) {
   image.addEventListener("error", () => {
     caption.textContent = "the map's file is gone (ComfyUI empties its temporary folder at start): run again";
   });
-  image.src = fileURL(maps);
+  image.src = fileURL(maps.file);
   return {
     picture,
     caption,

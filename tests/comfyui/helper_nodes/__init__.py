@@ -101,6 +101,35 @@ class SLA2TestQuantisedLoader:
         return (comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": operations}),)
 
 
+class SLA2TestOlderComfyUI:
+    """Takes away what our training nodes ask a newer ComfyUI for, or gives it back."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "switch"
+    OUTPUT_NODE = True
+    CATEGORY = "sla2 tests"
+    taken = {}
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"older": ("BOOLEAN", {})}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def switch(self, older):
+        import comfy.model_management as management
+        from comfy.model_patcher import ModelPatcher
+
+        if older:
+            self.taken.update(clone=ModelPatcher.clone, in_training=vars(management).pop("in_training"))
+            ModelPatcher.clone = lambda patcher, *arguments: self.taken["clone"](patcher, *arguments)
+        else:
+            ModelPatcher.clone, management.in_training = self.taken.pop("clone"), self.taken.pop("in_training")
+        return ()
+
+
 def chaining(previous):
     def override(func, *args, **kwargs):
         below = functools.partial(previous, func) if previous else func
@@ -133,5 +162,11 @@ def failing(previous):
 OVERRIDES = {"chains": chaining, "overwrites": overwriting, "keeps but never calls": forgetful, "fails": failing}
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
-    for cls in (SLA2TestConditioning, SLA2TestNeighbour, SLA2TestQuantisedLoader, SLA2TestUnknownModel)
+    for cls in (
+        SLA2TestConditioning,
+        SLA2TestNeighbour,
+        SLA2TestOlderComfyUI,
+        SLA2TestQuantisedLoader,
+        SLA2TestUnknownModel,
+    )
 }

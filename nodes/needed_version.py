@@ -1,0 +1,8 @@
+"""What a node says when a prompt is queued on a ComfyUI that is too old for it."""
+
+import comfyui_version
+
+
+def needs_comfyui(node, version, what):
+    """The sentence for validate_inputs. version: the first ComfyUI that has ``what``."""
+    return f"{node} needs ComfyUI {version} or newer, {what}; this is {comfyui_version.__version__}: update ComfyUI."
