@@ -209,10 +209,10 @@ def _backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     grad_alpha = None
     if alpha is not None:
         blocks = block_count(k.shape[2 if ctx.heads_first else 1], K_BLOCK)
-        # with every key block selected the ratio is 1, whatever alpha says
+        # with every key block selected the ratio is 1, whatever alpha says; so it is in rows whose linear branch has no weight
         if grad_row_ratio is not None and key_blocks.shape[-1] < blocks:
-            rows = F.pad(grad_row_ratio, (0, -grad_row_ratio.shape[-1] % Q_BLOCK)).unflatten(-1, (-1, Q_BLOCK))
-            grad_ratio = grad_ratio + rows.sum(dim=(0, -1))
+            rows = F.pad(grad_row_ratio.where(row_ratio < 1, 0.0), (0, -row_ratio.shape[-1] % Q_BLOCK))
+            grad_ratio = grad_ratio + rows.unflatten(-1, (-1, Q_BLOCK)).sum(dim=(0, -1))
         grad_alpha = resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
     return *grads, None, None, grad_alpha, *[None] * 7
 
