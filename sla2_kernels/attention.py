@@ -296,10 +296,10 @@ def _attention_backward(
     if alpha is None:
         return *grads, q.new_empty(0)
     grad_ratio = grad_ratio.sum(dim=0)
-    # with every key block selected the ratio is 1, whatever alpha says
+    # with every key block selected the ratio is 1, whatever alpha says; so it is in rows whose linear branch has no weight
     if grad_row_ratio is not None and key_blocks.shape[-1] < block_count(k.shape[2], K_BLOCK):
-        rows = F.pad(grad_row_ratio, (0, -grad_row_ratio.shape[-1] % Q_BLOCK)).unflatten(-1, (-1, Q_BLOCK))
-        grad_ratio = grad_ratio + rows.sum(dim=(0, -1))
+        rows = F.pad(grad_row_ratio.where(row_ratio < 1, 0.0), (0, -row_ratio.shape[-1] % Q_BLOCK))
+        grad_ratio = grad_ratio + rows.unflatten(-1, (-1, Q_BLOCK)).sum(dim=(0, -1))
     return *grads, resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
 
 

@@ -7,7 +7,7 @@ here: low-bit kernels are approximations of this page. It walks the query blocks
 
 import torch
 
-from .router import K_BLOCK, Q_BLOCK, block_count, resample_ratio, selected_block_count
+from .router import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count, resample_ratio, selected_block_count
 
 
 def phi(x):
@@ -102,8 +102,10 @@ def sla2_reference(
         phi_k_unselected = phi_k * ~selected.transpose(-1, -2)
         h = phi_k_unselected.transpose(-1, -2) @ v
         z = phi_k_unselected.sum(dim=2)[..., None]
-        has_linear = unselected_blocks.any(dim=-1)[..., None, None]
-        o_linear = torch.where(has_linear, phi(q_i) @ h, 0.0) / torch.where(has_linear, phi(q_i) @ z, 1.0)
+        phi_q = phi(q_i)
+        similarity = phi_q @ z / phi_q.amax(dim=-1, keepdim=True) / (key_block_count * K_BLOCK)
+        has_linear = similarity >= LEAST_LINEAR_WEIGHT
+        o_linear = torch.where(has_linear, phi_q @ h, 0.0) / torch.where(has_linear, phi_q @ z, 1.0)
 
         if ratios is None:
             selected_mass = logits.logsumexp(dim=-1)

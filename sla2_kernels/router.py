@@ -12,6 +12,9 @@ import torch.nn.functional as F
 Q_BLOCK = 128
 K_BLOCK = 64
 PARTS = 2**40
+# Below this mean of phi(q) phi(k) / max phi(q) over the unselected keys the linear branch has no weight, and the ratio is 1.
+# Far above what float32 and bfloat16 lose: no backend divides by what has vanished, and all decide alike.
+LEAST_LINEAR_WEIGHT = 2.0**-64
 
 
 def block_count(tokens, block):

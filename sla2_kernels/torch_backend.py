@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import quantization as quant
-from .router import K_BLOCK, Q_BLOCK, block_count
+from .router import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count
 
 CHUNK_BYTES = 256 * 2**20
 
@@ -101,10 +101,16 @@ def unselected_blocks(selected, blocks):
 
 
 def linear_parts(q, unselected, sums):
-    """Numerator (C, 128, D) and denominator (C, 128, 1) of the linear branch."""
+    """O_l (C, 128, D), its denominator (C, 128, 1), and where it has weight (C, 128, 1); elsewhere the denominator is 1."""
     h_and_z = (unselected.to(q.dtype) @ sums.flatten(1)).unflatten(1, sums.shape[1:])
-    found = q.softmax(dim=-1) @ h_and_z
-    return found[..., :-1], found[..., -1:]
+    phi_q = q.softmax(dim=-1)
+    found = phi_q @ h_and_z
+    norm = found[..., -1:]
+    least = LEAST_LINEAR_WEIGHT * len(sums) * K_BLOCK
+    # not "norm >= least", which would take a NaN for no weight
+    has_weight = ~(norm < least * phi_q.amax(dim=-1, keepdim=True))
+    norm = norm.where(has_weight, 1.0)
+    return found[..., :-1] / norm, norm, has_weight
 
 
 def estimated_ratio(q, k_means, live, unselected, scale, selected_log_mass):
@@ -124,13 +130,14 @@ def _attend_chunk(head, rows, ratio, scale, low_bit):
         return o_sparse, torch.ones_like(row_sum[..., 0])
 
     unselected = unselected_blocks(selected, len(head.k_low))
-    numerator, norm = linear_parts(q, unselected, head.sums)
+    o_linear, _, has_weight = linear_parts(q, unselected, head.sums)
     if ratio is None:
         log_mass = (row_max + row_sum.log())[..., 0]
         row_ratio = estimated_ratio(q, head.k_means, head.live, unselected, scale, log_mass)
     else:
         row_ratio = ratio[:, None].expand(-1, Q_BLOCK)
-    return row_ratio[..., None] * o_sparse + (1 - row_ratio[..., None]) * (numerator / norm), row_ratio
+    row_ratio = row_ratio.where(has_weight[..., 0], 1.0)
+    return row_ratio[..., None] * o_sparse + (1 - row_ratio[..., None]) * o_linear, row_ratio
 
 
 def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch):

@@ -29,10 +29,10 @@ def _sparse_gradient(chunk, selected, operands, scale, totals, low_bit):
     return grad_logits @ keys
 
 
-def _linear_gradient(queries, unselected, sums, numerator, norm, grad, totals):
+def _linear_gradient(queries, unselected, sums, o_linear, norm, grad, totals):
     """Adds the linear branch's gradient of the block sums into ``totals``; the gradient of the chunk's queries."""
     phi_q = queries.softmax(dim=-1)
-    grad_sums = torch.cat([grad / norm, -(grad * numerator).sum(dim=-1, keepdim=True) / norm**2], dim=-1)
+    grad_sums = torch.cat([grad, -(grad * o_linear).sum(dim=-1, keepdim=True)], dim=-1) / norm
     totals["sums"] += (unselected.T @ (phi_q.transpose(1, 2) @ grad_sums).flatten(1)).unflatten(1, sums.shape[1:])
     mixed = (unselected @ sums.flatten(1)).unflatten(1, sums.shape[1:])
     return _softmax_gradient(grad_sums @ mixed.transpose(1, 2), phi_q)
@@ -48,15 +48,16 @@ def _chunk_gradient(head, rows, ratio, grad, scale, totals, low_bit):
         grad_q = _sparse_gradient((sparse, p, row_sum, grad), selected, (low, keys, values), scale, totals, low_bit)
         return grad_q, grad.new_zeros(len(selected))
     unselected = torch_backend.unselected_blocks(selected, len(head.k_low))
-    numerator, norm = torch_backend.linear_parts(queries, unselected, head.sums)
+    o_linear, norm, has_weight = torch_backend.linear_parts(queries, unselected, head.sums)
     if ratio is None:
         log_mass = (row_max + row_sum.log())[..., 0]
         share = torch_backend.estimated_ratio(queries, head.k_means, head.live, unselected, scale, log_mass)[..., None]
     else:
         share = ratio[:, None, None]
-    grad_ratio = (grad * (sparse - numerator / norm)).sum(dim=(1, 2))
+    share = share.where(has_weight, 1.0)
+    grad_ratio = (grad * (sparse - o_linear)).where(has_weight, 0.0).sum(dim=(1, 2))
     grad_q = _sparse_gradient((sparse, p, row_sum, grad * share), selected, (low, keys, values), scale, totals, low_bit)
-    linear = (unselected.to(queries.dtype), head.sums, numerator, norm, grad * (1 - share), totals)
+    linear = (unselected.to(queries.dtype), head.sums, o_linear, norm, grad * (1 - share), totals)
     return grad_q + _linear_gradient(queries, *linear), grad_ratio
 
 

@@ -62,9 +62,11 @@ class Workspace:
 def _sums_dtype(q):
     """Format of the mask, h_j and H_i: q's, but bfloat16 for float16, which loses phi(K) below 6e-8.
 
-    Triton's interpreter cannot multiply bfloat16.
+    float32 instead in Triton's interpreter, which cannot multiply bfloat16.
     """
-    return torch.bfloat16 if q.dtype == torch.float16 and not interpreting() else q.dtype
+    if q.dtype == torch.float16:
+        return torch.float32 if interpreting() else torch.bfloat16
+    return q.dtype
 
 
 def _pool_keys(k, dtype, plan=None):
@@ -205,12 +207,12 @@ def _attend(
         elif linear:
             masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
         if linear and not hopper:
-            linear_attention(q, work, out, heads, q_block=Q_BLOCK, config=branch, plan=plan)
-        operands = q, k, v, out, work, selected, ratios, row_ratio, heads
+            linear_attention(q, work, out, ratios, row_ratio, heads, q_block=Q_BLOCK, config=branch, plan=plan)
+        operands = q, k, v, out, work, selected
         if hopper:
             from .kernels.hopper_loop import hopper_sparse_attention
 
-            hopper_sparse_attention(*operands, ratio=ratio, qk=qk, **sizes)
+            hopper_sparse_attention(*operands, ratios, row_ratio, heads, ratio=ratio, qk=qk, **sizes)
         else:
             config = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
-            sparse_attention(*operands, ratio=ratio, qk=qk, pv=pv, config=config, **sizes)
+            sparse_attention(*operands, row_ratio, heads, ratio=ratio, qk=qk, pv=pv, config=config, **sizes)

@@ -46,8 +46,9 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
         )  # fmt: skip
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
+            rows = row_ratio.contiguous(), delta
             correction, product = _linear_branch(
-                q, k, v, grad_out, selected, row_ratio.contiguous(), k_mean, grad_q, grad_k, grad_v, config.linear
+                q, k, v, grad_out, selected, *rows, k_mean, grad_q, grad_k, grad_v, config.linear
             )
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
@@ -68,7 +69,7 @@ def _workspace_dtype(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _linear_branch(q, k, v, grad_out, selected, row_ratio, k_mean, grad_q, grad_k, grad_v, config):
+def _linear_branch(q, k, v, grad_out, selected, row_ratio, row_delta, k_mean, grad_q, grad_k, grad_v, config):
     """Writes the linear branch's gradients; returns the mean over tokens of its dK, float32 (B * H, D), and
     rowsum(dO O_l), float32 (B, H, N)."""
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
@@ -91,8 +92,9 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, k_mean, grad_q, grad_
         pack(k, v, k_mean, work, heads, K_BLOCK, "16bit", "16bit")
         masked_sum(unselected, sums, query_sums, heads, product)
         linear_queries(
-            q, grad_out, grad_q, query_sums, row_ratio, weight, row_product, heads, q_block=Q_BLOCK, config=config
-        )
+            q, grad_out, grad_q, query_sums, row_ratio, row_delta, weight, row_product, heads,
+            q_block=Q_BLOCK, config=config,
+        )  # fmt: skip
         masked_sum(transposed, query_sums, sums, heads, product)
         linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, heads, factor=factor, block=K_BLOCK, config=config)
     return tile_totals.sum(dim=1) / k.shape[2], row_product

@@ -3,6 +3,7 @@
 if "." in __package__:
     from ..sla2_kernels.router import (
         K_BLOCK,
+        LEAST_LINEAR_WEIGHT,
         Q_BLOCK,
         block_count,
         mean_from_pools,
@@ -18,6 +19,7 @@ if "." in __package__:
 else:
     from sla2_kernels.router import (
         K_BLOCK,
+        LEAST_LINEAR_WEIGHT,
         Q_BLOCK,
         block_count,
         mean_from_pools,
@@ -33,6 +35,7 @@ else:
 
 __all__ = [
     "K_BLOCK",
+    "LEAST_LINEAR_WEIGHT",
     "Q_BLOCK",
     "RouterFileError",
     "RouterLayer",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._kernels import K_BLOCK, Q_BLOCK, block_count
+from ._kernels import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count
 
 FLOAT_BYTES = 4
 
@@ -53,8 +53,12 @@ class BlockSums:
         h = (rest.flatten(1, 2) @ self.h.flatten(2)).unflatten(1, rest.shape[1:3]).unflatten(-1, (head_dim, head_dim))
         z = (rest.flatten(1, 2) @ self.z).unflatten(1, rest.shape[1:3])
         phi_q = self.phi_q[:, :, None]
-        o_linear = phi_q @ h / (phi_q @ z[..., None]).clamp_min(tiny)
-        return o_sparse, o_linear
+        norm = phi_q @ z[..., None]
+        least = LEAST_LINEAR_WEIGHT * mask.shape[-1] * K_BLOCK * phi_q.amax(dim=-1, keepdim=True)
+        # without weight the ratio is 1: the same as O_s twice, of which no ratio is learned
+        weightless = (norm < least) & (mask < 1).any(dim=-1)[..., None, None]
+        o_linear = phi_q @ h / norm.where(norm >= least, 1.0)
+        return o_sparse, o_sparse.where(weightless, o_linear)
 
     def log_masses(self, mask):
         """Log of the selected mass and of the unselected mass's estimate for hard masks (G, r, S, T_n): two (G, r, S, 128)."""

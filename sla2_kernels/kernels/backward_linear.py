@@ -4,14 +4,16 @@ _linear_queries: one program per (query tile, head): the linear branch's dQ, and
 _linear_sums: one program per (query block, columns of H, head): dH_i and dZ_i in the place of H_i and Z_i.
 _linear_keys: one program per (key tile, head), from the sums of dH_i and dZ_i over the query blocks that left key block
 j out: the linear branch's dK (of the smoothed K) and dV, and dK's sum over the tile for smooth-k's mean.
-H is read COLS columns at a time, so that float32 fits too. O_l does not change with the length of phi(Q), so the
+H is read COLS columns at a time, so that float32 fits too. Rows where O_l has no weight pass no gradient on. O_l does not change with the length of phi(Q), so the
 projection term of softmax's gradient is zero for Q.
 """
 
 import triton
 import triton.language as tl
 
-from ..router import block_count
+from ..router import LEAST_LINEAR_WEIGHT, block_count
+
+LEAST_WEIGHT = tl.constexpr(LEAST_LINEAR_WEIGHT)
 
 
 @triton.jit
@@ -22,7 +24,7 @@ def _features(x):
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens", "q_blocks"])
 def _linear_queries(
-    q, grad_out, grad_q, sums, row_ratio, row_weight, row_product,
+    q, grad_out, grad_q, sums, row_ratio, row_delta, row_weight, row_product,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d, heads, first_head, tokens, q_blocks,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, Q_BLOCK: tl.constexpr,
@@ -49,11 +51,11 @@ def _linear_queries(
         out = tl.dot(phi_low, h_sum, input_precision="tf32x3")
         product += tl.sum(grad.to(tl.float32) * out, axis=1)
         dphi = tl.dot(grad.to(h_sum.dtype), tl.trans(h_sum), dphi, input_precision="tf32x3")
-    # where the workspace's format keeps nothing of phi(K) in the features that Q looks at, O_l is 0, not 0 / 0
-    inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
-    product *= inverse
-
+    weightless = norm < LEAST_WEIGHT * tl.max(phi, axis=1)
+    inverse = tl.where(weightless, 0.0, 1.0 / norm)
     row_at = bh * tokens + rows
+    # without weight O_l counts as O_s, and the ratio gets no gradient
+    product = tl.where(weightless, tl.load(row_delta + row_at, mask=live, other=0.0), product * inverse)
     weight = (1.0 - tl.load(row_ratio + row_at, mask=live, other=1.0)) * inverse
     tl.store(row_weight + row_at, weight, mask=live)
     tl.store(row_product + row_at, product, mask=live)
@@ -131,19 +133,20 @@ def _linear_keys(
 
 
 def linear_queries(
-    q, grad_out, grad_q, query_sums, row_ratio, row_weight, row_product, heads_slice, *, q_block, config
+    q, grad_out, grad_q, query_sums, row_ratio, row_delta, row_weight, row_product, heads_slice, *, q_block, config
 ):
     """Fills grad_q (B, H, N, D) for the heads of ``heads_slice``, and turns query_sums into its own gradient.
 
-    query_sums: (G, T_m, (D + 1) * D), H_i and Z_i of the masked sum. row_ratio: float32 (B, H, N). Filled too, of the same
-    shape: row_weight, (1 - alpha) / (phi(Q) Z), and row_product, rowsum(dO O_l).
+    query_sums: (G, T_m, (D + 1) * D), H_i and Z_i of the masked sum. row_ratio, and row_delta, rowsum(dO O_s): float32
+    (B, H, N). Filled too, of the same shape: row_weight, (1 - alpha) / (phi(Q) Z), and row_product, rowsum(dO O_l); where
+    O_l has no weight 0 and rowsum(dO O_s).
     """
     heads, tokens, head_dim = q.shape[1:]
     q_blocks, group = query_sums.shape[1], heads_slice.stop - heads_slice.start
     cols = min(config.cols, head_dim)
     shared = {"D": head_dim, "ROWS": config.rows, "COLS": cols, "Q_BLOCK": q_block, "num_warps": config.num_warps}
     _linear_queries[(block_count(tokens, config.rows), group)](
-        q, grad_out, grad_q, query_sums, row_ratio, row_weight, row_product,
+        q, grad_out, grad_q, query_sums, row_ratio, row_delta, row_weight, row_product,
         *q.stride(), *grad_out.stride(), *grad_q.stride(), heads, heads_slice.start, tokens, q_blocks,
         **shared, num_stages=config.num_stages,
     )  # fmt: skip

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The sparse loop: query rows per program, warps, pipeline stages."""
+    """The sparse loop: query rows per program, warps, pipeline stages. converts: INT8 scores become float32 one by one."""
 
     tile_m: int
     num_warps: int
     num_stages: int
+    converts: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def loop_config(capability, qk, pv, head_dim, element_size):
         # more rows of float32 spill kilobytes per thread, or do not fit 99 KB with Triton 3.2
         return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
     if pv == "16bit" and element_size == 4:
-        return LoopConfig(128, 8, 2)
+        return LoopConfig(128, 8, 2, converts=hopper)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":
         return LoopConfig(128, 8, 3 if _large_shared_memory(capability) else 2)
     # 4 warps with 128 x 128 sums spill in the loop, and issue more instructions per score than 8 on sm_80
-    return LoopConfig(128, 8 if head_dim == 128 and not hopper else 4, 3)
+    return LoopConfig(128, 8 if head_dim == 128 and not hopper else 4, 3, converts=hopper)
 
 
 def linear_config(capability, element_size):

@@ -20,13 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..router import block_count
+from ..router import LEAST_LINEAR_WEIGHT, block_count
 from .base2 import LOG2_E
 from .hopper_gluon import keep, load_async, programs, reinterpret
-from .int8 import INT8_BIAS, INT8_BIAS_BITS
+from .int8 import INT8_BIAS
 from .launch import launch
 
 P_LOG2_RANGE = gl.constexpr(8.0)
+LEAST_WEIGHT = gl.constexpr(LEAST_LINEAR_WEIGHT)
 LOWEST = gl.constexpr(-1.0e30)
 NONE, LEARNED, ESTIMATED = 0, 1, 2
 RATIOS = {"none": NONE, "learned": LEARNED, "estimated": ESTIMATED}
@@ -124,13 +125,14 @@ def _quantized_queries(q_at, layout: gl.constexpr):
 
 @gluon.jit
 def _start_scores(q_at, k_smem, stage, PAIR: gl.constexpr, SCORES: gl.constexpr, D: gl.constexpr, LOW: gl.constexpr):
-    """Q K^T of a pair of key blocks, under way. LOW: both at once on INT8, with the bias that makes the bits a float32."""
+    """Q K^T of a pair of key blocks, under way. LOW: both at once on INT8."""
     ROWS: gl.constexpr = q_at.shape[0]
     BLOCK: gl.constexpr = SCORES.instr_shape[1]
     if LOW:
         pairs = reinterpret(k_smem, gl.int8, [k_smem.shape[0] // 2, 2 * BLOCK, D], gl.NVMMASharedLayout(128, 8))
         k = pairs.index(stage).permute([1, 0])
-        t0 = warpgroup_mma(q_at, k, gl.full([ROWS, 2 * BLOCK], INT8_BIAS_BITS, gl.int32, PAIR), is_async=True)
+        zeros = gl.zeros([ROWS, 2 * BLOCK], gl.int32, PAIR)
+        t0 = warpgroup_mma(q_at, k, zeros, use_acc=False, is_async=True)
         t1 = t0
     else:
         k0 = k_smem.index(2 * stage).reshape([BLOCK, D]).permute([1, 0])
@@ -151,7 +153,7 @@ def _finish_scores(t0, t1, pending: gl.constexpr, SCORES: gl.constexpr, LOW: gl.
         s1 = gl.convert_layout(s1, SCORES)
     else:
         s0, s1 = warpgroup_mma_wait(pending, [t0, t1])
-    return s0.to(gl.float32, bitcast=True), s1.to(gl.float32, bitcast=True)
+    return s0.to(gl.float32), s1.to(gl.float32)
 
 
 @gluon.jit
@@ -261,7 +263,6 @@ def _consume(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 128],
     ) if LOW else OUTPUT  # fmt: skip
-    BIAS: gl.constexpr = INT8_BIAS if LOW else gl.constexpr(0.0)
     RANGE: gl.constexpr = P_LOG2_RANGE if LOW else gl.constexpr(0.0)
     steps = (count + 1) // 2
     pairs = count % 2 == 0
@@ -298,9 +299,9 @@ def _consume(
         live0 = (gl.load(at0) * BLOCK + key < k_tokens)[None, :]
         x0 = gl.where(live0, s0, LOWEST)
         x1 = gl.where(pairs, s1, LOWEST)
-        row_max = gl.maximum((gl.max(x0, 1) - BIAS) * f0 + e0, (gl.max(x1, 1) - BIAS) * f1 + e1)
-        p0 = gl.where(live0, gl.exp2(x0 * _column(f0, SCORES) - _column(BIAS * f0 + row_max - e0 - RANGE, SCORES)), 0.0)
-        p1 = gl.where(pairs, gl.exp2(x1 * _column(f1, SCORES) - _column(BIAS * f1 + row_max - e1 - RANGE, SCORES)), 0.0)
+        row_max = gl.maximum(gl.max(x0, 1) * f0 + e0, gl.max(x1, 1) * f1 + e1)
+        p0 = gl.where(live0, gl.exp2(x0 * _column(f0, SCORES) - _column(row_max - e0 - RANGE, SCORES)), 0.0)
+        p1 = gl.where(pairs, gl.exp2(x1 * _column(f1, SCORES) - _column(row_max - e1 - RANGE, SCORES)), 0.0)
         row_sum = _lane_sums(p0, LANES) * gl.exp2(-e0) + _lane_sums(p1, LANES) * gl.exp2(-e1)
         acc = gl.zeros([HALF, D], gl.float32, OUTPUT)
         step += 1
@@ -319,13 +320,13 @@ def _consume(
             f0, e0 = _factors(at0, scales, exponents, q_scale, LOW)
             f1, e1 = _factors(at0 + 1, scales, exponents, q_scale, LOW)
             x0, x1 = _finish_scores(t0, t1, 2, SCORES, LOW)
-            m0 = (_lane_maxima(x0, LANES) - BIAS) * _column(f0, LANES) + e0
-            m1 = (_lane_maxima(x1, LANES) - BIAS) * _column(f1, LANES) + e1
+            m0 = _lane_maxima(x0, LANES) * _column(f0, LANES) + e0
+            m1 = _lane_maxima(x1, LANES) * _column(f1, LANES) + e1
             new_max = gl.convert_layout(gl.max(gl.maximum(m0, m1), 1), gl.SliceLayout(1, SCORES))
             new_max = gl.maximum(new_max, row_max)
             correction = gl.exp2(row_max - new_max)
-            p0 = gl.exp2(x0 * _column(f0, SCORES) - _column(BIAS * f0 + new_max - e0 - RANGE, SCORES))
-            p1 = gl.exp2(x1 * _column(f1, SCORES) - _column(BIAS * f1 + new_max - e1 - RANGE, SCORES))
+            p0 = gl.exp2(x0 * _column(f0, SCORES) - _column(new_max - e0 - RANGE, SCORES))
+            p1 = gl.exp2(x1 * _column(f1, SCORES) - _column(new_max - e1 - RANGE, SCORES))
             fresh = _lane_sums(p0, LANES) * gl.exp2(-e0) + _lane_sums(p1, LANES) * gl.exp2(-e1)
             row_sum = row_sum * _column(correction, LANES) + fresh
             row_max = new_max
@@ -384,8 +385,9 @@ def _consume(
             mbarrier.arrive(empty.index(before), count=1)
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-            # where Q and every unselected key are sharp in other features, nothing is left of phi(K): 0, not 0 / 0
-            share = gl.where(norm > 0, (1.0 - ratio) / norm, 0.0)
+            weightless = norm < LEAST_WEIGHT
+            ratio = gl.where(weightless, 1.0, ratio)
+            share = gl.where(weightless, 0.0, (1.0 - ratio) / norm)
             acc = acc * (ratio / row_sum)[:, None] + gl.convert_layout(o_linear, OUTPUT) * share[:, None]
 
         gl.store(ratio_at, ratio, mask=inside)

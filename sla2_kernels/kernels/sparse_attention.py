@@ -3,8 +3,11 @@
 One program per (query tile, head). The loop is bound by the work per score, so the scores stay raw: the softmax scale,
 log2(e), the quantisation scales and FP8's range factor are folded into the one multiply-add before exp2.
 
-INT8 scores skip the int-to-float conversion: the INT32 accumulator starts at 0x4B400000, the bits of 12582912.0 whose
-last mantissa bit is worth 1, so its bits read as float32 are 12582912 + S exactly while |S| < 2 ** 22.
+INT8 scores S are float32 before they meet a factor. On Hopper a conversion each, instead of setting each accumulator. The
+other cards' matrix instructions read where to start from registers that are set once: INT32 starts at 0x4B400000, the bits of
+12582912.0 whose last mantissa bit is worth 1, so its bits read as float32 are 12582912 + S exactly while |S| < 2 ** 22, and
+the block's maximum, taken off before the multiply-add, takes the bias with it. Left to the multiply-add, 12582912 * factor
+would be rounded: by whole powers of two of P where logits are 1e4.
 V blocks are stored over powers of two: the exponent joins the scores (p V is what must fit FP8) and leaves the row sum.
 """
 
@@ -39,9 +42,10 @@ def _quantize_queries(q, QK: tl.constexpr):
 @triton.jit
 def _attend_block(
     j, q, q_scale, acc, row_max, row_sum, k_tiles, k_scales, v_tiles, v_exponents, k_stride_n, k_stride_d, v_stride_n,
-    v_stride_d, tokens, D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, MASKED: tl.constexpr,
+    v_stride_d, tokens, D: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, BIASED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One key block of the online softmax. MASKED: the block may be ragged."""
+    """One key block of the online softmax. BIASED: INT8 scores come as INT8_BIAS + S. MASKED: the block may be ragged."""
     in_block, d = tl.arange(0, BLOCK), tl.arange(0, D)
     rows = j * BLOCK + in_block
     live = rows < tokens
@@ -50,17 +54,16 @@ def _attend_block(
         k = tl.load(k_at, mask=live[None, :], other=0.0) if MASKED else tl.load(k_at)
         scores = tl.dot(q, k, input_precision="tf32x3")
         factor = q_scale
-        bias = 0.0
     else:
         k = tl.load(k_tiles + j * (BLOCK * D) + in_block[None, :] * D + d[:, None])
         factor = q_scale * tl.load(k_scales + j)
-        if QK == "int8":
+        if BIASED:
             start = tl.full([q.shape[0], BLOCK], INT8_BIAS_BITS, dtype=tl.int32)
             scores = tl.dot(q, k, acc=start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
-            bias = INT8_BIAS
+        elif QK == "int8":
+            scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32)
         else:
             scores = tl.dot(q, k)
-            bias = 0.0
 
     if PV == "fp8":
         shift = tl.load(v_exponents + j)
@@ -69,8 +72,13 @@ def _attend_block(
         shift = 0.0
         log2_range = 0.0
     highest = tl.max(tl.where(live[None, :], scores, LOWEST) if MASKED else scores, axis=1)
-    new_max = tl.maximum(row_max, (highest - bias) * factor + shift)
-    p = tl.exp2(scores * factor - (bias * factor + new_max - shift - log2_range)[:, None])
+    if BIASED:
+        block_max = (highest - INT8_BIAS) * factor + shift
+        new_max = tl.maximum(row_max, block_max)
+        p = tl.exp2((scores - highest[:, None]) * factor + (block_max - new_max + log2_range)[:, None])
+    else:
+        new_max = tl.maximum(row_max, highest * factor + shift)
+        p = tl.exp2(scores * factor - (new_max - shift - log2_range)[:, None])
     if MASKED:
         p = tl.where(live[None, :], p, 0.0)
     correction = tl.exp2(row_max - new_max)
@@ -88,12 +96,12 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "q_blocks", "k_blocks", "count"])
 def _sparse_attention(
-    q, k, v, out, k_low, k_scale, v_low, v_exponent, selected, ratios, row_ratio,
+    q, k, v, out, k_low, k_scale, v_low, v_exponent, selected, row_ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, scale_log2,
     D: tl.constexpr, TILE: tl.constexpr, Q_BLOCK: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
-    SEVERAL: tl.constexpr, RATIO: tl.constexpr,
+    BIASED: tl.constexpr, SEVERAL: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -121,7 +129,7 @@ def _sparse_attention(
     j = tl.load(selected + count - 1).to(tl.int64)
     acc, row_max, row_sum = _attend_block(
         j, q_tile, q_scale, acc, row_max, row_sum, k_tiles, k_scale, v_tiles, v_exponent,
-        k_stride_n, k_stride_d, v_stride_n, v_stride_d, k_tokens, D, BLOCK, QK, PV, True,
+        k_stride_n, k_stride_d, v_stride_n, v_stride_d, k_tokens, D, BLOCK, QK, PV, BIASED, True,
     )  # fmt: skip
     if SEVERAL:
         # a loop that may run zero times would make ptxas wait for every single matrix instruction
@@ -129,7 +137,7 @@ def _sparse_attention(
             j = tl.load(selected + i - 1).to(tl.int64)
             acc, row_max, row_sum = _attend_block(
                 j, q_tile, q_scale, acc, row_max, row_sum, k_tiles, k_scale, v_tiles, v_exponent,
-                k_stride_n, k_stride_d, v_stride_n, v_stride_d, k_tokens, D, BLOCK, QK, PV, False,
+                k_stride_n, k_stride_d, v_stride_n, v_stride_d, k_tokens, D, BLOCK, QK, PV, BIASED, False,
             )  # fmt: skip
 
     inside = rows < q_tokens
@@ -147,7 +155,7 @@ def _sparse_attention(
                 selected_mass -= P_LOG2_RANGE
             ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
         else:
-            ratio = tl.zeros([TILE], dtype=tl.float32) + tl.load(ratios + bh % heads * q_blocks + q_block)
+            ratio = tl.load(ratio_at, mask=inside, other=1.0)
         o_linear = tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
         acc = acc * (ratio / row_sum)[:, None] + o_linear * (1.0 - ratio)[:, None]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None])
@@ -161,7 +169,6 @@ def sparse_attention(
     out,
     work,
     selected,
-    ratios,
     row_ratio,
     heads_slice,
     *,
@@ -177,7 +184,7 @@ def sparse_attention(
     """Writes out (B, H, N, D) and row_ratio (B, H, N) for the heads of ``heads_slice``.
 
     work: the packed key blocks (Workspace). selected: int32 (B * H, T_m, n), ascending.
-    ratio: "learned", from ratios (H, T_m); "estimated", from the unselected log2 mass that row_ratio holds; either mixes
+    ratio: "learned", that of row_ratio; "estimated", from the unselected log2 mass that row_ratio holds; either mixes
     with the O_l that out holds. "none": there is no linear branch to mix in.
     """
     heads, tokens, head_dim = q.shape[1:]
@@ -185,9 +192,10 @@ def sparse_attention(
     grid = (block_count(tokens, config.tile_m), heads_slice.stop - heads_slice.start)
     launch(
         plan, _sparse_attention, grid, q, k, v, out, work.k_low, work.k_scale, work.v_low, work.v_exponent, selected,
-        ratios, row_ratio,
+        row_ratio,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         heads, heads_slice.start, tokens, k.shape[2], q_blocks, block_count(k.shape[2], block), count, scale_log2,
-        D=head_dim, TILE=config.tile_m, Q_BLOCK=q_block, BLOCK=block, QK=qk, PV=pv, SEVERAL=count > 1, RATIO=ratio,
+        D=head_dim, TILE=config.tile_m, Q_BLOCK=q_block, BLOCK=block, QK=qk, PV=pv,
+        BIASED=qk == "int8" and not config.converts, SEVERAL=count > 1, RATIO=ratio,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )  # fmt: skip

@@ -163,8 +163,6 @@ HARD = [
 @pytest.mark.parametrize("change", HARD, ids=lambda change: change.__name__)
 def test_hard_inputs_stay_inside_the_values(change, precision, dtype):
     """Output inside the hull of V per channel: at 16 bit up to rounding, at low bit up to that of V's blocks."""
-    if interpreting() and change is largest_float16 and dtype == torch.float16:
-        pytest.skip("sums are float16 in the interpreter, which multiplies no bfloat16; bfloat16 on a card")
     inputs = make(dtype=dtype)
     change(inputs)
     out, share = run(inputs, precision, return_alpha=True)
@@ -182,6 +180,58 @@ def test_gradients_of_hard_inputs_are_finite(change):
     leaves = [tensor.requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v)]
     run(inputs).sum().backward()
     assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+def apart(x, sharpness):
+    """Every other query and all keys are sharp in other channels: there phi(q) phi(k) is exp(-sharpness)."""
+    x.q[:, :, ::2, 5] += 300
+    sign = (torch.arange(x.k.shape[2]) % 2 * 2 - 1).to(x.k.dtype)
+    x.k[..., 3] += sharpness * sign
+    x.k[..., 4] -= sharpness * sign
+
+
+# the linear branch has weight; float32 still holds it; its inverse squared is infinite; its inverse is; it is 0
+APART = [30, 40, 60, 95, 300]
+
+
+@pytest.mark.parametrize("estimated", [False, True], ids=["learned", "estimated"])
+@pytest.mark.parametrize("sharpness", APART)
+def test_a_linear_branch_without_weight_leaves_the_ratio_1(sharpness, estimated):
+    """Output, ratio and every gradient are the definition's, which keeps to one rule."""
+    inputs = make(tokens=130, keys=200)
+    apart(inputs, sharpness)
+    blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5, backend=BACKEND)
+    weight = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for double in (False, True):
+        tensors = [inputs.q, inputs.k, inputs.v, *([] if estimated else [torch.tensor([0.3])])]
+        q, k, v, *alpha = leaves = [(t.double() if double else t.clone()).requires_grad_() for t in tensors]
+        options = {"alpha": alpha[0] if alpha else None, "key_blocks": blocks}
+        if double:
+            out, share = sla2_reference(q, k, v, **options)
+        else:
+            options |= {"precision": "16bit", "backend": BACKEND, "return_alpha": True}
+            out, share = sla2_attention(q, k, v, **options)
+        grads = torch.autograd.grad((out * weight).sum(), leaves)
+        results.append([out, share, *grads])
+    found, expected = results
+    if not estimated:
+        assert torch.equal(expected[1] == 1, (sharpness > 40) & (torch.arange(130) % 2 == 0).expand(1, 1, -1))
+    for name, ours, theirs in zip(("out", "share", "dq", "dk", "dv", "dalpha"), found, expected, strict=False):
+        assert relative_error(ours, theirs) < 1e-3, name
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3, 1.0])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sharpness", [60, 300])
+def test_a_linear_branch_without_weight_at_every_precision(sharpness, precision, alpha):
+    inputs = make(tokens=130, keys=200)
+    apart(inputs, sharpness)
+    inputs.alpha = None if alpha is None else torch.tensor([alpha])
+    inputs.v.fill_(1)
+    out, share = run(inputs, precision, return_alpha=True)
+    assert (out - 1).abs().max() < (1e-5 if precision == "16bit" else 0.07)
+    assert (share[:, :, ::2] == 1).all()
 
 
 @pytest.mark.parametrize("offset", [0, 500])

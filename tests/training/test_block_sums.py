@@ -59,6 +59,23 @@ def test_hard_masks_give_the_operators_output(tokens, keys, sparsity):
     )
 
 
+@pytest.mark.parametrize("sharpness", [60, 300])
+def test_a_linear_branch_without_weight_counts_as_the_sparse_one(sharpness):
+    """Queries and keys sharp in other features: as in the operator, and no ratio is learned of it."""
+    q, k, v = random_qkv(200)
+    q[:, :, ::2, 5], q[..., 3:5], k[..., 5] = 300, 0, 0  # the logits stay small
+    k[..., 3:5] += sharpness * (torch.arange(200)[:, None] % 2 * 2 - 1) * torch.tensor([1, -1])
+    key_blocks = select_key_blocks(q, k, sparsity=0.5)
+    mask = 1 - unselected_mask(key_blocks, 4, torch.float32).flatten(0, 1)[:, :, None]
+    sums = all_rows(q, k, v)
+    expected, _ = sla2_reference(q, k, v, alpha=torch.tensor([0.3, 0.3]), key_blocks=key_blocks)
+    soft = mask.clone().requires_grad_()
+    out = sums.output(soft, torch.full(mask.shape[:3], 0.3))[:, :, 0]
+    torch.testing.assert_close(to_tokens(out.detach(), q).double(), expected, rtol=1e-4, atol=1e-5)
+    out.sum().backward()
+    assert torch.isfinite(soft.grad).all()
+
+
 def test_everything_selected_is_dense_attention_at_any_ratio():
     q, k, v = random_qkv()
     sums = all_rows(q, k, v)

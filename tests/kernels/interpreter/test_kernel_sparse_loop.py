@@ -44,15 +44,16 @@ class Loop:
         work = Workspace(query_sums=sums)
         sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e), "q_block": 128, "block": 64}
         ratio = "none" if sums is None else "estimated" if self.ratios is None else "learned"
-        if sums is not None:
-            linear_attention(self.q, work, out, heads, q_block=128, config=linear_config((8, 9), 4))
         if ratio == "estimated":
             config_of_mass = mass_config((8, 9), 4)
             unselected_mass(
                 self.q, self.routed, row_ratio, self.k.shape[2], smoothed=False, config=config_of_mass, **sizes
             )
+        if sums is not None:
+            branch = linear_config((8, 9), 4)
+            linear_attention(self.q, work, out, self.ratios, row_ratio, heads, q_block=128, config=branch)
         sparse_attention(
-            self.q, self.k, self.v, out, work, self.selected, self.ratios, row_ratio, heads,
+            self.q, self.k, self.v, out, work, self.selected, row_ratio, heads,
             ratio=ratio, qk="16bit", pv="16bit", config=config, **sizes,
         )  # fmt: skip
         assert out._base.isnan().sum() == out._base.numel() - out.numel(), "wrote between the output's elements"

@@ -1,0 +1,66 @@
+"""Logits of thousands to millions: INT8's scores lose no softmax mass there, as FP8's do not, on any kind of card."""
+
+import pytest
+import torch
+from operator_inputs import attention_inputs, relative_error
+
+from sla2_kernels import select_key_blocks, sla2_attention
+
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
+# P in 16 bit; P in FP8; the loop that converts its scores one by one
+CAPABILITIES = ["8.0", "8.9", "9.0"]
+
+
+def gaussian(factor):
+    def change(inputs):
+        inputs.q *= factor
+        inputs.k *= factor
+
+    return change
+
+
+def one_channel(factor):
+    def change(inputs):
+        inputs.q[..., 3] *= factor
+        inputs.k[..., 3] *= factor
+
+    return change
+
+
+LARGE = {
+    "logits of 11,000": gaussian(45), "logits of 35,000": gaussian(80), "logits of 200,000": gaussian(200),
+    "one channel times 400": one_channel(400), "one channel times 2,000": one_channel(2000),
+}  # fmt: skip
+large = pytest.mark.parametrize("change", LARGE.values(), ids=LARGE)
+
+
+def large_inputs(generator, change, knots=0):
+    inputs = attention_inputs(generator, heads=1, tokens=128, keys=330, head_dim=32, knots=knots)
+    change(inputs)
+    return inputs
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@large
+def test_int8_loses_no_mass(generator, monkeypatch, change, capability):
+    monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", capability)
+    inputs = large_inputs(generator, change)
+    inputs.v.fill_(1)
+    inputs.alpha = torch.ones(1)
+    out = sla2_attention(*inputs.tensors(), sparsity=0.5, precision="int8", backend="triton")
+    # FP8 rounds a P by 1/16 at most
+    assert (out - 1).abs().max() < (0.07 if capability != "8.0" else 1e-3)
+
+
+@large
+def test_int8_errs_no_more_than_its_emulation(generator, change):
+    """Output and estimated ratio against the definition; rounding to 8 bit alone moves such logits by thousands."""
+    inputs = large_inputs(generator, change, knots=None)
+    blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5, backend="torch")
+    options = {"precision": "int8", "key_blocks": blocks, "return_alpha": True}
+    emulated, found = (
+        sla2_attention(inputs.q, inputs.k, inputs.v, **options, backend=name) for name in ("torch", "triton")
+    )
+    for ours, theirs, right in zip(found, emulated, inputs.reference(blocks), strict=True):
+        assert relative_error(ours, right) < 1.2 * relative_error(theirs, right) + 0.02
