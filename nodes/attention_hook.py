@@ -116,7 +116,7 @@ class AttentionHook:
             if self.weights is not None:
                 self.weights.clear()
             self._fronted = (None, None)
-            _log_outcome(run, self.settings)
+            _log_outcome(run)
             if self.on_run_end is not None:
                 self.on_run_end(self, run)
 
@@ -260,8 +260,8 @@ class AttentionHook:
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
-        out, ratio, kept, blocks = result
-        run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
+        out, ratio, kept, keys = result
+        run.count_sparse(layer, ratio.shape, kept, keys, precision, ratio, request.tokens)
         return with_dense_rows(out, request, exact, dense_rows), None
 
     def _precision(self, device):
@@ -283,13 +283,13 @@ def _replaced_note(current):
     )
 
 
-def _log_outcome(run, settings):
+def _log_outcome(run):
     sparse = sum(record.sparse for record in run.layers.values())
     dense = sum(record.dense.total() + record.unreached for record in run.layers.values())
     how = f" ({run.failure})" if run.failure else ""
     logger.info(
         "SLA2: %d of %d self-attention calls ran sparse (%s)%s",
-        sparse, sparse + dense, skips_keeps(settings.sparsity), how,
+        sparse, sparse + dense, skips_keeps(run.sparsity), how,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def report_data(hook, run, caveat=None):
         "failure": run.failure,
         "model_calls": run.model_calls,
         "answered_calls": run.answered_calls,
+        "sparsity": run.sparsity,
         "bit_widths": sorted(run.precisions),
         "sparse_calls": sum(row["sparse"] for row in layers),
         "dense_calls": sum(sum(row["dense"].values()) for row in layers),
@@ -87,9 +88,8 @@ def report_text(hook, run, caveat=None):
         return "This MODEL has not been sampled yet: connect the sampler's LATENT, so that the report runs after it."
     data = report_data(hook, run, caveat)
     total = data["sparse_calls"] + data["dense_calls"]
-    setting = skips_keeps(hook.settings.sparsity)
     lines = [
-        f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({setting})",
+        f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({skips_keeps(run.sparsity)})",
         f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"
         + (f", {run.failure}" if run.failure else ""),
         f"method: {data['method']}; router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",

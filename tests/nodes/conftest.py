@@ -62,6 +62,7 @@ class Bench:
         sla_weights=None,
         **settings,
     ):
+        self._pack_module = pack_module
         self.hook_module = pack_module("nodes.attention_hook")
         layouts, make = pack_module("nodes.model_layouts"), pack_module("nodes.settings").AttentionSettings
         layout = SimpleNamespace(
@@ -90,6 +91,9 @@ class Bench:
     @property
     def run(self):
         return self.hook.run_for_call()
+
+    def report_text(self, run):
+        return self._pack_module("nodes.report_text").report_text(self.hook, run)
 
 
 @pytest.fixture

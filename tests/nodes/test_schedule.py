@@ -93,7 +93,7 @@ def test_the_hook_follows_the_schedule(bench, parse):
     b.hook.end_run()
     assert run.layers[0].dense == {"the schedule keeps this step or layer dense": 1}
     assert run.layers[0].sparse == 2
-    # 10 key blocks: at 25% of the run 0.53, 4 kept; at its end 0.9, 1 kept
+    # 10 whole key blocks: at 25% of the run 0.53, 4 kept; at its end 0.9, 1 kept
     assert run.layers[0].sparsity == pytest.approx(1 - (4 + 1) / 20)
     assert run.layers[1].sparse == 3 and run.layers[1].sparsity == pytest.approx(0.8)
 
