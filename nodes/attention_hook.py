@@ -19,7 +19,7 @@ from .layer_weights import LayerWeights, router_notes
 from .override_chain import MARK, leads_to, name_of
 from .run_history import RunHistory
 from .run_record import RunRecord
-from .schedule import RunProgress, needs_progress, sparsity_of
+from .schedule import RunProgress, StepNumbers, goes_on, needs_numbers, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
 from .sparse_failure import attempt, check_output, not_attempted_reason
@@ -32,6 +32,8 @@ KEY = "sla2"  # of wrappers and attachments on the ModelPatcher
 CALL = "sla2_call"  # in transformer_options: the ModelCall of this model call
 LAYER = "sla2_layer"  # in transformer_options: the layer whose self-attention is running
 OVERRIDE = "optimized_attention_override"
+NO_NUMBER = "the sampler does not say which step this is: the schedule's rules for numbered steps do not count"
+GOES_ON = "this sampler goes on with what another one began: the schedule's rules for numbered steps do not count in it"
 NO_SPAN = "the model's arguments do not say where the video's tokens lie"
 
 # device type -> fewest tokens for which sparse attention is worth its routing
@@ -49,7 +51,7 @@ class UnsupportedCall(RuntimeError):
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of the diffusion model: what its attention calls need to know. in_window, progress: None where unknown."""
+    """One call of the diffusion model: what its attention calls need to know. in_window, progress, step: None where unknown."""
 
     hook: Any
     run: RunRecord
@@ -59,6 +61,7 @@ class ModelCall:
     progress: float | None = None
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
+    step: int | None = None  # from 1
 
     def __deepcopy__(self, memo):
         return self
@@ -104,10 +107,19 @@ class AttentionHook:
         self._inside = threading.local()
         self._fronted = (None, None)
         self._progress = None
+        self._numbers = StepNumbers()
 
-    def begin_run(self, patcher=None):
-        """Starts a run; ``patcher`` is the sampler's model, whose sigmas a later node may have shifted."""
+    def begin_run(self, patcher=None, inputs=None):
+        """Starts a run; ``patcher`` is the sampler's model, whose sigmas a later node may have shifted.
+
+        inputs: function that returns what the sampler was given by name: "noise" and "sigmas".
+        """
         self.runs.begin(self._window(patcher))
+        if inputs is not None and needs_numbers(self.settings.schedule):
+            given, sampling = inputs(), self._sampling(patcher)
+            self._numbers = StepNumbers(goes_on(given["noise"], given["sigmas"], float(sampling.sigma_max)))
+            if self._numbers.goes_on:
+                self.run_for_call().note(GOES_ON)
 
     def end_run(self, failure=None, output=None):
         """Ends the run and lets go of what it left on the device; the record stays for the report."""
@@ -120,8 +132,11 @@ class AttentionHook:
             if self.on_run_end is not None:
                 self.on_run_end(self, run)
 
+    def _sampling(self, patcher):
+        return self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")
+
     def _window(self, patcher=None):
-        sampling = self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")
+        sampling, self._numbers = self._sampling(patcher), StepNumbers()
         self._progress = RunProgress(sampling.percent_to_sigma) if needs_progress(self.settings.schedule) else None
         if self.settings.whole_run:
             return None
@@ -144,7 +159,8 @@ class AttentionHook:
         if run.maps is not None:
             run.maps.begin_model_call(options.get("sigmas"), options.get("sample_sigmas"), grid)
         progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
-        call = options[CALL] = ModelCall(self, run, diffusion_model, span, run.in_window(sigmas), progress)
+        step = self._step(run, sigmas, options.get("sample_sigmas"))
+        call = options[CALL] = ModelCall(self, run, diffusion_model, span, run.in_window(sigmas), progress, step=step)
         current = options.get(OVERRIDE)
         known, override = self._fronted
         if current is not known or override is None:
@@ -152,6 +168,14 @@ class AttentionHook:
             self._fronted = (current, override)
         options[OVERRIDE] = override
         return call, current
+
+    def _step(self, run, sigmas, sample_sigmas):
+        if not needs_numbers(self.settings.schedule) or self._numbers.goes_on:
+            return None
+        if sigmas is None or sample_sigmas is None:
+            run.note(NO_NUMBER)
+            return None
+        return self._numbers.at(run.sigma(sigmas), sample_sigmas)
 
     def _span(self, run, diffusion_model, inputs):
         """VideoSpan, or None where nobody knows it: another family, or a call that another pack shaped in its own way."""
@@ -182,7 +206,7 @@ class AttentionHook:
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
         call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
-        sparsity = sparsity_of(self.settings.schedule, layer, call.progress, self.settings.sparsity)
+        sparsity = sparsity_of(self.settings.schedule, layer, call.progress, self.settings.sparsity, call.step)
         reason = kept_dense_reason(self.settings, layer, call.in_window)
         if reason is None and sparsity is None:
             reason = "the schedule keeps this step or layer dense"

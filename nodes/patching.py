@@ -63,7 +63,8 @@ def install(model, settings, router, sla_weights=None):
     hook = AttentionHook(settings, router, facts, reason, sampling, sla_weights)
 
     def around_sampling(executor, *args, **kwargs):
-        hook.begin_run(getattr(executor.class_obj, "model_patcher", None))
+        patcher = getattr(executor.class_obj, "model_patcher", None)
+        hook.begin_run(patcher, lambda: call_inputs(executor.original, args, kwargs))
         failure, output = "stopped before its end", None
         try:
             output = executor(*args, **kwargs)

@@ -43,6 +43,8 @@ def wrapped(func):
 class Sampling:
     """Flow sigmas: percent 0 is sigma 1."""
 
+    sigma_max = 1.0
+
     @staticmethod
     def percent_to_sigma(percent):
         return 1.0 - percent
@@ -80,8 +82,10 @@ class Bench:
         self.attention = wrapped(dense_attention)
         self.options = {}
 
-    def model_call(self, sigma=0.5, override=None):
+    def model_call(self, sigma=0.5, override=None, sample_sigmas=None):
         self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
+        if sample_sigmas is not None:
+            self.options["sample_sigmas"] = sample_sigmas
         return self.hook.model_call(SimpleNamespace(), dict, self.options)
 
     def attend(self, *args, layer=0, **kwargs):
