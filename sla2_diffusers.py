@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sla2_kernels import K_BLOCK, Q_BLOCK, default_precision, sla2_attention, unsupported_reason
+from sla2_kernels import default_precision, sla2_attention, unsupported_reason
 from sla2_kernels.arguments import checked_count, checked_sparsity
+from sla2_kernels.forced_blocks import attended_keys
 from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
-from sla2_kernels.router import block_count, selected_block_count
 
 MODEL_FAMILY = "wan"
 VACE_FAMILY = "wan-vace"  # of routers that cover vace_blocks too, behind the blocks
@@ -32,8 +32,8 @@ class LayerCounts:
 
     sparse: int = 0
     dense: Counter = field(default_factory=Counter)
-    kept_blocks: int = 0
-    all_blocks: int = 0
+    kept_pairs: int = 0  # of query and key tokens
+    all_pairs: int = 0
 
 
 class SLA2WanProcessor:
@@ -160,11 +160,9 @@ class SLA2WanProcessor:
 
     def _count_sparse(self, shape):
         batch, tokens, heads, _ = shape
-        key_blocks = block_count(tokens, K_BLOCK)
-        rows = batch * heads * block_count(tokens, Q_BLOCK)
         self.counts.sparse += 1
-        self.counts.kept_blocks += rows * selected_block_count(self.settings.sparsity, key_blocks)
-        self.counts.all_blocks += rows * key_blocks
+        self.counts.kept_pairs += batch * heads * tokens * attended_keys(tokens, self.settings.sparsity)
+        self.counts.all_pairs += batch * heads * tokens * tokens
 
 
 def _of_heads(heads, proj_q, proj_k, alpha):
@@ -224,8 +222,8 @@ class SLA2Handle:
 
     @property
     def sparsity(self):
-        """Share of block pairs that the softmax branch skipped in the sparse calls, or None where there was none."""
-        kept, total = (sum(getattr(layer, name) for layer in self.layers) for name in ("kept_blocks", "all_blocks"))
+        """Share of (query, key) token pairs that the softmax branch skipped in the sparse calls, or None where there was none."""
+        kept, total = (sum(getattr(layer, name) for layer in self.layers) for name in ("kept_pairs", "all_pairs"))
         return 1 - kept / total if total else None
 
     def dense_reasons(self):

@@ -1,5 +1,6 @@
 """What a run says about whether SLA2 pays here, and what to change. Every sentence rests on what was counted or measured."""
 
+from ..sla2_kernels import default_precision
 from .inexact_dense import sage_warning
 from .rival_attention import ASIDE
 
@@ -16,7 +17,7 @@ def advice(hook, run):
         _small_share(run),
         _other_dense(run),
         _untrained(hook, run),
-        _sixteen_bit(run),
+        _sixteen_bit(hook, run),
     ]
     return [sentence for sentence in found if sentence]
 
@@ -107,8 +108,8 @@ def _untrained(hook, run):
     return f"sparsity {high:g} without a trained router costs quality: stay at or below 0.9, or train one (SLA2 Train Router)"
 
 
-def _sixteen_bit(run):
-    on_gpu = any(record.milliseconds for record in run.layers.values())
-    if "16bit" not in run.precisions or not on_gpu:
+def _sixteen_bit(hook, run):
+    if "16bit" not in run.precisions or hook.settings.bit_width != "16bit":
         return None
-    return "bit_width 16bit is the slowest: auto takes what is fastest on this card"
+    others = sorted({default_precision(device) for device in run.devices} - {"16bit"})
+    return f"bit_width is set to 16bit: auto would take {' or '.join(others)} on this device" if others else None

@@ -26,7 +26,7 @@ from .recording import lasting_tensors
 from .rival_attention import ASIDE, callbacks_in
 from .run_history import RunHistory
 from .run_record import RunRecord
-from .schedule import RunProgress, needs_progress, sparsity_of
+from .schedule import RunProgress, StepNumbers, goes_on, needs_numbers, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
 from .sparse_failure import NOT_FINITE, attempt, check_output, not_attempted_reason
@@ -39,6 +39,8 @@ KEY = "sla2"  # of wrappers and attachments on the ModelPatcher
 CALL = "sla2_call"  # in transformer_options: the ModelCall of this model call
 LAYER = "sla2_layer"  # in transformer_options: the layer whose self-attention is running
 OVERRIDE = "optimized_attention_override"
+NO_NUMBER = "the sampler does not say which step this is: the schedule's rules for numbered steps do not count"
+GOES_ON = "this sampler goes on with what another one began: the schedule's rules for numbered steps do not count in it"
 NO_SPAN = "the model's arguments do not say where the video's tokens lie"
 WITHOUT_OPTIONS = "this self-attention takes no transformer_options here, so that nothing can take its call over"
 PAST = "the model is called past SLA2's wrappers, so that nothing says where the video's tokens lie"
@@ -61,7 +63,7 @@ class UnsupportedCall(RuntimeError):
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of the diffusion model: what its attention calls need to know. in_window, progress: None where unknown."""
+    """One call of the diffusion model: what its attention calls need to know. in_window, progress, step: None where unknown."""
 
     hook: Any
     run: RunRecord
@@ -74,6 +76,7 @@ class ModelCall:
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
     decisions: Decisions = field(default_factory=Decisions)  # (sparsity of its sparse output or None, is it used)
+    step: int | None = None  # from 1
 
     def __deepcopy__(self, memo):
         return self
@@ -100,10 +103,10 @@ def kept_dense_reason(settings, layer, in_window):
     return None
 
 
-def planned_sparsity(settings, layer, in_window, progress):
+def planned_sparsity(settings, layer, in_window, progress, step):
     """(sparsity, None) of a layer's calls in a step, or (None, one sentence) which setting keeps them dense."""
     reason = kept_dense_reason(settings, layer, in_window)
-    sparsity = None if reason else sparsity_of(settings.schedule, layer, progress, settings.sparsity)
+    sparsity = None if reason else sparsity_of(settings.schedule, layer, progress, settings.sparsity, step)
     if reason is None and sparsity is None:
         reason = "the schedule keeps this step or layer dense"
     return sparsity, reason
@@ -136,10 +139,19 @@ class AttentionHook:
         self._own_attention = (None, None, None)
         self._fronted = (None, None)
         self._progress = None
+        self._numbers = StepNumbers()
 
-    def begin_run(self, patcher=None):
-        """Starts a run; ``patcher`` is the sampler's model, whose sigmas a later node may have shifted."""
+    def begin_run(self, patcher=None, inputs=None):
+        """Starts a run; ``patcher`` is the sampler's model, whose sigmas a later node may have shifted.
+
+        inputs: function that returns what the sampler was given by name: "noise" and "sigmas".
+        """
         self.runs.begin(self._window(patcher))
+        if inputs is not None and needs_numbers(self.settings.schedule):
+            given, sampling = inputs(), self._sampling(patcher)
+            self._numbers = StepNumbers(goes_on(given["noise"], given["sigmas"], float(sampling.sigma_max)))
+            if self._numbers.goes_on:
+                self.run_for_call().note(GOES_ON)
 
     def end_run(self, failure=None, output=None):
         """Ends the run and lets go of what it left on the device; the record stays for the report."""
@@ -148,12 +160,15 @@ class AttentionHook:
             if self.weights is not None:
                 self.weights.clear()
             self._fronted = (None, None)
-            _log_outcome(run, self.settings)
+            _log_outcome(run)
             if self.on_run_end is not None:
                 self.on_run_end(self, run)
 
+    def _sampling(self, patcher):
+        return self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")
+
     def _window(self, patcher=None):
-        sampling = self.model_sampling if patcher is None else patcher.get_model_object("model_sampling")
+        sampling, self._numbers = self._sampling(patcher), StepNumbers()
         self._progress = RunProgress(sampling.percent_to_sigma) if needs_progress(self.settings.schedule) else None
         if self.settings.whole_run:
             return None
@@ -172,10 +187,10 @@ class AttentionHook:
         if self.facts is None or self.family_reason:
             return
         run, sigmas = self.run_for_call(), options.get("sigmas")
-        in_window, progress = self._step_of(run, sigmas)
+        step = self._step_of(run, options)
         sparsities = {}
         for layer in range(self.facts.num_layers):
-            sparsity, reason = planned_sparsity(self.settings, layer, in_window, progress)
+            sparsity, reason = planned_sparsity(self.settings, layer, *step)
             if reason is None:
                 sparsities[layer] = sparsity
         run.prepare(device)
@@ -184,10 +199,11 @@ class AttentionHook:
             run.maps.begin_step(sigmas, options.get("sample_sigmas"))
             run.maps.prepare(sparsities, device)
 
-    def _step_of(self, run, sigmas):
-        """(in_window, progress) of a step, None each where the sampler does not say."""
+    def _step_of(self, run, options):
+        """(in_window, progress, number) of a step, None each where the sampler does not say."""
+        sigmas = options.get("sigmas")
         progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
-        return run.in_window(sigmas), progress
+        return run.in_window(sigmas), progress, self._step(run, sigmas, options.get("sample_sigmas"))
 
     def see_rival(self, callbacks):
         """Steps aside for the whole run where ComfyUI's own sparse attention was placed after us; stops where that is asked.
@@ -227,7 +243,8 @@ class AttentionHook:
             current = earlier.override  # a guider of another pack calls with these options again
         override = current if run.aside else self._override(run, current)
         own = self._brings_attention(run, diffusion_model)
-        call = ModelCall(self, run, diffusion_model, span, *self._step_of(run, sigmas), override, own)
+        in_window, progress, step = self._step_of(run, options)
+        call = ModelCall(self, run, diffusion_model, span, in_window, progress, override, own, step=step)
         options[CALL], options[OVERRIDE] = call, override
         # any override in the options drops the checkpoint's own attention, ours too: then the marked calls alone get it
         ours_alone = getattr(override, MARK, None) is self and override.sla2_base is None
@@ -263,6 +280,14 @@ class AttentionHook:
         run.note(f"every attention call runs dense: {self.family_reason}")
         if run.first_time(self.family_reason):
             logger.warning("SLA2: every attention call runs dense: %s", self.family_reason)
+
+    def _step(self, run, sigmas, sample_sigmas):
+        if not needs_numbers(self.settings.schedule) or self._numbers.goes_on:
+            return None
+        if sigmas is None or sample_sigmas is None:
+            run.note(NO_NUMBER)
+            return None
+        return self._numbers.at(run.sigma(sigmas), sample_sigmas)
 
     def _span(self, run, diffusion_model, inputs):
         """VideoSpan, or None where nobody knows it: another family, or a call that another pack shaped in its own way."""
@@ -374,7 +399,7 @@ class AttentionHook:
             return self._repeat(call, layer, below, args, kwargs)
         call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
-        sparsity, reason = planned_sparsity(self.settings, layer, call.in_window, call.progress)
+        sparsity, reason = planned_sparsity(self.settings, layer, call.in_window, call.progress, call.step)
         if reason is None and request is not None:
             reason = short_reason(self.settings, max(request.tokens, request.key_tokens), request.q.device)
         if reason is None:
@@ -461,8 +486,8 @@ class AttentionHook:
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
-        out, ratio, kept, blocks, loops = result
-        run.count_sparse(layer, ratio.shape, kept, blocks, self._precision(device), ratio)
+        out, ratio, kept, keys, loops = result
+        run.count_sparse(layer, ratio.shape, kept, keys, self._precision(device), ratio, request.tokens)
         run.count_loops(loops)
         return self._whole(out, request, exact, below, args, kwargs), None
 
@@ -511,7 +536,7 @@ def _returned_note(current):
     )
 
 
-def _log_outcome(run, settings):
+def _log_outcome(run):
     if run.aside:
         return  # said as the run began
     sparse = sum(record.sparse for record in run.layers.values())
@@ -519,7 +544,7 @@ def _log_outcome(run, settings):
     how = f" ({run.failure})" if run.failure else ""
     logger.info(
         "SLA2: %d of %d self-attention calls ran sparse (%s)%s",
-        sparse, sparse + dense, skips_keeps(settings.sparsity), how,
+        sparse, sparse + dense, skips_keeps(run.sparsity), how,
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ class SLA2Compare(io.ComfyNode):
             show_on_node(node, "looking for the break-even length")
             found = search_break_even(model, hook)
         name = comfy.model_management.get_torch_device_name(model.load_device)
-        data = comparison_data(dense, sla2, plain(name), skips_keeps(hook.settings.sparsity), found)
+        data = comparison_data(dense, sla2, plain(name), skips_keeps(sla2.skipped), found)
         frames = decoded(vae, measured, node, data, cls) if vae is not None else {}
         text = comparison_text(data)
         show_on_node(node, "done")
@@ -140,6 +140,7 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
         sparse_calls=sum(record.sparse for record in run.layers.values()),
         dense_calls=sum(record.dense.total() + record.unreached for record in run.layers.values()),
         peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        skipped=run.sparsity,
     )
 
 

@@ -1,5 +1,6 @@
 """Dense against SLA2: what was measured, what follows from it, and how it is said."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 MOST_CEILING = 100  # above it only measuring errors speak
+NOT_MEASURED = "not measured"
 
 
 class StepClock:
@@ -30,7 +32,10 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Measured:
-    """One sampling. latent: on the CPU. attention_s: seconds per step in self-attention. peak: bytes, None off CUDA."""
+    """One sampling. latent: on the CPU. attention_s: seconds per step in self-attention. peak: bytes, None off CUDA.
+
+    skipped: share of the token pairs that the sparse calls skipped, None where there were none.
+    """
 
     latent: torch.Tensor
     step_s: float
@@ -38,6 +43,11 @@ class Measured:
     sparse_calls: int
     dense_calls: int
     peak: int | None
+    skipped: float | None = None
+
+    @property
+    def calls(self):
+        return self.sparse_calls + self.dense_calls
 
 
 def attention_seconds(run, steps):
@@ -50,10 +60,13 @@ def attention_seconds(run, steps):
 
 
 def relative_error(latent, reference):
-    """|latent - reference| / |reference|, in float64."""
+    """|latent - reference| / |reference| in float64, as text."""
     reference = reference.double()
     norm = reference.norm()
-    return ((latent.double() - reference).norm() / norm).item() if norm else float("nan")
+    if not norm:
+        return f"{NOT_MEASURED}: the dense latent is zero"
+    error = ((latent.double() - reference).norm() / norm).item()
+    return f"{error:.4f}" if math.isfinite(error) else f"{NOT_MEASURED}: a latent holds NaN or infinity"
 
 
 def amdahl_ceiling(share):
@@ -67,27 +80,48 @@ def comparison_data(dense, sla2, device_name, setting, found):
     dense, sla2: Measured. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
     tried), or None where it was not looked for.
     """
-    faster = dense.step_s / sla2.step_s
-    share = min(1.0, dense.attention_s / dense.step_s)
-    ceiling = amdahl_ceiling(share)
-    attention = dense.attention_s / sla2.attention_s if sla2.attention_s else float("nan")
-    calls = sla2.sparse_calls + sla2.dense_calls
-    rows = [
-        ["seconds per step, dense", f"{dense.step_s:.3f}"],
-        ["seconds per step, SLA2", f"{sla2.step_s:.3f} ({sla2.sparse_calls} of {calls} calls accelerated)"],
-        ["self-attention alone", f"{attention:.2f}x as fast"],
-        ["attention's share of a dense step", f"{100 * share:.0f}%"],
-        ["ceiling (Amdahl's law)", f"{ceiling:.2f}x" if ceiling else f"above {MOST_CEILING}x"],
-        ["latent error, relative to dense", f"{relative_error(sla2.latent, dense.latent):.4f}"],
-        ["peak memory, dense and SLA2", _memory(dense.peak, sla2.peak)],
-    ]
+    if sla2.sparse_calls:
+        headline, rows = _speed(dense, sla2, setting), _speed_rows(dense, sla2)
+    else:
+        headline, rows = _nothing_ran(sla2.calls), []
     tokens = None
     if found is not None:
         tokens, longest = found
         said = f"{tokens} tokens" if tokens else f"none up to {longest} tokens: SLA2 was slower"
         rows.append([f"break-even on {device_name}", said])
+    return {"headline": headline, "rows": rows, "break_even": tokens}
+
+
+def _nothing_ran(calls):
+    if calls:
+        return f"Nothing to compare: none of {calls} self-attention calls ran sparse; SLA2 Apply Attention says why"
+    return "Nothing to compare: no self-attention call reached SLA2; SLA2 Report names what else is on this MODEL"
+
+
+def _speed(dense, sla2, setting):
+    faster = dense.step_s / sla2.step_s
     word = f"{faster:.2f}x faster" if faster >= 1 else f"{1 / faster:.2f}x slower"
-    return {"headline": f"SLA2 ({setting}) is {word} per step than dense", "rows": rows, "break_even": tokens}
+    return f"SLA2 ({setting}) is {word} per step than dense"
+
+
+def _speed_rows(dense, sla2):
+    alone = share = ceiling = NOT_MEASURED
+    if dense.attention_s:
+        spent = min(1.0, dense.attention_s / dense.step_s)
+        highest = amdahl_ceiling(spent)
+        share = f"{100 * spent:.0f}%"
+        ceiling = f"{highest:.2f}x" if highest else f"above {MOST_CEILING}x"
+        if sla2.attention_s:
+            alone = f"{dense.attention_s / sla2.attention_s:.2f}x as fast"
+    return [
+        ["seconds per step, dense", f"{dense.step_s:.3f}"],
+        ["seconds per step, SLA2", f"{sla2.step_s:.3f} ({sla2.sparse_calls} of {sla2.calls} calls accelerated)"],
+        ["self-attention alone", alone],
+        ["attention's share of a dense step", share],
+        ["ceiling (Amdahl's law)", ceiling],
+        ["latent error, relative to dense", relative_error(sla2.latent, dense.latent)],
+        ["peak memory, dense and SLA2", _memory(dense.peak, sla2.peak)],
+    ]
 
 
 def _memory(dense, sla2):

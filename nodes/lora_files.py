@@ -7,8 +7,9 @@ import folder_paths
 import safetensors.torch
 from safetensors import SafetensorError
 
+from ..sla2_kernels.whole_file import write_whole
 from .load_router import FOLDER
-from .save_router import reserved_path, save_router
+from .save_router import save_numbered, save_router
 
 logger = logging.getLogger("sla2")
 
@@ -16,17 +17,13 @@ logger = logging.getLogger("sla2")
 def save_lora(state, stem):
     """Saves a LORA_MODEL under ``stem`` and the next free number in models/loras; the file's name. Raises ValueError."""
     folder = folder_paths.get_folder_paths("loras")[0]
+
+    def write(draft):
+        safetensors.torch.save_file(state, draft)
+
     try:
         os.makedirs(folder, exist_ok=True)
-        path = reserved_path(folder, stem)
-        draft = f"{path}.part"
-        try:
-            safetensors.torch.save_file(state, draft)
-            os.replace(draft, path)
-        except BaseException:
-            for left in filter(os.path.exists, (draft, path)):
-                os.remove(left)
-            raise
+        path = save_numbered(folder, stem, lambda path: write_whole(path, write, overwrite=False))
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"a LoRA file in {folder} cannot be written: {getattr(error, 'strerror', None) or error}."

@@ -39,7 +39,7 @@ def install(model, settings, router, sla_weights=None):
 
     def around_sampling(executor, *args, **kwargs):
         patcher = getattr(executor.class_obj, "model_patcher", None)
-        hook.begin_run(patcher)
+        hook.begin_run(patcher, lambda: call_inputs(executor.original, args, kwargs))
         failure, output = "stopped before its end", None
         try:
             hook.see_rival({} if patcher is None else patcher.callbacks)

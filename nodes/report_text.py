@@ -35,6 +35,7 @@ def report_data(hook, run, caveat=None):
         "failure": run.failure,
         "model_calls": run.model_calls,
         "answered_calls": run.answered_calls,
+        "sparsity": run.sparsity,
         "bit_widths": sorted(run.precisions),
         "sparse_calls": sum(row["sparse"] for row in layers),
         "loops": [
@@ -98,7 +99,7 @@ def report_text(hook, run, caveat=None):
     if run is None:
         return "This MODEL has not been sampled yet: connect the sampler's LATENT, so that the report runs after it."
     data = report_data(hook, run, caveat)
-    setting = skips_keeps(hook.settings.sparsity)
+    setting = skips_keeps(run.sparsity)
     lines = [
         _headline(data, run, setting),
         f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"

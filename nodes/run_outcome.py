@@ -22,7 +22,7 @@ def outcome(hook, run):
     sparse = data["sparse_calls"]
     dense = _dense_reasons(data)
     calls = sparse + dense.total()
-    parts = [skips_keeps(hook.settings.sparsity), f"{sparse} of {calls} attention calls accelerated"]
+    parts = [skips_keeps(run.sparsity), f"{sparse} of {calls} attention calls accelerated"]
     parts += _faster(data)
     parts += [data["failure"]] if data["failure"] else []
     sentences = [

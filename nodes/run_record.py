@@ -7,8 +7,6 @@ from collections import Counter, defaultdict
 
 import torch
 
-from ..sla2_kernels import Q_BLOCK
-from ..sla2_kernels.router import block_count
 from ..sla2_kernels.support import on_device
 from .call_times import CallTimes
 from .device_counts import DeviceCounts
@@ -25,8 +23,8 @@ class LayerRecord:
         self.entered = 0
         self.sparse = 0
         self.dense = Counter()
-        self.kept_blocks = 0
-        self.all_blocks = 0
+        self.kept_pairs = 0
+        self.all_pairs = 0
         self.ratio_range = None
         self.not_finite = 0
         self.milliseconds = {}
@@ -39,8 +37,8 @@ class LayerRecord:
 
     @property
     def sparsity(self):
-        """Share of block pairs that the softmax branch skipped in the sparse calls, or None."""
-        return 1 - self.kept_blocks / self.all_blocks if self.all_blocks else None
+        """Share of (query, key) token pairs that the softmax branch skipped in the sparse calls, or None."""
+        return 1 - self.kept_pairs / self.all_pairs if self.all_pairs else None
 
 
 class RunRecord:
@@ -61,6 +59,7 @@ class RunRecord:
         self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
         self.precisions = set()
         self.loops = Counter()  # Loop -> sparse calls that took it
+        self.devices = set()  # that sparse calls ran on
         self.backends = set()  # attention functions of ComfyUI that our calls came from
         self.ragged_sage_calls = Counter()  # number of keys -> calls handed to SageAttention, see inexact_dense.py
         self.notes = {}
@@ -74,6 +73,12 @@ class RunRecord:
         self._checked_layers = set()  # whose first output was looked at
         self._said = set()
         self._sigma_memo = (None, None)
+
+    @property
+    def sparsity(self):
+        """As of a LayerRecord, over all layers."""
+        kept, pairs = (sum(getattr(record, n) for record in self.layers.values()) for n in ("kept_pairs", "all_pairs"))
+        return 1 - kept / pairs if pairs else None
 
     def first_time(self, reason):
         """True once per run and reason: what is logged once."""
@@ -132,19 +137,19 @@ class RunRecord:
             self._on_devices.prepare(device)
 
     @torch.no_grad()
-    def count_sparse(self, layer, shape, kept, key_blocks, precision, ratio):
+    def count_sparse(self, layer, shape, kept, keys, precision, ratio, queries):
         """shape: (batch, heads, query tokens); ratio: the row ratios used, float32 of that shape, left on its device.
 
-        kept of key_blocks key blocks were attended by each query block.
+        kept of keys keys were attended by each of these tokens, all of them by the rest of the call's ``queries`` tokens.
         """
         batch, heads, tokens = shape
-        rows = batch * heads * block_count(tokens, Q_BLOCK)
         with self.lock:
             record = self.layers[layer]
             record.sparse += 1
-            record.kept_blocks += rows * kept
-            record.all_blocks += rows * key_blocks
+            record.kept_pairs += batch * heads * (tokens * kept + (queries - tokens) * keys)
+            record.all_pairs += batch * heads * queries * keys
             self.precisions.add(precision)
+            self.devices.add(ratio.device)
             self._on_devices.add_ratio(layer, ratio)
 
     def count_loops(self, loops):

@@ -9,7 +9,10 @@ from comfy_api.latest import io
 from ..sla2_kernels.weights import RouterFileError
 from .load_router import FOLDER, Router
 from .progress_text import plain, show_on_node
+from .saved_files import SavedFiles
 from .schema_support import search_aliases
+
+saved_files = SavedFiles()
 
 
 class SLA2SaveRouter(io.ComfyNode):
@@ -35,6 +38,11 @@ class SLA2SaveRouter(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, filename_prefix, router=None):
+        """New where a file is gone: "saved as ..." must not come from the cache then."""
+        return saved_files.losses(filename_prefix)
+
+    @classmethod
     def execute(cls, router, filename_prefix) -> io.NodeOutput:
         if router is None:
             raise ValueError("SLA2 Save Router: this is the untrained router, so there is nothing to save.")
@@ -50,24 +58,22 @@ def save_router(router, prefix):
     directory, stem = os.path.split(target)
     try:
         os.makedirs(directory, exist_ok=True)
-        path = reserved_path(directory, stem)
+        path = save_numbered(directory, stem, lambda path: router.save(path, overwrite=False))
     except OSError as error:
         raise RouterFileError(f"Router file {target} cannot be written: {error.strerror or error}.") from error
-    try:
-        router.save(path)
-    except BaseException:
-        os.remove(path)  # what was reserved is empty
-        raise
+    saved_files.add(prefix, path)
     return os.path.relpath(path, folder)
 
 
-def reserved_path(directory, stem):
-    """An empty file under the next free number: of two that save at one moment, as two servers may, neither gets the other's."""
+def save_numbered(directory, stem, save):
+    """save(path) with the next free number; the path. ``save`` raises FileExistsError where somebody else has taken it."""
+    number = next_number(directory, stem)
     while True:
-        path = os.path.join(directory, f"{stem}_{next_number(directory, stem):05}_.safetensors")
+        path = os.path.join(directory, f"{stem}_{number:05}_.safetensors")
         try:
-            open(path, "xb").close()
+            save(path)
         except FileExistsError:
+            number += 1
             continue
         return path
 

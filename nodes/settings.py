@@ -55,7 +55,9 @@ class AttentionSettings:
 
 
 def skips_keeps(sparsity):
-    """0.97 -> "skips 97%, keeps 3%"."""
+    """0.97 -> "skips 97%, keeps 3%"; None, where nothing ran sparse -> "nothing skipped"."""
+    if sparsity is None:
+        return "nothing skipped"
     skipped = round(100 * sparsity, 1)
     return f"skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%"
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sla2_kernels import K_BLOCK, sla2_attention
+from ..sla2_kernels import sla2_attention
 from ..sla2_kernels.attention import RoutedBlocks
-from ..sla2_kernels.forced_blocks import select_with_forced_blocks, selected_with_forced
-from ..sla2_kernels.router import block_count
+from ..sla2_kernels.forced_blocks import attended_keys, select_with_forced_blocks
 from ..sla2_kernels.sla_v1 import sla_attention
 from ..sla2_kernels.support import without_autocast
 
@@ -46,7 +45,7 @@ def video_part(request, exact):
 
 
 def sparse_video(part, exact, weights, *, sparsity, precision, scale):
-    """(out, ratio, kept, blocks) for the video's queries. weights: CallWeights."""
+    """(out, ratio, kept, keys): the video's queries attend ``kept`` of ``keys`` keys exactly. weights: CallWeights."""
     proj_q, proj_k = weights.proj_q, weights.proj_k
     keys = part.k.shape[part.token_axis]
     keep_diagonal = weights.keep_diagonal and part.queries_are_keys
@@ -67,8 +66,7 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale):
         out, ratio = sla2_attention(part.q, part.k, part.v, alpha=weights.alpha, **options)
     else:
         out, ratio = sla_attention(part.q, part.k, part.v, weights.proj_l, **options)
-    kept = selected_with_forced(keys, sparsity, exact.key_front, exact.key_back)
-    return out, ratio, kept, block_count(keys, K_BLOCK)
+    return out, ratio, attended_keys(keys, sparsity, exact.key_front, exact.key_back), keys
 
 
 def with_dense_rows(out, request, exact, dense):

@@ -65,6 +65,19 @@ def selected_with_forced(tokens, sparsity, front, back):
     return before + (selected_block_count(sparsity, free) if free else 0) + after
 
 
+def attended_keys(tokens, sparsity, front=0, back=0):
+    """Number of keys that each query attends exactly, at most: of ``tokens`` keys, in the blocks of selected_with_forced.
+
+    The last block may be short. Where it is free, only the selection says which queries picked it, and it counts as whole:
+    what follows from this number never overstates the share that is skipped.
+    """
+    before, free, after = forced_block_counts(tokens, front, back)
+    if not free:
+        return tokens
+    free_keys = ((before + free) * K_BLOCK if after else tokens) - before * K_BLOCK
+    return tokens - free_keys + min(selected_block_count(sparsity, free) * K_BLOCK, free_keys)
+
+
 @torch.library.custom_op("sla2::select_with_forced_blocks", mutates_args=())
 def _select(
     q: Tensor,

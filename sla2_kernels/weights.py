@@ -6,7 +6,6 @@ whatever is wrong with it becomes a RouterFileError: one sentence with the file,
 
 import json
 import os
-import secrets
 import stat
 from dataclasses import dataclass, field, fields
 
@@ -28,6 +27,7 @@ from .router_format import (
     read_header,
     tensor_name,
 )
+from .whole_file import write_whole
 
 MAX_LOGIT = 16.0  # the sigmoid of anything larger is 1 in float32
 
@@ -131,23 +131,24 @@ class RouterWeights:
     def _name(self):
         return f"Router file {self.source}" if self.source else "This router"
 
-    def save(self, path):
-        """Writes the router to ``path`` whole or not at all: temporary file beside it, fsync, rename. Raises RouterFileError."""
+    def save(self, path, *, overwrite=True):
+        """Writes the router to ``path`` whole or not at all.
+
+        Raises RouterFileError; FileExistsError where ``overwrite`` is False and there is such a file, which stays.
+        """
         data = safetensors.torch.save(self._tensors(), metadata=self._metadata())
-        # the file behind a link is replaced, not the link
-        path = os.path.realpath(path)
-        temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "xb") as file:
+
+        def write(draft):
+            with open(draft, "xb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+
+        try:
+            write_whole(path, write, overwrite=overwrite)
+        except FileExistsError:
+            raise
         except OSError as error:
             raise RouterFileError(f"Router file {path} cannot be written: {error.strerror or error}.") from error
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
 
     def _tensors(self):
         named = {tensor_name(i, kind): getattr(layer, kind) for i, layer in enumerate(self.layers) for kind in KINDS}

@@ -74,3 +74,18 @@ def test_a_file_saved_over_the_one_in_use_is_read_again(comfy, prompt):
     save_router(path, layers=5)
     _, message = comfy.error(prompt)
     assert "number of layers" in message
+
+
+def test_a_saved_file_that_is_gone_is_saved_again_and_one_that_is_there_is_not(comfy, prompt):
+    """ComfyUI would say "saved as ..." from its cache."""
+    folder = comfy.base / "models/sla2/said"
+    loaded = prompt.add("SLA2LoadRouter", router_name="good.safetensors")
+    prompt.add("SLA2SaveRouter", router=loaded, filename_prefix="said/saved")
+    for _ in range(2):
+        comfy.run(prompt)
+        (path,) = folder.iterdir()
+    size = path.stat().st_size
+    path.unlink()
+    for _ in range(2):
+        comfy.run(prompt)
+        assert [found.stat().st_size for found in folder.iterdir()] == [size]

@@ -97,11 +97,20 @@ def test_short_sequences_run_dense_and_equal_the_plain_model(comfy, prompt):
 def test_two_samplers_on_one_patched_model_have_a_report_each(comfy, prompt):
     patched = prompt.apply(prompt.model())
     first, second = prompt.sample(patched, steps=2, seed=21), prompt.sample(patched, steps=4, seed=22)
-    reports = [prompt.report(patched, samples) for samples in (first, second)]
+    # what was made of a latent is known by the nodes that it came through, as an IMAGE is
+    made = [prompt.add("LatentMultiply", samples=samples, multiplier=1.5) for samples in (first, second)]
+    blended = prompt.add("LatentAdd", samples1=made[0], samples2=made[1])
+    reports = [prompt.report(patched, samples) for samples in (first, second, *made, blended)]
     outputs = comfy.run(prompt)
     found = [comfy.report(outputs, report) for report in reports]
-    assert [report["model_calls"] for report in found] == [2, 4]
-    assert [report["sparse_calls"] for report in found] == [2 * LAYERS, 4 * LAYERS]
+    assert [report["model_calls"] for report in found] == [2, 4, 2, 4, 4]
+    assert [report["sparse_calls"] for report in found[:2]] == [2 * LAYERS, 4 * LAYERS]
+    assert [report["caveat"] for report in found[:2]] == [None, None]
+    again = comfy.run(prompt)
+    found = [comfy.report(again, report) for report in reports]
+    assert [report["model_calls"] for report in found] == [2, 4, 2, 4, 4]
+    for report, words in zip(found[2:], ("from the cache", "from the cache", "2 runs of this model"), strict=True):
+        assert "not the direct result" in report["caveat"] and words in report["caveat"]
 
 
 def test_a_cached_sampler_is_reported_with_its_own_run(comfy, prompt):

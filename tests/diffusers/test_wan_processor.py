@@ -130,8 +130,8 @@ def test_the_operator_gets_views_and_the_routers_weights(transformer, inputs, mo
     assert v._is_view() and options["layout"] == "BNHD"
     assert torch.equal(proj_q, weights.layers[1].proj_q) and torch.equal(proj_k, weights.layers[1].proj_k)
     assert torch.equal(alpha, weights.ratio(1, 0.75))
-    # 7 key blocks of 396 tokens, one of them kept
-    assert handle.sparsity == pytest.approx(6 / 7)
+    # one key block of 64 kept of 396 tokens
+    assert handle.sparsity == pytest.approx(1 - 64 / 396)
 
 
 def test_output_is_that_of_the_reference_in_every_layer(transformer, inputs, monkeypatch):

@@ -43,6 +43,8 @@ def wrapped(func):
 class Sampling:
     """Flow sigmas: percent 0 is sigma 1."""
 
+    sigma_max = 1.0
+
     @staticmethod
     def percent_to_sigma(percent):
         return 1.0 - percent
@@ -62,6 +64,7 @@ class Bench:
         sla_weights=None,
         **settings,
     ):
+        self._pack_module = pack_module
         self.hook_module = pack_module("nodes.attention_hook")
         layouts, make = pack_module("nodes.model_layouts"), pack_module("nodes.settings").AttentionSettings
         layout = SimpleNamespace(
@@ -79,8 +82,10 @@ class Bench:
         self.attention = wrapped(dense_attention)
         self.options = {}
 
-    def model_call(self, sigma=0.5, override=None):
+    def model_call(self, sigma=0.5, override=None, sample_sigmas=None):
         self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
+        if sample_sigmas is not None:
+            self.options["sample_sigmas"] = sample_sigmas
         return self.hook.model_call(SimpleNamespace(), dict, self.options)
 
     def attend(self, *args, layer=0, **kwargs):
@@ -90,6 +95,9 @@ class Bench:
     @property
     def run(self):
         return self.hook.run_for_call()
+
+    def report_text(self, run):
+        return self._pack_module("nodes.report_text").report_text(self.hook, run)
 
 
 @pytest.fixture

@@ -23,8 +23,21 @@ def test_a_marked_call_runs_sparse_in_both_of_comfyuis_layouts(bench, qkv):
     torch.testing.assert_close(flat, other)
     torch.testing.assert_close(flat, unflattened.transpose(1, 2).flatten(2))
     assert b.run.layers[0].sparse == 3 and not b.run.layers[0].dense
-    # 5 key blocks, floor(0.5 * 5) = 2 of them kept
-    assert b.run.layers[0].sparsity == pytest.approx(0.6)
+    # floor(0.5 * 5) = 2 of 5 key blocks kept, 64 tokens each
+    assert b.run.layers[0].sparsity == pytest.approx(1 - 128 / 300)
+
+
+def test_the_skipped_share_is_of_tokens_and_not_of_blocks(bench):
+    b = bench(grid=(1, 27, 19), sparsity=0.97)
+    b.hook.begin_run()
+    b.model_call()
+    b.attend(*[torch.randn(1, 513, HEADS * DIM) for _ in range(3)], heads=HEADS)
+    b.hook.end_run()
+    (run,) = b.hook.runs.finished()
+    # one of 9 key blocks is kept, and the ninth holds a single token
+    assert run.layers[0].sparsity == pytest.approx(1 - 64 / 513)
+    text = b.report_text(run)
+    assert "skipped 87.5%" in text and "1 of 1 self-attention calls ran sparse (skips 87.5%, keeps 12.5%)" in text
 
 
 def test_sparsity_0_equals_dense(bench, qkv):

@@ -43,11 +43,39 @@ def test_data_says_speed_up_share_ceiling_and_error(comparison):
 
 
 def test_slower_is_said_and_peaks_are_in_gib(comparison):
-    sla2 = measured(comparison, step_s=4.0, peak=3 * 2**30)
+    sla2 = measured(comparison, step_s=4.0, peak=3 * 2**30, sparse_calls=90, dense_calls=0)
     data = comparison.comparison_data(measured(comparison, peak=2**30), sla2, "card", "skips 90%", (None, 4096))
     rows = dict(data["rows"])
     assert "2.00x slower" in data["headline"] and rows["peak memory, dense and SLA2"] == "1.00 and 3.00 GiB"
     assert rows["break-even on card"] == "none up to 4096 tokens: SLA2 was slower" and data["break_even"] is None
+
+
+def test_where_nothing_ran_sparse_no_speed_is_claimed(comparison):
+    """As beside a node that takes the attention away: what the clocks say is noise, or another node's doing."""
+    none = measured(comparison, step_s=1.96, attention_s=0.0, dense_calls=0)
+    data = comparison.comparison_data(measured(comparison, attention_s=0.0, dense_calls=0), none, "card", "", None)
+    assert "no self-attention call reached SLA2" in data["headline"]
+    found = comparison.comparison_data(measured(comparison), measured(comparison), "card", "", (None, 2))
+    assert "none of 90 self-attention calls ran sparse" in found["headline"]
+    assert found["rows"].pop() == ["break-even on card", "none up to 2 tokens: SLA2 was slower"], "timed apart"
+    for said in (data, found):
+        text = comparison.comparison_text(said).lower()
+        assert not any(word in text for word in ("faster", "slower", "as fast", "ceiling", "share", "error", "nan"))
+
+
+def test_what_was_not_measured_is_said_in_words(comparison):
+    sparse = {"sparse_calls": 90, "dense_calls": 0}
+    unclocked = measured(comparison, attention_s=0.0, **sparse)
+    for latent, words in (
+        (torch.zeros(4), "the dense latent is zero"),
+        (torch.full((4,), float("nan")), "NaN or infinity"),
+    ):
+        dense = measured(comparison, latent=latent, attention_s=0.0, dense_calls=0)
+        rows = dict(comparison.comparison_data(dense, unclocked, "card", "skips 90%", None)["rows"])
+        assert rows["latent error, relative to dense"].startswith("not measured: ")
+        assert words in rows["latent error, relative to dense"]
+        assert rows["self-attention alone"] == rows["attention's share of a dense step"] == "not measured"
+        assert rows["ceiling (Amdahl's law)"] == "not measured"
 
 
 def test_attention_seconds_adds_up_calls_of_both_kinds(comparison):

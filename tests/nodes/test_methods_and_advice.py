@@ -116,6 +116,34 @@ ADVICE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("bit_width", "fastest", "advised"),
+    [("16bit", "int8", True), ("16bit", "16bit", False), ("auto", "16bit", False), ("auto", "int8", False)],
+)
+def test_a_faster_bit_width_is_advised_only_where_there_is_one(pack_module, monkeypatch, bit_width, fastest, advised):
+    """On a CPU, and on a card that no low-bit kernel fits, auto itself is 16bit."""
+    module = pack_module("nodes.advice")
+    monkeypatch.setattr(module, "default_precision", lambda device: fastest)
+    settings = SimpleNamespace(sparsities=(0.9,), method="automatic", bit_width=bit_width)
+    hook = SimpleNamespace(router=object(), sla_weights=None, settings=settings)
+    run = finished(a={"sparse": 1000, "ms": {"sparse": 5.0}})
+    run.precisions, run.devices = {"16bit"}, {torch.device("cpu")}
+    found = module.advice(hook, run)
+    assert found == (["bit_width is set to 16bit: auto would take int8 on this device"] if advised else [])
+
+
+def test_a_run_on_a_cpu_is_not_told_to_use_what_it_used(bench, qkv, pack_module):
+    for bit_width in ("auto", "16bit"):
+        b = bench(bit_width=bit_width)
+        b.hook.begin_run()
+        b.model_call()
+        b.attend(*qkv, heads=HEADS)
+        b.hook.end_run()
+        (run,) = b.hook.runs.finished()
+        assert run.precisions == {"16bit"}
+        assert "16bit" not in " ".join(pack_module("nodes.advice").advice(b.hook, run))
+
+
 @pytest.mark.parametrize(("hook", "run", "expected"), ADVICE.values(), ids=ADVICE)
 def test_advice(pack_module, hook, run, expected):
     found = pack_module("nodes.advice").advice(hook, run)

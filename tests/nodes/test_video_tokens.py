@@ -110,12 +110,12 @@ def test_a_call_without_the_whole_video_stays_dense(bench, grid):
     assert "the call has 600 key tokens, fewer than" in reason
 
 
-def test_the_report_counts_forced_blocks_as_kept(bench):
+def test_the_report_counts_forced_keys_and_dense_rows_as_kept(bench):
     b = bench(grid=(5, 10, 10), front=100, sparsity=0.5)
     b.model_call()
     b.attend(*call(), heads=HEADS)
-    # 10 key blocks: 2 forced, 8 free of which 4 are kept
-    assert b.run.layers[0].sparsity == pytest.approx(0.4)
+    # the 500 queries of the video keep 2 forced key blocks and 4 of 8 free ones; the 100 in front keep all 600 keys
+    assert b.run.layers[0].sparsity == pytest.approx(500 / 600 * (1 - 6 * 64 / 600))
 
 
 LATENT = torch.zeros(1, 16, 5, 16, 20)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_bytes import WAYS, good_router, joined, parts
 
-from sla2_kernels import weights
+from sla2_kernels import weights, whole_file
 from sla2_kernels.router_format import MAX_FILE_BYTES, RouterFileError
 from sla2_kernels.weights import load_router
 from tooling.server import clean_environment
@@ -187,7 +187,7 @@ FAULTS = {
     "quota": (122, "flush", "Disk quota exceeded"),
     "input/output error": (5, "fsync", "Input/output error"),
     "read-only file system": (30, "open", "Read-only file system"),
-    "no permission": (13, "replace", "Permission denied"),
+    "no permission": (13, "name", "Permission denied"),
 }
 
 
@@ -232,8 +232,11 @@ def disk_fault(request, monkeypatch):
             raise error
         return FailingFile(open(path, mode), error, where)
 
-    if where in ("fsync", "replace"):
-        monkeypatch.setattr(weights.os, where, fail)
+    if where == "name":  # of a new file, of one that is replaced
+        for function in ("replace", "link", "rename"):
+            monkeypatch.setattr(os, function, fail)
+    elif where == "fsync":
+        monkeypatch.setattr(os, where, fail)
     else:
         monkeypatch.setattr(weights, "open", failing_open, raising=False)
     return words
@@ -297,15 +300,46 @@ def test_a_disk_that_is_really_full(tmp_path, in_a_small_disk):
     assert done.stdout.endswith("True ['r.safetensors']\n")
 
 
+def test_a_new_file_has_no_name_before_it_is_whole(file_nodes, monkeypatch):
+    seen, sync = [], os.fsync
+
+    def look(number):
+        seen.append({path.name: path.stat().st_size for path in file_nodes.folder.rglob("*.safetensors")})
+        sync(number)
+
+    first = file_nodes.module.save_router(good_router(), "wan/router")
+    size = (file_nodes.folder / first).stat().st_size
+    monkeypatch.setattr(os, "fsync", look)
+    file_nodes.module.save_router(good_router(), "wan/router")
+    assert seen == [{"router_00001_.safetensors": size}]
+    assert sorted(os.listdir(file_nodes.folder / "wan")) == ["router_00001_.safetensors", "router_00002_.safetensors"]
+
+
+def test_a_new_lora_has_no_name_before_it_is_whole(file_nodes, pack_module, monkeypatch):
+    lora_files, seen = pack_module("nodes.lora_files"), []
+    write = lora_files.safetensors.torch.save_file
+
+    def look(state, path):
+        write(state, path)
+        seen.append(os.listdir(file_nodes.folder))
+
+    monkeypatch.setattr(lora_files.safetensors.torch, "save_file", look)
+    name = lora_files.save_lora({"a": torch.ones(2)}, "lora")
+    monkeypatch.delitem(sys.modules, lora_files.__name__)
+    assert name == "lora_00001_.safetensors" and os.listdir(file_nodes.folder) == [name]
+    assert len(seen) == 1 and not any(other.endswith(".safetensors") for other in seen[0])
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_a_process_killed_while_saving_never_leaves_half_a_file(tmp_path):
     path = tmp_path / "r.safetensors"
     code = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "import itertools, sys; sys.path[:0] = sys.argv[2:]\n"
         "from router_bytes import good_router\n"
         "router = good_router()\n"
         "router.save(sys.argv[1]); print('saved', flush=True)\n"
-        "while True: router.save(sys.argv[1])"
+        "for number in itertools.count():\n"
+        "    router.save(sys.argv[1]); router.save(f'{sys.argv[1]}.{number}.safetensors', overwrite=False)"
     )
     command = [sys.executable, "-c", code, str(path), str(ROOT), str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -313,9 +347,9 @@ def test_a_process_killed_while_saving_never_leaves_half_a_file(tmp_path):
         for _ in range(50):
             assert load_router(path).num_layers == router_bytes.LAYERS
         process.kill()
-    assert load_router(path).num_layers == router_bytes.LAYERS
     # what a killed process may leave is no router file to any list of files
-    assert all(name == path.name or name.endswith(".tmp") for name in os.listdir(tmp_path))
+    assert {left.suffix for left in tmp_path.iterdir()} <= {".safetensors", ".tmp"}
+    assert all(load_router(left).num_layers == router_bytes.LAYERS for left in tmp_path.glob("*.safetensors"))
 
 
 def test_a_read_only_folder(file_nodes, monkeypatch):
@@ -374,7 +408,31 @@ def test_fuzzed_prefixes_stay_inside_and_lose_nothing(file_nodes, tmp_path):
     assert all(path.read_bytes() == content for path, content in saved.items())
 
 
-def test_two_that_save_at_one_moment_get_a_file_each(file_nodes):
+def no_hard_links(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def as_on_windows(monkeypatch):
+    """os.rename refuses a name that is taken there; here a link does."""
+
+    def rename(draft, path):
+        os.link(draft, path)
+        os.remove(draft)
+
+    monkeypatch.setattr(whole_file, "RENAMING_KEEPS", True)
+    monkeypatch.setattr(os, "rename", rename)
+
+
+def as_it_is(monkeypatch):
+    pass
+
+
+@pytest.mark.parametrize("system", [as_it_is, no_hard_links, as_on_windows])
+def test_two_that_save_at_one_moment_get_a_file_each(file_nodes, monkeypatch, system):
+    system(monkeypatch)
     names, router = [], good_router()
     threads = [
         threading.Thread(target=lambda: names.extend(file_nodes.module.save_router(router, "both") for _ in range(5)))
@@ -384,8 +442,37 @@ def test_two_that_save_at_one_moment_get_a_file_each(file_nodes):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(names) == len(set(names)) == 20
+    assert len(names) == len(set(names)) == 20 and sorted(names) == sorted(os.listdir(file_nodes.folder))
     assert all(load_router(file_nodes.folder / name).num_layers == router_bytes.LAYERS for name in names)
+
+
+@pytest.mark.parametrize("system", [as_it_is, no_hard_links, as_on_windows])
+def test_a_name_that_somebody_takes_meanwhile_stays_theirs(tmp_path, monkeypatch, system):
+    system(monkeypatch)
+    path = tmp_path / "r.safetensors"
+    path.write_bytes(b"theirs")
+    with pytest.raises(FileExistsError):
+        good_router().save(path, overwrite=False)
+    assert path.read_bytes() == b"theirs" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_claim_that_a_killed_process_left_costs_one_number(file_nodes, monkeypatch):
+    no_hard_links(monkeypatch)
+    (file_nodes.folder / "router_00001_.safetensors.claim").touch()
+    assert file_nodes.module.save_router(good_router(), "router") == "router_00002_.safetensors"
+
+
+def test_a_saved_file_that_is_gone_is_noticed_once(pack_module, tmp_path):
+    saved = pack_module("nodes.saved_files").SavedFiles()
+    first, other = tmp_path / "first", tmp_path / "other"
+    for path in (first, other):
+        path.touch()
+        saved.add(path.name, str(path))
+    assert saved.losses("first") == saved.losses("other") == saved.losses("never saved") == 0
+    first.unlink()
+    assert [saved.losses("first"), saved.losses("first"), saved.losses("other"), saved.losses(None)] == [1, 1, 0, 1]
+    other.unlink()
+    assert saved.losses(None) == 2, "a name that comes over a wire is not known before the node runs"
 
 
 def test_fuzzed_sla_checkpoints(comfyui_path, tmp_path):

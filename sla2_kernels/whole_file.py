@@ -1,0 +1,48 @@
+"""A file that gets its name when it is whole: nobody ever sees a part of it, whenever the process ends."""
+
+import os
+import secrets
+
+RENAMING_KEEPS = os.name == "nt"  # os.rename refuses a name that is taken
+
+
+def write_whole(path, write, *, overwrite=True):
+    """``write(draft)`` makes the file under another name in the same folder; then it gets the name ``path``.
+
+    Raises OSError; FileExistsError where ``overwrite`` is False and somebody has that name, whose file stays.
+    """
+    # the file behind a link is replaced, not the link
+    path = os.path.realpath(path) if overwrite else os.fspath(path)
+    draft = os.path.join(os.path.dirname(path), f"sla2-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        write(draft)
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        (os.replace if overwrite else _take_name)(draft, path)
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)
+
+
+def _take_name(draft, path):
+    if RENAMING_KEEPS:
+        os.rename(draft, path)
+        return
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, such as FAT
+        _rename_claimed(draft, path)
+
+
+def _rename_claimed(draft, path):
+    """Keeps others that save in this way off the name for a moment. A claim that a killed process left keeps it for good."""
+    claim = f"{path}.claim"
+    open(claim, "xb").close()
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists.")
+        os.rename(draft, path)
+    finally:
+        os.remove(claim)

@@ -1,0 +1,89 @@
+"""Which run of a model SLA2 Report shows for an image or a latent."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+NOW, BEFORE = "this prompt", "an earlier one"
+IMAGE = torch.zeros(1, 64, 64, 3)
+# 1 loads; 2, 3 sample; 4, 5 decode them; 6 blends both images; 7 samples on from 2, and 8 decodes that; 9 loads an image
+LINKS = {"1": [], "2": ["1"], "3": ["1"], "4": ["2"], "5": ["3"], "6": ["4", "5"], "7": ["1", "2"], "8": ["7"], "9": []}
+
+
+class Graph:
+    """ComfyUI's DynamicPrompt over LINKS, with a report behind ``source``; "3.0.1" was put into the graph by node 3."""
+
+    def __init__(self, source):
+        self.nodes = {name: {"inputs": {f"in{n}": [s, 0] for n, s in enumerate(own)}} for name, own in LINKS.items()}
+        self.nodes["report"] = {"inputs": {"samples": [source, 0], "model": ["1", 0]}}
+
+    def has_node(self, node):
+        return node in self.nodes
+
+    def get_node(self, node):
+        return self.nodes[node]
+
+    @staticmethod
+    def get_real_node_id(node):
+        return node.split(".")[0]
+
+
+def run(number, node, prompt=NOW, latent=None, record=None):
+    sample = None if latent is None else record.sample_of(latent)
+    return SimpleNamespace(number=number, context=(prompt, node), latent_sample=sample)
+
+
+@pytest.fixture
+def shown(pack_module):
+    module = pack_module("nodes.run_of_samples")
+
+    def find(runs, source, samples=IMAGE):
+        found, caveat = module.find_run(runs, samples, module.makers_of(runs, Graph(source), "report", "samples"), NOW)
+        return found.number, caveat
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("runs", "source", "number", "words"),
+    [
+        ([run(1, "2"), run(2, "3")], "4", 1, None),
+        ([run(1, "2"), run(2, "3")], "5", 2, None),
+        ([run(1, "2"), run(2, "3.0.1")], "5", 2, None),
+        # of two samplers in a row the last one made it
+        ([run(1, "2"), run(2, "7"), run(3, "3")], "8", 2, None),
+        ([run(1, "2"), run(2, "3")], "6", 2, "2 runs of this model may have made these samples"),
+        ([run(1, "2"), run(2, "2")], "4", 2, "2 runs of this model may have made these samples"),
+        # only the other sampler ran in this prompt
+        ([run(1, "2", BEFORE), run(2, "3")], "4", 1, "came from the cache): its newest run is shown"),
+        ([run(1, "2", BEFORE), run(2, "2", BEFORE), run(3, "2")], "4", 3, None),
+        ([run(1, "2")], "9", 1, "which run made these samples is not known"),
+    ],
+)
+def test_an_image_is_known_by_the_nodes_it_came_through(shown, runs, source, number, words):
+    found, caveat = shown(runs, source)
+    assert found == number
+    assert caveat is None if words is None else words in caveat
+
+
+def test_a_latent_is_known_by_its_values_and_what_was_made_of_it_by_its_nodes(shown, pack_module):
+    record = pack_module("nodes.run_record")
+    latents = [torch.randn(1, 16, 3, 8, 8) for _ in range(2)]
+    runs = [run(1, "2", NOW, latents[0], record), run(2, "3", NOW, latents[1], record)]
+    assert shown(runs, "9", {"samples": latents[0].bfloat16()}) == (1, None)
+    number, caveat = shown(runs, "2", {"samples": 1.5 * latents[0]})
+    assert number == 1 and caveat.endswith(
+        "not the direct result of a run of this model: that of the sampler before them is shown"
+    )
+    number, caveat = shown(runs, "9", {"samples": latents[0] + 1})
+    assert number == 2 and "not the direct result" in caveat and "is not known" in caveat
+
+
+def test_where_nobody_knows_the_graph_one_run_alone_is_certain(pack_module):
+    module = pack_module("nodes.run_of_samples")
+    assert module.makers_of([], None, "report", "samples") is None
+    assert module.find_run([], IMAGE, None, None) == (None, None)
+    assert module.find_run([one := run(1, "2")], IMAGE, None, NOW) == (one, None)
+    found, caveat = module.find_run([one, run(2, "3")], IMAGE, None, NOW)
+    assert found.number == 2 and "2 runs of this model may have made" in caveat
