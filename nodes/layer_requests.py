@@ -17,7 +17,7 @@ from .settings import layers_text
 
 SOL = "comfy_kitchen_sol"
 TRAINED_FOR_VSA = (
-    "this layer was trained for VSA (its weights have to_gate_compress, as in FastH3), and other sparse attention spoils it: "
+    "the weights were trained for VSA (they have to_gate_compress, as in FastH3), and other sparse attention spoils them: "
     "use ComfyUI's Model Sparse Attention with method vsa in place of SLA2"
 )
 
