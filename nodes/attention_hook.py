@@ -260,7 +260,7 @@ class AttentionHook:
             own = own_attention(diffusion_model) is not None
             requests = requests_of(self.facts, diffusion_model)
             self._own_attention = (run.number, id(diffusion_model), own, requests)
-            if requests.sol:
+            if requests.sol and not run.aside:
                 run.note(sol_note(requests.sol))
         return own, requests
 
