@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .attention_hook import KEY
+from .layer_requests import trained_for_vsa_reason
 from .load_router import Router
 from .load_sla import SLAWeightsType
 from .model_layouts import facts_of, unsupported_reason_of
@@ -98,7 +99,7 @@ class SLA2ApplyAttention(io.ComfyNode):
         minimum_tokens, on_unsupported, router=None, method="automatic", preset=CUSTOM, schedule="", sla_weights=None,
     ) -> io.NodeOutput:  # fmt: skip
         facts = facts_of(model)
-        reason = unsupported_reason_of(model)
+        reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
         if reason and on_unsupported == STOP:
             raise ValueError(f"SLA2 Apply Attention: {reason} (on_unsupported is set to stop).")
         chosen = preset_named(preset)

@@ -16,6 +16,7 @@ from ..sla2_kernels import default_precision, unsupported_reason
 from ..sla2_kernels.loops import watch_loops
 from .attention_call import read_call, sizes_reason
 from .compiled_models import not_compiled
+from .layer_requests import TRAINED_FOR_VSA, LayerRequests, requests_of, sol_note
 from .layer_weights import LayerWeights, router_notes
 from .model_frames import ModelFrames
 from .model_marks import has_layers, on_the_way, options_given, with_options
@@ -73,6 +74,7 @@ class ModelCall:
     progress: float | None = None
     override: Any = None  # what the marked calls of this model call run through
     own_attention: bool = False  # the checkpoint brings attention of its own for some modules
+    requests: LayerRequests = LayerRequests()
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
     decisions: Decisions = field(default_factory=Decisions)  # (sparsity of its sparse output or None, is it used)
@@ -136,7 +138,7 @@ class AttentionHook:
         self.frames = ModelFrames()
         self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
         self._inside = threading.local()
-        self._own_attention = (None, None, None)
+        self._own_attention = (None, None, None, None)
         self._fronted = (None, None)
         self._progress = None
         self._numbers = StepNumbers()
@@ -242,9 +244,9 @@ class AttentionHook:
         if current is None and earlier is not None and earlier.hook is self:
             current = earlier.override  # a guider of another pack calls with these options again
         override = current if run.aside else self._override(run, current)
-        own = self._brings_attention(run, diffusion_model)
+        own, requests = self._brings_attention(run, diffusion_model)
         in_window, progress, step = self._step_of(run, options)
-        call = ModelCall(self, run, diffusion_model, span, in_window, progress, override, own, step=step)
+        call = ModelCall(self, run, diffusion_model, span, in_window, progress, override, own, requests, step=step)
         options[CALL], options[OVERRIDE] = call, override
         # any override in the options drops the checkpoint's own attention, ours too: then the marked calls alone get it
         ours_alone = getattr(override, MARK, None) is self and override.sla2_base is None
@@ -269,12 +271,15 @@ class AttentionHook:
         return override
 
     def _brings_attention(self, run, diffusion_model):
-        """Whether the checkpoint chose an attention of its own for any module; looked up once per run and model."""
-        known_run, known_model, found = self._own_attention
+        """(whether the checkpoint chose an attention for any module, LayerRequests), looked up once per run and model."""
+        known_run, known_model, own, requests = self._own_attention
         if known_run != run.number or known_model != id(diffusion_model):
-            found = own_attention(diffusion_model) is not None
-            self._own_attention = (run.number, id(diffusion_model), found)
-        return found
+            own = own_attention(diffusion_model) is not None
+            requests = requests_of(self.facts, diffusion_model)
+            self._own_attention = (run.number, id(diffusion_model), own, requests)
+            if requests.sol and not run.aside:
+                run.note(sol_note(requests.sol))
+        return own, requests
 
     def _say_family(self, run):
         run.note(f"every attention call runs dense: {self.family_reason}")
@@ -373,7 +378,7 @@ class AttentionHook:
         given = {OVERRIDE: call.override, **options, CALL: call, LAYER: layer}
         if given[OVERRIDE] is None:
             del given[OVERRIDE]
-        if call.own_attention:
+        if call.own_attention and layer not in call.requests.sol:  # what is counted as dense is dense
             given[PREFERRED] = own_attention(module)
         changed = with_options(module, forward, args, kwargs, given)
         if call.repeated:
@@ -404,6 +409,7 @@ class AttentionHook:
             reason = short_reason(self.settings, max(request.tokens, request.key_tokens), request.q.device)
         if reason is None:
             request, exact, reason = (None, None, unsupported) if request is None else self.exact(call, request)
+            reason = TRAINED_FOR_VSA if layer in call.requests.vsa else reason
             if reason is None:
                 precision = self._precision(request.q.device)
                 reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], precision)

@@ -80,3 +80,14 @@ def parse_layers(text, num_layers):
             raise ValueError(f"dense_layers holds the range {part!r}, which ends before it starts.")
         layers.update(range(first, last + 1))
     return frozenset(layers)
+
+
+def layers_text(layers):
+    """[0, 1, 2, 7] -> "0-2, 7", what parse_layers reads; layers rise."""
+    ranges = []
+    for layer in layers:
+        if ranges and ranges[-1][1] == layer - 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)

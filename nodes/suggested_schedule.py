@@ -4,6 +4,7 @@ from decimal import Decimal
 from statistics import median
 
 from ..sla2_training.report import AFTER
+from .settings import layers_text
 
 
 def suggested_schedule(report):
@@ -22,18 +23,7 @@ def suggested_schedule(report):
     for layer, errors in sorted(report.errors.items()):
         fitting = [s for s in sparsities if errors.relative(AFTER, s) <= tolerance]
         layers[max(fitting, default=sparsities[0])].append(layer)
-    return "; ".join(f"layers {_ranges(own)}: {_decimal(sparsity)}" for sparsity, own in layers.items() if own)
-
-
-def _ranges(layers):
-    """[0, 1, 2, 7] -> "0-2, 7"; layers rise."""
-    ranges = []
-    for layer in layers:
-        if ranges and ranges[-1][1] == layer - 1:
-            ranges[-1][1] = layer
-        else:
-            ranges.append([layer, layer])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
+    return "; ".join(f"layers {layers_text(own)}: {_decimal(sparsity)}" for sparsity, own in layers.items() if own)
 
 
 def _decimal(sparsity):

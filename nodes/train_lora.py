@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..sla2_kernels import default_precision
 from ..sla2_training import TrainingError
+from .layer_requests import trained_for_vsa_reason
 from .load_router import Router
 from .lora_files import save_both
 from .loss_curves import loss_curves
@@ -126,8 +127,9 @@ class SLA2TrainLora(io.ComfyNode):
         from .lora_training import LoraSettings
 
         facts = facts_of(model)
-        if facts is None:
-            raise ValueError(f"SLA2 Train LoRA: {unsupported_reason_of(model)}.")
+        reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
+        if reason is not None:
+            raise ValueError(f"SLA2 Train LoRA: {reason}.")
         if loss == FLOW and latents is None:
             raise ValueError(
                 f'SLA2 Train LoRA: "{FLOW}" needs videos of yours: connect latents, or choose "{DISTILL}".'

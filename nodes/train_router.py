@@ -8,6 +8,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..sla2_training import TrainerOptions, TrainingError
+from .layer_requests import trained_for_vsa_reason
 from .load_router import FOLDER, Router
 from .loss_curves import loss_curves
 from .loss_plot import plot_losses
@@ -93,8 +94,9 @@ class SLA2TrainRouter(io.ComfyNode):
         training_steps, learning_rate, query_blocks, resume=None,
     ) -> io.NodeOutput:  # fmt: skip
         facts = facts_of(model)
-        if facts is None:
-            raise ValueError(f"SLA2 Train Router: {unsupported_reason_of(model)}.")
+        reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
+        if reason is not None:
+            raise ValueError(f"SLA2 Train Router: {reason}.")
         options = TrainerOptions(learning_rate=learning_rate, query_blocks=query_blocks, seed=seed % 2**63)
         trainer = make_trainer(facts, parse_sparsities(sparsities), options, resume)
         node = cls.hidden.unique_id
