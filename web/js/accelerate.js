@@ -7,15 +7,15 @@ const MARK = "sla2_accelerate"; // the property of the nodes that were put in he
 const FEW_STEPS = 8;
 const ALWAYS = 0;
 
-export function presetFor(steps) {
+function presetFor(steps) {
   return steps !== null && steps <= FEW_STEPS ? "balanced, 4-8 steps" : "balanced";
 }
 
-// {added, present, switchedOn}: nodes put in; wires that had one; nodes that were bypassed and are on again. make(class) makes a node.
+// {added, present, switchedOn}: nodes put in; wires that had one; nodes that were off and are on again. make(class) makes a node.
 export function accelerate(root, make) {
-  const graphs = graphsOf(root);
+  const graphs = graphsOf(root, (node) => !isOff(node)); // what is muted or bypassed samples nothing
   const done = { added: 0, present: 0, switchedOn: 0 };
-  for (const wire of samplingWires(root)) {
+  for (const wire of samplingWires(graphs)) {
     const there = passed(wire.graph, wire.link, APPLY, graphs);
     if (!there) {
       put(wire, make(APPLY), presetFor(most(wire.targets.map(({ node }) => stepsOf(wire.graph, node, graphs)))));

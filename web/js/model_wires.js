@@ -7,7 +7,7 @@ const SAMPLED = ["LATENT", "GUIDER"];
 
 export const isOff = (node) => node.mode === NEVER || node.mode === BYPASS;
 
-// Map of every graph that is used, the root first, to the nodes that stand for it: [{graph, node}, ...]
+// Map of every graph, the root first, to the nodes that stand for it: [{graph, node}, ...]; counts(node): whether one does
 export function graphsOf(root, counts = () => true) {
   const found = new Map([[root, []]]);
   for (const graph of found.keys()) {
@@ -28,11 +28,11 @@ export function linkInto(graph, node, slot) {
   return [...graph.links.values()].find((link) => link.target_id === node.id && link.target_slot === slot) ?? null;
 }
 
-// [{graph, link, targets: [{node, slot}]}, ...]: one wire per output that samplers and guiders take their MODEL from; link is
-// the wire to the first of them
-export function samplingWires(root) {
+// [{graph, link, targets: [{node, slot}]}, ...]: one wire per output that samplers and guiders of these graphs take their MODEL
+// from; link is the wire to the first of them
+export function samplingWires(graphs) {
   const wires = new Map();
-  for (const graph of graphsOf(root, (node) => !isOff(node)).keys()) {
+  for (const graph of graphs.keys()) {
     for (const node of graph.nodes.filter((candidate) => samples(candidate) && !isOff(candidate))) {
       node.inputs.forEach((input, slot) => {
         const link = input.type === "MODEL" ? linkInto(graph, node, slot) : null;
@@ -59,7 +59,8 @@ function samples(node) {
 function before(graph, link, graphs) {
   if (link.origin_id === graph.inputNode?.id) {
     const places = graphs.get(graph) ?? [];
-    return { own: null, wires: places.map((at) => ({ graph: at.graph, link: linkInto(at.graph, at.node, link.origin_slot), at })) };
+    const outside = (at) => ({ graph: at.graph, link: linkInto(at.graph, at.node, link.origin_slot), at });
+    return { own: null, wires: places.map(outside) };
   }
   const node = graph.getNodeById(link.origin_id);
   if (!node?.subgraph) return { own: node, wires: [] };
