@@ -71,11 +71,11 @@ function before(graph, link, graphs) {
 // the nodes of a class that a MODEL wire has passed; null where one of its branches has passed none
 export function passed(graph, link, comfyClass, graphs, seen = new Set()) {
   if (!link || seen.has(link)) return null;
-  seen.add(link);
+  const path = new Set([...seen, link]); // not shared: two branches of a switch may meet again
   const { own, wires } = before(graph, link, graphs);
   if (own?.comfyClass === comfyClass) return [own];
   const sources = own ? modelLinks(graph, own).map((source) => ({ graph, link: source })) : wires;
-  const found = sources.map((source) => passed(source.graph, source.link, comfyClass, graphs, seen));
+  const found = sources.map((source) => passed(source.graph, source.link, comfyClass, graphs, path));
   return found.length && found.every(Boolean) ? found.flat() : null;
 }
 
