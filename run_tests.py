@@ -31,6 +31,7 @@ IMPORT_GUARD = "comfy-import-guard==1.3.0"  # needs nothing but git
 PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow", RUFF,
             IMPORT_GUARD]  # fmt: skip
 OLDEST_TRITON = "3.2.0"
+TEMPLATES = "comfyui-workflow-templates-json==0.1.123"  # newer than what the tested ComfyUI brings
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
 INTERPRETER, COMPILE, WEB = (ROOT / "tests" / name for name in ("kernels/interpreter", "kernels/compile", "web"))
@@ -48,6 +49,14 @@ def prepare(environment, comfyui):
         install_manager(environment, comfyui)
     if WEB.is_dir() and find_chromium():
         environment.install("Playwright", ["playwright"])
+        if environment.installs:
+            environment.install("ComfyUI's newest templates in a folder of their own", [TEMPLATES],
+                                "--no-deps", "--target", str(templates_folder(environment.folder)))  # fmt: skip
+
+
+def templates_folder(environment=sys.prefix):
+    """Where prepare() puts the templates: in the environment's folder, where its interpreter finds them."""
+    return Path(environment) / "official-templates"
 
 
 def keep_bytecode(environment):

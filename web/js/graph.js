@@ -2,7 +2,7 @@
 
 const told = new Map();
 
-function rootOf(app) {
+export function rootOf(app) {
   return app.rootGraph ?? app.graph;
 }
 

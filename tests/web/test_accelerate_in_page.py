@@ -1,0 +1,212 @@
+"""The menu's "Accelerate with SLA2" and "Remove SLA2": on ComfyUI's official video templates, all in one page, and step by step."""
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from official_templates import missing_types, video_templates
+
+from tooling.plan import ROOT
+
+pytestmark = pytest.mark.web
+APPLY = "SLA2ApplyAttention"
+# {template: {(steps, preset)}} of the table in docs/FAMILIES.md: the most used that ComfyUI 0.33 has the nodes for
+ROWS = re.findall(
+    r"^\| (video_\w+) \|.*\| (\d+) \| (balanced.*) \|$", (ROOT / "docs/FAMILIES.md").read_text(encoding="utf-8"), re.M
+)
+DOCUMENTED = {name: {(int(steps), preset)} for name, steps, preset in ROWS}
+EXECUTE = "app.extensionManager.command.execute"
+PROMPT = "(await app.graphToPrompt()).output"
+OURS = (
+    f"[app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap((g) => g.nodes.filter((n) => n.comfyClass === '{APPLY}')"
+    ".map((n) => ({ id: String(n.id), preset: n.widgets.find((w) => w.name === 'preset').value,"
+    " covers: g.nodes.filter((o) => o !== n && [0, 1].every((k) => o.pos[k] - 30 * k < n.pos[k] + n.size[k]"
+    " && n.pos[k] - 30 * k < o.pos[k] + o.size[k])).map((o) => o.type) })))"
+)
+THERE_AND_BACK = f"""(async () => {{
+  await app.loadGraphData(a);
+  const plain = {PROMPT};
+  await {EXECUTE}('SLA2.Accelerate');
+  const [accelerated, ours] = [{PROMPT}, {OURS}];
+  await {EXECUTE}('SLA2.Remove');
+  return {{ plain, accelerated, ours, removed: {PROMPT}, left: {OURS}.length }};
+}})()"""
+
+
+@pytest.fixture(scope="module")
+def known(server):
+    return server.get("/object_info")
+
+
+def samples(info):
+    """Whether a node, as the server describes it, samples or guides: steps or conditioning in, latents or a guider out."""
+    specs = info["input"].get("required", {}) | info["input"].get("optional", {})
+    takes = {spec[0] for spec in specs.values() if isinstance(spec[0], str)}
+    prepares = "MODEL" in info["output"] and "steps" not in specs
+    return {"MODEL", "CONDITIONING"} <= takes and bool({"LATENT", "GUIDER"} & set(info["output"])) and not prepares
+
+
+def sampled_models(prompt, known):
+    """[(node, source)] of every MODEL wire into a sampler or guider of an API prompt."""
+    names = {
+        name: [key for part in info["input"].values() for key, spec in part.items() if spec[0] == "MODEL"]
+        for name, info in known.items() if samples(info)
+    }  # fmt: skip
+    return [
+        (node_id, node["inputs"][key][0])
+        for node_id, node in prompt.items()
+        for key in names.get(node["class_type"], []) if key in node["inputs"]
+    ]  # fmt: skip
+
+
+def value(prompt, given):
+    """What an input of an API prompt is, through switches and primitives; None where only a run can tell."""
+    while isinstance(given, list):
+        inputs = prompt[given[0]]["inputs"]
+        if "switch" in inputs:
+            given = inputs["on_true" if value(prompt, inputs["switch"]) else "on_false"]
+        else:
+            given = inputs.get("value")
+    return given
+
+
+def steps_of(prompt, node_id):
+    """Steps of the sampling that a sampler or guider of an API prompt takes part in; None: the prompt does not say."""
+    inputs = prompt[node_id]["inputs"]
+    if "steps" in inputs:
+        return value(prompt, inputs["steps"])
+    guided = [node for node in prompt.values() if node["inputs"].get("guider") == [node_id, 0]]
+    counts = [
+        scheduled(prompt, node["inputs"]["sigmas"]) for node in [prompt[node_id], *guided] if "sigmas" in node["inputs"]
+    ]
+    return max((count for count in counts if count is not None), default=None)
+
+
+def scheduled(prompt, source):
+    inputs = prompt[source[0]]["inputs"]
+    if "steps" in inputs:
+        return value(prompt, inputs["steps"])
+    listed = inputs.get("sigmas")
+    return scheduled(prompt, listed) if isinstance(listed, list) else listed and len(listed.split(",")) - 1
+
+
+def server_says(server, prompt):
+    """node_errors of a prompt that cannot run, for want of its models."""
+    body = json.dumps({"prompt": prompt, "client_id": "templates"}).encode()
+    try:
+        with urllib.request.urlopen(server.url + "/prompt", body, timeout=60) as answer:
+            said = json.loads(answer.read())
+            server.post("/queue", {"delete": [said["prompt_id"]]})
+    except urllib.error.HTTPError as error:
+        said = json.loads(error.read())
+    return said["node_errors"]
+
+
+def check(server, known, result):
+    """[(steps, preset)] of the sampled wires of one template."""
+    plain, prompt = result["plain"], result["accelerated"]
+    wires = sampled_models(prompt, known)
+    assert len(wires) == len(sampled_models(plain, known)) > 0
+    assert {prompt[source]["class_type"] for _, source in wires} == {APPLY}, wires
+    assert result["removed"] == plain and result["left"] == 0
+    assert [node["covers"] for node in result["ours"]] == [[]] * len(result["ours"])
+    errors = server_says(server, plain)
+    assert errors and server_says(server, prompt) == errors
+    for source in {source for _, source in wires}:
+        counts = [steps_of(prompt, node_id) for node_id, own in wires if own == source]
+        steps = max((count for count in counts if count is not None), default=None)
+        few = steps is not None and steps <= 8
+        yield steps, prompt[source]["inputs"]["preset"]
+        assert prompt[source]["inputs"]["preset"] == ("balanced, 4-8 steps" if few else "balanced")
+
+
+def test_every_official_video_template_is_accelerated_and_restored(canvas, server, known):
+    done, left_out = {}, {}
+    for name, workflow in video_templates().items():
+        missing = missing_types(workflow, known)
+        if missing:
+            left_out[name] = missing
+            continue
+        result = canvas.js(THERE_AND_BACK, workflow)
+        if not sampled_models(result["plain"], known):
+            left_out[name] = ["no sampler in use"]
+            continue
+        done[name] = sorted(check(server, known, result), key=str)
+    print(*(f"\n{name}: {wires}" for name, wires in done.items()))
+    print(*(f"\nleft out: {name}, for {', '.join(why)}" for name, why in left_out.items()))
+    if "MiniMaxH3SigmaShift" in known:
+        assert {name: set(wires) for name, wires in done.items() if name in DOCUMENTED} == DOCUMENTED
+    assert canvas.errors == []
+
+
+def toasts(canvas):
+    return " ".join(canvas.page.locator(".p-toast-message").all_inner_texts())
+
+
+def execute(canvas, command):
+    """What the page says of it."""
+    canvas.js("app.extensionManager.toast.removeAll()")
+    canvas.page.wait_for_timeout(100)
+    canvas.js(f"{EXECUTE}(a)", command)
+    canvas.page.wait_for_selector(".p-toast-message")
+    return toasts(canvas)
+
+
+def prompt_of(canvas):
+    return canvas.js(PROMPT)
+
+
+def nodes_after(canvas, keys, count):
+    """How many nodes of ours the workflow has some time after these keys; ``count`` is waited for."""
+    canvas.page.locator("#graph-canvas").focus()
+    canvas.page.keyboard.press(keys)
+    deadline = time.monotonic() + 5
+    while len(canvas.js(OURS)) != count and time.monotonic() < deadline:
+        canvas.page.wait_for_timeout(100)
+    canvas.page.wait_for_timeout(300)
+    return len(canvas.js(OURS))
+
+
+def test_inside_a_subgraph_it_is_one_step_of_the_undo(canvas):
+    canvas.load(video_templates()["video_wan2_2_14B_i2v"])
+    plain = prompt_of(canvas)
+    assert "SLA2 on 2 models" in execute(canvas, "SLA2.Accelerate")
+    accelerated = prompt_of(canvas)
+    assert accelerated != plain
+    assert nodes_after(canvas, "Control+z", 0) == 0 and prompt_of(canvas) == plain
+    assert nodes_after(canvas, "Control+y", 2) == 2 and prompt_of(canvas) == accelerated
+    assert "SLA2 is already on 2 models" in execute(canvas, "SLA2.Accelerate")
+    assert prompt_of(canvas) == accelerated
+    assert "SLA2 removed from 2 models" in execute(canvas, "SLA2.Remove")
+    assert nodes_after(canvas, "Control+z", 2) == 2 and prompt_of(canvas) == accelerated
+
+
+def test_a_node_that_the_user_placed_is_kept(canvas, sampling_prompt):
+    canvas.load_prompt(sampling_prompt)
+    plain = prompt_of(canvas)
+    assert "already on 1 model" in execute(canvas, "SLA2.Accelerate")
+    assert "Nothing to remove" in execute(canvas, "SLA2.Remove")
+    assert prompt_of(canvas) == plain
+    canvas.js(f"{canvas.node(APPLY)}.mode = 4")
+    assert "on again" in execute(canvas, "SLA2.Accelerate")
+    assert prompt_of(canvas) == plain
+
+
+def test_without_a_sampler_it_says_why_nothing_was_done(canvas, sampling_prompt):
+    canvas.load_prompt({"1": sampling_prompt["1"]})
+    assert "no MODEL wire reaches a sampler here" in execute(canvas, "SLA2.Accelerate")
+    assert canvas.js("app.graph.nodes.length") == 1
+
+
+def test_it_stands_in_the_menu_and_among_the_commands(server, canvas):
+    texts = json.loads((ROOT / "locales/en/commands.json").read_text(encoding="utf-8"))
+    store = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s"
+    menu = f"{store}.get('menuItem').menuItems.find((m) => m.label === 'SLA2')"
+    group = canvas.js(f"{menu}.items.map((item) => item.label)")
+    commands = canvas.js(f"{store}.get('command').commands.filter((c) => c.id.startsWith('SLA2.')).map((c) => c.label)")
+    assert group == commands == [entry["label"] for entry in texts.values()]
+    served = server.get("/i18n")
+    assert all(set(texts) <= set(served[language]["commands"]) for language in ("en", "zh"))

@@ -1,0 +1,140 @@
+// The MODEL wires of a workflow that end in sampling, those inside subgraphs too. Reads the graph, changes nothing.
+
+const NEVER = 2;
+const BYPASS = 4;
+// what a node that samples, or guides a sampler, hands on
+const SAMPLED = ["LATENT", "GUIDER"];
+
+export const isOff = (node) => node.mode === NEVER || node.mode === BYPASS;
+
+// Map of every graph, the root first, to the nodes that stand for it: [{graph, node}, ...]; counts(node): whether one does
+export function graphsOf(root, counts = () => true) {
+  const found = new Map([[root, []]]);
+  for (const graph of found.keys()) {
+    for (const node of graph.nodes.filter((candidate) => candidate.subgraph && counts(candidate))) {
+      const places = found.get(node.subgraph) ?? [];
+      found.set(node.subgraph, [...places, { graph, node }]); // a map is walked on to what is added meanwhile
+    }
+  }
+  return found;
+}
+
+export function linksFrom(graph, node) {
+  return [...graph.links.values()].filter((link) => link.origin_id === node.id);
+}
+
+// node.getInputLink() says something else of a subgraph's node: the link inside of it
+export function linkInto(graph, node, slot) {
+  return [...graph.links.values()].find((link) => link.target_id === node.id && link.target_slot === slot) ?? null;
+}
+
+// [{graph, link, targets: [{node, slot}]}, ...]: one wire per output that samplers and guiders of these graphs take their MODEL
+// from; link is the wire to the first of them
+export function samplingWires(graphs) {
+  const wires = new Map();
+  for (const graph of graphs.keys()) {
+    for (const node of graph.nodes.filter((candidate) => samples(candidate) && !isOff(candidate))) {
+      node.inputs.forEach((input, slot) => {
+        const link = input.type === "MODEL" ? linkInto(graph, node, slot) : null;
+        if (!link) return;
+        const key = `${graph.id}|${link.origin_id}|${link.origin_slot}`;
+        if (!wires.has(key)) wires.set(key, { graph, link, targets: [] });
+        wires.get(key).targets.push({ node, slot });
+      });
+    }
+  }
+  return [...wires.values()];
+}
+
+// By types, so that other packs' samplers count too. A node that hands the MODEL on prepares it, unless it has steps of its own;
+// one without conditioning adds noise or reads sigmas.
+function samples(node) {
+  if (node.subgraph || node.comfyClass?.startsWith("SLA2")) return false;
+  const takes = (type) => node.inputs?.some((input) => input.type === type);
+  const gives = (type) => node.outputs?.some((output) => output.type === type);
+  return takes("CONDITIONING") && SAMPLED.some(gives) && (!gives("MODEL") || hasOwn(node, "steps"));
+}
+
+// The wires that a wire is the continuation of: into and out of subgraphs. `own` is the node that it starts at, or null.
+function before(graph, link, graphs) {
+  if (link.origin_id === graph.inputNode?.id) {
+    const places = graphs.get(graph) ?? [];
+    const outside = (at) => ({ graph: at.graph, link: linkInto(at.graph, at.node, link.origin_slot), at });
+    return { own: null, wires: places.map(outside) };
+  }
+  const node = graph.getNodeById(link.origin_id);
+  if (!node?.subgraph) return { own: node, wires: [] };
+  const inner = linkInto(node.subgraph, node.subgraph.outputNode, link.origin_slot);
+  return { own: null, wires: [{ graph: node.subgraph, link: inner }] };
+}
+
+// the nodes of a class that a MODEL wire has passed; null where one of its branches has passed none
+export function passed(graph, link, comfyClass, graphs, seen = new Set()) {
+  if (!link || seen.has(link)) return null;
+  const path = new Set([...seen, link]); // not shared: two branches of a switch may meet again
+  const { own, wires } = before(graph, link, graphs);
+  if (own?.comfyClass === comfyClass) return [own];
+  const sources = own ? modelLinks(graph, own).map((source) => ({ graph, link: source })) : wires;
+  const found = sources.map((source) => passed(source.graph, source.link, comfyClass, graphs, path));
+  return found.length && found.every(Boolean) ? found.flat() : null;
+}
+
+// a switch has inputs of any type: the wires tell
+function modelLinks(graph, node) {
+  return (node.inputs ?? []).map((_, slot) => linkInto(graph, node, slot)).filter((link) => link?.type === "MODEL");
+}
+
+// Steps of the sampling that a sampler or guider takes part in, or null where the graph does not say.
+export function stepsOf(graph, node, graphs) {
+  if (hasOwn(node, "steps")) return numberOr(null, valueOf(graph, node, "steps", graphs));
+  const own = sigmaSteps(graph, node, graphs);
+  if (own !== null) return own;
+  const guided = linksFrom(graph, node).filter((link) => link.type === "GUIDER");
+  const samplers = guided.map((link) => graph.getNodeById(link.target_id)).filter(Boolean);
+  return most(samplers.map((sampler) => sigmaSteps(graph, sampler, graphs)));
+}
+
+export function most(counts) {
+  const known = counts.filter((count) => count !== null);
+  return known.length ? Math.max(...known) : null;
+}
+
+function sigmaSteps(graph, node, graphs) {
+  const slot = node.inputs?.findIndex((input) => input.type === "SIGMAS") ?? -1;
+  const link = slot < 0 ? null : linkInto(graph, node, slot);
+  return link ? scheduled(graph, link, graphs) : null;
+}
+
+// of the node that made these sigmas; a list of n + 1 sigmas is n steps
+function scheduled(graph, link, graphs) {
+  const { own, wires } = before(graph, link, graphs);
+  if (!own) return wires[0]?.link ? scheduled(wires[0].graph, wires[0].link, graphs) : null;
+  const listed = valueOf(graph, own, "sigmas", graphs);
+  if (typeof listed === "string") return listed.split(",").filter((sigma) => sigma.trim()).length - 1;
+  return numberOr(sigmaSteps(graph, own, graphs), valueOf(graph, own, "steps", graphs));
+}
+
+const numberOr = (otherwise, value) => (typeof value === "number" ? value : otherwise);
+const slotOf = (node, name) => node.inputs?.findIndex((input) => input.name === name) ?? -1;
+const widget = (node, name) => node.widgets?.find((candidate) => candidate.name === name);
+const hasOwn = (node, name) => slotOf(node, name) >= 0 || Boolean(widget(node, name));
+
+// of a widget, or of what is wired to it; undefined where only a run can tell
+function valueOf(graph, node, name, graphs) {
+  const slot = slotOf(node, name);
+  const link = slot < 0 ? null : linkInto(graph, node, slot);
+  return link ? valueFrom(graph, link, graphs) : widget(node, name)?.value;
+}
+
+function valueFrom(graph, link, graphs) {
+  const { own, wires } = before(graph, link, graphs);
+  if (!own) {
+    const [source] = wires;
+    if (source?.link) return valueFrom(source.graph, source.link, graphs);
+    return source?.at && widget(source.at.node, source.at.node.inputs[link.origin_slot].name)?.value;
+  }
+  if (widget(own, "switch")) {
+    return valueOf(graph, own, valueOf(graph, own, "switch", graphs) ? "on_true" : "on_false", graphs);
+  }
+  return valueOf(graph, own, "value", graphs);
+}
