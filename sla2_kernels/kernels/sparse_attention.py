@@ -147,7 +147,7 @@ def _sparse_attention(
                 selected_mass -= P_LOG2_RANGE
             ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
         else:
-            ratio = tl.zeros([TILE], dtype=tl.float32) + tl.load(ratios + bh % heads * q_blocks + q_block)
+            ratio = tl.zeros([TILE], dtype=tl.float32) + tl.load(ratios + bh * q_blocks + q_block)
         o_linear = tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
         acc = acc * (ratio / row_sum)[:, None] + o_linear * (1.0 - ratio)[:, None]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None])
@@ -177,7 +177,7 @@ def sparse_attention(
     """Writes out (B, H, N, D) and row_ratio (B, H, N) for the heads of ``heads_slice``.
 
     work: the packed key blocks (Workspace). selected: int32 (B * H, T_m, n), ascending.
-    ratio: "learned", from ratios (H, T_m); "estimated", from the unselected log2 mass that row_ratio holds; either mixes
+    ratio: "learned", from ratios (B * H, T_m); "estimated", from the unselected log2 mass that row_ratio holds; either mixes
     with the O_l that out holds. "none": there is no linear branch to mix in.
     """
     heads, tokens, head_dim = q.shape[1:]
