@@ -18,12 +18,14 @@ from .attention_call import read_call
 from .compiled_models import not_compiled
 from .layer_weights import LayerWeights, router_notes
 from .override_chain import MARK, chosen_in_comfyui, leads_to, name_of
+from .recomputation import Decisions
+from .recording import lasting_tensors
 from .run_history import RunHistory
 from .run_record import RunRecord
 from .schedule import RunProgress, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
-from .sparse_failure import attempt, check_output, not_attempted_reason
+from .sparse_failure import NOT_FINITE, attempt, check_output, not_attempted_reason
 from .text_mask import HAS_MASK, live_keys
 from .video_tokens import DENSE_BY_NATURE, VideoSpan
 
@@ -60,9 +62,15 @@ class ModelCall:
     progress: float | None = None
     live_keys: dict = field(default_factory=dict)  # by text mask, which is kept: its address stays its own
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
+    decisions: Decisions = field(default_factory=Decisions)  # (sparsity of its sparse output or None, is it used)
 
     def __deepcopy__(self, memo):
         return self
+
+    @property
+    def repeated(self):
+        """Whether gradient checkpointing recomputes parts of this call now, which nothing counts."""
+        return self.decisions.repeated
 
     @property
     def grid(self):
@@ -79,6 +87,15 @@ def kept_dense_reason(settings, layer, in_window):
     if not in_window:
         return "the step lies outside start_percent to end_percent"
     return None
+
+
+def planned_sparsity(settings, layer, in_window, progress):
+    """(sparsity, None) of a layer's calls in a step, or (None, one sentence) which setting keeps them dense."""
+    reason = kept_dense_reason(settings, layer, in_window)
+    sparsity = None if reason else sparsity_of(settings.schedule, layer, progress, settings.sparsity)
+    if reason is None and sparsity is None:
+        reason = "the schedule keeps this step or layer dense"
+    return sparsity, reason
 
 
 def short_reason(settings, tokens, device):
@@ -100,7 +117,7 @@ class AttentionHook:
         self.family_reason = family_reason
         self.model_sampling = model_sampling
         self.weights = LayerWeights(settings, router, facts.num_heads, sla_weights) if facts else None
-        self.runs = RunHistory(router_notes(settings, router, sla_weights))
+        self.runs = RunHistory(facts.num_layers if facts else 0, router_notes(settings, router, sla_weights))
         self.on_run_end = None  # called with this hook and the closed RunRecord
         self._inside = threading.local()
         self._fronted = (None, None)
@@ -133,20 +150,47 @@ class AttentionHook:
         """The run under way, or one for calls that come without a sampler."""
         return self.runs.current(self._window)
 
+    def before_model(self, device, options):
+        """Takes the memory that the sparse calls of one model call on ``device`` keep: inside it, none may be taken.
+
+        options: its transformer_options.
+        """
+        if self.facts is None or self.family_reason:
+            return
+        run, sigmas = self.run_for_call(), options.get("sigmas")
+        in_window, progress = self._step_of(run, sigmas)
+        sparsities = {}
+        for layer in range(self.facts.num_layers):
+            sparsity, reason = planned_sparsity(self.settings, layer, in_window, progress)
+            if reason is None:
+                sparsities[layer] = sparsity
+        run.prepare(device)
+        self.weights.prepare(sparsities, device)
+        if run.maps is not None:
+            run.maps.begin_step(sigmas, options.get("sample_sigmas"))
+            run.maps.prepare(sparsities, device)
+
+    def _step_of(self, run, sigmas):
+        """(in_window, progress) of a step, None each where the sampler does not say."""
+        progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
+        return run.in_window(sigmas), progress
+
     def model_call(self, diffusion_model, inputs, options):
         """Prepares transformer_options of one model call: the ModelCall, and our override where it got lost.
 
         inputs: function that returns the model's arguments by name. options: its transformer_options.
         """
+        current, earlier = options.get(OVERRIDE), options.get(CALL)
+        if earlier is not None and earlier.hook is self and earlier.repeated:
+            return earlier, current
         run = self.run_for_call()
         run.count_model_call()
         span = self._span(run, diffusion_model, inputs)
-        grid, sigmas = span and span.grid, options.get("sigmas")
+        sigmas = options.get("sigmas")
         if run.maps is not None:
-            run.maps.begin_model_call(options.get("sigmas"), options.get("sample_sigmas"), grid)
-        progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
-        call = options[CALL] = ModelCall(self, run, diffusion_model, span, run.in_window(sigmas), progress)
-        current = options.get(OVERRIDE)
+            run.maps.begin_step(sigmas, options.get("sample_sigmas"))
+            run.maps.grid = span and span.grid
+        call = options[CALL] = ModelCall(self, run, diffusion_model, span, *self._step_of(run, sigmas))
         known, override = self._fronted
         if current is not known or override is None:
             override = current if leads_to(current, self) else self._front(run, current)
@@ -169,6 +213,8 @@ class AttentionHook:
 
     def after_model_call(self, call, current):
         """Notices an override that holds ours but never called it: the next model call goes past it."""
+        if call.repeated:
+            return
         if self.facts is not None and not call.counts["entered"] and not call.run.has_hidden_calls:
             call.run.count_answered()
         never_asked = call.counts["entered"] and not call.counts["attended"]
@@ -181,12 +227,11 @@ class AttentionHook:
 
     def attend(self, call, layer, below, args, kwargs):
         """One marked self-attention call: sparse where it can be, else ``below`` with the arguments untouched."""
+        if call.repeated:
+            return self._repeat(call, layer, below, args, kwargs)
         call.counts["attended"] += 1
         request, unsupported = read_call(args, kwargs)
-        sparsity = sparsity_of(self.settings.schedule, layer, call.progress, self.settings.sparsity)
-        reason = kept_dense_reason(self.settings, layer, call.in_window)
-        if reason is None and sparsity is None:
-            reason = "the schedule keeps this step or layer dense"
+        sparsity, reason = planned_sparsity(self.settings, layer, call.in_window, call.progress)
         if reason is None and request is not None:
             reason = short_reason(self.settings, max(request.tokens, request.key_tokens), request.q.device)
         if reason is None:
@@ -196,13 +241,27 @@ class AttentionHook:
                 reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], precision)
             reason = reason or not_attempted_reason(call, layer)
             if reason is None:
-                out, reason = self._sparse(call, layer, request, exact, sparsity, precision, below, args, kwargs)
+                out, reason = self._sparse(call, layer, request, exact, sparsity, below, args, kwargs)
                 if reason is None:
+                    call.decisions.take(layer, (sparsity, True))
                     return out
             if self.settings.stop_on_unsupported and reason not in DENSE_BY_NATURE:
                 raise UnsupportedCall(f"SLA2 stopped in layer {layer}: {reason} (on_unsupported is set to stop).")
             self._say(call.run, layer, reason)
+        # autograd has saved tensors of a sparse output even where it is not used
+        call.decisions.take(layer, (sparsity if reason == NOT_FINITE else None, False))
         return self._dense(call.run, layer, reason, below, args, kwargs)
+
+    def _repeat(self, call, layer, below, args, kwargs):
+        """A call that gradient checkpointing recomputes, as it went the first time: if it fails now, it has no other way."""
+        sparsity, is_used = call.decisions.again(layer)
+        if sparsity is not None:
+            request, exact, _ = self.exact(call, read_call(args, kwargs)[0])
+            weights = self.weights.on_device(layer, request.q.device, sparsity)
+            out, *_ = self._compute(request, exact, weights, sparsity)
+            if is_used:
+                return self._whole(out, request, exact, below, args, kwargs)
+        return self.inside(below, args, kwargs)
 
     def exact(self, call, request):
         """(request, ExactTokens, None), or (None, None, one sentence); keys that a text mask hides are gone."""
@@ -215,7 +274,8 @@ class AttentionHook:
             if not self.facts.layout.text_mask:
                 reason = HAS_MASK
             elif key not in call.live_keys:
-                call.live_keys[key] = mask, live_keys(mask, exact)
+                with lasting_tensors():  # for the layers that follow
+                    call.live_keys[key] = mask, live_keys(mask, exact)
             if reason is None:
                 live, reason = call.live_keys[key][1]
             if reason is None:
@@ -242,30 +302,38 @@ class AttentionHook:
     def is_inside(self):
         return getattr(self._inside, "value", False)
 
-    def _sparse(self, call, layer, request, exact, sparsity, precision, below, args, kwargs):
+    def _sparse(self, call, layer, request, exact, sparsity, below, args, kwargs):
         """(output, None), or (None, one sentence) where it failed and dense attention has to do."""
-        run, part, device = call.run, video_part(request, exact), request.q.device
+        run, device = call.run, request.q.device
 
         def compute():
             weights = self.weights.on_device(layer, device, sparsity)
             if run.maps is not None:
-                run.maps.see(layer, part, weights, sparsity)
+                run.maps.see(layer, video_part(request, exact), weights, sparsity)
             with run.timed(layer, "sparse", device), watch_loops() as loops:
-                result = sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
-            return *result, loops
-
-        def dense_rows(rows):
-            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
-            return self.inside(below, new_args, new_kwargs)
+                return *self._compute(request, exact, weights, sparsity), loops
 
         result, reason = attempt(call, layer, device, compute)
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
         out, ratio, kept, blocks, loops = result
-        run.count_sparse(layer, ratio.shape, kept, blocks, precision, ratio)
+        run.count_sparse(layer, ratio.shape, kept, blocks, self._precision(device), ratio)
         run.count_loops(loops)
-        return with_dense_rows(out, request, exact, dense_rows), None
+        return self._whole(out, request, exact, below, args, kwargs), None
+
+    def _compute(self, request, exact, weights, sparsity):
+        part, precision = video_part(request, exact), self._precision(request.q.device)
+        return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+
+    def _whole(self, out, request, exact, below, args, kwargs):
+        """The call's output: ``out`` of the video's queries, and the other rows as ``below`` computes them."""
+
+        def dense_rows(rows):
+            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+            return self.inside(below, new_args, new_kwargs)
+
+        return with_dense_rows(out, request, exact, dense_rows)
 
     def _precision(self, device):
         return default_precision(device) if self.settings.bit_width == "auto" else self.settings.bit_width
@@ -311,11 +379,13 @@ def make_override(hook, base):
         run = hook.run_for_call() if call is None else call.run
 
         def below_seen(*args, **kwargs):
-            run.see_handed_on(name, args, kwargs)
+            if call is None or not call.repeated:
+                run.see_handed_on(name, args, kwargs)
             return below(*args, **kwargs)
 
         if call is None or layer is None or hook.family_reason:
-            run.count_other(hook.family_reason)
+            if call is None or not call.repeated:
+                run.count_other(hook.family_reason)
             if hook.family_reason and run.first_time(hook.family_reason):
                 logger.warning("SLA2: every attention call runs dense: %s", hook.family_reason)
             return hook.inside(below_seen, args, kwargs)

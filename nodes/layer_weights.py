@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .recording import lasting_tensors
+
 
 @dataclass(frozen=True)
 class CallWeights:
@@ -30,13 +32,18 @@ class LayerWeights:
         self._calls = {}
         self._lock = threading.Lock()
 
+    def prepare(self, sparsities, device):
+        """Moves the weights of a step's sparse layers to ``device``, outside of any model call. sparsities: by layer."""
+        for layer, sparsity in sparsities.items():
+            self.on_device(layer, device, sparsity)
+
     def on_device(self, layer, device, sparsity):
         """CallWeights of a call of this layer at this sparsity."""
         key = (layer, device, sparsity)
         with self._lock:
             if key not in self._calls:
-                # not inference tensors: a training step may save them for its backward pass
-                with torch.inference_mode(False), torch.no_grad():
+                # kept, and a training step may save them for its backward pass
+                with lasting_tensors():
                     self._calls[key] = self._of_call(layer, sparsity, device)
             return self._calls[key]
 

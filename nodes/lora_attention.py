@@ -20,7 +20,8 @@ from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
 class LoraAttention:
     """What every marked self-attention call of a model runs through. It keeps no model: a copy is gone when it is dropped.
 
-    router: RouterWeights. sparsity, precision: as in sla2_attention. device: of the model.
+    router: RouterWeights. sparsity, precision: as in sla2_attention. device: of the model. needs_start: True until
+    start_ratios() where layers have no learned ratios; their calls estimate them.
     ratio_logits: trainable, (H, A) float32 per layer. dense: whether calls run dense now. untrained: calls that could not
     run sparse, by reason.
     """
@@ -35,23 +36,25 @@ class LoraAttention:
             for r in router.layers
         ]
         starts = start_logits(router, sparsity)
-        self._estimates = {} if any(logits is None for logits in starts) else None
+        self._estimates = {layer: [] for layer, logits in enumerate(starts) if logits is None}
+        self.needs_start = bool(self._estimates)
         self.ratio_logits = [
             torch.nn.Parameter((torch.zeros(router.num_heads, 1) if logits is None else logits).to(device))
             for logits in starts
         ]
 
-    @property
-    def needs_start(self):
-        """True until start_ratios(), for a router without learned ratios: calls then estimate them."""
-        return self._estimates is not None
-
     @torch.no_grad()
     def start_ratios(self):
-        """Starts the ratios at what the calls so far estimated."""
-        for layer, seen in self._estimates.items():
-            self.ratio_logits[layer].copy_(logits_of_estimates(seen))
-        self._estimates = None
+        """Starts the ratios of layers that have learned none at what the calls so far estimated, where there were any."""
+        for layer, seen in list(self._estimates.items()):
+            if seen:
+                self.ratio_logits[layer].copy_(logits_of_estimates(seen))
+                del self._estimates[layer]
+        self.needs_start = False
+
+    def trained_logits(self):
+        """ratio_logits, None for a layer that has no ratios: no call of it ran sparse, and the router has none."""
+        return [None if layer in self._estimates else logits for layer, logits in enumerate(self.ratio_logits)]
 
     def install(self, model, layers):
         """A clone of ``model`` whose ``layers`` self-attention layers run through this."""
@@ -80,21 +83,23 @@ class LoraAttention:
             part = video_part(request, exact)
             reason = self._reason(request, exact, part)
         if reason is not None:
-            self.untrained[reason] += 1
+            if not call.repeated:
+                self.untrained[reason] += 1
             return below(*args, **kwargs)
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
             return below(*new_args, **new_kwargs)
 
-        alpha = None if self.needs_start else torch.sigmoid(self.ratio_logits[layer])
+        alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
         out, ratio, _, _ = sparse_video(
             part, exact, CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal),
             sparsity=self.sparsity, precision=self.precision, scale=request.scale,
         )  # fmt: skip
-        if alpha is None:
-            self._estimates.setdefault(layer, []).append(ratio)
-        self.sparse_calls += 1
+        if alpha is None and self.needs_start:
+            self._estimates[layer].append(ratio)
+        if not call.repeated:
+            self.sparse_calls += 1
         return with_dense_rows(out, request, exact, dense_rows)
 
     def _reason(self, request, exact, part):

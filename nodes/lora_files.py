@@ -1,5 +1,6 @@
 """What an ended LoRA training reached, as files where ComfyUI's loaders find them."""
 
+import logging
 import os
 
 import folder_paths
@@ -8,6 +9,8 @@ from safetensors import SafetensorError
 
 from .load_router import FOLDER
 from .save_router import reserved_path, save_router
+
+logger = logging.getLogger("sla2")
 
 
 def save_lora(state, stem):
@@ -31,13 +34,18 @@ def save_lora(state, stem):
     return os.path.basename(path)
 
 
-def save_both(state, router, family):
-    """Saves LoRA and router as <family>_lora_autosave_<number>_, each where the other cannot be; sentences that say where."""
+def save_both(lora, router, family):
+    """Saves LoRA and router as <family>_lora_autosave_<number>_, each where the other cannot be; sentences that say where.
+
+    lora, router: functions that make a LORA_MODEL and a RouterWeights of what is trained so far.
+    """
     stem, sentences = f"{family}_lora_autosave", []
-    for what, folder, save, content in (("LoRA", "loras", save_lora, state), ("router", FOLDER, save_router, router)):
+    for what, folder, save, make in (("LoRA", "loras", save_lora, lora), ("router", FOLDER, save_router, router)):
         try:
-            sentences.append(f"The {what} is saved as {save(content, stem)} in models/{folder}.")
-        except ValueError as error:
+            sentences.append(f"The {what} is saved as {save(make(), stem)} in models/{folder}.")
+        except (ValueError, TypeError, RuntimeError) as error:  # the other one is still to be saved
             # what ended the training is what the user has to be told first
-            sentences.append(f"The {what} is lost: {error}")
+            sentences.append(f"The {what} is lost: {str(error).rstrip('.')}.")
+            if not isinstance(error, ValueError):
+                logger.exception("SLA2 Train LoRA: the %s could not be made or saved", what)
     return " ".join(sentences)

@@ -119,7 +119,7 @@ class LoraSession:
     def router(self):
         """RouterWeights with the ratios as they are trained so far."""
         return with_trained_ratios(
-            self.start_router, self.attention.ratio_logits, self.plan.sparsity, self.plan.precision
+            self.start_router, self.attention.trained_logits(), self.plan.sparsity, self.plan.precision
         )
 
     def report(self):

@@ -1,6 +1,6 @@
 """Puts the hook into a clone of a MODEL: an override, wrappers, and a mark on every self-attention module.
 
-The clone carries an attention override, two wrappers (around sampling, around each model call) and, per layer, an object
+The clone carries an attention override, wrappers (around sampling, before and around each model call) and, per layer, an object
 patch that marks the self-attention calls. All are closures over one AttentionHook, because ComfyUI copies model options
 deeply in places, and functions are what such a copy shares.
 """
@@ -10,7 +10,8 @@ import operator
 from .attention_hook import CALL, KEY, LAYER, MARK, OVERRIDE, AttentionHook, make_override
 from .compiled_models import not_compiled
 from .model_layouts import model_facts, module_and_method, unsupported_model_reason
-from .video_tokens import call_inputs
+from .recomputation import backward_pass
+from .video_tokens import call_inputs, latent_of
 
 WITHOUT_OPTIONS = "the model passes no options here (as with a KV cache), so that nothing can take this call over"
 
@@ -29,10 +30,11 @@ def marked_forward(layer, path, original, replaced, method="forward", hook=None)
         options = kwargs.get("transformer_options")
         call = options.get(CALL) if options else None
         if call is not None:
-            call.counts["entered"] += 1
-            call.run.count_entered(layer)
+            if not call.repeated:
+                call.counts["entered"] += 1
+                call.run.count_entered(layer)
             return find(call.diffusion_model), {**kwargs, "transformer_options": {**options, LAYER: layer}}
-        if hook is not None:
+        if hook is not None and backward_pass() is None:
             run = hook.run_for_call()
             run.has_hidden_calls = True
             run.count_dense(layer, WITHOUT_OPTIONS)
@@ -47,6 +49,11 @@ def marked_forward(layer, path, original, replaced, method="forward", hook=None)
     forward = not_compiled(forward, inside=True)
     forward.sla2_replaced = replaced
     return forward
+
+
+def options_of(args, kwargs):
+    """transformer_options among the arguments of a model call, or None."""
+    return kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
 
 
 def install(model, settings, router, sla_weights=None):
@@ -72,10 +79,16 @@ def install(model, settings, router, sla_weights=None):
         finally:
             hook.end_run(failure, output)
 
+    reserve = not_compiled(hook.before_model)
     prepare, finish = not_compiled(hook.model_call), not_compiled(hook.after_model_call)
 
+    def before_model(executor, *args, **kwargs):
+        device = latent_of({"x": args[0]} if args else kwargs).device
+        reserve(device, options_of(args, kwargs) or {})
+        return executor(*args, **kwargs)
+
     def around_model(executor, *args, **kwargs):
-        options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
+        options = options_of(args, kwargs)
         if options is None:
             return executor(*args, **kwargs)
         diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
@@ -85,11 +98,14 @@ def install(model, settings, router, sla_weights=None):
         return output
 
     around = WrappersMP.DIFFUSION_MODEL if facts is None else getattr(WrappersMP, facts.layout.wrapper)
-    for kind, wrapper in (
+    wrappers = (
         (WrappersMP.OUTER_SAMPLE, around_sampling),
+        (WrappersMP.APPLY_MODEL, not_compiled(before_model, inside=True)),
         (around, not_compiled(around_model, inside=True)),
-    ):
+    )
+    for kind in {kind for kind, _ in wrappers}:
         patched.remove_wrappers_with_key(kind, KEY)
+    for kind, wrapper in wrappers:
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     options = patched.model_options.setdefault("transformer_options", {})
     base, earlier = options.get(OVERRIDE), patched.get_attachment(KEY)

@@ -14,6 +14,7 @@ import torch
 from ..sla2_kernels import K_BLOCK, select_key_blocks
 from ..sla2_kernels.router import block_count
 from .page_events import running_prompt
+from .recording import lasting_tensors
 
 SIZE = 192
 MAPS_PER_RUN = 5  # steps, spread over the run
@@ -37,10 +38,12 @@ class RoutingMaps:
         self.file = None
         self._step = None
         self._sigmas = None
+        self._rooms = {}  # by layer and device: float32 (SIZE * SIZE,), memory for the next map
         self._lock = threading.Lock()
 
-    def begin_model_call(self, sigmas, sample_sigmas, grid):
-        """Finds out which sampling step this is: one read of the device per step. grid: (t, h, w) or None."""
+    @torch.no_grad()
+    def begin_step(self, sigmas, sample_sigmas):
+        """Finds out which sampling step this is: one read of the device per step."""
         if sigmas is None or sample_sigmas is None:
             self._step = None
         elif sigmas is not self._sigmas:
@@ -50,7 +53,19 @@ class RoutingMaps:
             step = int(distance.argmin())
             kept = {round(number * (steps - 1) / (MAPS_PER_RUN - 1)) for number in range(MAPS_PER_RUN)}
             self._step = step if step in kept else None
-            self.grid = grid
+
+    def prepare(self, layers, device):
+        """Takes the memory for the maps of a step's ``layers``, outside of any model call."""
+        with self._lock:
+            for layer in layers if self._step is not None else ():
+                if (layer, self._step) not in self.shares:
+                    self._room(layer, device)
+
+    def _room(self, layer, device):
+        if (layer, device) not in self._rooms:
+            with lasting_tensors():
+                self._rooms[layer, device] = torch.empty(SIZE * SIZE, device=device)
+        return self._rooms[layer, device]
 
     @torch.no_grad()
     def see(self, layer, part, weights, sparsity):
@@ -60,18 +75,23 @@ class RoutingMaps:
             if self._step is None or key in self.shares:
                 return
             self.shares[key] = None
+            room = self._room(layer, part.q.device)
+            del self._rooms[layer, part.q.device]
         picked = select_key_blocks(
             part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, layout=part.layout,
             keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
         )  # fmt: skip
         self.tokens = part.q.shape[part.token_axis]
         key_blocks = block_count(part.video_k.shape[part.token_axis], K_BLOCK)
-        self.shares[key] = shrunk(pick_shares(picked, key_blocks))
+        share = shrunk(pick_shares(picked, key_blocks))
+        self.shares[key] = room[: share.numel()].view(share.shape).copy_(share)
 
     def close(self):
         """Brings the maps to the CPU."""
         self._sigmas = None
-        self.shares = {key: share.cpu() for key, share in self.shares.items() if share is not None}
+        self._rooms.clear()
+        shares = {key: share for key, share in self.shares.items() if share is not None}
+        self.shares = {key: share.to("cpu", copy=True) for key, share in shares.items()}
 
     @property
     def layers(self):

@@ -12,7 +12,8 @@ KEPT_RUNS = 8
 class RunHistory:
     """Starts and ends runs. A patched MODEL is cached by ComfyUI and sampled many times: every run starts from zero."""
 
-    def __init__(self, notes=()):
+    def __init__(self, layers, notes=()):
+        self._layers = layers
         self._notes = tuple(notes)
         self._finished = collections.deque(maxlen=KEPT_RUNS)
         self._run = None
@@ -66,7 +67,7 @@ class RunHistory:
     def _start(self, window):
         self._file_stray()
         self._count += 1
-        self._run = RunRecord(self._count, executing_context(), window)
+        self._run = RunRecord(self._count, self._layers, executing_context(), window)
         for sentence in self._notes:
             self._run.note(sentence)
 

@@ -10,6 +10,8 @@ import torch
 from ..sla2_kernels import Q_BLOCK
 from ..sla2_kernels.router import block_count
 from ..sla2_kernels.support import on_device
+from .call_times import CallTimes
+from .device_counts import DeviceCounts
 from .inexact_dense import is_sage, ragged_key_count
 from .routing_maps import wanted_maps
 
@@ -28,10 +30,7 @@ class LayerRecord:
         self.ratio_range = None
         self.not_finite = 0
         self.milliseconds = {}
-        self.ratio_bounds = {}
-        self.bad_outputs = {}
-        self.events = defaultdict(list)
-        self.clocked = defaultdict(list)
+        self.times = defaultdict(CallTimes)
 
     @property
     def unreached(self):
@@ -45,9 +44,9 @@ class LayerRecord:
 
 
 class RunRecord:
-    """One sampling run. Several threads may write (MultiGPU); read it once it is closed."""
+    """One sampling run of a model with so many layers. Several threads may write (MultiGPU); read it once it is closed."""
 
-    def __init__(self, number, context=None, window=None):
+    def __init__(self, number, layers, context=None, window=None):
         self.number = number
         self.context = context
         self.window = window
@@ -69,6 +68,8 @@ class RunRecord:
         self.latent_sample = None
         self.maps = wanted_maps()
         self.lock = threading.Lock()
+        self._on_devices = DeviceCounts(layers)
+        self._checked_layers = set()  # whose first output was looked at
         self._said = set()
         self._sigma_memo = (None, None)
 
@@ -118,6 +119,12 @@ class RunRecord:
         with self.lock:
             self.layers[layer].dense[reason] += 1
 
+    def prepare(self, device):
+        """Takes the memory that counting on ``device`` needs, outside of any model call."""
+        with self.lock:
+            self._on_devices.prepare(device)
+
+    @torch.no_grad()
     def count_sparse(self, layer, shape, kept, key_blocks, precision, ratio):
         """shape: (batch, heads, query tokens); ratio: the row ratios used, float32 of that shape, left on its device.
 
@@ -125,51 +132,46 @@ class RunRecord:
         """
         batch, heads, tokens = shape
         rows = batch * heads * block_count(tokens, Q_BLOCK)
-        bounds = torch.stack(torch.aminmax(ratio.detach()))
         with self.lock:
             record = self.layers[layer]
             record.sparse += 1
             record.kept_blocks += rows * kept
             record.all_blocks += rows * key_blocks
             self.precisions.add(precision)
-            seen = record.ratio_bounds.get(ratio.device)
-            if seen is not None:
-                bounds = torch.stack((torch.minimum(seen[0], bounds[0]), torch.maximum(seen[1], bounds[1])))
-            record.ratio_bounds[ratio.device] = bounds
+            self._on_devices.add_ratio(layer, ratio)
 
     def count_loops(self, loops):
         """loops: what watch_loops() saw during one sparse call."""
         with self.lock:
             self.loops.update(set(loops))
 
+    @torch.no_grad()
     def count_output(self, layer, out):
         """Counts a sparse output that holds NaN or infinity, on its device; True where it is the layer's first one and does."""
-        lowest, highest = torch.aminmax(out.detach())
+        lowest, highest = torch.aminmax(out)
         bad = ~(lowest.isfinite() & highest.isfinite())
         with self.lock:
-            counts = self.layers[layer].bad_outputs
-            first = not counts
-            known = counts.get(out.device)
-            counts[out.device] = bad.long() if known is None else known + bad
-        if not first or _capturing(out.device):
-            return False
-        found = bool(bad)
-        if found:
-            with self.lock:
-                self.layers[layer].bad_outputs.clear()  # it is not used: it counts as a dense call
-        return found
+            first = layer not in self._checked_layers
+            self._checked_layers.add(layer)
+        if first and not _capturing(out.device):
+            return bool(bad)  # a bad one is not used: it counts as a dense call
+        with self.lock:
+            self._on_devices.add_bad(layer, bad)
+        return False
 
     @contextlib.contextmanager
     def timed(self, layer, kind, device):
         """Measures one call: with a pair of CUDA events, on a CPU by the clock; not while a CUDA graph is captured."""
+        with self.lock:
+            times = self.layers[layer].times[kind]
         if device.type == "cpu":
             begun = time.perf_counter()
             yield
             elapsed = 1000 * (time.perf_counter() - begun)
             with self.lock:
-                self.layers[layer].clocked[kind].append(elapsed)
+                times.add(elapsed)
             return
-        if device.type != "cuda" or _capturing(device):
+        if device.type != "cuda" or _capturing(device) or not self._has_room(times):
             yield
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -178,10 +180,15 @@ class RunRecord:
         yield
         end.record(stream)
         with self.lock:
-            self.layers[layer].events[kind].append((start, end))
+            times.add_events(start, end)
 
+    def _has_room(self, times):
+        with self.lock:
+            return times.has_room()
+
+    @torch.no_grad()
     def sigma(self, sigmas):
-        """The step's sigma as a number: one read of the device per step."""
+        """The step's sigma as a number: one read of the device per step, which a training must not record."""
         with self.lock:
             known, sigma = self._sigma_memo
         if known is not sigmas:
@@ -205,18 +212,24 @@ class RunRecord:
         self.ended = time.monotonic()
         self.failure = failure
         self._sigma_memo = (None, None)
-        for record in self.layers.values():
+        if failure is None:
+            self._on_devices.fetch()
+        for layer, record in self.layers.items():
             if failure is None:
-                _collect(record)
-            record.ratio_bounds.clear()
-            record.bad_outputs.clear()
-            record.events.clear()
-            record.clocked.clear()
+                self._collect(layer, record)
+            record.times.clear()
+        self._on_devices.clear()
         self._note_bad_outputs()
         if self.maps is not None:
             self.maps.close()
         if failure is None and output is not None:
             self.latent_sample = sample_of(output)
+
+    def _collect(self, layer, record):
+        record.not_finite = self._on_devices.bad_outputs(layer)
+        record.ratio_range = self._on_devices.ratio_range(layer)
+        means = {kind: times.mean() for kind, times in record.times.items()}
+        record.milliseconds = {kind: mean for kind, mean in means.items() if mean is not None}
 
     def _note_bad_outputs(self):
         bad = {layer: record.not_finite for layer, record in sorted(self.layers.items()) if record.not_finite}
@@ -233,19 +246,6 @@ def _capturing(device):
         return False
     with on_device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def _collect(record):
-    record.not_finite = sum(int(count) for count in record.bad_outputs.values())
-    if record.ratio_bounds:
-        bounds = torch.stack([bounds.cpu() for bounds in record.ratio_bounds.values()])
-        record.ratio_range = (bounds[:, 0].min().item(), bounds[:, 1].max().item())
-    for kind, pairs in record.events.items():
-        for _, end in pairs:
-            end.synchronize()
-        record.clocked[kind] += [start.elapsed_time(end) for start, end in pairs]
-    for kind, values in record.clocked.items():
-        record.milliseconds[kind] = sum(values) / len(values)
 
 
 def sample_of(latent, count=64):

@@ -49,6 +49,7 @@ def attempt(call, layer, device, compute):
     return None, reason
 
 
+@torch.no_grad()
 def check_output(call, layer, out, inputs):
     """None, or NOT_FINITE where the layer's first sparse output of the run held NaN or infinity. Later ones are counted.
 

@@ -190,9 +190,8 @@ def keep_trained(session, node, what):
     """Saves what an ended training reached, LoRA and router; a sentence for the user, or ""."""
     if not session.done:
         return ""
-    sentence = (
-        f"{session.done} optimisation steps are done. {save_both(session.lora(), session.router(), session.family)}"
-    )
+    saved = save_both(session.lora, session.router, session.family)
+    sentence = f"{session.done} optimisation steps are done. {saved}"
     logger.info("SLA2 LoRA training %s. %s", what, sentence)
     show_on_node(node, f"{what}. {sentence}")
     return f" {sentence}"

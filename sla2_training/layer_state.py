@@ -47,17 +47,7 @@ class LayerState:
                 self.gram = gram / (1 - memory)
                 self.right = (self.gram @ torch.sigmoid(self.alpha_logits)[..., None])[..., 0]
         self.gram, self.right = memory * self.gram + gram, memory * self.right + right
-        mean = self.gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-        # knots that no step has met yet stay near the others' mean
-        ridge = (RIDGE * mean).clamp_min(torch.finfo(mean.dtype).tiny)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        centre = self.right.sum(dim=-1) / self.gram.sum(dim=(-2, -1)).clamp_min(torch.finfo(mean.dtype).tiny)
-        solved = torch.linalg.solve(self.gram + ridge * eye, self.right + ridge[..., 0] * centre[..., None])
-        self.alpha_logits = torch.logit(solved.clamp(*RATIO_RANGE))
-
-    def ratios(self, query_block_count):
-        """(S, H, T_m) ratios."""
-        return torch.stack([resample_ratio(torch.sigmoid(a), query_block_count) for a in self.alpha_logits])
+        self.alpha_logits = solved_ratios(self.gram, self.right)
 
     def weights(self):
         """The RouterLayer as it stands, float32 on the CPU."""
@@ -66,6 +56,23 @@ class LayerState:
             for t in (self.proj_q, self.proj_k, self.alpha_logits)
         )
         return RouterLayer(*copies)
+
+
+def solved_ratios(gram, right):
+    """Ratio logits (S, H, A) that solve the equations gram (S, H, A, A) @ ratio = right (S, H, A)."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    tiny = torch.finfo(mean.dtype).tiny
+    # knots that no step has met yet stay near the others' mean
+    ridge = (RIDGE * mean).clamp_min(tiny)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    centre = right.sum(dim=-1) / gram.sum(dim=(-2, -1)).clamp_min(tiny)
+    solved = torch.linalg.solve(gram + ridge * eye, right + ridge[..., 0] * centre[..., None])
+    return torch.logit(solved.clamp(*RATIO_RANGE))
+
+
+def ratios_of(alpha_logits, query_block_count):
+    """(S, H, T_m) ratios of logits (S, H, A)."""
+    return torch.stack([resample_ratio(torch.sigmoid(a), query_block_count) for a in alpha_logits])
 
 
 def _projection(proj, shape):

@@ -22,17 +22,15 @@ def logits_of_estimates(estimates):
 def with_trained_ratios(router, logits, sparsity, precision):
     """``router`` with other ratios at ``sparsity``; its projections and its ratios at other sparsities stay.
 
-    logits: one (H, A) tensor per layer. precision: bit width that they were trained at.
+    logits: one (H, A) tensor per layer, or None where nothing was trained: such a layer stays as it was. A layer that had no
+    ratios before takes the trained ones at every sparsity. precision: bit width that they were trained at.
     """
-    known = router.sparsities if router.layers[0].alpha_logits is not None else ()
-    sparsities = sorted({*known, sparsity})
-    layers = []
-    for index, (layer, own) in enumerate(zip(router.layers, logits, strict=True)):
-        own = own.detach().float().to("cpu", copy=True)
-        rows = [
-            own if s == sparsity else torch.logit(router.ratio(index, s)).expand_as(own).clone() for s in sparsities
-        ]
-        layers.append(RouterLayer(layer.proj_q, layer.proj_k, torch.stack(rows)))
+    had_ratios = any(layer.alpha_logits is not None for layer in router.layers)
+    sparsities = sorted({*(router.sparsities if had_ratios else ()), sparsity})
+    layers = (
+        RouterLayer(layer.proj_q, layer.proj_k, _rows(router, index, own, sparsity, sparsities))
+        for index, (layer, own) in enumerate(zip(router.layers, logits, strict=True))
+    )
     return RouterWeights(
         tuple(layers),
         router.model_family,
@@ -42,3 +40,16 @@ def with_trained_ratios(router, logits, sparsity, precision):
         precision=precision,
         keep_diagonal=router.keep_diagonal,
     )
+
+
+def _rows(router, layer, own, sparsity, sparsities):
+    """Ratio logits (S, H, A) of a layer, ``own`` at ``sparsity``; None where it has none, old or new."""
+    own = None if own is None else own.detach().float().to("cpu", copy=True)
+    rows = []
+    for known in sparsities:
+        ratio = None if known == sparsity and own is not None else router.ratio(layer, known)
+        row = own if ratio is None else torch.logit(ratio)
+        if row is None:
+            return None
+        rows.append(row if own is None else row.expand_as(own))
+    return torch.stack(rows)

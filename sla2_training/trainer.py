@@ -17,7 +17,7 @@ from ._kernels import (
     unselected_mask,
 )
 from .errors import TrainingError
-from .layer_state import LayerState, resumed_layer
+from .layer_state import LayerState, ratios_of, resumed_layer, solved_ratios
 from .live_layer import LiveLayer
 from .report import VARIANTS, LayerErrors, TrainingReport
 from .soft_top_k import TAU, soft_top_k
@@ -210,9 +210,9 @@ class RouterTrainer:
         counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
         return torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
 
-    def _ratios(self, state, live, blocks):
-        """The learned ratios of the drawn query blocks, (B * H, R, S)."""
-        ratios = state.ratios(live.query_block_count).permute(1, 2, 0).expand(blocks.shape[0], -1, -1, -1)
+    def _ratios(self, alpha_logits, live, blocks):
+        """The ratios of the drawn query blocks by logits (S, H, A), (B * H, R, S)."""
+        ratios = ratios_of(alpha_logits, live.query_block_count).permute(1, 2, 0).expand(blocks.shape[0], -1, -1, -1)
         index = blocks[..., None].expand(-1, -1, -1, len(self.sparsities))
         return ratios.gather(2, index).flatten(0, 1)
 
@@ -234,13 +234,13 @@ class RouterTrainer:
             for x in (gram, right)
         ]
 
-    def _first_ratio(self, state, live, blocks, hard):
-        """Ratios before the first step, from its own query blocks; their equations count again in that step."""
+    def _first_ratio(self, live, blocks, hard):
+        """Ratio logits for the first step, from its own query blocks. Its equations count when the step is done."""
         gram = right = 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
             more = self._ratio_equations(live, blocks, chunk, live.sums(blocks, chunk), hard[chunk])
             gram, right = gram + more[0], right + more[1]
-        state.learn_ratio(gram, right)
+        return solved_ratios(gram, right)
 
     def _step(self, state, live):
         state.optimizer.zero_grad()
@@ -249,9 +249,9 @@ class RouterTrainer:
         with torch.no_grad():
             always = self.always_selected(live, blocks)
             hard = self.hard_masks(scores, always)
-            if state.alpha_logits is None:
-                self._first_ratio(state, live, blocks, hard)
-            ratios = self._ratios(state, live, blocks)
+            logits = state.alpha_logits
+            logits = self._first_ratio(live, blocks, hard) if logits is None else logits
+            ratios = self._ratios(logits, live, blocks)
         soft = self._soft_masks(scores, always)
         # gradients stop at the masks: a chunk's tensors are gone before the next one's exist
         leaf = soft.detach().requires_grad_(True)
@@ -280,7 +280,7 @@ class RouterTrainer:
         routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
         always = self.always_selected(live, blocks)
         masks = {name: self.hard_masks(live.scores(*proj, blocks), always) for name, proj in routers.items()}
-        ratios = None if state.alpha_logits is None else self._ratios(state, live, blocks)
+        ratios = None if state.alpha_logits is None else self._ratios(state.alpha_logits, live, blocks)
         squared, energy = dict.fromkeys(variants, 0.0), 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
             sums = live.sums(blocks, chunk)

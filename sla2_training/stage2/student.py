@@ -38,7 +38,8 @@ class Student(nn.Module):
             nn.Parameter(torch.zeros(router.num_heads, 1) if logits is None else logits)
             for logits in starts
         )
-        self.needs_start = any(logits is None for logits in starts)
+        self.without_ratios = {layer for layer, logits in enumerate(starts) if logits is None}
+        self.needs_start = bool(self.without_ratios)
 
     def forward(self, noisy, t, context, dense=False):
         self.dense = dense
@@ -55,7 +56,8 @@ class Student(nn.Module):
         if self.dense:
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         precision = default_precision(q.device) if self.precision == "auto" else self.precision
-        ratio = None if self.seen_ratios is not None else torch.sigmoid(self.ratio_logits[layer].float())
+        estimates = self.seen_ratios is not None and layer in self.without_ratios
+        ratio = None if estimates else torch.sigmoid(self.ratio_logits[layer].float())
         with torch.autocast(q.device.type, enabled=False):
             out = sla2_attention(
                 q, k, v, getattr(self, f"proj_q_{layer}"), getattr(self, f"proj_k_{layer}"), ratio,
@@ -69,7 +71,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def start_ratios(self, noisy, t, context):
-        """Starts the ratios at what a run estimates, for routers that have none; a no-op for those that do."""
+        """Starts the ratios of layers that have learned none at what a run estimates; the others' stay."""
         if not self.needs_start:
             return
         self.seen_ratios = {}

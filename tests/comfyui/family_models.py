@@ -220,6 +220,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# families whose allocations newer ComfyUI records, per model call and per block: where their blocks are
+RECORDED = {"minimax-h3": "blocks", "ltx-2": "transformer_blocks"}
+
+
 def class_of(path):
     """The class, or None in a ComfyUI that does not have it."""
     module, _, name = path.rpartition(".")

@@ -23,7 +23,8 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
-from family_models import FAMILIES, build, class_of, inputs_for
+from family_models import FAMILIES, RECORDED, build, class_of, inputs_for
+from recorded_scopes import RecordedScopes
 
 
 def pack_module(name):
@@ -69,12 +70,12 @@ def fresh(value):
 
 
 @torch.inference_mode()
-def sample(patcher, inputs):
+def sample(patcher, inputs, sigma=0.5):
     options = {
         **patcher.model_options["transformer_options"],
         "wrappers": patcher.wrappers,
-        "sigmas": torch.tensor([0.5]),
-        "sample_sigmas": torch.tensor([1.0, 0.5, 0.0]),
+        "sigmas": torch.tensor([sigma]),
+        "sample_sigmas": torch.tensor([1.0, 0.5, 0.25, 0.0]),
     }
     patcher.patch_model()
     out = patcher.model.apply_model({name: fresh(value) for name, value in inputs.items()}, options)
@@ -126,6 +127,45 @@ def probe(name):
     return found
 
 
+def left_in_scopes(name, sla2):
+    """What is left of recorded scopes in a run of three steps with a router and a map: {"block": storages, "call": ...}."""
+    path, arguments, inputs, *_ = FAMILIES[name]
+    cls = class_of(path)
+    model = build(cls, arguments, comfy.ops.disable_weight_init)
+    patched = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
+    if sla2:
+        patched = with_router_and_maps(patched, pack_module("nodes.model_layouts").model_facts(model))
+    scopes = RecordedScopes(model, getattr(model, RECORDED[name]))
+    inputs = inputs_for(cls, inputs)
+    hook = patched.get_attachment("sla2")
+    if hook is not None:
+        hook.begin_run(patched)
+    with scopes.watching():
+        for sigma in (1.0, 0.5, 0.25):
+            sample(patched, inputs, sigma)
+    if hook is not None:
+        hook.end_run()
+        (run,) = hook.runs.finished()
+        assert all(record.sparse == 3 and record.ratio_range for record in run.layers.values()) and len(run.layers) == 2
+        assert len(run.maps.shares) == 2 * 3
+    return scopes.left
+
+
+def with_router_and_maps(patcher, facts):
+    """SLA2 on it as it has most to keep: learned projections and ratios, a schedule, and a report that wants maps."""
+    hook, settings = pack_module("nodes.patching"), pack_module("nodes.settings")
+    weights, schedule = pack_module("sla2_kernels.weights"), pack_module("nodes.schedule")
+    pack_module("nodes.run_record").wanted_maps = pack_module("nodes.routing_maps").RoutingMaps
+    proj = torch.eye(facts.head_dim)
+    layer = weights.RouterLayer(proj, proj, torch.zeros(1, facts.num_heads, 1))
+    router = weights.RouterWeights(
+        (layer,) * facts.num_layers, facts.layout.family, facts.num_heads, facts.head_dim, sparsities=(0.7,)
+    )
+    rules = schedule.parse_schedule("0%-100%: 0.5 -> 0.7", facts.num_layers, settings.parse_layers)
+    made = settings.AttentionSettings(sparsity=0.7, bit_width="16bit", minimum_tokens=0, schedule=rules)
+    return hook.install(patcher, made, router)
+
+
 def attempt(name):
     try:
         return probe(name)
@@ -133,4 +173,7 @@ def attempt(name):
         return {"error": traceback.format_exc()}
 
 
-print(json.dumps({name: attempt(name) for name in wanted or FAMILIES}))
+found = {name: attempt(name) for name in wanted or FAMILIES}
+for name in RECORDED.keys() & {name for name, one in found.items() if "calls" in one}:
+    found[name]["left"] = [left_in_scopes(name, sla2) for sla2 in (False, True)]
+print(json.dumps(found))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from family_models import FAMILIES
+from family_models import FAMILIES, RECORDED
 
 from tooling.comfyui import find_comfyui
 from tooling.plan import ROOT
@@ -74,3 +74,14 @@ def test_family(probe_of, path, name):
     assert found["exact"]["difference"] < 2e-6
     assert found["sparse"]["difference"] > 2e-4
     assert all(share > 0.25 for share in found["sparse"]["sparsity"])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("path", versions() or [None], ids=lambda path: path.name if path else "no ComfyUI")
+def test_nothing_made_inside_a_recorded_scope_outlives_it(probe_of, path, name):
+    """What core's recording of allocations would have to keep, of the plain model and of a run with everything we keep."""
+    found = probe_of(path)[name]
+    if found.get("missing"):
+        pytest.skip(f"{path.name} does not have this model")
+    assert "error" not in found, found["error"]
+    assert found["left"] == [{"block": 0, "call": 0}] * 2

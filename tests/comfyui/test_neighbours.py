@@ -104,8 +104,17 @@ def test_a_second_apply_replaces_the_first(comfy, prompt, alone):
     assert torch.equal(latent, alone)
 
 
+TRAINED = {
+    "plain": ({}, {}),
+    "a window": ({"start_percent": 0.001}, {}),
+    "a schedule": ({"schedule": "0%-50%: 0.6; 50%-100%: 0.75"}, {}),
+    "blocks recomputed one by one": ({"end_percent": 0.999}, {"checkpoint_depth": 2}),
+}
+
+
 def test_cores_lora_training_goes_through_us(comfy, prompt):
-    """The training node works on a copy of the model, reloaded from its file (from 0.25 on), with gradients."""
+    """The training node works on a copy of the model, reloaded from its file (from 0.25 on), with gradients. It recomputes
+    the model in the backward pass: what is done once a step must not be recorded, and no call counts twice."""
     node = comfy.server.get("/object_info/TrainLoraNode")["TrainLoraNode"]
     defaults = {
         name: options[1]["default"]
@@ -113,18 +122,25 @@ def test_cores_lora_training_goes_through_us(comfy, prompt):
         for name, options in part.items()
         if len(options) > 1 and isinstance(options[1], dict) and "default" in options[1]
     }
-    patched = prompt.apply(prompt.model())
     latent = prompt.add("EmptyHunyuanLatentVideo", width=128, height=128, length=9, batch_size=1)
     positive = prompt.add("SLA2TestConditioning", number=1, image=False, label="training")
     changes = {"steps": 2, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "existing_lora": "[None]"}
-    trained = prompt.add(
-        "TrainLoraNode", model=patched, latents=latent, positive=positive,
-        **defaults | changes,
-    )  # fmt: skip
-    graph = prompt.add("LossGraphNode", loss=[trained[0], node["output"].index("LOSS_MAP")], filename_prefix="loss")
+    patched = [prompt.apply(prompt.model(), **settings) for settings, _ in TRAINED.values()]
+    graphs = []
+    for model, (_, how) in zip(patched, TRAINED.values(), strict=True):
+        known = {name: value for name, value in how.items() if name in defaults}
+        trained = prompt.add(
+            "TrainLoraNode", model=model, latents=latent, positive=positive, **defaults | changes | known
+        )
+        loss = [trained[0], node["output"].index("LOSS_MAP")]
+        graphs.append(prompt.add("LossGraphNode", loss=loss, filename_prefix="loss"))
+        # a report in the prompt: maps are made
+        prompt.report(model, latent)
     outputs = comfy.run(prompt)
-    assert outputs[graph[0]]["images"]
+    assert all(outputs[graph[0]]["images"] for graph in graphs)
     # what the training did is the newest run of this model
-    report = prompt.report(patched, latent)
-    found = comfy.report(comfy.run(prompt), report)
-    assert found["sparse_calls"] > 0 and found["dense_calls"] == 0, found
+    reports = [prompt.report(model, latent) for model in patched]
+    outputs = comfy.run(prompt)
+    for report in reports:
+        found = comfy.report(outputs, report)
+        assert (found["sparse_calls"], found["dense_calls"], found["model_calls"]) == (2 * 3, 0, 2), found

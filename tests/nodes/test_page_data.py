@@ -33,7 +33,8 @@ def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack
     steps = torch.linspace(1, 0, 21)
     for step in range(20):
         sigmas = steps[step : step + 1].clone()
-        maps.begin_model_call(sigmas, steps, (3, 10, 10))
+        maps.begin_step(sigmas, steps)
+        maps.grid = (3, 10, 10)
         for layer in (0, 2):
             maps.see(layer, *looked_at(pack_module, q, k))
             maps.see(layer, *looked_at(pack_module, k, q))
@@ -53,7 +54,7 @@ def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep):
     maps = pack_module("nodes.routing_maps").RoutingMaps()
     q = torch.eye(4, 64).repeat_interleave(128, 0)[None, :, None].repeat(1, 1, 2, 1)
     steps = torch.linspace(1, 0, 2)
-    maps.begin_model_call(steps[:1], steps, (2, 16, 16))
+    maps.begin_step(steps[:1], steps)
     maps.see(0, *looked_at(pack_module, q, -q, keep_diagonal=keep))
     maps.close()
     own = torch.eye(4).repeat_interleave(2, 1)
@@ -64,7 +65,7 @@ def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep):
 def test_without_a_sampler_that_says_its_steps_there_is_no_map(pack_module, tmp_path):
     maps = pack_module("nodes.routing_maps").RoutingMaps()
     q = torch.randn(1, 300, 2, 64)
-    maps.begin_model_call(None, None, None)
+    maps.begin_step(None, None)
     maps.see(0, *looked_at(pack_module, q, q))
     maps.close()
     assert maps.for_page(tmp_path) is None and list(tmp_path.iterdir()) == []

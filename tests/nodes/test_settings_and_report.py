@@ -105,7 +105,10 @@ def test_a_marked_module_is_looked_up_in_the_model_of_the_call(pack_module):
     first, copied = model("first"), model("copied")
     forward = hook.marked_forward(3, "only.self_attn", first.only.self_attn, None)
     call = SimpleNamespace(
-        diffusion_model=copied, counts={"entered": 0}, run=SimpleNamespace(count_entered=lambda n: None)
+        diffusion_model=copied,
+        counts={"entered": 0},
+        run=SimpleNamespace(count_entered=lambda n: None),
+        repeated=False,
     )
     assert forward(0, transformer_options={hook.CALL: call}) == ("copied", 3)
     assert forward(0, transformer_options={}) == ("first", None)

@@ -158,6 +158,20 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         trainer(tmp_path).train(resume=True)
 
 
+def test_ratios_that_were_learned_are_where_they_start(tmp_path):
+    """A router whose training was cancelled before it met every layer: the others' ratios are what a run estimates."""
+    learned = torch.tensor([[[2.0], [-1.0]]])
+    layers = (RouterLayer(alpha_logits=learned), RouterLayer())
+    path = tmp_path / "partial.safetensors"
+    RouterWeights(layers, "wan", HEADS, HEAD_DIM, sparsities=(0.6,)).save(path)
+    made = trainer(tmp_path, replace(CONFIG, router=str(path)))
+    made._start_ratios()
+    torch.testing.assert_close(made.student.ratio_logits[0].detach().cpu(), learned[0])
+    assert made.student.ratio_logits[1].abs().min() > 0
+    trained = made.trained_router()
+    assert all(layer.alpha_logits is not None for layer in trained.layers) and trained.sparsities == (0.6,)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     made = trainer(tmp_path, replace(CONFIG, steps=8, checkpoint_every=1))
     forward = made._loss

@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 import safetensors.torch
+import torch
 from training_events import queue_until
 
-from sla2_kernels.weights import load_router
+from sla2_kernels.weights import RouterLayer, RouterWeights, load_router
 
 pytestmark = pytest.mark.comfyui
 
@@ -81,8 +82,8 @@ def trained(comfy, new_prompt):
 def test_the_error_falls_and_the_calls_ran_sparse(trained):
     before, after = errors(trained["text"][0])
     assert 0 < after < before
-    # per layer: 4 calls measure before, 4 after, and 12 steps take a call each, which the backward pass repeats
-    assert f"{LAYERS * (4 + 4 + 2 * 12)} attention calls ran sparse" in trained["text"][0]
+    # per layer: 4 calls measure before, 4 after, and 12 steps take a call each; the backward pass repeats that one
+    assert f"{LAYERS * (4 + 4 + 12)} attention calls ran sparse" in trained["text"][0]
     assert "ran dense" not in trained["text"][0] and len(trained["images"]) == 1
 
 
@@ -148,13 +149,22 @@ def test_a_seed_decides_the_files_and_a_lora_is_gone_on_from(comfy, new_prompt, 
 
 
 def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
-    model = prompt.model()
+    """With a router whose own training was cancelled before it met every layer."""
+    learned = torch.tensor([[[2.0], [-1.0]]])
+    layers = (RouterLayer(), RouterLayer(alpha_logits=learned), RouterLayer())
+    path = comfy.base / "models/sla2/met_one_layer.safetensors"
+    RouterWeights(layers, "wan", 2, 128, sparsities=(0.9,)).save(path)
+    model, router = prompt.model(), prompt.add("SLA2LoadRouter", router_name=path.name)
     node = train_and_save(
-        prompt, model, "flow", loss=FLOW, latents=prompt.sample(model, size=128, steps=2), training_steps=8,
+        prompt, model, "flow", loss=FLOW, router=router, latents=prompt.sample(model, size=128, steps=2), training_steps=8,
         learning_rate=0.01,
     )  # fmt: skip
     before, after = errors(comfy.run(prompt)[node]["text"][0])
     assert 0 < after < before
+    made = load_router(comfy.base / "models/sla2/flow_00001_.safetensors")
+    assert made.sparsities == (SPARSITY, 0.9) and all(layer.alpha_logits is not None for layer in made.layers)
+    assert 0 < (made.layers[1].alpha_logits[0] - learned[0]).abs().max() < 0.5, "trained from where it was"
+    torch.testing.assert_close(made.ratio(1, 0.9), torch.sigmoid(learned[0]))
 
 
 def cancelled(comfy, prompt, steps):

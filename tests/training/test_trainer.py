@@ -240,6 +240,27 @@ def test_out_of_memory_halves_the_subset_and_says_so(monkeypatch):
     assert trainer.notes[1] in trainer.report().text()
 
 
+@pytest.mark.parametrize("failing", [None, 2], ids=["enough memory", "none after the first ratio"])
+def test_the_equations_of_a_step_count_once(monkeypatch, failing):
+    real, calls, equations = live_layer.block_sums, [], []
+
+    def limited(*args):
+        calls.append(1)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(live_layer, "block_sums", limited)
+    trainer = make_trainer(query_blocks=4)
+    solve = trainer._ratio_equations
+    monkeypatch.setattr(trainer, "_ratio_equations", lambda *args: equations.append(solve(*args)) or equations[-1])
+    trainer.observe(0, *small_qkv(), steps=1)
+    assert trainer.query_blocks == (4 if failing is None else 2)
+    state = trainer.layer_state(0)
+    torch.testing.assert_close(state.gram, equations[-1][0])
+    torch.testing.assert_close(state.right, equations[-1][1])
+
+
 def test_out_of_memory_to_the_last_is_one_sentence(monkeypatch):
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(TrainingError, match="layer 0: not enough memory for one query block"):
