@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_fit
+from . import loops, torch_backend, torch_fit
 from .arguments import (
     TOKENS_DIM,
     check_diagonal,
@@ -21,7 +21,7 @@ from .arguments import (
 )
 from .attention import RoutedBlocks, _distinct, _route, _swapped
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
-from .support import resolve_backend
+from .support import resolve_backend, triton_reason, without_autocast
 
 SAMPLE_ROWS = 32
 FITTED_ROWS = 24  # of them decide the ratio; the others can judge the result
@@ -46,6 +46,17 @@ def sample_rows(tokens, number, device="cpu"):
     rows = rows[torch.randperm(SAMPLE_ROWS, generator=generator)].to(torch.int32)
     # does not wait for the device: from ordinary memory the copy is staged before this returns
     return rows.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def squared_error(out, dense, rows):
+    """float32 (2,): squared norms of the error of ``out`` in these rows, and of ``dense``. Rows that are not finite are left out.
+
+    out: (B, H, N, D). dense: float32 (B, H, R, D), what rows ``rows``, integers (R,), should be.
+    """
+    error = out.index_select(2, rows).float() - dense
+    squares = torch.stack([error.square().sum(dim=-1), dense.square().sum(dim=-1)])  # (2, B, H, R)
+    return torch.where(squares.isfinite().all(dim=0), squares, 0.0).sum(dim=(1, 2, 3))
 
 
 def fitted_attention(
@@ -129,7 +140,10 @@ def _fitted_attention(
         return result, row_ratio[..., 0].clone(), dense
     if key_blocks is None:
         key_blocks = _route(q, k, proj_q, proj_k, sparsity, backend, diagonal)
-    ratio = torch_fit.fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale)
+    reason = triton_reason(q.device, q.dtype, q.shape[3], precision)
+    loops.took_loop(loops.TORCH, reason or 'backend "torch" was asked for')
+    with without_autocast(q.device):
+        ratio = torch_fit.fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale)
     ratios = ratio[..., None].expand(-1, -1, block_count(q.shape[2], Q_BLOCK))
     torch_backend.attention(q, k, v, key_blocks, ratios, out, scale=scale, precision=precision)
     return result, ratio.float(), dense

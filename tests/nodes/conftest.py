@@ -79,8 +79,9 @@ class Bench:
         self.attention = wrapped(dense_attention)
         self.options = {}
 
-    def model_call(self, sigma=0.5, override=None):
+    def model_call(self, sigma=0.5, override=None, **options):
         self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
+        self.options |= options
         return self.hook.model_call(SimpleNamespace(), dict, self.options)
 
     def attend(self, *args, layer=0, **kwargs):
