@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
 from sla2_diffusers import SLA2WanProcessor, apply_sla2
 from sla2_kernels import sla2_attention, support
+from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.weights import RouterLayer, RouterWeights, identity_router
 
@@ -439,3 +440,47 @@ def test_a_router_of_all_vace_layers_or_of_the_blocks_alone(vace, vace_inputs, m
         assert seen == expected, "vace_blocks run first"
     with pytest.raises(ValueError, match="number of layers"):
         apply_sla2(vace, dataclasses.replace(blocks, model_family="wan-vace"))
+
+
+def untrained(kind):
+    return {"no router": None, "a router without ratios": identity_router("wan", LAYERS, HEADS, HEAD_DIM)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["no router", "a router without ratios"])
+def test_without_a_trained_ratio_every_call_fits_one_and_says_its_error(transformer, inputs, monkeypatch, kind):
+    exact = []
+
+    def spy(q, k, v, *args, **options):
+        found = fitted_attention(q, k, v, *args, **options)
+        heads_first = [t.transpose(1, 2).double() for t in (q, k, v)]
+        dense = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        exact.append(((found.out - dense).norm() / dense.norm()).item())
+        return found
+
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", spy)
+    handle = apply_sla2(transformer, untrained(kind), sparsity=0.75, precision="16bit")
+    first = run(transformer, inputs)
+    found = handle.attention_error
+    assert torch.equal(run(transformer, inputs), first) and handle.attention_error == pytest.approx(found)
+    errors = [layer.attention_error for layer in handle.layers]
+    assert len(exact) == 2 * LAYERS and errors == pytest.approx(exact[:LAYERS], rel=0.5)
+    assert found == pytest.approx((sum(error**2 for error in errors) / LAYERS) ** 0.5)
+    words = f"attention error {found:.2f} (layers {min(errors):.2f} to {max(errors):.2f})"
+    assert words in handle.summary().splitlines()
+    handle.reset()
+    assert handle.attention_error is None and "error" not in handle.summary()
+
+
+@pytest.mark.parametrize("how", ["autograd", "trained ratio", "context parallelism"])
+def test_what_is_not_fitted(transformer, inputs, monkeypatch, how):
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", lambda *args, **options: pytest.fail("fitted"))
+    handle = apply_sla2(transformer, router() if how == "trained ratio" else None, sparsity=0.75, precision="16bit")
+    if how == "context parallelism":
+        processor = transformer.blocks[0].attn1.processor
+        monkeypatch.setattr(type(processor), "_parallel_config", object())
+        q = torch.randn(1, 396, HEADS, HEAD_DIM)
+        processor._attend("16bit", q, q, q, slice(None))
+        return
+    with torch.set_grad_enabled(how == "autograd"):
+        transformer(**inputs)
+    assert handle.sparse_calls == LAYERS and handle.attention_error is None

@@ -124,7 +124,7 @@ def test_the_measured_error_is_that_over_all_rows(bench, pack_module, monkeypatc
     expected = torch.cat([dense(*qkv) for qkv in inputs])
     wanted = ((torch.cat(outputs).double() - expected).norm() / expected.norm()).item()
     assert run.layers[0].attention_error == pytest.approx(wanted, rel=0.1) and wanted > 0.05
-    assert (wanted > 0.6) == is_sabotaged
+    assert (wanted > 0.42) == is_sabotaged
 
 
 def test_rows_that_are_not_finite_are_left_out_of_the_error(bench, pack_module):
@@ -165,7 +165,7 @@ def test_a_call_that_keeps_every_block_fits_nothing(bench, watched, qkv):
     b = bench(sparsity=0.0)
     b.model_call()
     b.attend(*qkv, heads=HEADS)
-    assert watched == [("given", None)] and b.run.layers[0].ratio_range is None
+    assert watched == [("given", None)]
 
 
 @pytest.fixture
