@@ -66,7 +66,7 @@ def overall_error(rows):
 
 
 def error_in_words(data):
-    """"attention error 0.15 (layers 0.08 to 0.31)" of report_data(), or None where no call measured it."""
+    """In words: attention error 0.15 (layers 0.08 to 0.31), of report_data(); None where no call measured it."""
     errors = [row["attention_error"] for row in data["layers"] if row["attention_error"] is not None]
     if not errors:
         return None

@@ -96,11 +96,13 @@ def test_own_blocks_are_kept_untrained_or_where_the_router_was_trained_so(
 ):
     kept = []
 
-    def spy(*tensors, keep_diagonal, **options):
-        kept.append(keep_diagonal)
-        return sla2_attention(*tensors, keep_diagonal=keep_diagonal, **options)
+    for operator in (sla2_attention, fitted_attention):
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", spy)
+        def spy(*tensors, keep_diagonal, operator=operator, **options):
+            kept.append(keep_diagonal)
+            return operator(*tensors, keep_diagonal=keep_diagonal, **options)
+
+        monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", spy)
     weights = None if trained_with is None else router(keep_diagonal=trained_with)
     apply_sla2(transformer, weights, sparsity=0.75, precision="16bit")
     run(transformer, inputs)
@@ -273,10 +275,12 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(support, "_triton_reason", lambda: None)
     monkeypatch.setattr(support, "_blackwell_reason", lambda device: None)
 
-    def in_torch(*tensors, **options):
-        return sla2_attention(*tensors, **options | {"backend": "torch"})
+    for operator in (sla2_attention, fitted_attention):
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", in_torch)
+        def in_torch(*tensors, operator=operator, **options):
+            return operator(*tensors, **options | {"backend": "torch"})
+
+        monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", in_torch)
 
 
 @pytest.mark.parametrize("quantise", [layerwise_fp8, gguf])
@@ -309,7 +313,7 @@ def test_kernels_that_cannot_be_loaded_run_dense_from_then_on(transformer, input
         raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
 
     dense = run(transformer, inputs)
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", fail)
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", fail)
     handle = apply_sla2(transformer, sparsity=0.75)
     assert torch.equal(run(transformer, inputs), dense) and torch.equal(run(transformer, inputs), dense)
     ((reason, count),) = handle.dense_reasons().items()
@@ -321,7 +325,7 @@ def test_another_error_is_raised_as_it_came(transformer, inputs, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", fail)
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", fail)
     apply_sla2(transformer, sparsity=0.75)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(transformer, inputs)
@@ -421,11 +425,13 @@ def test_the_last_layer_of_a_vace_model_is_its_last_vace_block(vace, vace_inputs
 def test_a_router_of_all_vace_layers_or_of_the_blocks_alone(vace, vace_inputs, monkeypatch):
     seen = []
 
-    def spy(q, k, v, proj_q, proj_k, alpha, *, keep_diagonal, **options):
-        seen.append((proj_q is not None, alpha is not None, keep_diagonal))
-        return sla2_attention(q, k, v, proj_q, proj_k, alpha, keep_diagonal=keep_diagonal, **options)
+    for operator in (sla2_attention, fitted_attention):
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", spy)
+        def spy(q, k, v, proj_q, proj_k, *alpha, keep_diagonal, operator=operator, **options):
+            seen.append((proj_q is not None, bool(alpha), keep_diagonal))
+            return operator(q, k, v, proj_q, proj_k, *alpha, keep_diagonal=keep_diagonal, **options)
+
+        monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", spy)
     blocks = router(keep_diagonal=False)
     whole = RouterWeights(
         (blocks.layers[0],) * (LAYERS + 1), model_family="wan-vace", num_heads=HEADS, head_dim=HEAD_DIM,

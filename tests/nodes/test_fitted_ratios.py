@@ -217,7 +217,9 @@ def test_the_error_is_in_the_report_and_on_the_node(bench, pack_module, qkv):
     assert data["attention_error"] == pytest.approx(overall)
     assert lines[0].endswith(f", {words}") and words in outcome.outcome(b.hook, run)["headline"]
     row = next(row for row in data["layers"] if row["layer"] == 2)
-    assert f"attention error {row['attention_error']:.3f}" in next(line for line in lines if line.startswith("layer 2:"))
+    assert f"attention error {row['attention_error']:.3f}" in next(
+        line for line in lines if line.startswith("layer 2:")
+    )
 
 
 def test_a_run_that_measures_no_error_says_nothing_of_it(bench, pack_module, qkv):
