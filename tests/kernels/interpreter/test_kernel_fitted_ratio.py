@@ -106,7 +106,11 @@ def test_where_the_branches_agree_the_selected_mass_decides(generator):
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "layout", "bound"),
-    [("16bit", torch.float32, "BHND", 1e-5), ("int8", torch.float16, "BNHD", 0.06), ("fp8", torch.float16, "BHND", 0.06)],
+    [
+        ("16bit", torch.float32, "BHND", 1e-5),
+        ("int8", torch.float16, "BNHD", 0.06),
+        ("fp8", torch.float16, "BHND", 0.06),
+    ],
 )
 def test_the_operator_uses_what_it_fitted(generator, precision, dtype, layout, bound):
     q, k, v, selected, rows = inputs(generator, tokens=300, keys=450, dtype=dtype)
