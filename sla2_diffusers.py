@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sla2_kernels import default_precision, sla2_attention, unsupported_reason
+from sla2_kernels import K_BLOCK, default_precision, sla2_attention, unsupported_reason
 from sla2_kernels.arguments import checked_count, checked_sparsity
+from sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
 from sla2_kernels.forced_blocks import attended_keys
 from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
+from sla2_kernels.router import block_count, selected_block_count
 
 MODEL_FAMILY = "wan"
 VACE_FAMILY = "wan-vace"  # of routers that cover vace_blocks too, behind the blocks
@@ -28,12 +30,27 @@ logger = logging.getLogger("sla2")
 
 @dataclass
 class LayerCounts:
-    """Calls of one layer since the last reset. dense: sentence why -> number of calls."""
+    """Calls of one layer since the last reset. dense: sentence why -> number of calls.
+
+    squares: per device float32 (2,), squared norms of the error in query rows that were computed exactly, and of these.
+    """
 
     sparse: int = 0
     dense: Counter = field(default_factory=Counter)
     kept_pairs: int = 0  # of query and key tokens
     all_pairs: int = 0
+    squares: dict = field(default_factory=dict)
+
+    @property
+    def attention_error(self):
+        """||output - dense|| / ||dense|| over the exact rows, or None where no call fitted its ratio. Waits for the device."""
+        error, exact = sum((squares.double().cpu() for squares in self.squares.values()), torch.zeros(2)).tolist()
+        return (error / exact) ** 0.5 if exact else None
+
+    def add_squares(self, squares):
+        """Adds those of one call."""
+        known = self.squares.setdefault(squares.device, torch.zeros_like(squares))
+        known.add_(squares)
 
 
 class SLA2WanProcessor:
@@ -118,12 +135,36 @@ class SLA2WanProcessor:
     def _attend(self, precision, q, k, v, heads):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
         proj_q, proj_k, alpha = _of_heads(heads, *self._weights_on(q.device))
-        out = sla2_attention(
-            q, k, v, proj_q, proj_k, alpha, sparsity=self.settings.sparsity, precision=precision,
-            layout="BNHD", backend=self.settings.backend, keep_diagonal=self.keep_diagonal,
-        )  # fmt: skip
+        options = {
+            "sparsity": self.settings.sparsity, "precision": precision, "layout": "BNHD",
+            "backend": self.settings.backend, "keep_diagonal": self.keep_diagonal,
+        }  # fmt: skip
+        if alpha is None and self._fits(q, k, v):
+            out = self._fitted(q, k, v, proj_q, proj_k, options)
+        else:
+            out = sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
         self._count_sparse(q.shape)
         return out
+
+    def _fits(self, q, k, v):
+        """Whether a call without a trained ratio fits one: not where it is trained, compiled, captured or shared."""
+        if torch.compiler.is_compiling() or self._parallel_config is not None:
+            return False
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+            return False
+        if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        blocks = block_count(k.shape[1], K_BLOCK)
+        return selected_block_count(self.settings.sparsity, blocks) < blocks
+
+    def _fitted(self, q, k, v, proj_q, proj_k, options):
+        """Output of a call that fits its ratio, and is judged by rows that the fit did not see."""
+        # of the layer alone: the same video again has the same bits
+        rows = sample_rows(q.shape[1], self.layer, q.device)
+        found = fitted_attention(q, k, v, proj_q, proj_k, rows=rows, **options)
+        judging = found.dense[:, :, FITTED_ROWS:], rows[FITTED_ROWS:]
+        self.counts.add_squares(squared_error(found.out.transpose(1, 2), *judging))
+        return found.out
 
     def _dense_reason(self, attn, x, context, mask, kwargs, precision):
         """None, or one sentence why this call runs through the processor that was there before."""
@@ -226,17 +267,29 @@ class SLA2Handle:
         kept, total = (sum(getattr(layer, name) for layer in self.layers) for name in ("kept_pairs", "all_pairs"))
         return 1 - kept / total if total else None
 
+    @property
+    def attention_error(self):
+        """Root mean square of the layers' measured errors, or None where no call fitted its ratio. Waits for the device."""
+        errors = self._errors()
+        return (sum(error**2 for error in errors) / len(errors)) ** 0.5 if errors else None
+
+    def _errors(self):
+        return [error for error in (layer.attention_error for layer in self.layers) if error is not None]
+
     def dense_reasons(self):
         """Counter: sentence why -> number of dense calls, over all layers."""
         return sum((layer.dense for layer in self.layers), Counter())
 
     def summary(self):
-        """A few lines for people: calls, achieved sparsity, and why calls ran dense."""
+        """A few lines for people: calls, achieved sparsity, measured error, and why calls ran dense."""
         total = self.sparse_calls + self.dense_calls
         lines = [f"{self.sparse_calls} of {total} self-attention calls ran sparse"]
         if self.sparsity is not None:
             skipped = round(100 * self.sparsity, 1)
             lines[0] += f" (skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%)"
+        errors = self._errors()
+        if errors:
+            lines.append(f"attention error {self.attention_error:.2f} (layers {min(errors):.2f} to {max(errors):.2f})")
         lines += [f"  {count} dense: {reason}" for reason, count in self.dense_reasons().most_common()]
         return "\n".join(lines)
 
@@ -261,8 +314,10 @@ def apply_sla2(
         transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video), or
             WanVACETransformer3DModel, whose vace_blocks are the layers behind its blocks.
         router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block,
-            keeps each query block's own key blocks and estimates the mixing ratio from the run. For VACE a router of
+            keeps each query block's own key blocks and fits the mixing ratio in every call. For VACE a router of
             family "wan-vace" covers all layers; one of family "wan" the blocks, and vace_blocks run as with None.
+            A layer without a trained ratio has it estimated from the attention mass under autograd, torch.compile or
+            CUDA graphs, and with context parallelism.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.
         precision: "auto" (what is fastest on the device), "16bit", "int8" or "fp8".
         minimum_tokens: shorter sequences run dense.

@@ -49,7 +49,8 @@ class SLA2ApplyAttention(io.ComfyNode):
                 io.Combo.Input(
                     "ratio_mode", options=list(RATIO_MODES), default="learned",
                     tooltip="How the exact and the linear part are mixed. learned: by the router file (without one: "
-                    "estimated). estimated: from the attention mass of the run. fixed: the value below.",
+                    "fitted). fitted: to a few rows that the run computes exactly. estimated: from its attention mass. "
+                    "fixed: the value below.",
                 ),
                 io.Float.Input(
                     "fixed_ratio", default=0.9, min=0.0, max=1.0, step=0.01, round=0.01,

@@ -26,7 +26,7 @@ from .recomputation import Decisions, backward_pass
 from .recording import lasting_tensors
 from .rival_attention import ASIDE, callbacks_in
 from .run_history import RunHistory
-from .run_record import RunRecord
+from .run_record import RunRecord, capturing
 from .schedule import RunProgress, StepNumbers, goes_on, needs_numbers, needs_progress, sparsity_of
 from .settings import AUTOMATIC, skips_keeps
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
@@ -79,6 +79,9 @@ class ModelCall:
     counts: Counter = field(default_factory=Counter)  # self-attention "entered" and "attended" in this one call
     decisions: Decisions = field(default_factory=Decisions)  # (sparsity of its sparse output or None, is it used)
     step: int | None = None  # from 1
+    halves: tuple = ()  # of guidance, in the order of its batch
+    steps: int | None = None  # of the run
+    has_autograd: bool = field(default_factory=torch.is_grad_enabled)
 
     def __deepcopy__(self, memo):
         return self
@@ -197,6 +200,9 @@ class AttentionHook:
                 sparsities[layer] = sparsity
         run.prepare(device)
         self.weights.prepare(sparsities, device)
+        for layer, sparsity in sparsities.items():
+            if self.weights.on_device(layer, device, sparsity).fits:
+                run.fitted_ratios.prepare((layer, device, sparsity, _halves(options)), self.facts.num_heads)
         if run.maps is not None:
             run.maps.begin_step(sigmas, options.get("sample_sigmas"))
             run.maps.prepare(sparsities, device)
@@ -246,7 +252,10 @@ class AttentionHook:
         override = current if run.aside else self._override(run, current)
         own, requests = self._brings_attention(run, diffusion_model)
         in_window, progress, step = self._step_of(run, options)
-        call = ModelCall(self, run, diffusion_model, span, in_window, progress, override, own, requests, step=step)
+        call = ModelCall(
+            self, run, diffusion_model, span, in_window, progress, override, own, requests, step=step,
+            halves=_halves(options), steps=_steps(options),
+        )  # fmt: skip
         options[CALL], options[OVERRIDE] = call, override
         # any override in the options drops the checkpoint's own attention, ours too: then the marked calls alone get it
         ours_alone = getattr(override, MARK, None) is self and override.sla2_base is None
@@ -485,21 +494,38 @@ class AttentionHook:
             weights = self.weights.on_device(layer, device, sparsity)
             if run.maps is not None:
                 run.maps.see(layer, video_part(request, exact), weights, sparsity)
+            call_ratio = self._call_ratio(call, layer, request, weights, sparsity)
             with run.timed(layer, "sparse", device), watch_loops() as loops:
-                return *self._compute(request, exact, weights, sparsity), loops
+                return *self._compute(request, exact, weights, sparsity, call_ratio), loops
 
         result, reason = attempt(call, layer, device, compute)
         reason = reason or check_output(call, layer, result[0], (request.q, request.k, request.v))
         if reason is not None:
             return None, reason
-        out, ratio, kept, keys, loops = result
+        out, ratio, kept, keys, judging, loops = result
         run.count_sparse(layer, ratio.shape, kept, keys, self._precision(device), ratio, request.tokens)
         run.count_loops(loops)
+        if judging is not None:
+            run.count_squares(layer, judging.squares(out))
         return self._whole(out, request, exact, below, args, kwargs), None
 
-    def _compute(self, request, exact, weights, sparsity):
+    def _call_ratio(self, call, layer, request, weights, sparsity):
+        """CallRatio where this call's ratio is fitted. Training estimates it, whose recomputed calls must find it again, and
+        so does a call that a CUDA graph captures, in which the choice of rows may not be copied to the device."""
+        q, k, v = request.q, request.k, request.v
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+        # the first pass of a checkpoint that enters its blocks without autograd
+        trains = trains or (call.has_autograd and not torch.is_grad_enabled())
+        if not weights.fits or trains or capturing(q.device):
+            return None
+        kind = layer, q.device, sparsity, call.halves
+        return call.run.fitted_ratios.of_call(kind, self.facts.num_heads, call.steps)
+
+    def _compute(self, request, exact, weights, sparsity, call_ratio=None):
         part, precision = video_part(request, exact), self._precision(request.q.device)
-        return sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+        return sparse_video(
+            part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale, call_ratio=call_ratio
+        )
 
     def _whole(self, out, request, exact, below, args, kwargs):
         """The call's output: ``out`` of the video's queries, and the other rows as ``below`` computes them."""
@@ -518,6 +544,17 @@ class AttentionHook:
             logger.warning(
                 "SLA2: layer %s runs dense: %s (said once per run; the report counts every call)", layer, reason
             )
+
+
+def _halves(options):
+    """Which halves of guidance a model call's batch holds."""
+    return tuple(options.get("cond_or_uncond") or ())
+
+
+def _steps(options):
+    """Steps of the run, or None where the sampler does not say."""
+    sigmas = options.get("sample_sigmas")
+    return None if sigmas is None else len(sigmas) - 1
 
 
 def _replaced_note(current):

@@ -6,6 +6,7 @@ import time
 import torch
 
 from ..sla2_kernels.support import on_device
+from .fitted_ratios import CallRatio
 from .layer_weights import LayerWeights
 from .sparse_call import VideoPart, sparse_video
 from .video_tokens import ExactTokens
@@ -21,10 +22,11 @@ def attend_as(hook, device, precision):
     settings = hook.settings
     weights = LayerWeights(settings, hook.router, hook.facts.num_heads, hook.sla_weights)
     first_layer = weights.on_device(0, device, settings.sparsity)
+    call_ratio = CallRatio(0) if first_layer.fits else None
 
     def attend(q, k, v):
         part = VideoPart(q, k, v, k, "BNHD")
-        options = {"sparsity": settings.sparsity, "precision": precision, "scale": None}
+        options = {"sparsity": settings.sparsity, "precision": precision, "scale": None, "call_ratio": call_ratio}
         return sparse_video(part, ExactTokens(), first_layer, **options)[0]
 
     return attend

@@ -10,7 +10,10 @@ from .recording import lasting_tensors
 
 @dataclass(frozen=True)
 class CallWeights:
-    """float32 tensors or None. linear_branch: SLA2's own; without it proj_l is SLA v1's (weight, bias), None: top-k only."""
+    """float32 tensors or None. linear_branch: SLA2's own; without it proj_l is SLA v1's (weight, bias), None: top-k only.
+
+    fits: whether the ratio is fitted while the run samples, see fitted_ratios.py.
+    """
 
     proj_q: torch.Tensor | None = None
     proj_k: torch.Tensor | None = None
@@ -18,6 +21,7 @@ class CallWeights:
     proj_l: tuple[torch.Tensor, torch.Tensor] | None = None
     linear_branch: bool = True
     keep_diagonal: bool = False
+    fits: bool = False
 
 
 class LayerWeights:
@@ -66,7 +70,8 @@ class LayerWeights:
             alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
         elif self._router is not None and self._settings.ratio_mode == "learned":
             alpha = self._router.ratio(layer, sparsity)
-        return CallWeights(*projections, placed(alpha, device), keep_diagonal=keep_diagonal)
+        fits = alpha is None and self._settings.ratio_mode != "estimated"
+        return CallWeights(*projections, placed(alpha, device), keep_diagonal=keep_diagonal, fits=fits)
 
     def _projections(self, layer, device):
         """What all sparsities of a layer share: SLA v1's (weight, bias), else the router's (proj_q, proj_k)."""

@@ -35,7 +35,7 @@ class SLA2LoadRouter(io.ComfyNode):
                     "router_name",
                     options=[UNTRAINED, *folder_paths.get_filename_list(FOLDER)],
                     tooltip="A router file made for this very model. Untrained: blocks are picked by their mean keys, "
-                    "and the mixing ratio is estimated while sampling.",
+                    "and the mixing ratio is fitted while sampling.",
                 )
             ],
             outputs=[Router.Output(display_name="router", tooltip="For SLA2 Apply Attention, or to go on training.")],

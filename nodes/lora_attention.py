@@ -94,7 +94,7 @@ class LoraAttention:
             return below(*new_args, **new_kwargs)
 
         alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
-        out, ratio, _, _ = sparse_video(
+        out, ratio, *_ = sparse_video(
             part, exact, CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal),
             sparsity=self.sparsity, precision=self.precision, scale=request.scale,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from collections import Counter
 
 from .page_events import send_event
 from .progress_text import plain
-from .report_text import how_it_ran, report_data
+from .report_text import error_in_words, how_it_ran, report_data
 from .settings import skips_keeps
 
 MOST_REASONS = 4
@@ -24,6 +24,7 @@ def outcome(hook, run):
     calls = sparse + dense.total()
     parts = [skips_keeps(run.sparsity), f"{sparse} of {calls} attention calls accelerated"]
     parts += _faster(data)
+    parts += [part for part in [error_in_words(data)] if part]
     parts += [data["failure"]] if data["failure"] else []
     sentences = [
         f"{count} {'call' if count == 1 else 'calls'} ran {how_it_ran(reason)}: {reason}"

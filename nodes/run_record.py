@@ -10,6 +10,7 @@ import torch
 from ..sla2_kernels.support import on_device
 from .call_times import CallTimes
 from .device_counts import DeviceCounts
+from .fitted_ratios import FittedRatios
 from .inexact_dense import is_sage, ragged_key_count
 from .routing_maps import wanted_maps
 
@@ -17,7 +18,10 @@ ROUNDING = 1e-6
 
 
 class LayerRecord:
-    """Calls of one layer. ratio_range and milliseconds are None until the run is closed, or where nothing was measured."""
+    """Calls of one layer. ratio_range, attention_error and milliseconds: None until the run is closed, or where unmeasured.
+
+    attention_error: ||output - dense attention|| / ||dense attention|| over query rows that fitting calls computed exactly.
+    """
 
     def __init__(self):
         self.entered = 0
@@ -26,6 +30,7 @@ class LayerRecord:
         self.kept_pairs = 0
         self.all_pairs = 0
         self.ratio_range = None
+        self.attention_error = None
         self.not_finite = 0
         self.milliseconds = {}
         self.times = defaultdict(CallTimes)
@@ -68,6 +73,7 @@ class RunRecord:
         self.ended = None
         self.latent_sample = None
         self.maps = wanted_maps()
+        self.fitted_ratios = FittedRatios()
         self.lock = threading.Lock()
         self._on_devices = DeviceCounts(layers)
         self._checked_layers = set()  # whose first output was looked at
@@ -152,6 +158,11 @@ class RunRecord:
             self.devices.add(ratio.device)
             self._on_devices.add_ratio(layer, ratio)
 
+    def count_squares(self, layer, squares):
+        """squares: float32 (2,), see DeviceCounts.add_squares()."""
+        with self.lock:
+            self._on_devices.add_squares(layer, squares)
+
     def count_loops(self, loops):
         """loops: what watch_loops() saw during one sparse call."""
         with self.lock:
@@ -165,7 +176,7 @@ class RunRecord:
         with self.lock:
             first = layer not in self._checked_layers
             self._checked_layers.add(layer)
-        if first and not _capturing(out.device):
+        if first and not capturing(out.device):
             return bool(bad)  # a bad one is not used: it counts as a dense call
         with self.lock:
             self._on_devices.add_bad(layer, bad)
@@ -183,7 +194,7 @@ class RunRecord:
             with self.lock:
                 times.add(elapsed)
             return
-        if device.type != "cuda" or _capturing(device) or not self._has_room(times):
+        if device.type != "cuda" or capturing(device) or not self._has_room(times):
             yield
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -231,6 +242,7 @@ class RunRecord:
                 self._collect(layer, record)
             record.times.clear()
         self._on_devices.clear()
+        self.fitted_ratios.clear()
         self._note_bad_outputs()
         self._note_unmet()
         if self.maps is not None:
@@ -241,6 +253,7 @@ class RunRecord:
     def _collect(self, layer, record):
         record.not_finite = self._on_devices.bad_outputs(layer)
         record.ratio_range = self._on_devices.ratio_range(layer)
+        record.attention_error = self._on_devices.error(layer)
         means = {kind: times.mean() for kind, times in record.times.items()}
         record.milliseconds = {kind: mean for kind, mean in means.items() if mean is not None}
 
@@ -259,7 +272,7 @@ class RunRecord:
             )
 
 
-def _capturing(device):
+def capturing(device):
     """Whether a CUDA graph is being captured on ``device``."""
     if device.type != "cuda":
         return False

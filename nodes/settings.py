@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
-RATIO_MODES = ("learned", "estimated", "fixed")
+RATIO_MODES = ("learned", "estimated", "fixed", "fitted")
 METHODS = ("automatic", "sla2", "top-k only")
 AUTOMATIC = -1
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sla2_kernels import sla2_attention
+from ..sla2_kernels import K_BLOCK, sla2_attention
 from ..sla2_kernels.attention import RoutedBlocks
-from ..sla2_kernels.forced_blocks import attended_keys, select_with_forced_blocks
+from ..sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
+from ..sla2_kernels.forced_blocks import attended_keys, select_with_forced_blocks, selected_with_forced
+from ..sla2_kernels.router import block_count
 from ..sla2_kernels.sla_v1 import sla_attention
 from ..sla2_kernels.support import without_autocast
 
@@ -44,29 +46,66 @@ def video_part(request, exact):
     return VideoPart(*(views if request.flat_output else (t.transpose(1, 2) for t in views)), layout)
 
 
-def sparse_video(part, exact, weights, *, sparsity, precision, scale):
-    """(out, ratio, kept, keys): the video's queries attend ``kept`` of ``keys`` keys exactly. weights: CallWeights."""
+@dataclass(frozen=True)
+class ExactRows:
+    """Query rows of the video that a fitted call computed exactly and did not fit: what its output is judged by.
+
+    rows: int32 (R,). dense: float32 (B, H, R, D). layout: of the output.
+    """
+
+    rows: torch.Tensor
+    dense: torch.Tensor
+    layout: str
+
+    def squares(self, out):
+        """squared_error() of a call's output ``out``."""
+        out = out.transpose(1, 2) if self.layout == "BNHD" else out
+        return squared_error(out, self.dense, self.rows)
+
+
+def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
+    """(out, ratio, kept, keys, ExactRows or None): the video's queries attend ``kept`` of ``keys`` keys exactly.
+
+    ratio: of each query row, float32 (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call
+    that keeps all blocks needs none.
+    """
     proj_q, proj_k = weights.proj_q, weights.proj_k
     keys = part.k.shape[part.token_axis]
+    kept = attended_keys(keys, sparsity, exact.key_front, exact.key_back)
+    leaves_a_block = selected_with_forced(keys, sparsity, exact.key_front, exact.key_back) < block_count(keys, K_BLOCK)
     keep_diagonal = weights.keep_diagonal and part.queries_are_keys
     selection = None
     if exact.key_front or exact.key_back:
-        blocks = select_with_forced_blocks(
+        selected = select_with_forced_blocks(
             part.q, part.k, proj_q, proj_k,
             sparsity=sparsity, front=exact.key_front, back=exact.key_back, layout=part.layout,
             keep_diagonal=keep_diagonal,
         )  # fmt: skip
-        selection = RoutedBlocks(blocks)
+        selection = RoutedBlocks(selected)
     options = {
         "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
-        "layout": part.layout, "key_blocks": selection, "return_alpha": True,
-        "keep_diagonal": keep_diagonal,
+        "layout": part.layout, "key_blocks": selection, "keep_diagonal": keep_diagonal,
     }  # fmt: skip
+    if call_ratio is not None and call_ratio.number is not None and leaves_a_block:
+        out, ratio, judging = _fitted(part, call_ratio, options)
+        return out, ratio, kept, keys, judging
     if weights.linear_branch:
-        out, ratio = sla2_attention(part.q, part.k, part.v, alpha=weights.alpha, **options)
+        alpha = weights.alpha if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
+        out, ratio = sla2_attention(part.q, part.k, part.v, alpha=alpha, return_alpha=True, **options)
     else:
-        out, ratio = sla_attention(part.q, part.k, part.v, weights.proj_l, **options)
-    return out, ratio, attended_keys(keys, sparsity, exact.key_front, exact.key_back), keys
+        out, ratio = sla_attention(part.q, part.k, part.v, weights.proj_l, return_alpha=True, **options)
+    return out, ratio, kept, keys, None
+
+
+def _fitted(part, call_ratio, options):
+    """(out, ratio, ExactRows) of a call that fits its ratio, and keeps it for those that do not."""
+    tokens = part.q.shape[part.token_axis]
+    rows = sample_rows(tokens, call_ratio.number, part.q.device)
+    found = fitted_attention(part.q, part.k, part.v, rows=rows, **options)
+    if call_ratio.kept is not None:
+        call_ratio.kept.keep(found.ratio)
+    judging = ExactRows(rows[FITTED_ROWS:], found.dense[:, :, FITTED_ROWS:], part.layout)
+    return found.out, found.ratio[..., None].expand(-1, -1, tokens), judging
 
 
 def with_dense_rows(out, request, exact, dense):

@@ -119,3 +119,33 @@ def sla2_reference(
         outputs.append(ratio[..., None] * o_sparse + (1 - ratio[..., None]) * o_linear)
         row_ratios.append(ratio)
     return torch.cat(outputs, dim=2), torch.cat(row_ratios, dim=2)
+
+
+def fitted_ratio(q, k, v, key_blocks, rows, scale=None):
+    """The ratio of each head that brings the mix closest to dense attention on some query rows, in float64.
+
+    Least squares over the rows: a = sum <O - O_l, O_s - O_l> / sum |O_s - O_l|^2.
+
+    Args:
+        q: (B, H, N, D); k, v: (B, H, M, D). key_blocks: int (B, H, T_m, n), the selection, with a block left out of every
+            row. rows: int (R,), the query rows. scale: softmax scale; None is D ** -0.5.
+
+    Returns:
+        (ratio, dense): float64 (B, H), in [0, 1], and the rows' dense attention, (B, H, R, D).
+    """
+    q, k, v, rows = q.double(), k.double(), v.double(), rows.long()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tokens, blocks = k.shape[2], block_count(k.shape[2], K_BLOCK)
+    k = k - k.mean(dim=2, keepdim=True)
+    rows_blocks = key_blocks[:, :, rows // Q_BLOCK].long()
+    mask = torch.zeros(*rows_blocks.shape[:3], blocks, dtype=torch.bool, device=q.device).scatter(-1, rows_blocks, True)
+    selected = mask.repeat_interleave(K_BLOCK, dim=-1)[..., :tokens]
+
+    logits = q[:, :, rows] @ k.transpose(-1, -2) * scale
+    dense = logits.softmax(dim=-1) @ v
+    o_sparse = logits.masked_fill(~selected, -torch.inf).softmax(dim=-1) @ v
+    weights = (phi(q[:, :, rows]) @ phi(k).transpose(-1, -2)).masked_fill(selected, 0.0)
+    o_linear = weights @ v / weights.sum(dim=-1, keepdim=True)
+    cross = ((dense - o_linear) * (o_sparse - o_linear)).sum(dim=(2, 3))
+    square = (o_sparse - o_linear).square().sum(dim=(2, 3))
+    return (cross / square).clamp(0, 1), dense

@@ -161,7 +161,7 @@ def attention(q, k, v, key_blocks, ratios, out, *, scale, precision, linear_bran
 
     Args:
         q, out: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
-        key_blocks: (B, H, T_m, n) selected key blocks. ratios: (H, T_m) or None to estimate them.
+        key_blocks: (B, H, T_m, n) selected key blocks. ratios: (H, T_m) or (B, H, T_m), or None to estimate them.
         scale: softmax scale. precision: "16bit", "int8" or "fp8". linear_branch: False leaves it out.
 
     Returns:
@@ -173,7 +173,7 @@ def attention(q, k, v, key_blocks, ratios, out, *, scale, precision, linear_bran
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 head = (q[b, h].to(compute), k[b, h].to(compute), v[b, h].to(compute))
-                ratio = None if ratios is None else ratios[h].to(compute)
+                ratio = None if ratios is None else (ratios[h] if ratios.dim() == 2 else ratios[b, h]).to(compute)
                 found = _attend_head(*head, key_blocks[b, h].long(), ratio, scale, precision, linear_branch)
                 out[b, h], row_ratios[b, h] = found
     return row_ratios

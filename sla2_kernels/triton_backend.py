@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import configs
+from .kernels.fitted_ratio import FittedRatio
 from .kernels.hopper import why_not_hopper_loop
 from .kernels.launch import planned
 from .kernels.linear_attention import linear_attention
@@ -144,18 +145,39 @@ def _allocate(q, k, group, qk, pv, linear, sums_dtype, low_sums):
     return work
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Query rows that a ratio per video and head is fitted on.
+
+    rows: int32 (R,), R a power of two from 16; the first ``fitted`` of them decide the ratio. dense: float32
+    (B, H, R, D), contiguous, to be filled with their dense attention.
+    """
+
+    rows: torch.Tensor
+    fitted: int
+    dense: torch.Tensor
+
+
 def attention(
-    q, k, v, proj_q, proj_k, key_blocks, ratios, out, *, sparsity, scale, precision, diagonal=None, linear_branch=True
+    q, k, v, proj_q, proj_k, key_blocks, ratios, out, *,
+    sparsity, scale, precision, diagonal=None, linear_branch=True, sample=None,
 ):  # fmt: skip
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
-    or None to route. ratios: (H, T_m) or None to estimate them. diagonal: see kernels/score.py.
+    or None to route. ratios: (H, T_m) or (B * H, T_m), or None to estimate them, or with a Sample to fit them on it; then
+    a key block is left out of every row. diagonal: see kernels/score.py.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
     with on_device(q.device):
-        weights = _as_read(q, proj_q, proj_k, ratios)
+        proj_q, proj_k, ratios = _as_read(q, proj_q, proj_k, ratios)
+        rows = dense = fitted = None
+        if sample is not None:
+            rows, dense, fitted = sample.rows, sample.dense, sample.fitted
+            ratios = q.new_empty((q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)), dtype=torch.float32)
+        elif ratios is not None and len(ratios) == q.shape[1]:
+            ratios = ratios.repeat(q.shape[0], 1)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
             selected = _new_selection(q, selected_block_count(sparsity, blocks))
@@ -167,17 +189,17 @@ def attention(
         card = capability(q.device)
         why_not_hopper = why_not_hopper_loop(card, *configs.loop_formats(precision, card), q, k, v)
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
-        tensors = q, k, v, *weights, selected, unselected, row_ratio, out
-        settings = scale, precision, diagonal, routing, linear, why_not_hopper is None
+        tensors = q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out, rows, dense
+        settings = scale, precision, diagonal, routing, linear, why_not_hopper is None, fitted
         planned(tensors, settings, lambda plan: _attend(*tensors, *settings, plan))
     return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
 def _attend(
-    q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out,
-    scale, precision, diagonal, routing, linear, hopper, plan,
+    q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out, rows, dense,
+    scale, precision, diagonal, routing, linear, hopper, fitted, plan,
 ):  # fmt: skip
-    """Fills row_ratio, out, and ``selected`` where ``routing``."""
+    """Fills row_ratio, out, ``selected`` where ``routing``, and ratios and dense where there are rows to fit on."""
     card, dtype = capability(q.device), _sums_dtype(q)
     qk, pv = configs.loop_formats(precision, card)
     if routing:
@@ -193,6 +215,10 @@ def _attend(
     sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
     product = configs.product_config(card, q.element_size())
     branch = configs.linear_config(card, q.element_size())
+    fit = None if rows is None else FittedRatio(Sample(rows, fitted, dense), ratios, Q_BLOCK, plan)
+    if fit is not None:
+        of_rows = configs.fit_config(q.element_size())
+        fit.attend(q, k, v, routed.unselected, scale_log2=sizes["scale_log2"], block=K_BLOCK, config=of_rows)
     if ratio == "estimated":
         # waits where the loop will put the ratio
         mass = configs.mass_config(card, q.element_size())
@@ -206,6 +232,8 @@ def _attend(
             hopper_masked_sum(work, heads, plan)
         elif linear:
             masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
+        if fit is not None:
+            fit.fit(q, work.query_sums, heads, register_order=hopper and pv == "fp8")
         if linear and not hopper:
             linear_attention(q, work, out, ratios, row_ratio, heads, q_block=Q_BLOCK, config=branch, plan=plan)
         operands = q, k, v, out, work, selected

@@ -33,6 +33,14 @@ class MassConfig:
 
 
 @dataclass(frozen=True)
+class FitConfig:
+    """The sampled rows of a fitted ratio: warps, pipeline stages."""
+
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ProductConfig:
     """The masked sum: a tile_m x tile_n output tile walked in steps of tile_k."""
 
@@ -87,6 +95,11 @@ def mass_config(capability, element_size):
     if element_size == 4:
         return MassConfig(32, 32, 4, 1)
     return MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
+
+
+def fit_config(element_size):
+    """The sampled rows' configuration; element_size is that of q in bytes."""
+    return FitConfig(4, 3 if element_size == 2 else 1)
 
 
 def product_config(capability, element_size):

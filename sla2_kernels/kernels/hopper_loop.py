@@ -362,7 +362,7 @@ def _consume(
                 ratio = 1.0 / (1.0 + gl.exp2(gl.load(ratio_at, mask=inside, other=0.0) - mass))
             else:
                 ratio = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, OUTPUT))
-                ratio = ratio + gl.load(ratios + head * q_blocks + q_block)
+                ratio = ratio + gl.load(ratios + bh * q_blocks + q_block)
             phi, norm = _phi(
                 queries, sums + tile.to(gl.int64) * ((D + 1) * D) + D * D, gl.DotOperandLayout(0, LINEAR, 2), D
             )

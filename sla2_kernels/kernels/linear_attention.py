@@ -44,14 +44,14 @@ def _linear_attention(
         # the log2 of an unselected mass of 0: the ratio becomes 1
         tl.store(ratio_at, tl.full([TILE], float("-inf"), tl.float32), mask=weightless & (rows < q_tokens))
     else:
-        ratio = tl.load(ratios + bh % heads * q_blocks + q_block)
+        ratio = tl.load(ratios + bh * q_blocks + q_block)
         tl.store(ratio_at, tl.where(weightless, 1.0, ratio), mask=rows < q_tokens)
 
 
 def linear_attention(q, work, out, ratios, row_ratio, heads_slice, *, q_block, config, plan=None):
     """Writes O_l into out (B, H, N, D) for the heads of ``heads_slice``, from the sums of ``work`` (a Workspace).
 
-    ratios: (H, T_m): row_ratio (B, H, N) becomes the ratio of each row, 1 where O_l has no weight. None where they are
+    ratios: (B * H, T_m): row_ratio (B, H, N) becomes the ratio of each row, 1 where O_l has no weight. None where they are
     estimated: there row_ratio, the log2 of the unselected mass, becomes minus infinity.
     """
     heads, tokens, head_dim = q.shape[1:]

@@ -76,14 +76,14 @@ def probe(name):
     return found
 
 
-def left_in_scopes(name, sla2):
-    """What is left of recorded scopes in a run of three steps with a router and a map: {"block": storages, "call": ...}."""
+def left_in_scopes(name, ratio_mode):
+    """What is left of recorded scopes in a run of three steps with a router or fitted ratios, and a map: {"block": storages, "call": ...}."""
     path, arguments, inputs, *_ = FAMILIES[name]
     cls = class_of(path)
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patched = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
-    if sla2:
-        patched = with_router_and_maps(patched, pack_module("nodes.model_layouts").model_facts(model))
+    if ratio_mode:
+        patched = with_router_and_maps(patched, ratio_mode, pack_module("nodes.model_layouts").model_facts(model))
     scopes = RecordedScopes(model, getattr(model, RECORDED[name]))
     inputs = inputs_for(cls, inputs)
     hook = patched.get_attachment("sla2")
@@ -97,11 +97,12 @@ def left_in_scopes(name, sla2):
         (run,) = hook.runs.finished()
         assert all(record.sparse == 3 and record.ratio_range for record in run.layers.values()) and len(run.layers) == 2
         assert len(run.maps.shares) == 2 * 3
+        assert all((record.attention_error is not None) == (ratio_mode == "fitted") for record in run.layers.values())
     return scopes.left
 
 
-def with_router_and_maps(patcher, facts):
-    """SLA2 on it as it has most to keep: learned projections and ratios, a schedule, and a report that wants maps."""
+def with_router_and_maps(patcher, ratio_mode, facts):
+    """SLA2 on it as it has most to keep: learned projections, ratios learned or fitted, a schedule, and a report that wants maps."""
     hook, settings = pack_module("nodes.patching"), pack_module("nodes.settings")
     weights, schedule = pack_module("sla2_kernels.weights"), pack_module("nodes.schedule")
     pack_module("nodes.run_record").wanted_maps = pack_module("nodes.routing_maps").RoutingMaps
@@ -111,7 +112,9 @@ def with_router_and_maps(patcher, facts):
         (layer,) * facts.num_layers, facts.layout.family, facts.num_heads, facts.head_dim, sparsities=(0.7,)
     )
     rules = schedule.parse_schedule("0%-100%: 0.5 -> 0.7", facts.num_layers, settings.parse_layers)
-    made = settings.AttentionSettings(sparsity=0.7, bit_width="16bit", minimum_tokens=0, schedule=rules)
+    made = settings.AttentionSettings(
+        sparsity=0.7, bit_width="16bit", ratio_mode=ratio_mode, minimum_tokens=0, schedule=rules
+    )
     return hook.install(patcher, made, router)
 
 
@@ -124,5 +127,5 @@ def attempt(name):
 
 found = {name: attempt(name) for name in wanted or FAMILIES}
 for name in RECORDED.keys() & {name for name, one in found.items() if "calls" in one}:
-    found[name]["left"] = [left_in_scopes(name, sla2) for sla2 in (False, True)]
+    found[name]["left"] = [left_in_scopes(name, ratio_mode) for ratio_mode in (None, "learned", "fitted")]
 print(json.dumps(found))

@@ -87,4 +87,4 @@ def test_nothing_made_inside_a_recorded_scope_outlives_it(probe_of, path, name):
     if found.get("missing"):
         pytest.skip(f"{path.name} does not have this model")
     assert "error" not in found, found["error"]
-    assert found["left"] == [{"block": 0, "call": 0}] * 2
+    assert found["left"] == [{"block": 0, "call": 0}] * 3

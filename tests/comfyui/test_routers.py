@@ -39,7 +39,7 @@ def test_untrained_is_a_choice(comfy, prompt):
     patched = with_router(prompt, "none (untrained)")
     report = prompt.report(patched, prompt.sample(patched))
     found = comfy.report(comfy.run(prompt), report)
-    assert found["router"] == "none (untrained)" and found["ratio"] == "estimated (no trained ratio)"
+    assert found["router"] == "none (untrained)" and found["ratio"] == "fitted (no trained ratio)"
 
 
 @pytest.mark.parametrize(

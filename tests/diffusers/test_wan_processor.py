@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
 from sla2_diffusers import SLA2WanProcessor, apply_sla2
 from sla2_kernels import sla2_attention, support
+from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.weights import RouterLayer, RouterWeights, identity_router
 
@@ -95,11 +96,13 @@ def test_own_blocks_are_kept_untrained_or_where_the_router_was_trained_so(
 ):
     kept = []
 
-    def spy(*tensors, keep_diagonal, **options):
-        kept.append(keep_diagonal)
-        return sla2_attention(*tensors, keep_diagonal=keep_diagonal, **options)
+    for operator in (sla2_attention, fitted_attention):
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", spy)
+        def spy(*tensors, keep_diagonal, operator=operator, **options):
+            kept.append(keep_diagonal)
+            return operator(*tensors, keep_diagonal=keep_diagonal, **options)
+
+        monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", spy)
     weights = None if trained_with is None else router(keep_diagonal=trained_with)
     apply_sla2(transformer, weights, sparsity=0.75, precision="16bit")
     run(transformer, inputs)
@@ -272,10 +275,12 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(support, "_triton_reason", lambda: None)
     monkeypatch.setattr(support, "_blackwell_reason", lambda device: None)
 
-    def in_torch(*tensors, **options):
-        return sla2_attention(*tensors, **options | {"backend": "torch"})
+    for operator in (sla2_attention, fitted_attention):
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", in_torch)
+        def in_torch(*tensors, operator=operator, **options):
+            return operator(*tensors, **options | {"backend": "torch"})
+
+        monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", in_torch)
 
 
 @pytest.mark.parametrize("quantise", [layerwise_fp8, gguf])
@@ -308,7 +313,7 @@ def test_kernels_that_cannot_be_loaded_run_dense_from_then_on(transformer, input
         raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
 
     dense = run(transformer, inputs)
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", fail)
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", fail)
     handle = apply_sla2(transformer, sparsity=0.75)
     assert torch.equal(run(transformer, inputs), dense) and torch.equal(run(transformer, inputs), dense)
     ((reason, count),) = handle.dense_reasons().items()
@@ -320,7 +325,7 @@ def test_another_error_is_raised_as_it_came(transformer, inputs, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", fail)
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", fail)
     apply_sla2(transformer, sparsity=0.75)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(transformer, inputs)
@@ -420,11 +425,13 @@ def test_the_last_layer_of_a_vace_model_is_its_last_vace_block(vace, vace_inputs
 def test_a_router_of_all_vace_layers_or_of_the_blocks_alone(vace, vace_inputs, monkeypatch):
     seen = []
 
-    def spy(q, k, v, proj_q, proj_k, alpha, *, keep_diagonal, **options):
-        seen.append((proj_q is not None, alpha is not None, keep_diagonal))
-        return sla2_attention(q, k, v, proj_q, proj_k, alpha, keep_diagonal=keep_diagonal, **options)
+    for operator in (sla2_attention, fitted_attention):
 
-    monkeypatch.setattr("sla2_diffusers.sla2_attention", spy)
+        def spy(q, k, v, proj_q, proj_k, *alpha, keep_diagonal, operator=operator, **options):
+            seen.append((proj_q is not None, bool(alpha), keep_diagonal))
+            return operator(q, k, v, proj_q, proj_k, *alpha, keep_diagonal=keep_diagonal, **options)
+
+        monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", spy)
     blocks = router(keep_diagonal=False)
     whole = RouterWeights(
         (blocks.layers[0],) * (LAYERS + 1), model_family="wan-vace", num_heads=HEADS, head_dim=HEAD_DIM,
@@ -439,3 +446,47 @@ def test_a_router_of_all_vace_layers_or_of_the_blocks_alone(vace, vace_inputs, m
         assert seen == expected, "vace_blocks run first"
     with pytest.raises(ValueError, match="number of layers"):
         apply_sla2(vace, dataclasses.replace(blocks, model_family="wan-vace"))
+
+
+def untrained(kind):
+    return {"no router": None, "a router without ratios": identity_router("wan", LAYERS, HEADS, HEAD_DIM)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["no router", "a router without ratios"])
+def test_without_a_trained_ratio_every_call_fits_one_and_says_its_error(transformer, inputs, monkeypatch, kind):
+    exact = []
+
+    def spy(q, k, v, *args, **options):
+        found = fitted_attention(q, k, v, *args, **options)
+        heads_first = [t.transpose(1, 2).double() for t in (q, k, v)]
+        dense = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        exact.append(((found.out - dense).norm() / dense.norm()).item())
+        return found
+
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", spy)
+    handle = apply_sla2(transformer, untrained(kind), sparsity=0.75, precision="16bit")
+    first = run(transformer, inputs)
+    found = handle.attention_error
+    assert torch.equal(run(transformer, inputs), first) and handle.attention_error == pytest.approx(found)
+    errors = [layer.attention_error for layer in handle.layers]
+    assert len(exact) == 2 * LAYERS and errors == pytest.approx(exact[:LAYERS], rel=0.5)
+    assert found == pytest.approx((sum(error**2 for error in errors) / LAYERS) ** 0.5)
+    words = f"attention error {found:.2f} (layers {min(errors):.2f} to {max(errors):.2f})"
+    assert words in handle.summary().splitlines()
+    handle.reset()
+    assert handle.attention_error is None and "error" not in handle.summary()
+
+
+@pytest.mark.parametrize("how", ["autograd", "trained ratio", "context parallelism"])
+def test_what_is_not_fitted(transformer, inputs, monkeypatch, how):
+    monkeypatch.setattr("sla2_diffusers.fitted_attention", lambda *args, **options: pytest.fail("fitted"))
+    handle = apply_sla2(transformer, router() if how == "trained ratio" else None, sparsity=0.75, precision="16bit")
+    if how == "context parallelism":
+        processor = transformer.blocks[0].attn1.processor
+        monkeypatch.setattr(type(processor), "_parallel_config", object())
+        q = torch.randn(1, 396, HEADS, HEAD_DIM)
+        processor._attend("16bit", q, q, q, slice(None))
+        return
+    with torch.set_grad_enabled(how == "autograd"):
+        transformer(**inputs)
+    assert handle.sparse_calls == LAYERS and handle.attention_error is None

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sla2_kernels import arguments, select_key_blocks, sla2_attention
+from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.forced_blocks import select_with_forced_blocks
 from sla2_kernels.sequence_parallel import sequence_parallel_attention
 from sla2_kernels.sla_v1 import sla_attention
@@ -151,6 +152,34 @@ def test_sentence(change, sentence):
     arguments = {**tensors(), "sparsity": 0.5, **change}
     with pytest.raises(ValueError) as caught:
         sla2_attention(**arguments)
+    assert str(caught.value) == sentence
+
+
+FITTED = {
+    "nothing left out": (
+        {"sparsity": 0.0},
+        "a fitted ratio needs a key block that is left out, and 4 of 4 are selected.",
+    ),
+    "rows of int64": (
+        {"rows": torch.arange(32)},
+        "rows must be int32 (R,), R a power of two from 16, got int64 (32,).",
+    ),
+    "8 rows": (
+        {"rows": torch.arange(8, dtype=torch.int32)},
+        "rows must be int32 (R,), R a power of two from 16, got int32 (8,).",
+    ),
+    "no row fits": ({"fitted": 0}, "fitted must lie between 1 and the 32 rows, got 0."),
+    "more fit than there are": ({"fitted": 33}, "fitted must lie between 1 and the 32 rows, got 33."),
+    "layout": CASES["layout"],
+    "precision": CASES["precision"],
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), FITTED.values(), ids=FITTED)
+def test_the_fitted_ratio_refuses(change, sentence):
+    arguments = {**tensors(), "sparsity": 0.5, "rows": sample_rows(130, 0), **change}
+    with pytest.raises(ValueError) as caught:
+        fitted_attention(**arguments)
     assert str(caught.value) == sentence
 
 

@@ -82,10 +82,9 @@ class Bench:
         self.attention = wrapped(dense_attention)
         self.options = {}
 
-    def model_call(self, sigma=0.5, override=None, sample_sigmas=None):
+    def model_call(self, sigma=0.5, override=None, **options):
         self.options = {"sigmas": torch.tensor([sigma]), "optimized_attention_override": override or self.override}
-        if sample_sigmas is not None:
-            self.options["sample_sigmas"] = sample_sigmas
+        self.options |= options
         return self.hook.model_call(SimpleNamespace(), dict, self.options)
 
     def attend(self, *args, layer=0, **kwargs):

@@ -14,7 +14,7 @@ def heads_first(tensors):
 
 
 def test_a_marked_call_runs_sparse_in_both_of_comfyuis_layouts(bench, qkv):
-    b = bench()
+    b = bench(ratio_mode="estimated")
     b.model_call()
     flat = b.attend(*qkv, heads=HEADS)
     other = b.attend(*heads_first(qkv), HEADS, skip_reshape=True)

@@ -49,7 +49,7 @@ def test_a_long_training_keeps_few_events_and_waits_for_none(bench, pack_module,
     device = Device(lag)
     monkeypatch.setattr(torch.cuda, "Event", device.Event)
     monkeypatch.setattr(torch.cuda, "current_stream", device.current_stream)
-    monkeypatch.setattr(pack_module("nodes.run_record"), "_capturing", lambda _: False)
+    monkeypatch.setattr(pack_module("nodes.run_record"), "capturing", lambda _: False)
     hook = bench().hook
     hook.begin_run()
     run = hook.run_for_call()

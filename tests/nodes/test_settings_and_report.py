@@ -43,7 +43,7 @@ def test_sparsity_is_shown_both_ways(pack_module, sparsity, words):
 
 def test_data_is_json_even_where_numbers_are_not_finite(bench, qkv, pack_module):
     report = pack_module("nodes.report_text")
-    b = bench()
+    b = bench(ratio_mode="estimated")
     b.hook.begin_run()
     b.model_call()
     b.attend(*qkv, heads=HEADS)

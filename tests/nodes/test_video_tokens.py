@@ -58,7 +58,7 @@ def test_every_video_query_attends_the_other_tokens_exactly(bench):
 @pytest.mark.parametrize("method", ["sla2", "top-k only"])
 def test_the_selection_around_other_tokens_is_not_sorted_again(bench, pack_module, monkeypatch, method):
     module, given = pack_module("nodes.sparse_call"), []
-    for name in ("sla2_attention", "sla_attention"):
+    for name in ("sla2_attention", "fitted_attention", "sla_attention"):
         original = getattr(module, name)
 
         def watched(*args, original=original, **options):

@@ -87,7 +87,7 @@ def test_routing_launches_on_the_tensors_device(cards, monkeypatch):
 
 
 def test_a_graph_is_looked_for_on_the_tensors_device(cards, pack_module):
-    capturing = pack_module("nodes.run_record")._capturing
+    capturing = pack_module("nodes.run_record").capturing
     cards.capturing = {1}
     assert capturing(SECOND) and not capturing(FIRST) and not capturing(CPU)
     assert cards.current == 0

@@ -60,6 +60,7 @@ function layerBars(layers, choice) {
 function sentence(row, dense) {
   const parts = [`layer ${row.layer}: ${row.sparse} accelerated, ${dense} dense`];
   if (row.sparsity !== null) parts.push(`skips ${(100 * row.sparsity).toFixed(1)}%`);
+  if (typeof row.attention_error === "number") parts.push(`attention error ${row.attention_error.toFixed(3)}`);
   for (const [kind, value] of Object.entries(row.milliseconds)) parts.push(`${value.toFixed(2)} ms per ${kind} call`);
   for (const [reason, count] of Object.entries(row.dense)) parts.push(`${count} x ${reason}`);
   return parts.join("\n");
