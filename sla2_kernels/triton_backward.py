@@ -34,21 +34,20 @@ def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k,
         scale: softmax scale. linear_branch: False where the forward had none.
     """
     with on_device(q.device):
-        selected = key_blocks.flatten(0, 1).contiguous()
+        selected, row_ratio = key_blocks.flatten(0, 1).contiguous(), row_ratio.contiguous()
         blocks = block_count(k.shape[2], K_BLOCK)
         config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
         k_mean = smooth(pool(k, K_BLOCK), k.shape[2], K_BLOCK)
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
         row_statistics(
-            q, k, v, grad_out, selected, row_ratio.contiguous(), shift, delta,
+            q, k, v, grad_out, selected, row_ratio, shift, delta,
             scale_log2=scales["scale_log2"], q_block=Q_BLOCK, block=K_BLOCK, config=config.statistics,
         )  # fmt: skip
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
-            rows = row_ratio.contiguous(), delta
             correction, product = _linear_branch(
-                q, k, v, grad_out, selected, *rows, k_mean, grad_q, grad_k, grad_v, config.linear
+                q, k, v, grad_out, selected, row_ratio, delta, k_mean, grad_q, grad_k, grad_v, config.linear
             )
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))

@@ -4,8 +4,8 @@ _linear_queries: one program per (query tile, head): the linear branch's dQ, and
 _linear_sums: one program per (query block, columns of H, head): dH_i and dZ_i in the place of H_i and Z_i.
 _linear_keys: one program per (key tile, head), from the sums of dH_i and dZ_i over the query blocks that left key block
 j out: the linear branch's dK (of the smoothed K) and dV, and dK's sum over the tile for smooth-k's mean.
-H is read COLS columns at a time, so that float32 fits too. Rows where O_l has no weight pass no gradient on. O_l does not change with the length of phi(Q), so the
-projection term of softmax's gradient is zero for Q.
+H is read COLS columns at a time, so that float32 fits too. O_l does not change with the length of phi(Q), so the
+projection term of softmax's gradient is zero for Q. Rows where O_l has no weight pass no gradient on.
 """
 
 import triton

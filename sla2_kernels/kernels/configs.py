@@ -74,7 +74,7 @@ def loop_config(capability, qk, pv, head_dim, element_size):
         # more rows of float32 spill kilobytes per thread, or do not fit 99 KB with Triton 3.2
         return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
     if pv == "16bit" and element_size == 4:
-        return LoopConfig(128, 8, 2, converts=hopper)
+        return LoopConfig(128, 8, 2)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":

@@ -3,11 +3,11 @@
 One program per (query tile, head). The loop is bound by the work per score, so the scores stay raw: the softmax scale,
 log2(e), the quantisation scales and FP8's range factor are folded into the one multiply-add before exp2.
 
-INT8 scores S are float32 before they meet a factor. On Hopper a conversion each, instead of setting each accumulator. The
-other cards' matrix instructions read where to start from registers that are set once: INT32 starts at 0x4B400000, the bits of
-12582912.0 whose last mantissa bit is worth 1, so its bits read as float32 are 12582912 + S exactly while |S| < 2 ** 22, and
-the block's maximum, taken off before the multiply-add, takes the bias with it. Left to the multiply-add, 12582912 * factor
-would be rounded: by whole powers of two of P where logits are 1e4.
+INT8 scores S become float32 before they meet a factor. Hopper has an instruction for it, which costs no more than setting
+each accumulator to where it starts. Other cards read that from registers that are set once: the INT32 accumulator starts at
+0x4B400000, the bits of 12582912.0 whose last mantissa bit is worth 1, so its bits read as float32 are 12582912 + S exactly
+while |S| < 2 ** 22. The block's maximum is taken off before the multiply-add, and the bias with it: 12582912 * factor, which
+the multiply-add would take off, is rounded, at logits of 1e4 to whole powers of two of P.
 V blocks are stored over powers of two: the exponent joins the scores (p V is what must fit FP8) and leaves the row sum.
 """
 
