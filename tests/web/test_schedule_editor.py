@@ -125,6 +125,14 @@ def test_typing_is_seen_in_the_map(editor):
     assert editor.colour(3, 5, 40) != plain
 
 
+def test_a_rule_for_a_step_by_number_stays_and_is_not_drawn(editor):
+    editor.open()
+    editor.write("step 1: dense")
+    assert "not drawn" in editor.says() and editor.colour(0, 0) == editor.colour(9, 29)
+    editor.drag((0, 0), (9, 29))
+    assert editor.text == "step 1: dense; 0%-100%: 0.9"
+
+
 def test_what_cannot_be_read_stays_and_the_reason_is_said(editor):
     editor.open()
     editor.write("0%-20%: dense; first half: 0.9")
@@ -184,7 +192,7 @@ def test_the_training_suggests_a_schedule(editor, renderer):
     suggest = editor.page.get_by_role("button", name="Suggest from training")
     suggest.click()
     assert "run SLA2 Train Router" in editor.says() and editor.text == ""
-    editor.write("0%-10%: dense; layers 0: 0.5")
+    editor.write("0%-10%: dense; layers 0: 0.5; step 1: dense")
     editor.settle()
     event = {
         "node": "8", "workflow": canvas.js("app.rootGraph.id"), "headline": "trained",
@@ -199,6 +207,9 @@ def test_the_training_suggests_a_schedule(editor, renderer):
     suggest.click()
     editor.settle()
     canvas.picture(f"suggested_{renderer}")
-    assert editor.text == "layers 0, 2: 0.9; layers 1: 0.97; 0%-10%: dense" and "unknown" not in editor.says()
+    assert (
+        editor.text == "layers 0, 2: 0.9; layers 1: 0.97; 0%-10%: dense; step 1: dense"
+        and "unknown" not in editor.says()
+    )
     editor.undo()
-    assert editor.text == "0%-10%: dense; layers 0: 0.5"
+    assert editor.text == "0%-10%: dense; layers 0: 0.5; step 1: dense"

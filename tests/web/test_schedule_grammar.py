@@ -6,7 +6,7 @@ from tooling.plan import PACK_FOLDER
 
 pytestmark = pytest.mark.web
 LAYERS = 6
-PROGRESS = [None, *(number / 16 for number in range(17))]
+PLACES = [(None, None), (None, 1), *((number / 16, 1 + number // 2) for number in range(17))]
 READABLE = [
     "",
     " ; \n;",
@@ -29,6 +29,12 @@ READABLE = [
     "layers 1,\u20282: 0.5",
     "layers -0: 0.5",
     "0%-50%: 0.99999999999999994",
+    "step 1: dense",
+    "steps 2-4: 0.8 -> 0.95; step 1, layers 0-2: dense",
+    "layers 1,steps 1 - 3: .5\n0%-10%: dense",
+    "step 00003: 0.8 -> 0.9",
+    "steps\u30001-2 , layers 3: 0.9",
+    "steps 1-99999: 0.25->0.75",
 ]
 UNREADABLE = [
     "0.9",
@@ -61,12 +67,25 @@ UNREADABLE = [
     "layers 1 0%-50% 2: 0.9",
     "layers " + "1, " * 100 + "1: 0.9",
     "x" * 301 + ": 0.9",
+    "step 0: dense",
+    "steps 0-2: dense",
+    "steps 3-2: dense",
+    "step: dense",
+    "step1: dense",
+    "steps 1-2-3: dense",
+    "steps 1, 2: dense",
+    "step 123456: dense",
+    "step \uff11: dense",
+    "step -1: dense",
+    "my step 1: dense",
+    "0%-20%, step 1: dense",
+    "step 1, 0%-20%: dense",
 ]
 IN_THE_PAGE = """
 import('/extensions/' + a.folder + '/js/schedule.js').then(({ parseSchedule, sparsityOf }) => a.texts.map((text) => {
   let rules;
   try { rules = parseSchedule(text, a.layers); } catch (error) { return error.message; }
-  return Array.from({ length: a.layers }, (_, layer) => a.progress.map((at) => sparsityOf(rules, layer, at, 0.625)));
+  return Array.from({ length: a.layers }, (_, layer) => a.places.map(([at, step]) => sparsityOf(rules, layer, at, 0.625, step)));
 }))
 """
 
@@ -74,7 +93,7 @@ import('/extensions/' + a.folder + '/js/schedule.js').then(({ parseSchedule, spa
 @pytest.fixture(scope="module")
 def in_the_page(canvas):
     texts = [*READABLE, *UNREADABLE]
-    asked = {"folder": PACK_FOLDER, "texts": texts, "layers": LAYERS, "progress": PROGRESS}
+    asked = {"folder": PACK_FOLDER, "texts": texts, "layers": LAYERS, "places": PLACES}
     return dict(zip(texts, canvas.js(IN_THE_PAGE.strip(), asked), strict=True))
 
 
@@ -82,7 +101,7 @@ def in_the_page(canvas):
 def test_the_page_and_the_run_give_every_call_the_same_sparsity(pack_module, in_the_page, text):
     schedule, settings = pack_module("nodes.schedule"), pack_module("nodes.settings")
     rules = schedule.parse_schedule(text, LAYERS, settings.parse_layers)
-    expected = [[schedule.sparsity_of(rules, layer, at, 0.625) for at in PROGRESS] for layer in range(LAYERS)]
+    expected = [[schedule.sparsity_of(rules, layer, at, 0.625, step) for at, step in PLACES] for layer in range(LAYERS)]
     assert in_the_page[text] == expected
 
 

@@ -1,15 +1,18 @@
-// The grammar of nodes/schedule.py in the page: which sparsity a text gives a layer at a share of the run. It knows no page.
+// The grammar of nodes/schedule.py in the page: which sparsity a text gives a layer at a share of the run, or in a step by its
+// number. It knows no page.
 
 const MOST_CHARACTERS = 300; // of one rule
 const NUMBER = String.raw`(\d+(?:\.\d+)?|\.\d+)`;
 const STEPS = new RegExp(String.raw`${NUMBER}\s*%\s*-\s*${NUMBER}\s*%`);
+const NUMBERED = /steps?\s+(\d{1,5})(?:\s*-\s*(\d{1,5}))?/;
 const LAYERS = /^layers?\s+(.+)$/s;
 const VALUE = new RegExp(String.raw`^${NUMBER}(?:\s*->\s*${NUMBER})?$`);
 const LAYER_RANGE = /^(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?$/;
 const BLANKS_OF_PYTHON = /[\x1c-\x1f\x85]/g; // which JavaScript does not count as blank
 const SEPARATOR = /([^\S\n]*[;\n][;\s]*)/;
 
-// [{text, steps: [from, to], layers: Set or null, sparsity: [at the first step, at the last] or null (dense), after}]
+// [{text, steps: [from, to], numbers: [first, last] step in place of steps or null, layers: Set or null,
+// sparsity: [at the first step, at the last] or null (dense), after}]
 // after: what stood between it and the next rule. Throws an Error of one sentence.
 export function parseSchedule(text, layerCount) {
   const pieces = text.replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
@@ -26,10 +29,12 @@ function parseRule(part, layerCount) {
   const colon = part.lastIndexOf(":");
   if (colon < 0) throw new Error(`"${part}" has no colon.`);
   const where = part.slice(0, colon).trim();
-  let [rest, steps, layers] = [where, [0, 1], null];
-  const range = STEPS.exec(rest);
+  let [rest, steps, numbers, layers] = [where, [0, 1], null, null];
+  const byShare = STEPS.exec(rest);
+  const range = byShare ?? NUMBERED.exec(rest);
+  if (byShare) steps = [Number(range[1]) / 100, Number(range[2]) / 100];
+  else if (range) numbers = [Number(range[1]), Number(range[2] ?? range[1])];
   if (range) {
-    steps = [Number(range[1]) / 100, Number(range[2]) / 100];
     rest = (rest.slice(0, range.index) + rest.slice(range.index + range[0].length)).replace(/^[ ,]+|[ ,]+$/g, "");
   }
   const named = LAYERS.exec(rest);
@@ -38,7 +43,10 @@ function parseRule(part, layerCount) {
   if (!(steps[0] < steps[1] && steps[1] <= 1)) {
     throw new Error(`the steps of "${where}" must rise and lie between 0% and 100%.`);
   }
-  return { steps, layers, sparsity: parseValue(part.slice(colon + 1).trim()) };
+  if (numbers && !(1 <= numbers[0] && numbers[0] <= numbers[1])) {
+    throw new Error(`the steps of "${where}" count from 1 and must rise.`);
+  }
+  return { steps, numbers, layers, sparsity: parseValue(part.slice(colon + 1).trim()) };
 }
 
 function parseValue(text) {
@@ -70,24 +78,26 @@ export function parseLayers(text, layerCount) {
   return layers;
 }
 
-// progress: share of the run, or null where the sampler does not say it
-export function covers(rule, layer, progress) {
+// progress: share of the run, step: number from 1; each null where it is not known
+export function covers(rule, layer, progress, step = null) {
   if (rule.layers && !rule.layers.has(layer)) return false;
+  if (rule.numbers) return step !== null && rule.numbers[0] <= step && step <= rule.numbers[1];
   const [from, to] = rule.steps;
   return (from === 0 && to === 1) || (progress !== null && from <= progress && progress <= to);
 }
 
 // null: dense
-export function sparsityOf(rules, layer, progress, otherwise) {
-  const rule = rules.findLast((candidate) => covers(candidate, layer, progress));
-  return rule ? sparsityAt(rule, progress) : otherwise;
+export function sparsityOf(rules, layer, progress, otherwise, step = null) {
+  const rule = rules.findLast((candidate) => covers(candidate, layer, progress, step));
+  return rule ? sparsityAt(rule, progress, step) : otherwise;
 }
 
-function sparsityAt({ sparsity, steps: [from, to] }, progress) {
+function sparsityAt({ sparsity, steps, numbers }, progress, step) {
   if (!sparsity) return null;
   const [first, last] = sparsity;
-  if (first === last || progress === null) return first;
-  const share = Math.min(Math.max((progress - from) / (to - from), 0), 1);
+  const [[from, to], place] = numbers ? [numbers, step] : [steps, progress];
+  if (first === last || from === to || place === null) return first;
+  const share = Math.min(Math.max((place - from) / (to - from), 0), 1);
   return twoDigits(first + (last - first) * share);
 }
 

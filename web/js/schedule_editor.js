@@ -75,9 +75,11 @@ export function addScheduleEditor(node) {
     about.textContent = wired ? "The schedule comes over a wire." : "";
     if (wired) return;
     try {
-      map.draw(parseSchedule(schedule.value, count()), count(), otherwise());
+      const rules = parseSchedule(schedule.value, count());
+      map.draw(rules, count(), otherwise());
       drawing.hidden = false;
-      about.textContent = `Drag, or arrow keys with Shift and then Enter. dense_layers and the percents come on top.${unknown}`;
+      const numbered = rules.some((rule) => rule.numbers) ? " Rules for steps by number count, and are not drawn." : "";
+      about.textContent = `Drag, or arrow keys with Shift and then Enter. dense_layers and the percents come on top.${numbered}${unknown}`;
     } catch (error) {
       about.textContent = `No map of this text: ${error.message} Correct it above, it stays as it is.`;
     }

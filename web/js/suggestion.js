@@ -14,6 +14,6 @@ export function suggestionFor(node) {
 // Rules for a part of the run stay and go after the suggestion; those for the whole run are what it replaces.
 export function withSuggestion(text, schedule, layerCount) {
   parseSchedule(schedule, layerCount);
-  const kept = parseSchedule(text, layerCount).filter(({ steps: [from, to] }) => from !== 0 || to !== 1);
+  const kept = parseSchedule(text, layerCount).filter(({ steps: [from, to], numbers }) => numbers || from !== 0 || to !== 1);
   return [schedule, ...kept.map((rule) => rule.text)].join("; ");
 }
