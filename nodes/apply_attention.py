@@ -84,7 +84,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                 io.String.Input(
                     "schedule", optional=True, default="", multiline=True,
                     tooltip='Other sparsities for some steps or layers; of several rules the last that fits counts: '
-                    '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85". Empty: sparsity everywhere.',
+                    '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85", or by number: "step 1: dense". Empty: sparsity everywhere.',
                 ),
                 SLAWeightsType.Input(
                     "sla_weights", optional=True,
