@@ -127,6 +127,29 @@ def test_a_cached_sampler_is_reported_with_its_own_run(comfy, prompt):
     assert "came from the cache" in third["caveat"]
 
 
+def test_a_preset_of_few_steps_keeps_the_first_of_two_plus_two_dense(comfy, prompt):
+    patched = prompt.apply(prompt.model(), preset="balanced, 4-8 steps")
+    inputs = prompt[prompt.sample(patched, steps=4)[0]]["inputs"]
+    inputs["noise_seed"] = inputs.pop("seed")
+    del inputs["denoise"]
+    halves, latent = [], inputs.pop("latent_image")
+    for first, noise, left in ((0, "enable", "enable"), (2, "disable", "disable")):
+        steps = {
+            "start_at_step": first,
+            "end_at_step": first + 2,
+            "add_noise": noise,
+            "return_with_leftover_noise": left,
+        }
+        latent = prompt.add("KSamplerAdvanced", latent_image=latent, **inputs, **steps)
+        halves.append(prompt.report(patched, latent))
+    del prompt[next(name for name, node in prompt.items() if node["class_type"] == "KSampler")]
+    outputs = comfy.run(prompt)
+    first, second = (comfy.report(outputs, half) for half in halves)
+    assert (first["dense_calls"], first["sparse_calls"]) == (LAYERS, LAYERS)
+    assert (second["dense_calls"], second["sparse_calls"]) == (0, 2 * LAYERS)
+    assert any("goes on with what another one began" in note for note in second["notes"])
+
+
 def unknown(comfy, prompt):
     """A model of a class without a row in our table; its file is no other test's."""
     path = comfy.base / "models/diffusion_models/tiny_unknown.safetensors"
