@@ -17,7 +17,7 @@ from ..router import block_count
 from .launch import launch
 
 LOWEST = tl.constexpr(-1.0e30)  # finite, so that differences of maxima are
-PROGRAMS = 768  # of _row_sums, at most: what a large card runs at a time, a few times over
+PROGRAMS = 512  # of _row_sums, at most: their partial sums stay below 3% of Q where Q is large
 FEWEST_BLOCKS = 8  # key blocks of one: below that its partial sums outweigh what it reads
 PRODUCTS = 4  # numbers of a sampled row: two products, its selected mass, whether that is finite
 

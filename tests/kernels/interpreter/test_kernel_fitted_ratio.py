@@ -80,7 +80,7 @@ def test_ratio_and_exact_rows(generator, sizes, bound):
 
 
 def test_long_sequences_are_split_among_programs():
-    assert _splits(40, 1182) == (19, 63)
+    assert _splits(40, 1182) == (12, 99)
     assert _splits(1, 7) == (1, 7)
     for batch_heads, blocks in ((1, 512), (12, 512), (56, 657), (500, 30)):
         splits, per_split = _splits(batch_heads, blocks)
