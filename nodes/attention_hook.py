@@ -154,7 +154,7 @@ class AttentionHook:
         self.runs.begin(self._window(patcher))
         if inputs is not None and needs_numbers(self.settings.schedule):
             given, sampling = inputs(), self._sampling(patcher)
-            self._numbers = StepNumbers(goes_on(given["noise"], given["sigmas"], float(sampling.sigma_max)))
+            self._numbers = StepNumbers(goes_on(given.get("noise"), given.get("sigmas"), sampling.sigma_max))
             if self._numbers.goes_on:
                 self.run_for_call().note(GOES_ON)
 

@@ -136,9 +136,13 @@ class StepNumbers:
 
 
 def goes_on(noise, sigmas, sigma_max):
-    """Whether a sampler that was given this noise and these sigmas goes on with a latent that another one has begun."""
-    adds_noise = not isinstance(noise, torch.Tensor) or bool(noise.any())
-    return not adds_noise and float(sigmas[0]) < sigma_max * (1 - SAME_SIGMA)
+    """Whether a sampler that was given this noise and these sigmas goes on with a latent that another one has begun.
+
+    One that is not given tensors begins: a guider of another pack may take other arguments.
+    """
+    if not all(isinstance(given, torch.Tensor) for given in (noise, sigmas)) or noise.any():
+        return False
+    return float(sigmas[0]) < float(sigma_max) * (1 - SAME_SIGMA)
 
 
 class RunProgress:

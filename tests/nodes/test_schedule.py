@@ -178,7 +178,7 @@ def test_rules_by_number_and_their_ramps(parse, sparsity_of):
 
 def test_a_sampler_that_names_no_steps_is_said(bench, parse):
     b = bench(schedule=parse("step 1: dense", 4))
-    b.hook.begin_run()
+    b.hook.begin_run(None, lambda: {"args": (NONE,)})  # of a guider with arguments of its own
     b.model_call()
     assert "does not say which step this is" in next(iter(b.run.notes))
 
