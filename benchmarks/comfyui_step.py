@@ -4,7 +4,7 @@
     python -m benchmarks.comfyui_step --comfyui PATH --runs 1.3B-480p      one of them
 
 Weights are random, made on the GPU; nothing is downloaded. SLA2 runs through the pack's own hook on a ModelPatcher, sampled
-by ComfyUI's sampler. Untrained: with an estimated ratio, and with a fixed one, which costs what a learned one does. Writes
+by ComfyUI's sampler. Untrained: with a ratio fitted in every call, an estimated one, and a fixed one, which costs what a learned one does. Writes
 benchmarks/results/comfyui-step-<card>.json.
 """
 
@@ -35,6 +35,7 @@ from .wan_in_comfyui import (
 )
 
 GIB = 2**30
+RATIOS = ("fitted", "estimated", "fixed")
 
 
 def main(argv=None):
@@ -60,7 +61,7 @@ def parse(argv=None):
     parser.add_argument("--steps", type=int, default=3, help="timed steps; one more warms up")
     parser.add_argument("--sparsity", type=float, default=0.97)
     parser.add_argument("--precision", choices=("auto", "int8", "fp8", "16bit"), default="auto")
-    parser.add_argument("--ratios", nargs="+", choices=("estimated", "fixed"), default=["estimated", "fixed"])
+    parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
     parser.add_argument("--peers", help="folder with packages for ComfyUI's other attention backends")
     parser.add_argument("--default-only", action="store_true", help="time no other dense backend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

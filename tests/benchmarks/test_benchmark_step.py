@@ -74,7 +74,7 @@ def test_a_step_of_comfyuis_own_classes_from_a_collected_folder(comfyui_path, tm
     subprocess.run(command, **run)
     dense, *sparse = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert dense["variant"].startswith("dense") and "sparse_calls" not in dense
-    assert [row["variant"].split(", ")[-1] for row in sparse] == ["estimated ratio", "fixed ratio"]
+    assert [row["variant"].split(", ")[-1] for row in sparse] == ["fitted ratio", "estimated ratio", "fixed ratio"]
     # 2 layers, 2 steps
-    assert [(row["sparse_calls"], row["dense_calls"]) for row in sparse] == [(4, 0)] * 2
+    assert [(row["sparse_calls"], row["dense_calls"]) for row in sparse] == [(4, 0)] * 3
     assert sparse[0]["tokens"] == 864
