@@ -81,6 +81,10 @@ def fitted_attention(
     check_inputs(layout, q=q, k=k, v=v)
     _, heads, tokens, head_dim = q.shape if layout == "BHND" else _swapped(q.shape)
     check_projections(proj_q, proj_k, heads, head_dim)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+        raise ValueError(
+            "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
+        )
     if keep_diagonal and key_blocks is None:
         check_diagonal(q, k)
     is_routed = isinstance(key_blocks, RoutedBlocks)

@@ -7,7 +7,10 @@ import torch
 from ahead_of_time import HEADS, TOKENS
 from cards import CARDS, assert_fits
 
+from sla2_kernels.kernels.configs import fit_config
+from sla2_kernels.kernels.fitted_ratio import FittedRatio
 from sla2_kernels.support import unsupported_reason
+from sla2_kernels.triton_backend import Sample
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 ALL = tuple(card.arch for card in CARDS)
@@ -140,3 +143,21 @@ def test_odd_strides_and_one_block(compile_for, attend, card):
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, 1024)  # element by element, whatever the tiles
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
+    kernels = compile_for(card).kernels
+    q, k, v = torch.zeros(3, 1, HEADS, TOKENS, 128, dtype=dtype)
+    unselected = torch.ones(HEADS, TOKENS // 128, TOKENS // 64, dtype=dtype)
+    sample = Sample(torch.zeros(32, dtype=torch.int32), 24, torch.zeros(1, HEADS, 32, 128))
+    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128), 128)
+    config = fit_config(q.element_size())
+    fitted.attend(q, k, v, unselected, scale_log2=0.1, block=64, config=config)
+    sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
+    fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
+    assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio"]
+    for kernel in kernels:
+        print(kernel)
+        assert_fits(kernel, card, 64)

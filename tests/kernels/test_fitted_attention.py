@@ -1,0 +1,67 @@
+"""A ratio fitted in the call: the torch backend against the definition, and which rows are drawn."""
+
+import pytest
+import torch
+from operator_inputs import attention_inputs, relative_error
+
+from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels.fitted_attention import FITTED_ROWS, SAMPLE_ROWS, fitted_attention, sample_rows, squared_error
+from sla2_kernels.reference import fitted_ratio, sla2_reference
+
+SPARSITY = 0.6
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("keys", [300, 450])
+def test_ratio_rows_and_output_are_the_definitions(generator, keys, layout):
+    inputs = attention_inputs(generator, batch=2, tokens=300, keys=keys, head_dim=32, dtype=torch.float64)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    rows, selected = sample_rows(300, 5), select_key_blocks(q, k, sparsity=SPARSITY)
+    ratio, _ = fitted_ratio(q, k, v, selected, rows[:FITTED_ROWS])
+    _, dense = fitted_ratio(q, k, v, selected, rows)
+    videos = [slice(b, b + 1) for b in range(2)]
+    expected = torch.cat(
+        [sla2_reference(q[b], k[b], v[b], alpha=ratio[b][0], key_blocks=selected[b])[0] for b in videos]
+    )
+    if layout == "BNHD":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    found = fitted_attention(q, k, v, rows=rows, sparsity=SPARSITY, precision="16bit", layout=layout)
+    out = found.out.transpose(1, 2) if layout == "BNHD" else found.out
+    assert relative_error(out, expected) < 1e-10
+    assert relative_error(found.dense, dense) < 1e-6 and (found.ratio - ratio).abs().max() < 1e-6  # they are float32
+    assert 0.01 < ratio.min() and ratio.max() < 0.99
+
+
+def test_it_is_closer_to_dense_attention_than_the_estimate(generator):
+    inputs = attention_inputs(generator, tokens=700, head_dim=32)
+    dense = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+    options = {"sparsity": SPARSITY, "precision": "16bit"}
+    estimated = sla2_attention(inputs.q, inputs.k, inputs.v, **options)
+    found = fitted_attention(inputs.q, inputs.k, inputs.v, rows=sample_rows(700, 1), **options)
+    assert relative_error(found.out, dense) < relative_error(estimated, dense)
+
+
+def test_a_number_draws_one_sample_spread_over_all_rows():
+    rows = sample_rows(3200, 7)
+    assert torch.equal(rows, sample_rows(3200, 7)) and not torch.equal(rows, sample_rows(3200, 8))
+    assert (rows.sort().values // 100).tolist() == list(range(SAMPLE_ROWS))
+    first = rows[:FITTED_ROWS].sort().values
+    assert first[0] < 1000 and first[-1] > 2200, "both parts of it are spread"
+    assert 0 <= sample_rows(5, 7).min() and sample_rows(5, 7).max() < 5
+
+
+def test_rows_that_are_not_finite_are_no_error(generator):
+    dense = torch.randn(1, 2, 3, 8, generator=generator)
+    out = torch.zeros(1, 2, 10, 8)
+    rows = torch.tensor([1, 4, 9], dtype=torch.int32)
+    out[:, :, rows] = 2 * dense
+    out[0, 1, 4, 0] = torch.nan
+    kept = dense.clone()
+    kept[0, 1, 1] = 0
+    assert torch.allclose(squared_error(out, dense, rows), kept.square().sum().expand(2))
+
+
+def test_it_has_no_gradients(generator):
+    inputs = attention_inputs(generator, tokens=300, head_dim=32)
+    with pytest.raises(ValueError, match="a fitted ratio has no gradients: train with sla2_attention and alpha=None"):
+        fitted_attention(inputs.q.requires_grad_(), inputs.k, inputs.v, rows=sample_rows(300, 1), sparsity=SPARSITY)
