@@ -119,8 +119,8 @@ def sla2_name(args, ratio):
 def with_sla2(model, args, ratio):
     """The model as the node SLA2 Apply Attention patches it."""
     pack = load_pack().__name__
-    hook = __import__(f"{pack}.nodes.patching", fromlist=["install"])
-    settings = __import__(f"{pack}.nodes.settings", fromlist=["AttentionSettings"])
+    hook = __import__(f"{pack}.nodes.attention.patching", fromlist=["install"])
+    settings = __import__(f"{pack}.nodes.settings.values", fromlist=["AttentionSettings"])
     chosen = settings.AttentionSettings(
         sparsity=args.sparsity,
         bit_width=args.precision if is_gpu(args.device) else "16bit",

@@ -35,7 +35,7 @@ class MiniatureInComfyUI:
         return comfy.sd.load_diffusion_model(str(WEIGHTS / "wan_miniature_dit.safetensors"), model_options=options)
 
     def module(self, name):
-        """A module of this pack, as ComfyUI imports it, such as "nodes.presets"."""
+        """A module of this pack, as ComfyUI imports it, such as "nodes.settings.presets"."""
         return __import__(f"{self._pack}.{name}", fromlist=["*"])
 
     def router(self):
@@ -44,8 +44,8 @@ class MiniatureInComfyUI:
 
     def patched(self, model, router, **settings):
         """A clone with SLA2's attention at every length; settings as in nodes.settings.AttentionSettings."""
-        chosen = self.module("nodes.settings").AttentionSettings(**{"minimum_tokens": 0, **settings})
-        return self.module("nodes.patching").install(model, chosen, router)
+        chosen = self.module("nodes.settings.values").AttentionSettings(**{"minimum_tokens": 0, **settings})
+        return self.module("nodes.attention.patching").install(model, chosen, router)
 
     @torch.inference_mode()
     def sample(self, model, sigmas, sampler, caption, cfg, *, seed, latent):

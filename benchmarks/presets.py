@@ -41,7 +41,7 @@ def main(argv=None):
     path = args.out
     content = {"environment": environment(args.device), "prompts": args.prompts, "tokens": tokens(args), "rows": []}
     dense = {}
-    for preset in miniature.module("nodes.presets").PRESETS:
+    for preset in miniature.module("nodes.settings.presets").PRESETS:
         steps, sampler = RUNS[preset.steps]
         steps = 4 if args.tiny else steps
         kept = dense.setdefault(preset.steps, {})
@@ -90,8 +90,8 @@ def noise_levels(model, steps):
 
 
 def patched_by(miniature, model, preset):
-    parse_layers = miniature.module("nodes.settings").parse_layers
-    rules = miniature.module("nodes.schedule").parse_schedule(preset.schedule, 6, parse_layers)
+    parse_layers = miniature.module("nodes.settings.values").parse_layers
+    rules = miniature.module("nodes.settings.schedule").parse_schedule(preset.schedule, 6, parse_layers)
     router = miniature.router() if preset.trained else None
     return miniature.patched(model, router, sparsity=preset.sparsity, schedule=rules)
 

@@ -2,18 +2,18 @@
 
 from comfy_api.latest import io
 
-from .attention_hook import KEY
-from .layer_requests import trained_for_vsa_reason
+from .attention.hook import KEY
+from .attention.layer_requests import trained_for_vsa_reason
+from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.patching import install
+from .attention.weight_checks import check_router, check_sla_weights
+from .compat.schema import search_aliases
 from .load_router import Router
 from .load_sla import SLAWeightsType
-from .model_layouts import facts_of, unsupported_reason_of
-from .patching import install
-from .presets import CUSTOM, NAMES, preset_named, preset_notes
-from .run_outcome import show_outcomes
-from .schedule import parse_schedule
-from .schema_support import search_aliases
-from .settings import AUTOMATIC, BIT_WIDTHS, METHODS, RATIO_MODES, AttentionSettings, parse_layers
-from .weight_checks import check_router, check_sla_weights
+from .runs.outcome import show_outcomes
+from .settings.presets import CUSTOM, NAMES, preset_named, preset_notes
+from .settings.schedule import parse_schedule
+from .settings.values import AUTOMATIC, BIT_WIDTHS, METHODS, RATIO_MODES, AttentionSettings, parse_layers
 
 RUN_DENSE, STOP = "run dense and say so", "stop"
 

@@ -10,16 +10,16 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 
 from ..sla2_kernels import default_precision
-from .attention_hook import KEY
-from .break_even import attend_as, break_even, time_lengths
-from .comparison import Measured, StepClock, attention_seconds, comparison_data, comparison_text
-from .comparison_frames import check_vae, saved_frames
-from .model_layouts import unsupported_reason_of
-from .patching import install
-from .progress_text import plain, show_on_node
-from .sample_once import sample_once
-from .schema_support import search_aliases
-from .settings import AttentionSettings, skips_keeps
+from .attention.hook import KEY
+from .attention.layouts import unsupported_reason_of
+from .attention.patching import install
+from .comparison.break_even import attend_as, break_even, time_lengths
+from .comparison.frames import check_vae, saved_frames
+from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text
+from .compat.sampling import sample_once
+from .compat.schema import search_aliases
+from .page.text import plain, show_on_node
+from .settings.values import AttentionSettings, skips_keeps
 
 logger = logging.getLogger("sla2")
 

@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..sla2_kernels.weights import load_router
-from .schema_support import search_aliases
+from .compat.schema import search_aliases
 
 UNTRAINED = "none (untrained)"
 FOLDER = "sla2"

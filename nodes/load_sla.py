@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..sla2_kernels.router_format import printable
 from ..sla2_kernels.sla_v1 import take_sla_weights
-from .schema_support import search_aliases
+from .compat.schema import search_aliases
 
 SLAWeightsType = io.Custom("SLA2_SLA_WEIGHTS")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from .compat.schema import search_aliases
 from .load_router import FOLDER
-from .schema_support import search_aliases
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 

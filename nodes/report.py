@@ -5,13 +5,13 @@ import uuid
 import folder_paths
 from comfy_api.latest import io
 
-from .attention_hook import KEY
-from .attention_stack import attention_stack, stack_lines
-from .executing import executing_context
-from .progress_text import plain
-from .report_text import report_data, report_text
-from .run_of_samples import find_run, makers_of
-from .schema_support import search_aliases
+from .attention.hook import KEY
+from .attention.neighbours import attention_stack, stack_lines
+from .compat.executing import executing_context
+from .compat.schema import search_aliases
+from .page.text import plain
+from .runs.report_text import report_data, report_text
+from .runs.run_of_samples import find_run, makers_of
 
 
 class SLA2Report(io.ComfyNode):

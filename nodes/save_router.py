@@ -7,10 +7,10 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..sla2_kernels.weights import RouterFileError
+from .compat.schema import search_aliases
 from .load_router import FOLDER, Router
-from .progress_text import plain, show_on_node
-from .saved_files import SavedFiles
-from .schema_support import search_aliases
+from .page.text import plain, show_on_node
+from .training.saved_files import SavedFiles
 
 saved_files = SavedFiles()
 

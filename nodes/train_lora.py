@@ -13,18 +13,18 @@ from comfy_api.latest import io, ui
 
 from ..sla2_kernels import default_precision
 from ..sla2_training import TrainingError
-from .layer_requests import trained_for_vsa_reason
+from .attention.failures import is_out_of_memory
+from .attention.layer_requests import trained_for_vsa_reason
+from .attention.layouts import facts_of, unsupported_reason_of
+from .compat.needed_version import needs_comfyui
+from .compat.schema import ADVANCED, search_aliases
 from .load_router import Router
-from .lora_files import save_both
-from .loss_curves import loss_curves
-from .loss_plot import plot_losses
-from .model_layouts import facts_of, unsupported_reason_of
-from .needed_version import needs_comfyui
-from .page_events import send_event
-from .progress_text import plain, show_on_node
-from .schema_support import ADVANCED, search_aliases
-from .settings import BIT_WIDTHS
-from .sparse_failure import is_out_of_memory
+from .page.events import send_event
+from .page.text import plain, show_on_node
+from .settings.values import BIT_WIDTHS
+from .training.lora_files import save_both
+from .training.loss_curves import loss_curves
+from .training.loss_plot import plot_losses
 
 logger = logging.getLogger("sla2")
 
@@ -123,8 +123,8 @@ class SLA2TrainLora(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
         videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW,
     ) -> io.NodeOutput:  # fmt: skip
-        from .lora_session import LoraPlan, LoraSession
-        from .lora_training import LoraSettings
+        from .training.lora_session import LoraPlan, LoraSession
+        from .training.lora_training import LoraSettings
 
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)

@@ -8,19 +8,19 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..sla2_training import TrainerOptions, TrainingError
-from .layer_requests import trained_for_vsa_reason
+from .attention.layer_requests import trained_for_vsa_reason
+from .attention.layouts import facts_of, unsupported_reason_of
+from .compat.needed_version import needs_comfyui
+from .compat.sampling import sample_once
+from .compat.schema import ADVANCED, search_aliases
 from .load_router import FOLDER, Router
-from .loss_curves import loss_curves
-from .loss_plot import plot_losses
-from .model_layouts import facts_of, unsupported_reason_of
-from .needed_version import needs_comfyui
-from .page_events import send_event
-from .progress_text import plain, show_on_node
-from .router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
-from .sample_once import sample_once
+from .page.events import send_event
+from .page.text import plain, show_on_node
 from .save_router import save_router
-from .schema_support import ADVANCED, search_aliases
-from .suggested_schedule import suggested_schedule
+from .training.loss_curves import loss_curves
+from .training.loss_plot import plot_losses
+from .training.router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
+from .training.suggested_schedule import suggested_schedule
 
 logger = logging.getLogger("sla2")
 CAPTION = "mean loss; band: best and worst layer (share of the output's energy)"

@@ -30,7 +30,7 @@ def load_pack():
 
 @pytest.fixture(scope="session")
 def pack_module():
-    """pack_module("nodes.settings") is that module of the pack."""
+    """pack_module("nodes.settings.values") is that module of the pack."""
     load_pack()
     return lambda name: importlib.import_module(f"{PACK_NAME}.{name}")
 

@@ -72,7 +72,7 @@ def checks(comfyui):
     def memory_runs_out():
         """A real torch.OutOfMemoryError inside the operator: the step goes on dense, and says so."""
         model = patched_by_sla2(state["model"])
-        attention = miniature.module("nodes.sparse_call")
+        attention = miniature.module("nodes.attention.sparse_call")
         operator, calls = attention.sla2_attention, []
 
         def greedy(*args, **kwargs):

@@ -238,7 +238,7 @@ def multi_gpu(miniature):
     """See checks(): guidance_shared_by_both. SLA2 before and after the node that shares out the work."""
     from comfy.multigpu import create_multigpu_deepclones
 
-    module = miniature.module("nodes.sparse_call")
+    module = miniature.module("nodes.attention.sparse_call")
     operator, seen, said = module.sla2_attention, [], []
 
     def watched(q, *args, **kwargs):

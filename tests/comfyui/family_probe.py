@@ -43,7 +43,7 @@ def probe(name):
     cls = class_of(path)
     if cls is None:
         return {"missing": True}
-    hook, settings = pack_module("nodes.patching"), pack_module("nodes.settings")
+    hook, settings = pack_module("nodes.attention.patching"), pack_module("nodes.settings.values")
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patcher = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
     inputs = inputs_for(cls, inputs)
@@ -51,7 +51,10 @@ def probe(name):
     patcher.model_options["transformer_options"]["optimized_attention_override"] = counting(plain_calls)
     plain = sample(patcher, inputs)
     del patcher.model_options["transformer_options"]["optimized_attention_override"]
-    found = {"family": pack_module("nodes.model_layouts").unsupported_model_reason(model), "calls": len(plain_calls)}
+    found = {
+        "family": pack_module("nodes.attention.layouts").unsupported_model_reason(model),
+        "calls": len(plain_calls),
+    }
     for key, sparsity in (("exact", 0.0), ("sparse", 0.7)):
         made = settings.AttentionSettings(sparsity=sparsity, bit_width="16bit", minimum_tokens=0)
         patched = hook.install(patcher, made, None)
@@ -83,7 +86,7 @@ def left_in_scopes(name, ratio_mode):
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patched = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
     if ratio_mode:
-        patched = with_router_and_maps(patched, ratio_mode, pack_module("nodes.model_layouts").model_facts(model))
+        patched = with_router_and_maps(patched, ratio_mode, pack_module("nodes.attention.layouts").model_facts(model))
     scopes = RecordedScopes(model, getattr(model, RECORDED[name]))
     inputs = inputs_for(cls, inputs)
     hook = patched.get_attachment("sla2")
@@ -103,9 +106,9 @@ def left_in_scopes(name, ratio_mode):
 
 def with_router_and_maps(patcher, ratio_mode, facts):
     """SLA2 on it as it has most to keep: learned projections, ratios learned or fitted, a schedule, and a report that wants maps."""
-    hook, settings = pack_module("nodes.patching"), pack_module("nodes.settings")
-    weights, schedule = pack_module("sla2_kernels.weights"), pack_module("nodes.schedule")
-    pack_module("nodes.run_record").wanted_maps = pack_module("nodes.routing_maps").RoutingMaps
+    hook, settings = pack_module("nodes.attention.patching"), pack_module("nodes.settings.values")
+    weights, schedule = pack_module("sla2_kernels.weights"), pack_module("nodes.settings.schedule")
+    pack_module("nodes.runs.record").wanted_maps = pack_module("nodes.runs.routing_maps").RoutingMaps
     proj = torch.eye(facts.head_dim)
     layer = weights.RouterLayer(proj, proj, torch.zeros(1, facts.num_heads, 1))
     router = weights.RouterWeights(

@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 
 def pack_loader(root):
-    """pack_module("nodes.settings") is that module of the pack at ``root``."""
+    """pack_module("nodes.settings.values") is that module of the pack at ``root``."""
     spec = importlib.util.spec_from_file_location(
         "sla2_pack", root / "__init__.py", submodule_search_locations=[str(root)]
     )

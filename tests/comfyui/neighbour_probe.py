@@ -29,8 +29,8 @@ from family_models import FAMILIES, build, class_of, inputs_for
 from model_host import Host, pack_loader, sample
 
 pack_module = pack_loader(Path(repository))
-patching, settings = pack_module("nodes.patching"), pack_module("nodes.settings")
-layouts, report_text = pack_module("nodes.model_layouts"), pack_module("nodes.report_text")
+patching, settings = pack_module("nodes.attention.patching"), pack_module("nodes.settings.values")
+layouts, report_text = pack_module("nodes.attention.layouts"), pack_module("nodes.runs.report_text")
 OVERRIDE = "optimized_attention_override"
 STEPS = 2
 CASES = []
@@ -131,7 +131,7 @@ def core_sparse_on_h3():
 
 @case
 def a_router_trained_beside_core_sparse():
-    training, options = pack_module("nodes.router_training"), pack_module("sla2_training").TrainerOptions
+    training, options = pack_module("nodes.training.router_training"), pack_module("sla2_training").TrainerOptions
     core = CoreSparse()
     model = core.place(wan())
     facts = layouts.facts_of(model)

@@ -65,8 +65,8 @@ class Bench:
         **settings,
     ):
         self._pack_module = pack_module
-        self.hook_module = pack_module("nodes.attention_hook")
-        layouts, make = pack_module("nodes.model_layouts"), pack_module("nodes.settings").AttentionSettings
+        self.hook_module = pack_module("nodes.attention.hook")
+        layouts, make = pack_module("nodes.attention.layouts"), pack_module("nodes.settings.values").AttentionSettings
         layout = SimpleNamespace(
             grid=lambda inputs, patch: grid,
             front=lambda model, inputs, patch: front,
@@ -96,7 +96,7 @@ class Bench:
         return self.hook.run_for_call()
 
     def report_text(self, run):
-        return self._pack_module("nodes.report_text").report_text(self.hook, run)
+        return self._pack_module("nodes.runs.report_text").report_text(self.hook, run)
 
 
 @pytest.fixture

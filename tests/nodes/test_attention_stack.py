@@ -19,7 +19,7 @@ def patcher(override=None, options=(), transformer_options=(), **parts):
 
 @pytest.fixture
 def stack(pack_module):
-    return pack_module("nodes.attention_stack").attention_stack
+    return pack_module("nodes.attention.neighbours").attention_stack
 
 
 def foreign(func, *args, **kwargs):
@@ -90,7 +90,7 @@ def test_a_backend_that_a_node_chose_is_named(stack):
 
 
 def test_a_packs_module_is_named_without_the_path_of_its_folder(pack_module):
-    name_of = pack_module("nodes.override_chain").name_of
+    name_of = pack_module("nodes.compat.override_chain").name_of
 
     def override():
         pass

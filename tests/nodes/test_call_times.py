@@ -49,14 +49,14 @@ def test_a_long_training_keeps_few_events_and_waits_for_none(bench, pack_module,
     device = Device(lag)
     monkeypatch.setattr(torch.cuda, "Event", device.Event)
     monkeypatch.setattr(torch.cuda, "current_stream", device.current_stream)
-    monkeypatch.setattr(pack_module("nodes.run_record"), "capturing", lambda _: False)
+    monkeypatch.setattr(pack_module("nodes.runs.record"), "capturing", lambda _: False)
     hook = bench().hook
     hook.begin_run()
     run = hook.run_for_call()
     for _ in range(CALLS):
         with run.timed(0, "sparse", torch.device("cuda", 0)):
             pass
-    assert len(Event.alive) <= 2 * pack_module("nodes.call_times").MOST_PENDING
+    assert len(Event.alive) <= 2 * pack_module("nodes.runs.call_times").MOST_PENDING
     assert device.reached == 2 * min(CALLS, CALLS if lag < 100 else 64), "waited for the device"
     hook.end_run()
     assert run.layers[0].milliseconds == {"sparse": 2.0} and not Event.alive
@@ -64,7 +64,7 @@ def test_a_long_training_keeps_few_events_and_waits_for_none(bench, pack_module,
 
 def test_the_clock_of_a_cpu_is_summed_up(bench, pack_module, monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr(pack_module("nodes.run_record").time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(pack_module("nodes.runs.record").time, "perf_counter", lambda: next(ticks))
     hook = bench().hook
     hook.begin_run()
     run = hook.run_for_call()

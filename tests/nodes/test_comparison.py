@@ -9,12 +9,12 @@ import torch
 
 @pytest.fixture
 def comparison(pack_module):
-    return pack_module("nodes.comparison")
+    return pack_module("nodes.comparison.runs")
 
 
 @pytest.fixture
 def even(pack_module):
-    return pack_module("nodes.break_even")
+    return pack_module("nodes.comparison.break_even")
 
 
 def measured(comparison, **changes):

@@ -38,7 +38,7 @@ def sample(b, steps, calls=2, halves=((1,), (0,)), batch=1):
 @pytest.fixture
 def watched(pack_module, monkeypatch):
     """The operators' calls of a run: ("fitted", ratio) or ("given", alpha)."""
-    module, seen = pack_module("nodes.sparse_call"), []
+    module, seen = pack_module("nodes.attention.sparse_call"), []
     fit, mix = module.fitted_attention, module.sla2_attention
 
     def fitted_attention(*args, **options):
@@ -88,7 +88,7 @@ def test_without_a_sampler_every_call_fits(bench, watched, qkv):
 
 
 def test_the_same_run_twice_has_the_same_bits_and_draws_anew_in_every_call(bench, pack_module, monkeypatch):
-    module, numbers = pack_module("nodes.sparse_call"), []
+    module, numbers = pack_module("nodes.attention.sparse_call"), []
     draw = module.sample_rows
     monkeypatch.setattr(module, "sample_rows", lambda n, number, d: numbers.append(number) or draw(n, number, d))
     b = bench()
@@ -116,7 +116,7 @@ def shifted(fitted):
     ids=["16bit", "int8", "a wrong ratio"],
 )  # fmt: skip
 def test_the_measured_error_is_that_over_all_rows(bench, pack_module, monkeypatch, bit_width, is_sabotaged):
-    module = pack_module("nodes.sparse_call")
+    module = pack_module("nodes.attention.sparse_call")
     if is_sabotaged:
         monkeypatch.setattr(module, "fitted_attention", shifted(module.fitted_attention))
     outputs, run = sample(bench(bit_width=bit_width, sparsity=0.7), 8, calls=4)
@@ -129,7 +129,7 @@ def test_the_measured_error_is_that_over_all_rows(bench, pack_module, monkeypatc
 
 def test_rows_that_are_not_finite_are_left_out_of_the_error(bench, pack_module):
     b, q, k, v = bench(), *tensors(0)
-    rows = pack_module("nodes.sparse_call").sample_rows(300, 1 << 20, "cpu")  # of the second call
+    rows = pack_module("nodes.attention.sparse_call").sample_rows(300, 1 << 20, "cpu")  # of the second call
     broken = q.clone()
     broken[:, rows[-1]] = torch.nan
     b.hook.begin_run()
@@ -154,7 +154,7 @@ def test_training_estimates_the_ratio(bench, watched, reentrant):
 
 
 def test_a_call_in_a_cuda_graph_estimates_the_ratio(bench, watched, qkv, pack_module, monkeypatch):
-    monkeypatch.setattr(pack_module("nodes.attention_hook"), "capturing", lambda device: True)
+    monkeypatch.setattr(pack_module("nodes.attention.hook"), "capturing", lambda device: True)
     b = bench()
     b.model_call()
     b.attend(*qkv, heads=HEADS)
@@ -198,7 +198,7 @@ def test_what_is_fitted(bench, watched, qkv, router, pack_module, mode, has_rati
     b.model_call()
     b.attend(*qkv, heads=HEADS)
     assert [found for found, _ in watched] == [kind]
-    assert pack_module("nodes.report_text").ratio_name(b.hook) == name
+    assert pack_module("nodes.runs.report_text").ratio_name(b.hook) == name
 
 
 def test_the_error_is_in_the_report_and_on_the_node(bench, pack_module, qkv):
@@ -212,7 +212,7 @@ def test_the_error_is_in_the_report_and_on_the_node(bench, pack_module, qkv):
     low, high = sorted(run.layers[layer].attention_error for layer in (0, 2))
     overall = ((low**2 + high**2) / 2) ** 0.5
     words = f"attention error {overall:.2f} (layers {low:.2f} to {high:.2f})"
-    report, outcome = pack_module("nodes.report_text"), pack_module("nodes.run_outcome")
+    report, outcome = pack_module("nodes.runs.report_text"), pack_module("nodes.runs.outcome")
     data, lines = report.report_data(b.hook, run), report.report_text(b.hook, run).splitlines()
     assert data["attention_error"] == pytest.approx(overall)
     assert lines[0].endswith(f", {words}") and words in outcome.outcome(b.hook, run)["headline"]
@@ -228,7 +228,7 @@ def test_a_run_that_measures_no_error_says_nothing_of_it(bench, pack_module, qkv
     b.attend(*qkv, heads=HEADS)
     (run,) = b.hook.runs.finished()
     assert run.layers[0].attention_error is None
-    assert "attention error" not in pack_module("nodes.report_text").report_text(b.hook, run)
+    assert "attention error" not in pack_module("nodes.runs.report_text").report_text(b.hook, run)
 
 
 def test_what_a_run_keeps_is_made_before_its_model_calls(bench, pack_module):

@@ -26,7 +26,7 @@ def attention3_sage(q, k, v, heads, **kwargs):
 
 @pytest.fixture
 def inexact(pack_module, monkeypatch):
-    module = pack_module("nodes.inexact_dense")
+    module = pack_module("nodes.runs.inexact_dense")
     monkeypatch.setattr(module, "installed_sageattention", lambda: "1.0.6")
     return module
 
@@ -45,7 +45,7 @@ def run_with(bench, pack_module):
             b.override(function, *qkv, HEADS, transformer_options=options)
         b.hook.end_run()
         (run,) = b.hook.runs.finished()
-        return pack_module("nodes.advice").advice(b.hook, run), run
+        return pack_module("nodes.runs.advice").advice(b.hook, run), run
 
     return run_with
 
@@ -89,7 +89,7 @@ def test_what_a_node_chose_in_comfyui_is_looked_up(inexact, run_with, pack_modul
         def optimized_attention_override(_, *args, **kwargs):
             return optimized_attention(*args, **kwargs)
 
-        module, _, name = pack_module("nodes.override_chain").SET_BY_COMFY.partition(".ModelPatcher.")
+        module, _, name = pack_module("nodes.compat.override_chain").SET_BY_COMFY.partition(".ModelPatcher.")
         optimized_attention_override.__module__ = module
         optimized_attention_override.__qualname__ = f"ModelPatcher.{name}"
         return optimized_attention_override
@@ -134,6 +134,6 @@ def test_what_comfyui_hands_to_sageattention(inexact, changes, keys):
 
 
 def test_an_installed_version_is_read_or_none(pack_module):
-    module = pack_module("nodes.inexact_dense")
+    module = pack_module("nodes.runs.inexact_dense")
     version = module.installed_sageattention.__wrapped__()
     assert version is None or version[0].isdigit()

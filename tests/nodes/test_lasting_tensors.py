@@ -44,7 +44,9 @@ def test_a_call_that_was_not_announced_takes_its_memory_outside_the_recording(be
 
 @pytest.mark.parametrize("schedule", ["", "0%-100%: 0.5 -> 0.6; layers 2: dense"])
 def test_a_call_that_was_announced_takes_none(bench, qkv, router, pauses, pack_module, schedule):
-    rules = pack_module("nodes.schedule").parse_schedule(schedule, 4, pack_module("nodes.settings").parse_layers)
+    rules = pack_module("nodes.settings.schedule").parse_schedule(
+        schedule, 4, pack_module("nodes.settings.values").parse_layers
+    )
     b = bench(router=router, schedule=rules)
     b.hook.begin_run()
     for sigma in (1.0, 0.5):

@@ -47,7 +47,7 @@ def gate():
 
 def test_a_layer_that_was_trained_for_vsa_runs_dense_and_says_so(bench_of, qkv, pack_module):
     b = bench_of(Attention(gate()), Attention())
-    reason = pack_module("nodes.layer_requests").TRAINED_FOR_VSA
+    reason = pack_module("nodes.attention.layer_requests").TRAINED_FOR_VSA
     assert torch.equal(b.attend(*qkv, heads=HEADS, layer=0), b.attention(*qkv, heads=HEADS))
     b.attend(*qkv, heads=HEADS, layer=1)
     assert b.run.layers[0].dense == {reason: 1} and not b.run.layers[0].sparse
@@ -94,7 +94,7 @@ def test_dense_calls_of_a_layer_that_asks_for_sol_are_dense(bench_of, pack_modul
     def int8(*args, **kwargs):
         return args[0]
 
-    preferred = pack_module("nodes.own_attention").PREFERRED
+    preferred = pack_module("nodes.compat.own_attention").PREFERRED
     layers = (
         Attention(config=[SOL], function=sol),
         Attention(config=[{"attention": "comfy_kitchen_int8"}], function=int8),
@@ -125,7 +125,7 @@ def test_a_request_that_a_lora_sets_for_some_runs_is_noticed_in_them(bench_of, q
 
 
 def test_nodes_are_told_before_they_run_a_model_that_was_trained_for_vsa(bench_of, pack_module):
-    requests = pack_module("nodes.layer_requests")
+    requests = pack_module("nodes.attention.layer_requests")
     for modules, reason in (((Attention(), Attention(gate())), requests.TRAINED_FOR_VSA), ((Attention(),), None)):
         b = bench_of(*modules)
         model = SimpleNamespace(diffusion_model=b.options[b.hook_module.CALL].diffusion_model)

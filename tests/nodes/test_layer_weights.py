@@ -29,8 +29,10 @@ def placed(pack_module):
     """placed(router, sla_weights, **settings): CallWeights of layer 0 at each of SPARSITIES."""
 
     def place(router=None, sla_weights=None, **settings):
-        make = pack_module("nodes.settings").AttentionSettings
-        weights = pack_module("nodes.layer_weights").LayerWeights(make(**settings), router, HEADS, sla_weights)
+        make = pack_module("nodes.settings.values").AttentionSettings
+        weights = pack_module("nodes.attention.layer_weights").LayerWeights(
+            make(**settings), router, HEADS, sla_weights
+        )
         return [weights.on_device(0, CPU, sparsity) for sparsity in SPARSITIES]
 
     return place

@@ -46,13 +46,13 @@ def test_the_break_even_search_times_what_the_model_runs(bench, qkv, pack_module
     weights = sla_weights if method == "automatic" else None
     b = bench(method=method, sla_weights=weights, ratio_mode="fixed", fixed_ratio=0.7)
     b.model_call()
-    attend = pack_module("nodes.break_even").attend_as(b.hook, torch.device("cpu"), "16bit")
+    attend = pack_module("nodes.comparison.break_even").attend_as(b.hook, torch.device("cpu"), "16bit")
     found = attend(*(t.unflatten(-1, (HEADS, DIM)) for t in qkv))
     torch.testing.assert_close(found.flatten(2), b.attend(*qkv, heads=HEADS))
 
 
 def test_the_report_names_the_method(bench, qkv, sla_weights, pack_module):
-    text = pack_module("nodes.report_text")
+    text = pack_module("nodes.runs.report_text")
     assert text.method_name(bench().hook) == "SLA2"
     assert text.method_name(bench(method="top-k only").hook) == "top-k only"
     hook = bench(sla_weights=sla_weights).hook
@@ -73,7 +73,7 @@ def test_an_unknown_method_is_refused(bench):
     ],
 )
 def test_weights_of_another_model_are_refused(pack_module, monkeypatch, layers, head_dim, method, sentence):
-    checks = pack_module("nodes.weight_checks")
+    checks = pack_module("nodes.attention.weight_checks")
     weights = SLAWeights(((torch.zeros(head_dim, head_dim), torch.zeros(head_dim)),) * layers)
     facts = SimpleNamespace(num_layers=LAYERS, head_dim=DIM)
     with pytest.raises(ValueError, match=sentence):
@@ -122,7 +122,7 @@ ADVICE = {
 )
 def test_a_faster_bit_width_is_advised_only_where_there_is_one(pack_module, monkeypatch, bit_width, fastest, advised):
     """On a CPU, and on a card that no low-bit kernel fits, auto itself is 16bit."""
-    module = pack_module("nodes.advice")
+    module = pack_module("nodes.runs.advice")
     monkeypatch.setattr(module, "default_precision", lambda device: fastest)
     settings = SimpleNamespace(sparsities=(0.9,), method="automatic", bit_width=bit_width)
     hook = SimpleNamespace(router=object(), sla_weights=None, settings=settings)
@@ -141,11 +141,11 @@ def test_a_run_on_a_cpu_is_not_told_to_use_what_it_used(bench, qkv, pack_module)
         b.hook.end_run()
         (run,) = b.hook.runs.finished()
         assert run.precisions == {"16bit"}
-        assert "16bit" not in " ".join(pack_module("nodes.advice").advice(b.hook, run))
+        assert "16bit" not in " ".join(pack_module("nodes.runs.advice").advice(b.hook, run))
 
 
 @pytest.mark.parametrize(("hook", "run", "expected"), ADVICE.values(), ids=ADVICE)
 def test_advice(pack_module, hook, run, expected):
-    found = pack_module("nodes.advice").advice(hook, run)
+    found = pack_module("nodes.runs.advice").advice(hook, run)
     assert len(found) == len(expected)
     assert all(sentence.startswith(start) for sentence, start in zip(found, expected, strict=True))

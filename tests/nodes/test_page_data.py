@@ -5,7 +5,7 @@ import torch
 
 
 def test_a_map_is_the_share_of_heads_that_pick_a_block(pack_module):
-    maps = pack_module("nodes.routing_maps")
+    maps = pack_module("nodes.runs.routing_maps")
     # two heads, two query blocks, two of four key blocks each
     picked = torch.tensor([[[[0, 1], [2, 3]], [[0, 2], [2, 3]]]], dtype=torch.int32)
     shares = maps.pick_shares(picked, 4)
@@ -13,7 +13,7 @@ def test_a_map_is_the_share_of_heads_that_pick_a_block(pack_module):
 
 
 def test_a_large_map_is_shrunk_to_means_and_keeps_its_share(pack_module):
-    maps = pack_module("nodes.routing_maps")
+    maps = pack_module("nodes.runs.routing_maps")
     share = torch.rand(600, 1200, generator=torch.Generator().manual_seed(1))
     small = maps.shrunk(share)
     assert small.shape == (maps.SIZE, maps.SIZE)
@@ -22,12 +22,12 @@ def test_a_large_map_is_shrunk_to_means_and_keeps_its_share(pack_module):
 
 def looked_at(pack_module, q, k, **weights):
     """What a sparse call hands to its maps, after the layer: tensors of (B, L, H, D), no learned weights."""
-    call, layer_weights = pack_module("nodes.sparse_call"), pack_module("nodes.layer_weights")
+    call, layer_weights = pack_module("nodes.attention.sparse_call"), pack_module("nodes.attention.layer_weights")
     return call.VideoPart(q, k, k, k, "BNHD"), layer_weights.CallWeights(**weights), 0.5
 
 
 def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack_module, tmp_path):
-    maps = pack_module("nodes.routing_maps").RoutingMaps()
+    maps = pack_module("nodes.runs.routing_maps").RoutingMaps()
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(1, 300, 2, 64, generator=generator) for _ in range(2))
     steps = torch.linspace(1, 0, 21)
@@ -53,7 +53,7 @@ def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep):
     """Keys that their own queries would never pick; a query block of 128 tokens covers two key blocks of 64."""
-    maps = pack_module("nodes.routing_maps").RoutingMaps()
+    maps = pack_module("nodes.runs.routing_maps").RoutingMaps()
     q = torch.eye(4, 64).repeat_interleave(128, 0)[None, :, None].repeat(1, 1, 2, 1)
     steps = torch.linspace(1, 0, 2)
     maps.begin_step(steps[:1], steps)
@@ -65,7 +65,7 @@ def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep):
 
 
 def test_without_a_sampler_that_says_its_steps_there_is_no_map(pack_module, tmp_path):
-    maps = pack_module("nodes.routing_maps").RoutingMaps()
+    maps = pack_module("nodes.runs.routing_maps").RoutingMaps()
     q = torch.randn(1, 300, 2, 64)
     maps.begin_step(None, None)
     maps.see(0, *looked_at(pack_module, q, q))
@@ -74,15 +74,15 @@ def test_without_a_sampler_that_says_its_steps_there_is_no_map(pack_module, tmp_
 
 
 def test_nothing_is_mapped_where_no_prompt_runs(pack_module):
-    assert pack_module("nodes.routing_maps").wanted_maps() is None
+    assert pack_module("nodes.runs.routing_maps").wanted_maps() is None
 
 
 def test_loss_curves_are_thinned_and_bounded_by_the_layers(pack_module):
-    curves = pack_module("nodes.loss_curves").loss_curves({0: [1.0] * 500, 1: [3.0] * 500, 2: []})
+    curves = pack_module("nodes.training.loss_curves").loss_curves({0: [1.0] * 500, 1: [3.0] * 500, 2: []})
     assert curves["steps"] == 500 and len(curves["at"]) == 120 and curves["at"][0] == 1 and curves["at"][-1] == 500
     assert set(curves["low"]) == {1.0} and set(curves["high"]) == {3.0} and set(curves["mean"]) == {2.0}
 
 
 def test_loss_curves_before_the_first_step_are_empty(pack_module):
-    curves = pack_module("nodes.loss_curves").loss_curves({})
+    curves = pack_module("nodes.training.loss_curves").loss_curves({})
     assert curves == {"steps": 0, "at": [], "mean": [], "low": [], "high": []}

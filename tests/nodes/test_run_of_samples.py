@@ -36,7 +36,7 @@ def run(number, node, prompt=NOW, latent=None, record=None):
 
 @pytest.fixture
 def shown(pack_module):
-    module = pack_module("nodes.run_of_samples")
+    module = pack_module("nodes.runs.run_of_samples")
 
     def find(runs, source, samples=IMAGE):
         found, caveat = module.find_run(runs, samples, module.makers_of(runs, Graph(source), "report", "samples"), NOW)
@@ -68,7 +68,7 @@ def test_an_image_is_known_by_the_nodes_it_came_through(shown, runs, source, num
 
 
 def test_a_latent_is_known_by_its_values_and_what_was_made_of_it_by_its_nodes(shown, pack_module):
-    record = pack_module("nodes.run_record")
+    record = pack_module("nodes.runs.record")
     latents = [torch.randn(1, 16, 3, 8, 8) for _ in range(2)]
     runs = [run(1, "2", NOW, latents[0], record), run(2, "3", NOW, latents[1], record)]
     assert shown(runs, "9", {"samples": latents[0].bfloat16()}) == (1, None)
@@ -81,7 +81,7 @@ def test_a_latent_is_known_by_its_values_and_what_was_made_of_it_by_its_nodes(sh
 
 
 def test_where_nobody_knows_the_graph_one_run_alone_is_certain(pack_module):
-    module = pack_module("nodes.run_of_samples")
+    module = pack_module("nodes.runs.run_of_samples")
     assert module.makers_of([], None, "report", "samples") is None
     assert module.find_run([], IMAGE, None, None) == (None, None)
     assert module.find_run([one := run(1, "2")], IMAGE, None, NOW) == (one, None)

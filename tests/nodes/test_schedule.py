@@ -12,13 +12,13 @@ HEADS, DIM = 2, 64
 
 @pytest.fixture
 def parse(pack_module):
-    schedule, settings = pack_module("nodes.schedule"), pack_module("nodes.settings")
+    schedule, settings = pack_module("nodes.settings.schedule"), pack_module("nodes.settings.values")
     return lambda text, layers=30: schedule.parse_schedule(text, layers, settings.parse_layers)
 
 
 @pytest.fixture
 def sparsity_of(pack_module):
-    return pack_module("nodes.schedule").sparsity_of
+    return pack_module("nodes.settings.schedule").sparsity_of
 
 
 TEXT = "0%-20%: dense; 20%-100%: 0.8 -> 0.97\nlayers 0-3, 29: 0.85; 50%-100%, layers 4: 0.5"
@@ -78,7 +78,7 @@ def test_progress_is_the_inverse_of_percent_to_sigma(pack_module):
         t = 1 - percent
         return shift * t / (1 + (shift - 1) * t)
 
-    progress = pack_module("nodes.schedule").RunProgress(percent_to_sigma)
+    progress = pack_module("nodes.settings.schedule").RunProgress(percent_to_sigma)
     for percent in (0.0, 0.013, 0.25, 0.5, 0.77, 1.0):
         assert progress.at(percent_to_sigma(percent)) == pytest.approx(percent, abs=2e-3)
     assert progress.at(2.0) == 0.0 and progress.at(-1.0) == 1.0
@@ -133,7 +133,7 @@ def dense_steps(b, sigmas, noise=NOISE):
 
 @pytest.fixture
 def of_preset(bench, parse, pack_module):
-    preset = pack_module("nodes.presets").preset_named("balanced, 4-8 steps")
+    preset = pack_module("nodes.settings.presets").preset_named("balanced, 4-8 steps")
     return bench(grid=(2, 8, 8), schedule=parse(preset.schedule, 4), sparsity=preset.sparsity)
 
 
@@ -160,7 +160,7 @@ def test_steps_split_over_two_samplers_have_one_first_step(of_preset):
 
 
 def test_steps_by_number_are_counted_by_the_samplers_own_sigmas(pack_module):
-    steps = pack_module("nodes.schedule").StepNumbers()
+    steps = pack_module("nodes.settings.schedule").StepNumbers()
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
     # the model is asked between two steps too, by samplers of second order; a little noise may be put on top of the first
     found = [steps.at(sigma, sigmas) for sigma in (1.01, 1.0, 0.8, 0.7, 0.3, 0.2, 0.0)]
@@ -186,7 +186,7 @@ def test_a_sampler_that_names_no_steps_is_said(bench, parse):
 def test_presets_say_what_their_benchmark_wrote_down(pack_module):
     rows = json.loads((ROOT / "benchmarks/results/presets-nvidia-h100-80gb-hbm3.json").read_text())["rows"]
     expected = {row["name"]: f"SSIM {row['ssim']:.2f}, PSNR {row['psnr']:.1f} dB" for row in rows}
-    presets = pack_module("nodes.presets").PRESETS
+    presets = pack_module("nodes.settings.presets").PRESETS
     assert {preset.name: preset.measured for preset in presets} == expected
     # of the presets as they are: another sparsity or schedule is to be measured again
     settings = {row["name"]: (row["sparsity"], row["schedule"], row["trained"]) for row in rows}
@@ -195,7 +195,7 @@ def test_presets_say_what_their_benchmark_wrote_down(pack_module):
 
 
 def test_presets_are_all_readable_and_say_what_they_rest_on(pack_module, parse):
-    presets = pack_module("nodes.presets")
+    presets = pack_module("nodes.settings.presets")
     assert presets.preset_named("custom") is None
     for preset in presets.PRESETS:
         assert presets.preset_named(preset.name) is preset

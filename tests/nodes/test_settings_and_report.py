@@ -14,13 +14,13 @@ HEADS = 2
     [("", set()), ("0, 1, 28-29", {0, 1, 28, 29}), ("-1", {29}), (" 3 - 5 ,", {3, 4, 5}), ("-2--1", {28, 29})],
 )
 def test_layer_lists(pack_module, text, layers):
-    assert pack_module("nodes.settings").parse_layers(text, 30) == layers
+    assert pack_module("nodes.settings.values").parse_layers(text, 30) == layers
 
 
 @pytest.mark.parametrize("text", ["30", "-31", "a", "1-", "5-3", "1;2", "1.5", "0-99"])
 def test_wrong_layer_lists_are_one_sentence(pack_module, text):
     with pytest.raises(ValueError, match=r"^dense_layers [^\n]*\.$"):
-        pack_module("nodes.settings").parse_layers(text, 30)
+        pack_module("nodes.settings.values").parse_layers(text, 30)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_wrong_layer_lists_are_one_sentence(pack_module, text):
 )  # fmt: skip
 def test_wrong_settings_are_one_sentence(pack_module, wrong):
     with pytest.raises(ValueError, match=rf"^{next(iter(wrong))} [^\n]*\.$"):
-        pack_module("nodes.settings").AttentionSettings(**wrong)
+        pack_module("nodes.settings.values").AttentionSettings(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_wrong_settings_are_one_sentence(pack_module, wrong):
     [(0.97, "skips 97%, keeps 3%"), (0, "skips 0%, keeps 100%"), (0.965, "skips 96.5%, keeps 3.5%")],
 )
 def test_sparsity_is_shown_both_ways(pack_module, sparsity, words):
-    assert pack_module("nodes.settings").skips_keeps(sparsity) == words
+    assert pack_module("nodes.settings.values").skips_keeps(sparsity) == words
 
 
 def test_data_is_json_even_where_numbers_are_not_finite(bench, qkv, pack_module):
-    report = pack_module("nodes.report_text")
+    report = pack_module("nodes.runs.report_text")
     b = bench(ratio_mode="estimated")
     b.hook.begin_run()
     b.model_call()
@@ -58,7 +58,7 @@ def test_data_is_json_even_where_numbers_are_not_finite(bench, qkv, pack_module)
 
 
 def test_the_report_knows_which_run_made_a_latent(pack_module):
-    record = pack_module("nodes.run_record")
+    record = pack_module("nodes.runs.record")
     latents = [torch.randn(1, 16, 3, 8, 8) for _ in range(2)]
     samples = [record.sample_of(latent) for latent in latents]
     assert record.difference(samples[0], record.sample_of(latents[0].bfloat16())) < 0.02
@@ -73,17 +73,17 @@ def test_calls_that_never_reach_us_are_counted_per_layer(bench, pack_module):
     b.model_call()
     b.run.count_entered(2)
     b.hook.end_run()
-    data = pack_module("nodes.report_text").report_data(b.hook, b.hook.runs.finished()[0])
+    data = pack_module("nodes.runs.report_text").report_data(b.hook, b.hook.runs.finished()[0])
     assert data["dense_calls"] == 1
     assert data["layers"][0]["dense"] == {"another node's attention took the call before SLA2 could see it": 1}
 
 
 def test_no_markup_reaches_the_page(pack_module):
-    assert "<" not in pack_module("nodes.progress_text").plain("<img src=x onerror=alert(1)>")
+    assert "<" not in pack_module("nodes.page.text").plain("<img src=x onerror=alert(1)>")
 
 
 def test_subclasses_of_a_supported_model_are_not_taken_for_it(pack_module):
-    layouts = pack_module("nodes.model_layouts")
+    layouts = pack_module("nodes.attention.layouts")
     model = type("VaceWanModel", (), {})()
     assert layouts.model_facts(model) is None
     assert layouts.unsupported_model_reason(model) == "model family VaceWanModel is not supported yet"
@@ -97,7 +97,7 @@ class Attention(torch.nn.Module):
 
 
 def marked(pack_module, hook, layer, module):
-    marks = pack_module("nodes.model_marks")
+    marks = pack_module("nodes.attention.model_marks")
     facts = SimpleNamespace(attention_paths=("first",) * layer + ("attn",))
     model = torch.nn.ModuleDict({"first": torch.nn.Identity(), "attn": module})
     patcher = SimpleNamespace(object_patches={}, get_model_object=lambda name: getattr(module, name.split(".")[-1]))
@@ -129,14 +129,14 @@ def test_a_module_that_takes_no_options_is_counted_and_said(pack_module, bench):
     b = bench()
     module = marked(pack_module, b.hook, 2, TakesNoOptions())
     b.hook.begin_run()
-    frame = pack_module("nodes.model_frames").Frame(SimpleNamespace(), dict, {"sigmas": torch.tensor([0.5])})
+    frame = pack_module("nodes.attention.model_frames").Frame(SimpleNamespace(), dict, {"sigmas": torch.tensor([0.5])})
     with b.hook.frames.opened(frame):
         assert module(7) == module(7) == 7
     run = b.run
     b.hook.end_run()
-    reason = pack_module("nodes.attention_hook").WITHOUT_OPTIONS
+    reason = pack_module("nodes.attention.hook").WITHOUT_OPTIONS
     assert run.layers[2].dense == {reason: 2} and run.has_hidden_calls
-    text = pack_module("nodes.report_text").report_text(b.hook, run)
+    text = pack_module("nodes.runs.report_text").report_text(b.hook, run)
     assert f"2 dense ({reason})" in text
     assert f"advice: most calls could not run sparse: {reason}" in text
 
@@ -144,7 +144,7 @@ def test_a_module_that_takes_no_options_is_counted_and_said(pack_module, bench):
 def test_a_module_that_takes_no_options_stops_where_that_is_asked(pack_module, bench):
     b = bench(stop_on_unsupported=True)
     module = marked(pack_module, b.hook, 2, TakesNoOptions())
-    frame = pack_module("nodes.model_frames").Frame(SimpleNamespace(), dict, {})
+    frame = pack_module("nodes.attention.model_frames").Frame(SimpleNamespace(), dict, {})
     with b.hook.frames.opened(frame), pytest.raises(RuntimeError, match="layer 2: this self-attention takes no"):
         module(7)
 
@@ -152,13 +152,13 @@ def test_a_module_that_takes_no_options_stops_where_that_is_asked(pack_module, b
 def test_options_that_a_caller_left_out_are_handed_on(pack_module, bench):
     b = bench()
     module = marked(pack_module, b.hook, 1, Attention())
-    frame = pack_module("nodes.model_frames").Frame(SimpleNamespace(), dict, {"sigmas": torch.tensor([0.5])})
+    frame = pack_module("nodes.attention.model_frames").Frame(SimpleNamespace(), dict, {"sigmas": torch.tensor([0.5])})
     with b.hook.frames.opened(frame):
         assert module(0) == 1
 
 
 def test_the_report_says_which_loop_ran_and_why_not_the_faster_one(bench, qkv, pack_module):
-    report, b = pack_module("nodes.report_text"), bench(dense_layers=frozenset([1]))
+    report, b = pack_module("nodes.runs.report_text"), bench(dense_layers=frozenset([1]))
     b.hook.begin_run()
     b.model_call()
     for layer in (0, 1, 2):

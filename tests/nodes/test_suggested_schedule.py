@@ -17,7 +17,7 @@ def report(errors, sparsities):
 
 @pytest.fixture
 def suggest(pack_module):
-    return pack_module("nodes.suggested_schedule").suggested_schedule
+    return pack_module("nodes.training.suggested_schedule").suggested_schedule
 
 
 def test_a_layer_gets_the_highest_sparsity_within_the_tolerance(suggest):
@@ -32,7 +32,9 @@ def test_a_layer_gets_the_highest_sparsity_within_the_tolerance(suggest):
 def test_it_can_be_read_back_and_names_every_measured_layer_once(suggest, pack_module):
     errors = {layer: (0.01 * (layer * 7 % 11), 0.02 * (layer * 7 % 11)) for layer in (0, 1, 2, 3, 5, 8, 9)}
     text = suggest(report(errors, (0.9, 0.97)))
-    rules = pack_module("nodes.schedule").parse_schedule(text, 10, pack_module("nodes.settings").parse_layers)
+    rules = pack_module("nodes.settings.schedule").parse_schedule(
+        text, 10, pack_module("nodes.settings.values").parse_layers
+    )
     assert sorted(layer for rule in rules for layer in rule.layers) == [0, 1, 2, 3, 5, 8, 9]
     assert {rule.sparsity for rule in rules} == {(0.9, 0.9), (0.97, 0.97)}
 

@@ -57,7 +57,7 @@ def test_every_video_query_attends_the_other_tokens_exactly(bench):
 
 @pytest.mark.parametrize("method", ["sla2", "top-k only"])
 def test_the_selection_around_other_tokens_is_not_sorted_again(bench, pack_module, monkeypatch, method):
-    module, given = pack_module("nodes.sparse_call"), []
+    module, given = pack_module("nodes.attention.sparse_call"), []
     for name in ("sla2_attention", "fitted_attention", "sla_attention"):
         original = getattr(module, name)
 
@@ -130,7 +130,7 @@ GRIDS = {
 
 @pytest.mark.parametrize(("name", "inputs", "grid"), GRIDS.values(), ids=GRIDS)
 def test_grids(pack_module, name, inputs, grid):
-    assert getattr(pack_module("nodes.video_tokens"), name)(inputs, (1, 2, 2)) == grid
+    assert getattr(pack_module("nodes.attention.video_tokens"), name)(inputs, (1, 2, 2)) == grid
 
 
 PLAIN, WITH_REFERENCE = SimpleNamespace(ref_conv=None), SimpleNamespace(ref_conv=object())
@@ -150,12 +150,14 @@ FRONTS = {
 
 @pytest.mark.parametrize(("name", "model", "inputs", "front"), FRONTS.values(), ids=FRONTS)
 def test_fronts(pack_module, name, model, inputs, front):
-    assert getattr(pack_module("nodes.video_tokens"), name)(model, inputs, (1, 2, 2)) == front
+    assert getattr(pack_module("nodes.attention.video_tokens"), name)(model, inputs, (1, 2, 2)) == front
 
 
 def test_inputs_are_known_by_name_however_they_are_passed(pack_module):
     def forward(x, timestep, context, options=None, **kwargs):
         return None
 
-    found = pack_module("nodes.video_tokens").call_inputs(forward, (1, 2), {"context": 3, "reference_latent": 4})
+    found = pack_module("nodes.attention.video_tokens").call_inputs(
+        forward, (1, 2), {"context": 3, "reference_latent": 4}
+    )
     assert found == {"x": 1, "timestep": 2, "context": 3, "reference_latent": 4}

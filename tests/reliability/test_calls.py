@@ -140,7 +140,7 @@ texts = st.text(max_size=30) | st.text("0123456789.%-> :;,layersdn\n", max_size=
 
 def test_fuzzed_schedules_layer_lists_and_sparsities(pack_module):
     """Text of a workflow from anywhere: rules, or one sentence that says which input."""
-    settings_module, schedule = pack_module("nodes.settings"), pack_module("nodes.schedule")
+    settings_module, schedule = pack_module("nodes.settings.values"), pack_module("nodes.settings.schedule")
     counts = Counter()
 
     def attempt(parse, names):
@@ -165,7 +165,7 @@ def test_fuzzed_schedules_layer_lists_and_sparsities(pack_module):
     "text", ["1" * 100_000, "." * 100_000, "0%-" * 30_000, " " * 100_000 + "x", "layers " * 20_000, "1." * 50_000]
 )
 def test_megabytes_of_text_take_no_time(pack_module, text):
-    settings_module, schedule = pack_module("nodes.settings"), pack_module("nodes.schedule")
+    settings_module, schedule = pack_module("nodes.settings.values"), pack_module("nodes.settings.schedule")
     begun = time.monotonic()
     for parse in (
         lambda: settings_module.parse_layers(text, 30),

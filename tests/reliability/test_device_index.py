@@ -87,7 +87,7 @@ def test_routing_launches_on_the_tensors_device(cards, monkeypatch):
 
 
 def test_a_graph_is_looked_for_on_the_tensors_device(cards, pack_module):
-    capturing = pack_module("nodes.run_record").capturing
+    capturing = pack_module("nodes.runs.record").capturing
     cards.capturing = {1}
     assert capturing(SECOND) and not capturing(FIRST) and not capturing(CPU)
     assert cards.current == 0
@@ -100,13 +100,13 @@ def test_the_break_even_search_times_and_launches_on_the_models_device(cards, pa
     def call(tokens):
         return lambda: launched.append(cards.current)
 
-    rows = pack_module("nodes.break_even").time_lengths(call, call, SECOND, seconds=0)
+    rows = pack_module("nodes.comparison.break_even").time_lengths(call, call, SECOND, seconds=0)
     assert len(rows) == 1 and set(launched) == {1}
     assert set(cards.asked) == {("synchronize", 1)} and cards.current == 0
 
 
 def test_the_step_clock_waits_for_the_models_device(cards, pack_module):
-    pack_module("nodes.comparison").StepClock(SECOND, lambda: None)()
+    pack_module("nodes.comparison.runs").StepClock(SECOND, lambda: None)()
     assert cards.asked == [("synchronize", 1)]
 
 

@@ -17,7 +17,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def failure(pack_module):
-    return pack_module("nodes.sparse_failure")
+    return pack_module("nodes.attention.failures")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run_of(bench):
 @pytest.fixture
 def end(pack_module):
     def end(b):
-        report = pack_module("nodes.report_text")
+        report = pack_module("nodes.runs.report_text")
         b.hook.end_run()
         run = b.hook.runs.finished()[-1]
         data = report.report_data(b.hook, run)
@@ -86,7 +86,7 @@ def test_nan_that_sparse_attention_makes_itself_is_told_from_nan_that_came_in(
         out[0, 0, 0, 0] = NAN
         return out, *rest
 
-    hook = pack_module("nodes.attention_hook")
+    hook = pack_module("nodes.attention.hook")
     sparse_video = hook.sparse_video
     monkeypatch.setattr(hook, "sparse_video", broken)
     b = run_of()
@@ -124,7 +124,7 @@ def test_a_run_without_nan_says_nothing_of_it(run_of, end, qkv):
 
 def failing_with(monkeypatch, pack_module, error, times=10**9):
     """sparse_video raises; the list of its attempts."""
-    hook, attempts = pack_module("nodes.attention_hook"), []
+    hook, attempts = pack_module("nodes.attention.hook"), []
     sparse_video = hook.sparse_video
 
     def fail(*args, **kwargs):
@@ -168,7 +168,7 @@ def test_out_of_memory_runs_dense_for_the_rest_of_the_step(
 def test_an_allocation_that_really_fails(run_of, end, failure, qkv, monkeypatch, pack_module):
     b = run_of()
     dense = b.attention(*qkv, heads=HEADS)
-    monkeypatch.setattr(pack_module("nodes.attention_hook"), "sparse_video", lambda *a, **k: torch.empty(2**60))
+    monkeypatch.setattr(pack_module("nodes.attention.hook"), "sparse_video", lambda *a, **k: torch.empty(2**60))
     assert torch.equal(b.attend(*qkv, heads=HEADS), dense)
     data, _ = end(b)
     assert data["layers"][0]["dense"] == {failure.OUT_OF_MEMORY: 1}
@@ -186,7 +186,7 @@ def test_what_the_failed_attempt_held_is_free_before_dense_attention_runs(run_of
         assert held and held[0]() is None
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(pack_module("nodes.attention_hook"), "sparse_video", hold)
+    monkeypatch.setattr(pack_module("nodes.attention.hook"), "sparse_video", hold)
     b = run_of()
     b.override = b.hook_module.make_override(b.hook, below)
     b.model_call()

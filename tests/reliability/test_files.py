@@ -316,7 +316,7 @@ def test_a_new_file_has_no_name_before_it_is_whole(file_nodes, monkeypatch):
 
 
 def test_a_new_lora_has_no_name_before_it_is_whole(file_nodes, pack_module, monkeypatch):
-    lora_files, seen = pack_module("nodes.lora_files"), []
+    lora_files, seen = pack_module("nodes.training.lora_files"), []
     write = lora_files.safetensors.torch.save_file
 
     def look(state, path):
@@ -463,7 +463,7 @@ def test_a_claim_that_a_killed_process_left_costs_one_number(file_nodes, monkeyp
 
 
 def test_a_saved_file_that_is_gone_is_noticed_once(pack_module, tmp_path):
-    saved = pack_module("nodes.saved_files").SavedFiles()
+    saved = pack_module("nodes.training.saved_files").SavedFiles()
     first, other = tmp_path / "first", tmp_path / "other"
     for path in (first, other):
         path.touch()

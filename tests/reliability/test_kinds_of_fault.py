@@ -111,19 +111,19 @@ def test_everything_a_page_is_sent_after_a_run_of_nan_is_json_and_no_markup(benc
     b.run.count_dense(2, EVIL)
     b.hook.end_run(output=torch.full((1, 16, 3, 8, 8), float("nan")))
     run = b.hook.runs.finished()[-1]
-    outcome = pack_module("nodes.run_outcome").outcome(b.hook, run)
+    outcome = pack_module("nodes.runs.outcome").outcome(b.hook, run)
     assert "<" not in json.dumps(strict(outcome))
-    assert strict(pack_module("nodes.report_text").report_data(b.hook, run))["layers"]
-    comparison = pack_module("nodes.comparison")
+    assert strict(pack_module("nodes.runs.report_text").report_data(b.hook, run))["layers"]
+    comparison = pack_module("nodes.comparison.runs")
     measured = [comparison.Measured(torch.full((2,), value), 1.0, 0.0, 1, 1, None) for value in (float("nan"), 0.0)]
     for pair in (measured, measured[::-1]):
         assert strict(comparison.comparison_data(*pair, "card", "skips 90%, keeps 10%", (None, 4096)))["rows"]
-    assert strict(pack_module("nodes.loss_curves").loss_curves({0: [0.5], 1: []}))["mean"] == [0.5]
+    assert strict(pack_module("nodes.training.loss_curves").loss_curves({0: [0.5], 1: []}))["mean"] == [0.5]
 
 
 def test_nothing_is_shown_before_a_run_has_ended(bench, qkv, pack_module):
     """A node that executes before the sampler has no numbers yet, and says so."""
-    report, shown = pack_module("nodes.report_text"), []
+    report, shown = pack_module("nodes.runs.report_text"), []
     b = bench()
     b.hook.on_run_end = lambda hook, run: shown.append(run)
     assert b.hook.runs.finished() == []
@@ -141,7 +141,7 @@ def test_nothing_is_shown_before_a_run_has_ended(bench, qkv, pack_module):
 @pytest.mark.parametrize("node_id", ["2", "12:7", "12:7:5", 3])
 def test_an_event_names_the_node_as_the_page_knows_it(pack_module, monkeypatch, node_id):
     """In a subgraph a node's id is a path such as 12:7."""
-    events, sent = pack_module("nodes.page_events"), []
+    events, sent = pack_module("nodes.page.events"), []
     server = type("Server", (), {"client_id": "c", "send_sync": lambda self, *message: sent.append(message)})()
     monkeypatch.setattr(events, "_server", lambda: server)
     events.send_event("outcome", node_id, {"headline": "x"})
@@ -183,7 +183,7 @@ def test_neighbouring_rows_take_equally_many_key_blocks(bench):
 def test_a_patched_model_that_is_dropped_is_gone_at_once(bench, qkv, pack_module):
     """Models are large: nothing of ours may wait for Python's search for cycles."""
     b = bench()
-    pack_module("nodes.run_outcome").show_outcomes(b.hook, "1")
+    pack_module("nodes.runs.outcome").show_outcomes(b.hook, "1")
     b.hook.begin_run()
     b.model_call()
     b.attend(*qkv, heads=HEADS)

@@ -12,7 +12,7 @@ DEPTHS = ["model", "blocks"]  # what is recomputed: the model as one, or block b
 
 @pytest.fixture
 def failure(pack_module):
-    return pack_module("nodes.sparse_failure")
+    return pack_module("nodes.attention.failures")
 
 
 class Training:
@@ -57,12 +57,14 @@ class Training:
 @pytest.fixture
 def training(bench, qkv, pack_module, monkeypatch):
     """training(recomputed, **settings) in a run that maps are wanted of."""
-    monkeypatch.setattr(pack_module("nodes.run_record"), "wanted_maps", pack_module("nodes.routing_maps").RoutingMaps)
+    monkeypatch.setattr(
+        pack_module("nodes.runs.record"), "wanted_maps", pack_module("nodes.runs.routing_maps").RoutingMaps
+    )
 
     def begin(recomputed, tensors=qkv, **settings):
         b = bench(**{"start_percent": 0.1} | settings)
         b.hook.begin_run()
-        return Training(b, tensors, recomputed, pack_module("nodes.model_frames").Frame)
+        return Training(b, tensors, recomputed, pack_module("nodes.attention.model_frames").Frame)
 
     return begin
 
@@ -76,7 +78,7 @@ def outcome(training):
 
 def failing(monkeypatch, pack_module, *numbers):
     """Lets these attempts of the operator fail, counted from 1."""
-    hook = pack_module("nodes.attention_hook")
+    hook = pack_module("nodes.attention.hook")
     real, attempts = hook.sparse_video, []
 
     def sparse_video(*args, **kwargs):

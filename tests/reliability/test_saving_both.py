@@ -11,7 +11,7 @@ ERRORS = [TypeError("a layer without ratios"), RuntimeError("CUDA error: device 
 
 @pytest.fixture
 def save_both(file_nodes, pack_module):
-    module = pack_module("nodes.lora_files")
+    module = pack_module("nodes.training.lora_files")
     yield module.save_both
     # it holds the stand-ins
     sys.modules.pop(module.__name__)

@@ -24,7 +24,7 @@ def pack_module(name):
 @pytest.mark.parametrize("sampling_steps", [1, 4, 8, 20, 50])
 @pytest.mark.parametrize("budget", [1, 3, 40, 120, 1001])
 def test_schedule_spends_the_budget_evenly_over_all_timesteps(sampling_steps, budget):
-    schedule = pack_module("router_training").Schedule(budget, sampling_steps)
+    schedule = pack_module("training.router_training").Schedule(budget, sampling_steps)
     done, per_step = 0, []
     for number in range(schedule.passes):
         for step in range(sampling_steps):
@@ -37,13 +37,13 @@ def test_schedule_spends_the_budget_evenly_over_all_timesteps(sampling_steps, bu
 
 
 def test_a_missed_step_is_made_up_for():
-    schedule = pack_module("router_training").Schedule(40, 20)
+    schedule = pack_module("training.router_training").Schedule(40, 20)
     assert schedule.due(0, 0, 0) == 2
     assert schedule.due(0, 0, 4) == 10
 
 
 def test_sparsities():
-    parse = pack_module("router_training").parse_sparsities
+    parse = pack_module("training.router_training").parse_sparsities
     assert parse("0.97, 0.95,0.90") == (0.97, 0.95, 0.9)
     assert parse("0.5") == (0.5,)
     for text in ("", "97", "0.9, 0.9", "0.9 0.8", "nan", "0", "1"):
@@ -56,7 +56,7 @@ def test_sparsities():
     [{}, {0: [0.3]}, {0: [0.3, 0.2, 0.0], 7: [0.01]}, {i: [1 / (i + j + 1) for j in range(50)] for i in range(40)}],
 )
 def test_plot_is_an_image_with_its_curves(losses):
-    plot = pack_module("loss_plot").plot_losses
+    plot = pack_module("training.loss_plot").plot_losses
     image = plot(losses)
     assert image.shape == (1, 400, 720, 3) and 0 <= image.min() and image.max() <= 1
     if losses:

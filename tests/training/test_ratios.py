@@ -50,7 +50,7 @@ def test_a_layer_that_nothing_was_trained_in_stays_as_it_was():
 @pytest.fixture
 def attend(pack_module):
     """attend(attention, layer, qkv): one marked call of a LoraAttention."""
-    calls, hook = pack_module("nodes.video_tokens"), pack_module("nodes.attention_hook")
+    calls, hook = pack_module("nodes.attention.video_tokens"), pack_module("nodes.attention.hook")
 
     def run(attention, layer, qkv):
         exact = SimpleNamespace(exact=lambda call, request: (request, calls.ExactTokens(), None))
@@ -62,7 +62,9 @@ def attend(pack_module):
 
 
 def test_ratios_start_where_they_were_learned_and_else_where_the_calls_estimate_them(pack_module, attend, qkv):
-    attention = pack_module("nodes.lora_attention").LoraAttention(partial(0), 0.5, "16bit", torch.device("cpu"))
+    attention = pack_module("nodes.training.lora_attention").LoraAttention(
+        partial(0), 0.5, "16bit", torch.device("cpu")
+    )
     attention.dense = False
     out, _ = attend(attention, 0, qkv), attend(attention, 1, qkv)
     q, k, v = (tensor.unflatten(-1, (HEADS, DIM)) for tensor in qkv)

@@ -1,4 +1,4 @@
-"""A schedule means the same in the page (web/js/schedule.js) as in a run (nodes/schedule.py), text by text."""
+"""A schedule means the same in the page (web/js/schedule.js) as in a run (nodes/settings/schedule.py), text by text."""
 
 import pytest
 
@@ -99,7 +99,7 @@ def in_the_page(canvas):
 
 @pytest.mark.parametrize("text", READABLE, ids=ascii)
 def test_the_page_and_the_run_give_every_call_the_same_sparsity(pack_module, in_the_page, text):
-    schedule, settings = pack_module("nodes.schedule"), pack_module("nodes.settings")
+    schedule, settings = pack_module("nodes.settings.schedule"), pack_module("nodes.settings.values")
     rules = schedule.parse_schedule(text, LAYERS, settings.parse_layers)
     expected = [[schedule.sparsity_of(rules, layer, at, 0.625, step) for at, step in PLACES] for layer in range(LAYERS)]
     assert in_the_page[text] == expected
@@ -107,7 +107,7 @@ def test_the_page_and_the_run_give_every_call_the_same_sparsity(pack_module, in_
 
 @pytest.mark.parametrize("text", UNREADABLE, ids=ascii)
 def test_what_a_run_refuses_the_page_refuses_in_a_sentence(pack_module, in_the_page, text):
-    schedule, settings = pack_module("nodes.schedule"), pack_module("nodes.settings")
+    schedule, settings = pack_module("nodes.settings.schedule"), pack_module("nodes.settings.values")
     with pytest.raises(ValueError, match="schedule|dense_layers"):
         schedule.parse_schedule(text, LAYERS, settings.parse_layers)
     assert isinstance(in_the_page[text], str) and in_the_page[text].endswith(".")

@@ -1,4 +1,4 @@
-// The grammar of nodes/schedule.py in the page: which sparsity a text gives a layer at a share of the run, or in a step by its
+// The grammar of nodes/settings/schedule.py in the page: which sparsity a text gives a layer at a share of the run, or in a step by its
 // number. It knows no page.
 
 const MOST_CHARACTERS = 300; // of one rule
@@ -59,7 +59,7 @@ function parseValue(text) {
   return values;
 }
 
-// "0, 1, 28-29" -> Set {0, 1, 28, 29}; -1 is the last layer. As parse_layers of nodes/settings.py
+// "0, 1, 28-29" -> Set {0, 1, 28, 29}; -1 is the last layer. As parse_layers of nodes/settings/values.py
 export function parseLayers(text, layerCount) {
   const layers = new Set();
   for (const part of text.split(",").map((piece) => piece.trim()).filter(Boolean)) {

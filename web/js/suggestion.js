@@ -1,4 +1,4 @@
-// The schedule that a training suggests from its measured errors (nodes/suggested_schedule.py), for SLA2 Apply Attention.
+// The schedule that a training suggests from its measured errors (nodes/training/suggested_schedule.py), for SLA2 Apply Attention.
 import { app } from "../../../scripts/app.js";
 import { allRemembered } from "./graph.js";
 import { parseSchedule } from "./schedule.js";

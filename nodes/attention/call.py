@@ -1,0 +1,134 @@
+"""One attention call as ComfyUI makes it: what was asked, and why SLA2 cannot take it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ...sla2_kernels import unsupported_reason
+from .text_mask import HAS_MASK, masks_keys_alone
+
+PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+KEYWORDS = ("transformer_options", "_inside_attn_wrapper", "low_precision_attention", "scale", "enable_gqa")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """q, k, v: views (B, N, H, D). flat_output: (B, N, H * D) is expected back, else (B, H, N, D)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float | None
+    flat_output: bool
+    mask: torch.Tensor | None = None  # over keys alone
+
+    @property
+    def tokens(self):
+        return self.q.shape[1]
+
+    @property
+    def key_tokens(self):
+        return self.k.shape[1]
+
+
+def read_call(args, kwargs):
+    """(AttentionCall, None), or (None, one sentence) where the call asks for something SLA2 does not implement."""
+    reason = _keyword_reason(args, kwargs)
+    if reason:
+        return None, reason
+    asked = dict(zip(PARAMETERS, args, strict=False))
+    asked.update((name, kwargs[name]) for name in PARAMETERS if name in kwargs)
+    reason = _request_reason(asked, kwargs) or _tensor_reason(asked)
+    if reason:
+        return None, reason
+    views = [_blocks_of_heads(asked[name], asked["heads"], asked.get("skip_reshape")) for name in ("q", "k", "v")]
+    mask = asked.get("mask")
+    reason = _shape_reason(*views)
+    if reason is None and mask is not None and not masks_keys_alone(mask, views[1].shape[1]):
+        reason = HAS_MASK
+    if reason:
+        return None, reason
+    return AttentionCall(*views, kwargs.get("scale"), not asked.get("skip_output_reshape"), mask), None
+
+
+def _keyword_reason(args, kwargs):
+    if len(args) > len(PARAMETERS):
+        return f"the call has {len(args)} positional arguments, {len(PARAMETERS)} are known"
+    unknown = sorted(set(kwargs) - set(PARAMETERS) - set(KEYWORDS))
+    if unknown:
+        return f"the call has the unknown keyword {unknown[0]}"
+    missing = [name for name in PARAMETERS[len(args) : 4] if name not in kwargs]
+    if missing:
+        return f"the call has no {missing[0]}"
+    return None
+
+
+def _request_reason(asked, kwargs):
+    q = asked["q"]
+    if kwargs.get("enable_gqa"):
+        return "the call uses grouped-query attention"
+    if kwargs.get("low_precision_attention") is False:
+        return "the model asks for full-precision attention in this call"
+    precision = asked.get("attn_precision")
+    if precision is not None and precision != getattr(q, "dtype", None):
+        return f"the model asks for {str(precision).removeprefix('torch.')} attention in this call"
+    scale = kwargs.get("scale")
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+        return "the call has a softmax scale that is not a finite number above 0"
+    return None
+
+
+def _tensor_reason(asked):
+    q, dimensions = asked["q"], 4 if asked.get("skip_reshape") else 3
+    for name in ("q", "k", "v"):
+        tensor = asked[name]
+        if not isinstance(tensor, torch.Tensor):
+            return f"{name} is a {type(tensor).__name__}, not a tensor"
+        if tensor.dtype != q.dtype:
+            return "q, k and v have unlike dtypes"
+        if tensor.device != q.device:
+            return "q, k and v lie on unlike devices"
+        if tensor.dim() != dimensions or tensor.numel() == 0:
+            return f"{name} has the unexpected shape {tuple(tensor.shape)}"
+    if q.dtype not in DTYPES:
+        return f"q, k and v are {str(q.dtype).removeprefix('torch.')}"
+    heads = asked["heads"]
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        return f"the call has {heads!r} heads"
+    for name in ("q", "k", "v"):
+        shape = asked[name].shape
+        if (dimensions == 4 and shape[1] != heads) or (dimensions == 3 and shape[2] % heads):
+            return f"{name} of shape {tuple(shape)} does not have {heads} heads"
+    return None
+
+
+def _blocks_of_heads(tensor, heads, heads_first):
+    """A view (B, N, H, D), whichever of ComfyUI's two layouts came in."""
+    return tensor.transpose(1, 2) if heads_first else tensor.unflatten(-1, (heads, -1))
+
+
+def _shape_reason(q, k, v):
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        return f"q, k and v have unlike shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+    return None
+
+
+def sizes_reason(facts, call):
+    """None, or one sentence where the heads are not those of the model's self-attention: another call inside of it."""
+    heads, head_dim = call.q.shape[2:]
+    if (heads, head_dim) == (facts.num_heads, facts.head_dim):
+        return None
+    return f"the call has {heads} heads of {head_dim}, and this model's self-attention {facts.num_heads} of {facts.head_dim}"
+
+
+def unsupported_call_reason(call, precision, grid):
+    """None, or one sentence why a router cannot be trained on this call. grid: (t, h, w) of the video tokens, or None."""
+    if call.mask is not None:
+        return HAS_MASK
+    if call.tokens != call.key_tokens:
+        return f"the call has {call.tokens} query tokens and {call.key_tokens} key tokens"
+    if grid is not None and call.tokens != math.prod(grid):
+        return f"the sequence holds {call.tokens} tokens, and only {math.prod(grid)} of them are the video's grid"
+    return unsupported_reason(call.q.device, call.q.dtype, call.q.shape[3], precision)

@@ -1,0 +1,64 @@
+"""A sparse call that fails while it runs: memory, a kernel that cannot be built or loaded, NaN in its output. Dense attention takes over.
+
+Each failure is counted with its reason and said once per run. What is no failure of these kinds is raised as it came:
+ComfyUI's interrupt, another pack's error, a mistake of ours.
+"""
+
+import torch
+
+from ...sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
+
+OUT_OF_MEMORY = "memory ran out in sparse attention: the rest of this step runs dense"
+NOT_FINITE = "the layer's first sparse output held NaN or infinity: it runs dense for this run"
+NO_KERNEL = "the kernels could not be built or started: every layer runs dense for this run"
+
+
+def is_out_of_memory(error):
+    """Of a GPU or of the host, by any of torch's names for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def not_attempted_reason(call, layer):
+    """None, or why an earlier failure of this run keeps the call dense."""
+    failed = call.run.failed_layers
+    if layer in failed or None in failed:
+        return failed.get(layer) or failed[None]
+    return OUT_OF_MEMORY if call.counts[OUT_OF_MEMORY] else None
+
+
+def attempt(call, layer, device, compute):
+    """(what compute() returns, None), or (None, one sentence) where it failed in a way that dense attention survives."""
+    try:
+        return compute(), None
+    except Exception as error:
+        remedy = kernel_failure_remedy(error)
+        if is_out_of_memory(error):
+            call.counts[OUT_OF_MEMORY] += 1
+            reason = OUT_OF_MEMORY
+        elif remedy is not None:
+            reason = call.run.failed_layers[None] = NO_KERNEL
+            call.run.note(f"{NO_KERNEL} ({failure_in_a_line(error)}); {remedy}")
+        else:
+            raise
+    # only now are the tensors gone that the error's traceback held
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, reason
+
+
+@torch.no_grad()
+def check_output(call, layer, out, inputs):
+    """None, or NOT_FINITE where the layer's first sparse output of the run held NaN or infinity. Later ones are counted.
+
+    The first is waited for, once per layer and run; the count of later ones stays on the device until the run ends.
+    """
+    if not call.run.count_output(layer, out):
+        return None
+    call.run.failed_layers[layer] = NOT_FINITE
+    came_in = not all(torch.isfinite(tensor).all() for tensor in inputs)
+    whose = "its inputs held them already" if came_in else "its inputs were finite"
+    call.run.note(f"layer {layer}: sparse attention gave NaN or infinity ({whose}), so that it ran dense")
+    return NOT_FINITE

@@ -1,0 +1,57 @@
+"""Masks over text: a masked text token is left out of the keys, which is what the mask asks for.
+
+Read on the host once per model call: the mask of a model's text is one and the same in all its layers.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...sla2_kernels.support import without_autocast
+
+HAS_MASK = "the call has an attention mask"
+
+
+def masks_keys_alone(mask, keys):
+    """Whether ComfyUI's attention reads this mask as one row over ``keys`` keys for every query."""
+    if not isinstance(mask, torch.Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return False
+    if mask.dim() not in (2, 3, 4) or mask.shape[-1] != keys:
+        return False
+    rows = mask.shape[-2] if mask.dim() > 2 else mask.shape[0]
+    return rows == 1 and (mask.dim() < 4 or mask.shape[1] == 1)
+
+
+@dataclass(frozen=True)
+class LiveKeys:
+    """Which of the exact keys are not masked: int64 indices in front of the video and behind it."""
+
+    front: torch.Tensor
+    back: torch.Tensor
+    all: bool
+
+    def of(self, request, exact):
+        """(request, exact) without the masked keys."""
+        if self.all:
+            return request, exact
+        video = slice(exact.key_front, request.key_tokens - exact.key_back)
+        # torch.cat fails where autocast has the other 16-bit type
+        with without_autocast(request.k.device):
+            k, v = (torch.cat([t[:, self.front], t[:, video], t[:, self.back]], dim=1) for t in (request.k, request.v))
+        return replace(request, k=k, v=v), replace(exact, key_front=len(self.front), key_back=len(self.back))
+
+
+def live_keys(mask, exact):
+    """(LiveKeys, None), or (None, one sentence) where the mask is no plain mask over text."""
+    rows = mask.detach().reshape(-1, mask.shape[-1]).cpu()
+    if not (rows == rows[:1]).all():
+        return None, "the videos of this batch have unlike text masks"
+    row = rows[0]
+    live = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    if row.dtype != torch.bool and row[live].any():
+        return None, HAS_MASK
+    end = len(row) - exact.key_back
+    if not live[exact.key_front : end].all():
+        return None, HAS_MASK
+    indices = [part.nonzero()[:, 0].to(mask.device) for part in (live[: exact.key_front], live[end:])]
+    return LiveKeys(indices[0], indices[1] + end, bool(live.all())), None

@@ -1,0 +1,72 @@
+"""Counts of a run that stay on their device until it ends: the range of the ratios, the error of exact rows, outputs that are not finite."""
+
+import torch
+
+from ..compat.recording import lasting_tensors
+
+EMPTY = [float("inf"), float("-inf")]  # the range of no ratio at all
+
+
+class DeviceCounts:
+    """By layer and device. Filled in place, so that a call leaves no tensor behind. The caller holds a lock."""
+
+    def __init__(self, layers):
+        self._layers = layers
+        self._bounds = {}  # by device: float32 (layers, 2), lowest and highest ratio
+        self._bad = {}  # by device: int32 (layers,), outputs with NaN or infinity
+        self._squares = {}  # by device: float32 (layers, 2), squared norms of error and exact rows
+
+    def prepare(self, device):
+        """Takes the memory for calls on ``device``: before a model call, for none may be taken inside one."""
+        if device not in self._bounds:
+            with lasting_tensors():
+                self._bounds[device] = torch.tensor([EMPTY] * self._layers, device=device)
+                self._bad[device] = torch.zeros(self._layers, dtype=torch.int32, device=device)
+                self._squares[device] = torch.zeros(self._layers, 2, device=device)
+
+    def add_ratio(self, layer, ratio):
+        """ratio: the row ratios of a call, of any shape."""
+        self.prepare(ratio.device)
+        low, high = torch.aminmax(ratio)
+        lowest, highest = self._bounds[ratio.device][layer].unbind()
+        torch.minimum(lowest, low, out=lowest)
+        torch.maximum(highest, high, out=highest)
+
+    def add_bad(self, layer, bad):
+        """bad: bool (), whether an output held NaN or infinity."""
+        self.prepare(bad.device)
+        self._bad[bad.device][layer].add_(bad)
+
+    def add_squares(self, layer, squares):
+        """squares: float32 (2,), squared norms of the error of some exact rows, and of these."""
+        self.prepare(squares.device)
+        self._squares[squares.device][layer].add_(squares)
+
+    def fetch(self):
+        """Brings the counts to the host, which waits for the devices."""
+        for counts in (self._bounds, self._bad, self._squares):
+            counts.update({device: tensor.cpu() for device, tensor in counts.items()})
+
+    def ratio_range(self, layer):
+        """(lowest, highest) ratio of a layer's calls, or None where there were none."""
+        found = [bounds[layer].tolist() for bounds in self._bounds.values()]
+        found = [bounds for bounds in found if bounds != EMPTY]
+        if not found:
+            return None
+        # tensors' minimum, for Python's loses NaN
+        lows, highs = torch.tensor(found).unbind(1)
+        return lows.min().item(), highs.max().item()
+
+    def bad_outputs(self, layer):
+        """How many outputs of a layer held NaN or infinity."""
+        return sum(int(bad[layer]) for bad in self._bad.values())
+
+    def error(self, layer):
+        """||output - exact|| / ||exact|| over the exact rows of a layer's calls, or None where there were none."""
+        error, exact = sum((squares[layer].double() for squares in self._squares.values()), torch.zeros(2)).tolist()
+        return (error / exact) ** 0.5 if exact else None
+
+    def clear(self):
+        self._bounds.clear()
+        self._bad.clear()
+        self._squares.clear()

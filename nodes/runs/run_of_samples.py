@@ -1,0 +1,86 @@
+"""Which run of a MODEL made the samples that a report is given.
+
+A latent is known again by its values. What was made of it, as an image is, is known by the nodes that it came through.
+"""
+
+from .record import difference, sample_of
+
+SAME_LATENT = 0.02  # the intermediate dtype may be 16 bit
+INDIRECT = "these samples are not the direct result of a run of this model"
+CACHED = "the sampler did not run in this prompt (its result came from the cache)"
+
+
+def find_run(runs, samples, makers, prompt_id):
+    """(run, caveat): the run that made these samples, or the newest that may have, with a sentence on what is not certain.
+
+    runs: closed RunRecords of one model, oldest first. samples: LATENT or IMAGE. makers: ids of the nodes that these samples
+    come from and that ran this model, as of ``makers_of``, None where nobody knows. prompt_id: of the prompt that executes.
+    """
+    if not runs:
+        return None, None
+    distance, run = _nearest_run(runs, samples)
+    if distance <= SAME_LATENT:
+        was_now = prompt_id is None or run.context is None or run.context[0] == prompt_id
+        return run, None if was_now else f"{CACHED}: its own run is shown"
+    run, caveat = _made_by(runs, makers, prompt_id)
+    if isinstance(samples, dict) and distance != float("inf"):
+        caveat = f"{INDIRECT}: {caveat or 'that of the sampler before them is shown'}"
+    return run, caveat
+
+
+def _nearest_run(runs, samples):
+    """(difference, run), of equal runs the newest; infinite for an image, and for latents of another size."""
+    sample = sample_of(samples.get("samples")) if isinstance(samples, dict) else None
+    return min(((difference(sample, run.latent_sample), run) for run in reversed(runs)), key=lambda found: found[0])
+
+
+def _made_by(runs, makers, prompt_id):
+    if makers is None:
+        possible = runs
+    else:
+        possible = [run for node in makers for run in _latest_of(node, runs, prompt_id)]
+    if not possible:
+        return runs[-1], "which run made these samples is not known: the newest one of this model is shown"
+    run = max(possible, key=lambda run: run.number)
+    if len(possible) > 1:
+        return run, f"{len(possible)} runs of this model may have made these samples: the newest of them is shown"
+    if makers is not None and run.context[0] != prompt_id:
+        return run, f"{CACHED}: its newest run is shown"
+    return run, None
+
+
+def _latest_of(node, runs, prompt_id):
+    """The runs that a node made in this prompt, else its newest one."""
+    own = [run for run in runs if run.context and run.context[1] == node]
+    return [run for run in own if run.context[0] == prompt_id] or own[-1:]
+
+
+def makers_of(runs, graph, node_id, input_name):
+    """Ids of the nodes that ran this model and whose result reaches this input with no other of them in between.
+
+    graph: ComfyUI's DynamicPrompt; None where there is none gives None.
+    """
+    if graph is None or not graph.has_node(node_id):
+        return None
+    ran = {}
+    for run in runs:
+        if run.context:
+            node = run.context[1]
+            # outside a node that put others into the graph, they count as that one
+            for known_as in {node, graph.get_real_node_id(node)}:
+                ran.setdefault(known_as, set()).add(node)
+    found, seen, ahead = set(), set(), [graph.get_node(node_id)["inputs"].get(input_name)]
+    while ahead:
+        link = ahead.pop()
+        if not _is_link(link) or link[0] in seen or not graph.has_node(link[0]):
+            continue
+        seen.add(link[0])
+        if link[0] in ran:
+            found |= ran[link[0]]
+        else:
+            ahead += graph.get_node(link[0])["inputs"].values()
+    return found
+
+
+def _is_link(value):
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)

@@ -1,0 +1,113 @@
+"""Self-attention of a model whose LoRA is trained: SLA2 with trainable ratios, or dense, as its own teacher."""
+
+import functools
+from collections import Counter
+
+import torch
+
+from ...sla2_kernels import K_BLOCK, unsupported_reason
+from ...sla2_kernels.forced_blocks import selected_with_forced
+from ...sla2_kernels.router import block_count
+from ...sla2_training.ratios import logits_of_estimates, start_logits
+from ..attention.call import read_call
+from ..attention.hook import CALL, LAYER, OVERRIDE
+from ..attention.layer_weights import CallWeights
+from ..attention.patching import install
+from ..attention.sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from ..compat.rival_attention import take_off
+from ..settings.values import AttentionSettings
+
+
+class LoraAttention:
+    """What every marked self-attention call of a model runs through. It keeps no model: a copy is gone when it is dropped.
+
+    router: RouterWeights. sparsity, precision: as in sla2_attention. device: of the model. needs_start: True until
+    start_ratios() where layers have no learned ratios; their calls estimate them.
+    ratio_logits: trainable, (H, A) float32 per layer. dense: whether calls run dense now. untrained: calls that could not
+    run sparse, by reason.
+    """
+
+    def __init__(self, router, sparsity, precision, device):
+        self.sparsity, self.precision = sparsity, precision
+        self.dense = True
+        self.sparse_calls, self.untrained = 0, Counter()
+        self._keep_diagonal = router.keep_diagonal
+        self._projections = [
+            tuple(None if proj is None else proj.to(device, torch.float32, copy=True) for proj in (r.proj_q, r.proj_k))
+            for r in router.layers
+        ]
+        starts = start_logits(router, sparsity)
+        self._estimates = {layer: [] for layer, logits in enumerate(starts) if logits is None}
+        self.needs_start = bool(self._estimates)
+        self.ratio_logits = [
+            torch.nn.Parameter((torch.zeros(router.num_heads, 1) if logits is None else logits).to(device))
+            for logits in starts
+        ]
+
+    @torch.no_grad()
+    def start_ratios(self):
+        """Starts the ratios of layers that have learned none at what the calls so far estimated, where there were any."""
+        for layer, seen in list(self._estimates.items()):
+            if seen:
+                self.ratio_logits[layer].copy_(logits_of_estimates(seen))
+                del self._estimates[layer]
+        self.needs_start = False
+
+    def trained_logits(self):
+        """ratio_logits, None for a layer that has no ratios: no call of it ran sparse, and the router has none."""
+        return [None if layer in self._estimates else logits for layer, logits in enumerate(self.ratio_logits)]
+
+    def install(self, model, layers):
+        """A clone of ``model`` whose ``layers`` self-attention layers run through this."""
+        patched = model.clone()
+        take_off(patched)
+        options = patched.model_options.setdefault("transformer_options", {})
+        options[OVERRIDE] = self._override(options.get(OVERRIDE))
+        return install(patched, AttentionSettings(dense_layers=frozenset(range(layers))), None)
+
+    def _override(self, base):
+        def sla2_lora_override(func, *args, **kwargs):
+            below = func if base is None else functools.partial(base, func)
+            options = kwargs.get("transformer_options") or {}
+            if self.dense or options.get(CALL) is None or options.get(LAYER) is None:
+                return below(*args, **kwargs)
+            return self._attend(options[CALL], options[LAYER], below, args, kwargs)
+
+        return sla2_lora_override
+
+    def _attend(self, call, layer, below, args, kwargs):
+        """One self-attention call, sparse as in SLA2 Apply Attention; one that cannot be is counted and runs dense."""
+        request, reason = read_call(args, kwargs)
+        exact = part = None
+        if reason is None:
+            request, exact, reason = call.hook.exact(call, request)
+        if reason is None:
+            part = video_part(request, exact)
+            reason = self._reason(request, exact, part)
+        if reason is not None:
+            if not call.repeated:
+                self.untrained[reason] += 1
+            return below(*args, **kwargs)
+
+        def dense_rows(rows):
+            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+            return below(*new_args, **new_kwargs)
+
+        alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
+        out, ratio, *_ = sparse_video(
+            part, exact, CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal),
+            sparsity=self.sparsity, precision=self.precision, scale=request.scale,
+        )  # fmt: skip
+        if alpha is None and self.needs_start:
+            self._estimates[layer].append(ratio)
+        if not call.repeated:
+            self.sparse_calls += 1
+        return with_dense_rows(out, request, exact, dense_rows)
+
+    def _reason(self, request, exact, part):
+        """None, or one sentence why the call cannot run sparse, or would keep everything."""
+        keys = part.k.shape[part.token_axis]
+        blocks = block_count(keys, K_BLOCK)
+        if selected_with_forced(keys, self.sparsity, exact.key_front, exact.key_back) >= blocks:
+            return f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it"
+        return unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], self.precision)

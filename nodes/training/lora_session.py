@@ -1,0 +1,150 @@
+"""One LoRA training from the copied model to its outputs. Needs ComfyUI 0.25 or newer."""
+
+import gc
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_train import TrainGuider
+
+from ...sla2_kernels import identity_router
+from ...sla2_training.ratios import with_trained_ratios
+from ..attention.hook import KEY
+from ..attention.weight_checks import check_router
+from ..compat.sampling import sample_once
+from ..settings.values import skips_keeps
+from .lora_adapters import LoraAdapters
+from .lora_attention import LoraAttention
+from .lora_copy import training_copy
+from .lora_training import LoraSettings, LoraTraining
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """sparsity, precision: of the attention. rank: of the LoRA. settings: of the optimisation."""
+
+    sparsity: float
+    precision: str
+    rank: int
+    settings: LoraSettings
+
+
+class LoraSession:
+    """model: a ComfyUI ModelPatcher of a known family, left as it is. facts: its ModelFacts. router: RouterWeights or None.
+
+    say(headline, losses): progress. advance(): after each sampling step and each video of a training step.
+    Raises ValueError, RouterFileError with one sentence where something does not fit.
+    """
+
+    def __init__(self, model, facts, router, plan, say, advance):
+        self.family, self.plan, self._say, self._advance = facts.layout.family, plan, say, advance
+        sizes = (self.family, facts.num_layers, facts.num_heads, facts.head_dim)
+        self.start_router = identity_router(*sizes) if router is None else router
+        check_router(self.start_router, facts)
+        self.attention = LoraAttention(self.start_router, plan.sparsity, plan.precision, model.load_device)
+        self.model = self.attention.install(training_copy(model), facts.num_layers)
+        # nothing of this is a sampling to report
+        self.model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        blocks = dict.fromkeys(".".join(path.split(".")[:2]) for path in facts.attention_paths)
+        self.adapters = LoraAdapters(self.model.model, list(blocks), plan.rank, plan.settings.seed % 2**63)
+        self.videos = self.training = None
+
+    @property
+    def losses(self):
+        tuning = self.training and self.training.tuning
+        return tuning.losses if tuning else []
+
+    @property
+    def done(self):
+        """Optimisation steps."""
+        return len(self.losses)
+
+    def resume(self, name):
+        """Goes on from a file in models/loras."""
+        path = folder_paths.get_full_path_or_raise("loras", name)
+        self.adapters.load(comfy.utils.load_torch_file(path, safe_load=True), name)
+
+    def take_videos(self, latents, prompts):
+        """Trains on latents of the user's, which ``prompts`` many prompts belong to."""
+        channels = self.model.model.latent_format.latent_channels
+        if getattr(latents, "is_nested", False) or latents.ndim != 5 or latents.shape[1] != channels:
+            found = "of several parts" if getattr(latents, "is_nested", False) else tuple(latents.shape)
+            raise ValueError(
+                f"SLA2 Train LoRA: latents must be videos of this model's VAE, (videos, {channels}, frames, height, width), "
+                f"and these are {found}."
+            )
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError("SLA2 Train LoRA: latents hold NaN or infinity; encode the videos anew.")
+        if prompts not in (1, len(latents)):
+            raise ValueError(
+                f"SLA2 Train LoRA: {len(latents)} latents need as many prompts or a single one, and positive has {prompts}; "
+                "join prompts with Conditioning (Combine)."
+            )
+        self.videos = latents.float().clone()
+
+    @torch.no_grad()
+    def make_videos(self, count, positive, negative, latent_image, seed, sampler):
+        """Trains on ``count`` videos that the dense model makes now. sampler: steps, cfg, names."""
+        if getattr(latent_image["samples"], "is_nested", False):
+            raise ValueError("SLA2 Train LoRA: models that make sound along with the video cannot be trained yet.")
+        one = latent_image | {"samples": latent_image["samples"][:1].clone()}
+        one.pop("batch_index", None)
+        made = []
+        for number in range(count):
+            self._say(f"making video {number + 1} of {count} with the dense model", [])
+            prompt = [positive[number % len(positive)]]
+            noise = (seed + number) % 2**64
+            made.append(sample_once(self.model, prompt, negative, one, noise, lambda *_: self._advance(), sampler))
+            self._forget()
+        self.videos = torch.cat(made)
+
+    def train(self, positive, negative):
+        """The whole training. Raises TrainingError where it cannot go on; what is done stays in lora() and router()."""
+        self.training = LoraTraining(
+            self.attention, self.adapters, self.plan.settings, self.videos,
+            lambda headline: self._say(headline, self.losses), self._advance, self._forget,
+        )  # fmt: skip
+        guider = TrainGuider(self.model)
+        guider.inner_set_conds({"positive": positive, "negative": negative})
+        shape = torch.zeros_like(self.videos[:1])
+        guider.sample(shape, shape, self.training, torch.tensor([1.0, 0.0]), seed=self.plan.settings.seed)
+
+    def lora(self):
+        """LORA_MODEL as it is trained so far."""
+        return self.adapters.state()
+
+    def router(self):
+        """RouterWeights with the ratios as they are trained so far."""
+        return with_trained_ratios(
+            self.start_router, self.attention.trained_logits(), self.plan.sparsity, self.plan.precision
+        )
+
+    def report(self):
+        """What the training brought, as text."""
+        before, after = self.training.errors
+        moved = [(now - then).abs().max() for now, then in zip(self.ratios(), self.training.start_ratios, strict=True)]
+        size = sum(parameter.numel() for parameter in self.adapters.parameters())
+        target = "the dense model's" if self.plan.settings.distill else "the true one"
+        lines = [
+            f"velocity error against {target}, on new noise ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
+            f"loss: {self.losses[0]:.4g} in the first step, {self.losses[-1]:.4g} in the last of {self.done}",
+            f"LoRA: rank {self.plan.rank} in {len(self.adapters.adapters)} layers, {size * 2 / 2**20:.1f} MiB in 16 bit",
+            f"mixing ratios moved by up to {max(moved):.3f}",
+            f"{self.attention.sparse_calls} attention calls ran sparse",
+        ]
+        return "\n".join(lines + [f"{count} ran dense: {why}" for why, count in self.attention.untrained.items()])
+
+    def ratios(self):
+        return [torch.sigmoid(logits.detach()) for logits in self.attention.ratio_logits]
+
+    def close(self):
+        """Lets go of the copied model: its layers refer to themselves, so only the collector finds them."""
+        self.model = self.attention = self.adapters = self.training = None
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+
+    def _forget(self):
+        self.model.get_attachment(KEY).runs.forget()
