@@ -43,7 +43,7 @@ class SLA2TestFault:
         }
 
     def arm(self, model, kind, number, label):
-        hook = module_of_the_pack("attention_hook")
+        hook = module_of_the_pack("attention.hook")
         compute, count = getattr(hook.sparse_video, "computes", hook.sparse_video), [0]
 
         def sparse_video(*args, **kwargs):
