@@ -1,8 +1,9 @@
 """The backward pass in Triton (SLA2, Alg. 3): 16-bit gradients on the forward's selection, from the original Q, K and V.
 
 Nothing of the forward but the selection and the ratios is kept: the log-sum-exp is computed again in 16 bit, so that
-P, its row sums and the gradients agree whatever format the forward had. Per group of heads, in one reused workspace:
-h_j -> H_i -> dH_i (in place) -> dh_j (in h_j's place). Then three walks over the selected pairs.
+P, its row sums and the gradients agree whatever format the forward had. One walk over the selected pairs by query block
+gives dQ; then the linear branch, per group of heads in one reused workspace: h_j -> H_i -> dH_i (in place) -> dh_j (in
+h_j's place); then one walk by key block gives dK and dV.
 """
 
 import math
@@ -14,7 +15,6 @@ from .kernels.backward_configs import backward_config
 from .kernels.backward_keys import key_gradients, selecting_blocks
 from .kernels.backward_linear import linear_keys, linear_queries
 from .kernels.backward_queries import query_gradient
-from .kernels.backward_rows import row_statistics
 from .kernels.configs import product_config
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
@@ -40,10 +40,9 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, gra
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e)}
         k_mean = smooth(pool(k, K_BLOCK), k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        row_statistics(
-            q, k, v, grad_out, selected, ratio, shift, delta,
-            scale_log2=scales["scale_log2"], config=config.statistics,
-        )  # fmt: skip
+        query_gradient(
+            q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales, config=config.queries
+        )
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
@@ -52,10 +51,6 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, gra
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
             grad_ratio = rows.unflatten(1, (-1, Q_BLOCK)).sum(dim=2)
-        query_gradient(
-            q, k, v, grad_out, grad_q, selected, shift, delta, k_mean,
-            **scales, linear=correction is not None, config=config.queries,
-        )  # fmt: skip
         key_gradients(
             q, k, v, grad_out, grad_k, grad_v, selecting_blocks(selected, blocks), shift, delta, correction,
             **scales, config=config.keys,

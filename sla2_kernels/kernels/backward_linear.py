@@ -1,6 +1,6 @@
 """Gradients of the linear branch: O_l = phi(Q) H / (phi(Q) Z) through dH_i, dZ_i and the features of Q and K.
 
-_linear_queries: one program per (query tile, head): the linear branch's dQ, and per row what dH and the ratio need.
+_linear_queries: one program per (query tile, head): adds the linear branch's dQ; per row what dH and the ratio need.
 _linear_sums: one program per (query block, columns of H, head): dH_i and dZ_i in the place of H_i and Z_i.
 _linear_keys: one program per (key tile, head), from the sums of dH_i and dZ_i over the query blocks that left key block
 j out: the linear branch's dK (of the smoothed K) and dV, and dK's sum over the tile for smooth-k's mean.
@@ -60,7 +60,9 @@ def _linear_queries(
     tl.store(row_weight + row_at, weight, mask=inside)
     tl.store(row_product + row_at, product, mask=inside)
     dq = phi * (dphi - product[:, None] * z_sum[None, :]) * weight[:, None]
-    store_tile(plane_of(grad_q, bh, heads, out_stride_b, out_stride_h), rows, d, out_stride_n, out_stride_d, tokens, dq)
+    out_plane = plane_of(grad_q, bh, heads, out_stride_b, out_stride_h)
+    dq += load_tile(out_plane, rows, d, out_stride_n, out_stride_d, tokens).to(tl.float32)
+    store_tile(out_plane, rows, d, out_stride_n, out_stride_d, tokens, dq)
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -128,7 +130,7 @@ def _linear_keys(
 
 
 def linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_weight, row_product, group, *, config):
-    """Fills grad_q (B, H, N, D) for the heads of slice ``group``, and turns query_sums into its own gradient.
+    """Adds to grad_q (B, H, N, D) for the heads of slice ``group``, and turns query_sums into its own gradient.
 
     query_sums: (G, T_m, (D + 1) * D), H_i and Z_i of the masked sum. ratio, and row_delta, rowsum(dO O_s): float32
     (B, H, N). Filled too, of the same shape: row_weight, (1 - alpha) / (phi(Q) Z), and row_product, rowsum(dO O_l); where
