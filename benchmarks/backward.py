@@ -27,11 +27,10 @@ from . import results
 from .inputs import find_shape, make_inputs
 from .measure import environment, is_gpu, median_ms, use_device
 from .ours import weights_for
-from .peers import Method, _sdpa, add_peer_folders
+from .rivals.packages import BASELINE, Method, add_peer_folders, sdpa
 
 PARTS = ("check", "time", "phases", "sweep")
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
-BASELINE = "FlashAttention-2 (PyTorch)"
 
 
 def main(argv=None):
@@ -62,7 +61,7 @@ def parse(argv=None):
     parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
     parser.add_argument("--precisions", type=lambda text: text.split(","), default=["int8", "16bit"])
     parser.add_argument("--data", default="random", help="random, local or clustered (benchmarks/inputs.py)")
-    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/peers.py)")
+    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/rivals/packages.py)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/<card>.json")
     return parser.parse_args(argv)
@@ -143,11 +142,11 @@ def sla2_method(sparsity, precision):
 
 def _flash(q, k, v):
     leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in (q, k, v)))
-    return _with_leaves(_sdpa(SDPBackend.FLASH_ATTENTION), leaves)
+    return _with_leaves(sdpa(SDPBackend.FLASH_ATTENTION), leaves)
 
 
 def _with_leaves(prepare, leaves):
-    # heads-first tensors pass through the transposition and contiguous() of peers.py unchanged, leaves included
+    # heads-first tensors pass through the transposition and contiguous() of sdpa() unchanged, leaves included
     return prepare(*(x.transpose(1, 2) for x in leaves)), leaves
 
 

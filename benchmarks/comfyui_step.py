@@ -19,9 +19,9 @@ import torch
 from tooling.comfyui import find_comfyui
 
 from . import results
+from .breakdown import StepParts, costliest_kernels
 from .measure import environment, is_gpu
-from .peers import add_peer_folders
-from .step_parts import StepParts, costliest_kernels
+from .rivals.packages import add_peer_folders
 from .wan_in_comfyui import (
     LATENTS,
     SIZES,

@@ -8,7 +8,7 @@ from sla2_kernels import Q_BLOCK, select_key_blocks, sla2_attention
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import K_BLOCK, block_count, router_scores, selected_block_count, top_k_blocks
 
-from .peers import Method
+from .rivals.packages import Method
 
 NAME = "sla2"
 PRECISIONS = ("16bit", "int8", "fp8")

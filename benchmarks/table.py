@@ -1,8 +1,8 @@
 """The README's table, from the results file."""
 
 from .ours import NAME, NO_LINEAR_BRANCH
-from .peers import BASELINE
 from .results import timed
+from .rivals.packages import BASELINE
 
 GIB = 2**30
 
@@ -31,7 +31,7 @@ def markdown(content, part="shapes"):
     Raises ValueError where the part was not measured.
     """
     if part not in content["parts"]:
-        raise ValueError(f"the results hold no part {part!r}: measure it first (python -m benchmarks.attention).")
+        raise ValueError(f"the results hold no part {part!r}: measure it first (python -m benchmarks.forward).")
     rows = [row for row in content["rows"] if row["part"] == part]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     sparsities = sorted({row["sparsity"] for row in timed(rows) if row["sparsity"] is not None}, reverse=True)

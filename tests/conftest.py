@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tooling.comfyui import find_comfyui
-from tooling.plan import ROOT as PACK
+from tooling.paths import ROOT as PACK
 
 sys.path.append(str(PACK / "tests" / "comfyui"))
 

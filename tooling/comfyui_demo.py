@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from . import events, graph
 from .environment import SetupError, say
 from .outcome import Outcome, Run
-from .plan import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
+from .paths import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
 from .server import Server
 
 WORKFLOW = ROOT / "workflows" / "wan2.1_t2v_1.3b_sla2.json"

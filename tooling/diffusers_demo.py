@@ -11,9 +11,9 @@ from miniature.wan import WanConfig
 from sla2_diffusers import apply_sla2
 from sla2_kernels.weights import load_router
 
+from .demo_plan import CAPTION, SHIFT
 from .environment import say
 from .outcome import Outcome, Run
-from .plan import CAPTION, SHIFT
 
 
 def load_transformer(path):

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from .comfyui import find_comfyui
-from .plan import PACK_FOLDER, ROOT
+from .paths import PACK_FOLDER, ROOT
 from .server import Server
 
 # on a first visit a dialog would cover the page

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from .environment import SetupError
-from .plan import ROOT
+from .paths import ROOT
 
 
 class PromptFailed(RuntimeError):

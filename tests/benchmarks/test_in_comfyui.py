@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import presets
+from benchmarks import preset_quality
 from miniature.sample import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_every_preset_is_measured_against_dense(comfyui_path, tmp_path):
     out = tmp_path / "presets.json"
-    command = [sys.executable, "-m", "benchmarks.presets", "--comfyui", str(comfyui_path), "--tiny", "--prompts", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.preset_quality",
+        "--comfyui",
+        str(comfyui_path),
+        "--tiny",
+        "--prompts",
+        "1",
+    ]
     command += ["--device", "cpu", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdin=subprocess.DEVNULL)
     content = json.loads(out.read_text(encoding="utf-8"))
@@ -29,5 +38,5 @@ def test_every_preset_is_measured_against_dense(comfyui_path, tmp_path):
         # 3 x 8 x 8 tokens are 3 key blocks, of which 1 is kept; dense steps count as 0
         assert 0.3 < row["skipped"] <= 0.67 and row["latent_error"] > 0.01
         assert 0 < row["psnr"] < 60 and 0 < row["ssim"] < 1
-        assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in presets.markdown(content)
+        assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in preset_quality.markdown(content)
     assert rows["quality"]["skipped"] <= rows["fast"]["skipped"]

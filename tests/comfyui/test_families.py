@@ -13,7 +13,7 @@ import pytest
 from family_models import FAMILIES, RECORDED
 
 from tooling.comfyui import find_comfyui
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 HERE = Path(__file__).parent
 REFERENCE = "the queries are those of the reference image"

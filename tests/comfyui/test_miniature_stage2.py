@@ -14,7 +14,7 @@ from miniature.vae import normalise_latents
 from tooling import graph
 from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE
 from tooling.comparison import read_video
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 LAYERS, STEPS = 6, 2
 SPARSITY = 0.97

@@ -7,7 +7,7 @@ import pytest
 from tooling import graph
 from tooling.checkpoint import DIT, TRAINED, VAE
 from tooling.comparison import read_video
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 LAYERS, STEPS = 6, 5
 pytestmark = pytest.mark.skipif(

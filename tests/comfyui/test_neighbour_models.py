@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_wan import save_wan
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 HERE = Path(__file__).parent
 STEPS = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 from official_templates import missing_types, video_templates
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 pytestmark = pytest.mark.web
 APPLY = "SLA2ApplyAttention"

@@ -5,7 +5,7 @@ import json
 import pytest
 from canvas import READY
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 from tooling.thumbnails import LARGEST, picture
 
 pytestmark = pytest.mark.web
