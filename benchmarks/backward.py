@@ -130,10 +130,8 @@ def sla2_method(sparsity, precision):
         leaves = leaves_of(q, k, v, weights.alpha)
 
         def run():
-            return sla2_attention(
-                *leaves[:3], weights.proj_q, weights.proj_k, leaves[3],
-                sparsity=sparsity, precision=precision, layout="BNHD", backend="triton",
-            )  # fmt: skip
+            tensors = *leaves[:3], weights.proj_q, weights.proj_k, leaves[3]
+            return sla2_attention(*tensors, sparsity=sparsity, precision=precision, layout="BNHD", backend="triton")
 
         return run, leaves
 
@@ -176,10 +174,9 @@ def time_methods(q, k, v, shape, args):
     """Prints and writes down one row per method."""
     rows, baseline = [], None
     for method in methods_for(args):
-        row = {
-            "part": "backward", "method": method.name, "shape": shape.name, "tokens": shape.tokens,
-            "heads": shape.heads, "data": args.data, "sparsity": method.sparsity, "precision": None, **method.fields,
-        }  # fmt: skip
+        where = {"shape": shape.name, "tokens": shape.tokens, "heads": shape.heads, "data": args.data}
+        row = {"part": "backward", "method": method.name, **where}
+        row |= {"sparsity": method.sparsity, "precision": None, **method.fields}
         try:
             row |= measure(method, q, k, v, args.device)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:

@@ -48,9 +48,13 @@ def main(argv=None):
     if args.phases:
         for precision in args.precisions:
             print_phases(
-                find_shape(args.phases), args.sparsities[0], precision, args.device,
-                alpha=args.alphas[0], backend=args.backend,
-            )  # fmt: skip
+                find_shape(args.phases),
+                args.sparsities[0],
+                precision,
+                args.device,
+                alpha=args.alphas[0],
+                backend=args.backend,
+            )
         return
     bench = Bench(args)
     for part in args.parts:

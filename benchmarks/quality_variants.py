@@ -63,10 +63,8 @@ def _sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True):
             weights = router.layers[layer]
             proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
             alpha = _on(q.device, router.ratio(layer, sparsity)) if learned_ratio else None
-        return sla2_attention(
-            q, k, v, proj_q, proj_k, alpha,
-            sparsity=sparsity, precision=precision, layout="BNHD", keep_diagonal=kept,
-        )  # fmt: skip
+        options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": kept}
+        return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
 
     return Variant(name, attend, sparsity, precision, functools.partial(_share, sparsity))
 

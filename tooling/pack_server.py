@@ -12,8 +12,10 @@ from .server import Server
 
 # on a first visit a dialog would cover the page
 SETTINGS = {
-    "Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False, "Comfy.Graph.CanvasInfo": False,
-}  # fmt: skip
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Graph.CanvasInfo": False,
+}
 
 
 @contextlib.contextmanager

@@ -109,9 +109,14 @@ class Prompt(dict):
         latent = self.add("EmptyHunyuanLatentVideo", width=size, height=size, length=frames, batch_size=1)
         settings = {"seed": seed, "steps": steps, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
         return self.add(
-            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, denoise=1.0,
+            "KSampler",
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
             **settings | changes,
-        )  # fmt: skip
+        )
 
     def save(self, latent):
         # a name of its own: an output node that ComfyUI serves from its cache is missing in the history of some versions

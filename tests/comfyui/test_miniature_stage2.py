@@ -41,8 +41,13 @@ def name_of_branch(prompt, node):
 
 
 def saved_video(comfy, entry):
-    (saved,) = (item for listed in entry.values() if isinstance(listed, list) for item in listed
-                if isinstance(item, dict) and "filename" in item)  # fmt: skip
+    (saved,) = (
+        item
+        for listed in entry.values()
+        if isinstance(listed, list)
+        for item in listed
+        if isinstance(item, dict) and "filename" in item
+    )
     return read_video(comfy.base / "output" / saved["subfolder"] / saved["filename"])
 
 

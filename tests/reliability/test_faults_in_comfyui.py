@@ -28,9 +28,10 @@ def faulty(comfyui_path, tmp_path_factory):
     for folder in ("models/diffusion_models", "models/sla2", "custom_nodes", "input", "output", "user/default"):
         (base / folder).mkdir(parents=True)
     for name, folder in (
-        (PACK_FOLDER, PACK), ("sla2_test_helpers", TESTS / "comfyui/helper_nodes"),
+        (PACK_FOLDER, PACK),
+        ("sla2_test_helpers", TESTS / "comfyui/helper_nodes"),
         ("sla2_test_faults", TESTS / "reliability/helper_nodes"),
-    ):  # fmt: skip
+    ):
         (base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
     for seed, name in enumerate(("tiny_wan", "tiny_other")):
         save_wan(base / f"models/diffusion_models/{name}.safetensors", seed=seed)

@@ -175,9 +175,12 @@ def test_links_folders_pipes_and_devices(good, tmp_path):
     unusual_files(tmp_path, good)
     assert load_router(tmp_path / "link.safetensors").num_layers == router_bytes.LAYERS
     for name, words in (
-        ("loop", "cannot be read"), ("dangling", "No such file"), ("folder", "must be a file"),
-        ("device", "must be a file"), ("pipe", "must be a file"),
-    ):  # fmt: skip
+        ("loop", "cannot be read"),
+        ("dangling", "No such file"),
+        ("folder", "must be a file"),
+        ("device", "must be a file"),
+        ("pipe", "must be a file"),
+    ):
         with pytest.raises(RouterFileError, match=words):
             load_router(tmp_path / f"{name}.safetensors")
 
@@ -275,8 +278,11 @@ def test_a_real_limit_of_the_system_half_way_through_a_file(good, tmp_path):
     # -B: the limit would cut compiled modules, too, which other processes read
     said = subprocess.run(
         [sys.executable, "-B", "-c", code, str(path), str(ROOT), str(Path(__file__).parent)],
-        preexec_fn=limit, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "cannot be written: File too large" in said.stdout, said
     assert path.read_bytes() == good and os.listdir(tmp_path) == [path.name]
 

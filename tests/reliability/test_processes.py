@@ -19,8 +19,12 @@ ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
 def printed(script, *arguments, cwd, timeout=120):
     done = subprocess.run(
         [sys.executable, str(HERE / script), *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=clean_environment(), timeout=timeout,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=clean_environment(),
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
 

@@ -316,8 +316,13 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
 
     launch(1, ["whole"], arguments("alone", False))
     resume = ("--resume", str(tmp_path / "alone" / "step-000002"))
-    launch(2, ["whole", "sharded", "sharded"], arguments("together", False), arguments("split", True),
-           arguments("gone on", True, *resume))  # fmt: skip
+    launch(
+        2,
+        ["whole", "sharded", "sharded"],
+        arguments("together", False),
+        arguments("split", True),
+        arguments("gone on", True, *resume),
+    )
     losses, end = log("alone")
     for name in ("together", "split"):
         shared_losses, shared_end = log(name)

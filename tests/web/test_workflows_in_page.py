@@ -26,8 +26,10 @@ def saved_nodes(workflow):
     graphs = [(None, workflow), *((graph["id"], graph) for graph in inner)]
     return {
         (graph_id, str(node["id"])): node
-        for graph_id, graph in graphs for node in graph["nodes"] if node["type"].startswith("SLA2")
-    }  # fmt: skip
+        for graph_id, graph in graphs
+        for node in graph["nodes"]
+        if node["type"].startswith("SLA2")
+    }
 
 
 @pytest.fixture

@@ -109,9 +109,15 @@ def _described(kernel, launch):
     registers, spilled = _usage(kernel.asm["cubin"])
     metadata = kernel.metadata
     return Compiled(
-        kernel.name, launch.constants, launch.dtypes, metadata.num_warps, metadata.num_stages, metadata.shared, registers,
+        kernel.name,
+        launch.constants,
+        launch.dtypes,
+        metadata.num_warps,
+        metadata.num_stages,
+        metadata.shared,
+        registers,
         spilled,
-    )  # fmt: skip
+    )
 
 
 def _usage(cubin):
