@@ -231,8 +231,9 @@ SETTINGS = (
     {"sparsity": 0.9, "ratio_mode": "fixed", "fixed_ratio": 0.6, "start_percent": 0.2},
 )
 SIZES = ({"size": 128, "frames": 9}, {"size": 160, "frames": 5})
-CASES = [(MODELS[i % 3], SETTINGS[(i + i // 3) % 3], SIZES[i % 2]) for i in range(18)]
-ROUNDS = 3  # 54 prompts
+# every pair of model and settings, the size another each time
+CASES = [(MODELS[i % 3], SETTINGS[(i + i // 3) % 3], SIZES[i % 2]) for i in range(9)]
+ROUNDS = 3  # 27 prompts
 
 
 def build(new_prompt, case, count=False):

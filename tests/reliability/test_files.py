@@ -21,7 +21,6 @@ from router_bytes import WAYS, good_router, joined, parts
 from sla2_kernels import weights, whole_file
 from sla2_kernels.router_format import MAX_FILE_BYTES, RouterFileError
 from sla2_kernels.weights import load_router
-from tooling.server import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 300  # per way of breaking a file
@@ -481,11 +480,10 @@ def test_a_saved_file_that_is_gone_is_noticed_once(pack_module, tmp_path):
     assert saved.losses(None) == 2, "a name that comes over a wire is not known before the node runs"
 
 
-def test_fuzzed_sla_checkpoints(comfyui_path, tmp_path):
+def test_fuzzed_sla_checkpoints(comfyui_path, comfy_scripts, tmp_path):
     """SLA2 Load SLA Model with ComfyUI's own file reader: bent, cut, gapped and hostile checkpoints."""
     script = Path(__file__).with_name("fuzz_sla_loader.py")
-    command = [sys.executable, str(script), str(comfyui_path), str(ROOT), str(tmp_path), "1200"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean_environment(), timeout=300)
+    done = comfy_scripts.run(script, comfyui_path, ROOT, tmp_path, 1200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)

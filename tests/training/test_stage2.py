@@ -297,8 +297,9 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
         return ["--config", str(config), *resume]
 
     def launch(processes, weights, *runs):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*start, str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
+        together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        script = [str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
+        command = [sys.executable, *(together if processes > 1 else ()), *script]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("| dense |") == len(runs)
