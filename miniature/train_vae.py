@@ -109,8 +109,9 @@ def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device)
         now = time.monotonic()
         if now - printed > args.print_seconds:
             quality = -10 * torch.log10(mse.detach() / 4).item()
-            log.record(stage="vae", seconds=budget.elapsed(), step=step, psnr_db=quality, kl=kl.item(), lr=factor,
-                       megapixels_per_second=pixels / (now - printed) / 1e6)  # fmt: skip
+            state = {"psnr_db": quality, "kl": kl.item(), "lr": factor}
+            speed = pixels / (now - printed) / 1e6
+            log.record(stage="vae", seconds=budget.elapsed(), step=step, **state, megapixels_per_second=speed)
             if not math.isfinite(quality):
                 raise FloatingPointError(f"VAE training diverged at step {step}: lower --vae-lr (now {args.vae_lr})")
             printed, pixels = now, 0
@@ -141,8 +142,9 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
     mean, noise = latents.mean((0, 2, 3, 4)), torch.stack(variances).mean(0)
     # With the posterior's own noise counted, a channel that carries nothing stays small instead of being blown up.
     std = (latents.var((0, 2, 3, 4)) + noise).sqrt()
-    log.result(vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist(),
-               raw_noise_std=noise.sqrt().tolist())  # fmt: skip
+    log.result(
+        vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist(), raw_noise_std=noise.sqrt().tolist()
+    )
     vae.fold_statistics(mean, std)
     save_weights(Path(args.out) / VAE_FILE, vae.state_dict(), torch.float16, ABOUT)
     vae.load_state_dict({k: v.half().float() for k, v in vae.state_dict().items()})
@@ -163,10 +165,13 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
     code = torch.cat(codes)
     smooth = (code[..., 1:] - code[..., :-1]).square().mean().item() / 2
     log.result(
-        vae_test_psnr_db=sum(scores) / len(scores), vae_test_psnr_db_worst=min(scores), vae_test_clips=len(scores),
-        normalised_latent_mean=code.mean((0, 2, 3, 4)).tolist(), normalised_latent_std=code.std((0, 2, 3, 4)).tolist(),
+        vae_test_psnr_db=sum(scores) / len(scores),
+        vae_test_psnr_db_worst=min(scores),
+        vae_test_clips=len(scores),
+        normalised_latent_mean=code.mean((0, 2, 3, 4)).tolist(),
+        normalised_latent_std=code.std((0, 2, 3, 4)).tolist(),
         neighbour_difference_variance=smooth,
-    )  # fmt: skip
+    )
     images.write_png(Path(args.out) / "vae_sheet.png", images.contact_sheet(rows))
     log.write()
     return vae

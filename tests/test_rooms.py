@@ -51,3 +51,39 @@ def test_a_package_knows_those_below_it(package, known):
             continue
         found |= {module.split(".")[0] for level, module in imported(file) if level == depth + 1}
     assert found <= known
+
+
+OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path.is_dir() and list(path.glob("*.py")))} - {
+    "__init__",
+    "tests",
+}
+
+
+def imported_packages(path):
+    """Our packages that a file outside the pack imports, by their absolute names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+    return found & OURS
+
+
+@pytest.mark.parametrize(
+    ("scripts", "known"),
+    [
+        ("miniature", {"sla2_training"}),
+        ("tooling", {"miniature", "sla2_kernels", "sla2_diffusers"}),
+        ("benchmarks", {"tooling", "miniature", "sla2_kernels", "sla2_training", "sla2_diffusers"}),
+        ("demo.py", {"tooling"}),
+        ("run_tests.py", {"tooling"}),
+    ],
+)
+def test_scripts_know_those_below_them(scripts, known):
+    """benchmarks know tooling, never the other way round."""
+    path = ROOT / scripts
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    found = set().union(*map(imported_packages, files)) - {path.stem}
+    assert found <= known
+    assert {"tooling", "benchmarks", "nodes"} <= OURS

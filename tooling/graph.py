@@ -1,6 +1,6 @@
 """The bundled workflow as a prompt for ComfyUI's API, fitted to the demo's models and sizes."""
 
-from .plan import CAPTION
+from .demo_plan import CAPTION
 
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")

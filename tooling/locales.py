@@ -7,7 +7,7 @@ import json
 import sys
 
 from .pack_server import pack_server
-from .plan import PACK_FOLDER, ROOT
+from .paths import PACK_FOLDER, ROOT
 
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
 

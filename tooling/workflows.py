@@ -13,7 +13,7 @@ from pathlib import Path
 from .browser import find_chromium, open_chromium
 from .environment import say
 from .pack_server import pack_server
-from .plan import PACK_FOLDER, ROOT
+from .paths import PACK_FOLDER, ROOT
 from .thumbnails import READY
 
 SHIPPED = [*sorted((ROOT / "workflows").glob("*.json")), *sorted((ROOT / "subgraphs").glob("*.json"))]

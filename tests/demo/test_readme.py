@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import forward, readme
 from benchmarks.results import load, save
-from tooling import readme
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -15,20 +14,22 @@ def results(tmp_path_factory):
     """Folder with results of the CPU at tiny shapes, and one file of another kind."""
     folder = tmp_path_factory.mktemp("results")
     base = ["--device", "cpu", "--precisions", "16bit", "--out", str(folder / "cpu.json")]
-    attention.main([*base, "--parts", "shapes", "--shapes", "tiny", "--sparsities", "0.75"])
-    attention.main([*base, "--parts", "length", "--lengths", "1024", "--sparsities", "0.75"])
+    forward.main([*base, "--parts", "shapes", "--shapes", "tiny", "--sparsities", "0.75"])
+    forward.main([*base, "--parts", "length", "--lengths", "1024", "--sparsities", "0.75"])
     save(folder / "a_step.json", {"step": 1})
     return folder
 
 
 def test_the_readme_is_what_the_results_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.insert(text, readme.block(readme.measured(), readme.steps())) == text, "run: python -m tooling.readme"
+    assert readme.insert(text, readme.block(readme.measured(), readme.steps())) == text, (
+        "run: python -m benchmarks.readme"
+    )
 
 
 def test_the_plots_are_what_the_results_say():
     for name, (svg, _) in readme.plots(readme.measured()).items():
-        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == svg, "run: python -m tooling.readme"
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == svg, "run: python -m benchmarks.readme"
 
 
 def test_every_picture_of_the_readme_exists():

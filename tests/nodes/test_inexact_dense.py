@@ -77,9 +77,11 @@ def test_only_calls_that_went_there_count(inexact, run_with):
         return args[0]
 
     for function, base, count in (
-        (attention_sage, None, 1), (attention3_sage, None, 0), (attention_sage, elsewhere, 0),
+        (attention_sage, None, 1),
+        (attention3_sage, None, 0),
+        (attention_sage, elsewhere, 0),
         (attention3_sage, attention_override_sage, 1),
-    ):  # fmt: skip
+    ):
         _, run = run_with(function, (tensors(257), None), base=base)
         assert run.ragged_sage_calls.total() == count
 

@@ -25,9 +25,15 @@ def test_wrong_layer_lists_are_one_sentence(pack_module, text):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"sparsity": 1.0}, {"sparsity": float("nan")}, {"fixed_ratio": 1.1}, {"start_percent": 0.5, "end_percent": 0.5},
-     {"bit_width": "4bit"}, {"ratio_mode": "best"}],
-)  # fmt: skip
+    [
+        {"sparsity": 1.0},
+        {"sparsity": float("nan")},
+        {"fixed_ratio": 1.1},
+        {"start_percent": 0.5, "end_percent": 0.5},
+        {"bit_width": "4bit"},
+        {"ratio_mode": "best"},
+    ],
+)
 def test_wrong_settings_are_one_sentence(pack_module, wrong):
     with pytest.raises(ValueError, match=rf"^{next(iter(wrong))} [^\n]*\.$"):
         pack_module("nodes.settings.values").AttentionSettings(**wrong)

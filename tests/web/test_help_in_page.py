@@ -3,7 +3,7 @@
 import pytest
 from canvas import Canvas
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 pytestmark = pytest.mark.web
 DOCS = ROOT / "web" / "docs"

@@ -63,8 +63,10 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
     canvas.picture(f"report_{look}", "SLA2Report")
     bars = canvas.page.locator(".sla2 svg g title")
     assert [bar.split("\n")[0] for bar in bars.all_text_contents()] == [
-        "layer 0: 3 accelerated, 0 dense", "layer 1: 0 accelerated, 3 dense", "layer 2: 3 accelerated, 0 dense",
-    ]  # fmt: skip
+        "layer 0: 3 accelerated, 0 dense",
+        "layer 1: 0 accelerated, 3 dense",
+        "layer 2: 3 accelerated, 0 dense",
+    ]
     assert colours(canvas, REPORT_CANVAS) >= 2
     choose_by_keyboard(canvas)
 

@@ -195,10 +195,12 @@ def test_the_training_suggests_a_schedule(editor, renderer):
     editor.write("0%-10%: dense; layers 0: 0.5; step 1: dense")
     editor.settle()
     event = {
-        "node": "8", "workflow": canvas.js("app.rootGraph.id"), "headline": "trained",
+        "node": "8",
+        "workflow": canvas.js("app.rootGraph.id"),
+        "headline": "trained",
         "curves": {"at": [], "steps": 0, "mean": [], "low": [], "high": []},
         "suggestion": {"schedule": "layers 0, 2: 0.9; layers 1: 0.97", "layers": 3},
-    }  # fmt: skip
+    }
     canvas.js(
         "(app.graph.add(Object.assign(LiteGraph.createNode('SLA2TrainRouter'), { id: 8 })),"
         " app.api.dispatchEvent(new CustomEvent('sla2.training', { detail: a })))",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tooling.plan import PACK_FOLDER
+from tooling.paths import PACK_FOLDER
 
 pytestmark = pytest.mark.web
 LAYERS = 6

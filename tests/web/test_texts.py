@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from tooling.locales import english
-from tooling.plan import PACK_FOLDER, ROOT
+from tooling.paths import PACK_FOLDER, ROOT
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())

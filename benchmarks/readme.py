@@ -1,15 +1,15 @@
-"""The README's measured part, written from benchmarks/results: python -m tooling.readme
+"""The README's measured part, written from benchmarks/results: python -m benchmarks.readme
 
 No number is typed there: a test compares the README with what this module would write. Plots go to docs/.
 """
 
 import sys
 
-from benchmarks.plot import part_plot
-from benchmarks.results import RESULTS, load
-from benchmarks.table import markdown, step_markdown
+from tooling.paths import ROOT
 
-from .plan import ROOT
+from .plot import part_plot
+from .results import RESULTS, load
+from .table import markdown, step_markdown
 
 BEGIN, END = "<!-- measured begin -->", "<!-- measured end -->"
 PICTURE = "workflows/wan2.1_t2v_1.3b_sla2.jpg"
