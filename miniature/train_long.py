@@ -153,7 +153,6 @@ def load_start(folder: Path | None, layers: int | None) -> tuple[dict[str, torch
 
 def train(model, data: Data, sizes, mix, args, *, budget: Budget, seed: int, log: Log, save, device) -> Average:
     """Flow matching on the mix until the budget is used up; the model has the live weights, the result the averaged ones."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     # Without --finish the learning rate stays up: the next sitting goes on from there.
     hold = 0.5 if args.finish else 1 - 1e-6
@@ -221,6 +220,7 @@ def sit(args) -> None:
     prepare(args, device)
     state, number = load_start(args.start, args.layers)
     seed = args.seed + 1000 * number
+    torch.manual_seed(seed)
     header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     header |= {"sitting": number, "torch": torch.__version__}
     header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
