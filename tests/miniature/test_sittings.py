@@ -34,7 +34,7 @@ def sit(tiny_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(sit):
-    return sit("--layers", "3", "--decoder-seconds", "1", "--mix", "image=1,low=1")
+    return sit("--layers", "3", "--decoder-seconds", "1", "--mix", "image=1", "low=1")
 
 
 def log_of(folder):
@@ -47,9 +47,12 @@ def test_a_sitting_writes_what_the_next_and_a_user_need(first):
     log = log_of(first)
     assert log["run"]["sitting"] == 1
     assert log["results"]["steps"] == log["results"]["decoder_steps"] == 3
-    assert {name for name in log["results"] if name.startswith("validation")} == {
-        "validation_loss_low", "validation_loss_full"
-    }  # fmt: skip
+    losses = {f"validation_loss_{size}{when}" for size in ("low", "full") for when in ("", "_before")}
+    assert {name for name in log["results"] if name.startswith("validation")} == losses
+    trained = [record for record in log["records"] if record["stage"] == "train"]
+    assert [next(key for key in record if key.startswith("steps_")) for record in trained] == [
+        "steps_image", "steps_image", "steps_low"
+    ]  # fmt: skip
     assert {record["size"] for record in log["records"] if record["stage"] == "encode"} == {"image", "low", "full"}
     assert wan.WanConfig.from_state_dict(load_file(first / DIT_FILE)).num_layers == 3
 
@@ -78,7 +81,7 @@ def test_the_next_sitting_goes_on_from_the_live_weights_with_other_clips(first, 
 
 
 def test_the_same_sitting_twice_gives_the_same_weights(first, sit):
-    again = sit("--layers", "3", "--decoder-seconds", "1", "--mix", "image=1,low=1")
+    again = sit("--layers", "3", "--decoder-seconds", "1", "--mix", "image=1", "low=1")
     for name in (DIT_FILE, VAE_FILE, train_long.LIVE_FILE):
         one, two = load_file(first / name), load_file(again / name)
         assert all(torch.equal(one[key], two[key]) for key in one), name
@@ -132,6 +135,17 @@ def test_a_window_of_latents_comes_with_its_window_of_the_video():
     (top, left), = place  # fmt: skip
     whole = videos.render(pool.scenes.select(torch.tensor([1, 0])), frames=5, height=64, width=96)
     torch.testing.assert_close(video, whole[..., 8 * top : 8 * top + 24, 8 * left : 8 * left + 24], atol=1e-4, rtol=0)
+
+
+def test_gradients_are_compared_with_plain_torch(tiny_weights):
+    state = {key: value.float() for key, value in load_file(tiny_weights / DIT_FILE).items()}
+    model, device = train_long.build(state, False, torch.device("cpu")).train(), torch.device("cpu")
+    size = train_long.TINY["full"]
+    assert train_long.gradient_error(model, state, size, device) < 0.02
+    with torch.no_grad():
+        model.patch_embedding.weight.mul_(-1)
+    with pytest.raises(ArithmeticError, match="try another --attention"):
+        train_long.gradient_error(model, state, size, device)
 
 
 def test_a_mix_becomes_shares():
