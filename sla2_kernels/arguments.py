@@ -126,6 +126,24 @@ def check_alpha(alpha, heads):
             raise ValueError(f"alpha must lie in 0 to 1, but {lowest if not lowest >= 0 else highest:g} is among it.")
 
 
+def check_selection(q, k, proj_q, proj_k, layout, backend):
+    """What choosing key blocks needs: raises ValueError where q, k or the projections do not fit together."""
+    check_options(layout, backend)
+    check_inputs(layout, q=q, k=k)
+    check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], q.shape[3])
+
+
+def check_sample(rows, fitted):
+    """Raises ValueError unless rows are int32 (R,), R a power of two from 16, and ``fitted`` of them can decide a ratio."""
+    _check_tensor("rows", rows, "of int32, (R,)")
+    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] < 16 or rows.shape[0] & (rows.shape[0] - 1):
+        raise ValueError(
+            f"rows must be int32 (R,), R a power of two from 16, got {str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape)}."
+        )
+    if not 1 <= fitted <= rows.shape[0]:
+        raise ValueError(f"fitted must lie between 1 and the {rows.shape[0]} rows, got {fitted}.")
+
+
 def check_key_blocks(key_blocks, rows, key_block_count, device):
     """Raises ValueError unless key_blocks are distinct integers from 0 to key_block_count - 1, ``rows`` x n, on ``device``."""
     _check_tensor("key_blocks", key_blocks, f"of int32 or int64, {rows} x n")

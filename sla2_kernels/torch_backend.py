@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import quantization as quant
-from .router import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count
+from .router import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count, compute_dtype
 
 CHUNK_BYTES = 256 * 2**20
 
@@ -149,10 +149,6 @@ def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch):
         outputs.append(out.flatten(0, 1))
         ratios.append(row_ratio.flatten())
     return torch.cat(outputs)[: q.shape[0]], torch.cat(ratios)[: q.shape[0]]
-
-
-def compute_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()

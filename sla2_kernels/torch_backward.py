@@ -7,7 +7,7 @@ import torch
 
 from . import quantization as quant
 from . import torch_backend
-from .router import K_BLOCK, Q_BLOCK
+from .router import K_BLOCK, Q_BLOCK, compute_dtype
 
 
 def _softmax_gradient(grad, softmax):
@@ -94,7 +94,7 @@ def attention_backward(
 
     ratios: (H, T_m), or None where they were estimated or there is no linear branch. Others as in torch_backend.attention.
     """
-    compute = torch_backend.compute_dtype(q)
+    compute = compute_dtype(q)
     grad_ratio = torch.zeros(key_blocks.shape[:3], dtype=compute, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):

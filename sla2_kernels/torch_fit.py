@@ -5,7 +5,7 @@ See kernels/fitted_ratio.py, which does the same in Triton, and reference.fitted
 
 import torch
 
-from .router import K_BLOCK, Q_BLOCK
+from .router import K_BLOCK, Q_BLOCK, compute_dtype
 
 
 def row_branches(q, k, v, selected, scale):
@@ -54,7 +54,7 @@ def fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale):
 
     q: (B, H, N, D); k, v: (B, H, M, D). rows: integers (R,), query rows; the first ``fitted`` of them decide the ratio.
     """
-    rows, compute = rows.long(), torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows, compute = rows.long(), compute_dtype(q)
     ratios = torch.empty(q.shape[:2], dtype=compute, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):

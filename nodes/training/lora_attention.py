@@ -5,15 +5,13 @@ from collections import Counter
 
 import torch
 
-from ...sla2_kernels import K_BLOCK, unsupported_reason
-from ...sla2_kernels.forced_blocks import selected_with_forced
-from ...sla2_kernels.router import block_count
+from ...sla2_kernels import unsupported_reason
 from ...sla2_training.ratios import logits_of_estimates, start_logits
 from ..attention.call import read_call
 from ..attention.hook import CALL, LAYER, OVERRIDE
 from ..attention.layer_weights import CallWeights
 from ..attention.patching import install
-from ..attention.sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, video_part, with_dense_rows
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 
@@ -106,8 +104,8 @@ class LoraAttention:
 
     def _reason(self, request, exact, part):
         """None, or one sentence why the call cannot run sparse, or would keep everything."""
-        keys = part.k.shape[part.token_axis]
-        blocks = block_count(keys, K_BLOCK)
-        if selected_with_forced(keys, self.sparsity, exact.key_front, exact.key_back) >= blocks:
+        forced = forced_blocks(part, exact)
+        if forced.selected(self.sparsity) >= sum(forced):
+            keys = part.k.shape[part.token_axis]
             return f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it"
         return unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], self.precision)
