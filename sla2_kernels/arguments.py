@@ -1,6 +1,6 @@
-"""What the operator's public functions refuse: one sentence that says which argument, what it is and what is expected.
+"""Argument checks of the operator's public functions: one sentence with the argument, its value and what is expected.
 
-The contents of tensors are read on the CPU only: on a GPU a check would wait for everything that was launched before.
+The contents of tensors are checked on the CPU only: on a GPU reading them would wait for all queued work.
 """
 
 import math
@@ -17,7 +17,7 @@ TOKENS_DIM = {"BHND": 2, "BNHD": 1}
 
 
 def check_options(layout, backend="auto", precision="16bit"):
-    """Raises ValueError where a name is none of those that exist."""
+    """Raises ValueError for a name that is not one of those listed above."""
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
     if precision not in PRECISIONS:
@@ -46,7 +46,7 @@ def checked_scale(scale, head_dim):
 
 
 def checked_count(name, value):
-    """value as an integer; raises ValueError where it is none."""
+    """value as an integer; raises ValueError for anything else."""
     if isinstance(value, int):
         return value
     try:
@@ -173,7 +173,7 @@ def refuse_forward_mode(*tensors):
 
 
 def _number(value):
-    """value as a float, or None where it is no real number. Tensors and arrays of one element are numbers."""
+    """value as a float, or None where it is not a real number. Tensors and arrays of one element count as numbers."""
     if isinstance(value, (float, torch.SymFloat)):
         return value
     if isinstance(value, (str, bytes, bytearray)):
@@ -187,7 +187,7 @@ def _number(value):
 
 
 def _shown(value):
-    """What a sentence says it got: short, and on one line."""
+    """How an error message shows a value: short, and on one line."""
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
@@ -210,7 +210,7 @@ def _check_weight(name, tensor, shapes, expected):
 
 
 def _may_read(tensor):
-    """Whether a check may look at the contents: not on a GPU, nor where they are faked, batched by vmap or traced."""
+    """Whether a check may read the contents: not on a GPU, and not of a fake tensor, under vmap or while tracing."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -221,5 +221,5 @@ def _may_read(tensor):
 
 
 def _is_finite(tensor):
-    # one pass and no mask; only a sum that overflows asks for the second look
+    # a sum needs one pass and no mask; only where the sum itself overflows is the second check needed
     return math.isfinite(tensor.detach().float().sum()) or bool(torch.isfinite(tensor).all())

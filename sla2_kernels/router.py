@@ -13,8 +13,8 @@ Q_BLOCK = 128
 K_BLOCK = 64
 PARTS = 2**40
 # Below this mean of phi(q) phi(k) / max phi(q) over the unselected keys the linear branch has no weight, and the ratio is 1.
-# Far above what float32 and bfloat16 lose: no backend divides by what has vanished, and all decide alike.
-LEAST_LINEAR_WEIGHT = 2.0**-64
+# Far above the rounding error of float32 and bfloat16: no backend divides by a vanishing sum, and all decide alike.
+MIN_LINEAR_WEIGHT = 2.0**-64
 
 
 def block_count(tokens, block):
@@ -25,7 +25,7 @@ def block_count(tokens, block):
 
 def selected_block_count(sparsity, key_block_count):
     """Selected key blocks per query block: max(1, floor((1 - sparsity) * T_n)). The 1e-6 keeps 0.9 * 10 from losing one."""
-    # in integers, of 2 ** -40: torch.compile adds no guard for a symbolic count of blocks, as it does for floats
+    # in integer multiples of 2 ** -40: with floats torch.compile would add a guard for a symbolic count of blocks
     kept = math.floor((1 - sparsity) * PARTS) * key_block_count
     return torch.sym_max(1, (kept + PARTS // 10**6) // PARTS)
 

@@ -66,7 +66,7 @@ def has_fp8(device):
 
 
 def default_precision(device):
-    """What "auto" bit width means on ``device``: INT8 where the card has fast INT8 matrix units, FP8 on sm_100, else 16 bit."""
+    """What precision "auto" means on ``device``: INT8 where the card has fast INT8 matrix units, FP8 on sm_100, else 16 bit."""
     device = torch.device(device)
     if device.type != "cuda":
         return "16bit"

@@ -17,7 +17,7 @@ from ..settings.values import AttentionSettings
 
 
 class LoraAttention:
-    """What every marked self-attention call of a model runs through. It keeps no model: a copy is gone when it is dropped.
+    """Computes every marked self-attention call of a model that is trained. Holds no reference to the model.
 
     router: RouterWeights. sparsity, precision: as in sla2_attention. device: of the model. needs_start: True until
     start_ratios() where layers have no learned ratios; their calls estimate them.
@@ -92,10 +92,9 @@ class LoraAttention:
             return below(*new_args, **new_kwargs)
 
         alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
-        out, ratio, *_ = sparse_video(
-            part, exact, CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal),
-            sparsity=self.sparsity, precision=self.precision, scale=request.scale,
-        )  # fmt: skip
+        weights = CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal)
+        options = {"sparsity": self.sparsity, "precision": self.precision, "scale": request.scale}
+        out, ratio, *_ = sparse_video(part, exact, weights, **options)
         if alpha is None and self.needs_start:
             self._estimates[layer].append(ratio)
         if not call.repeated:
