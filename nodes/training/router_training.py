@@ -7,9 +7,10 @@ import threading
 from collections import Counter
 
 from ...sla2_training import RouterTrainer
-from ..attention.call import read_call, sizes_reason, unsupported_call_reason
-from ..attention.hook import CALL, LAYER, OVERRIDE
+from ..attention.call import check_sizes, check_trainable, read_call
+from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
+from ..attention.run_dense import RunDense
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 
@@ -107,13 +108,16 @@ class RouterTraining:
 
     def _meet(self, call, layer, args, kwargs):
         """One self-attention call that has run dense: the router is trained or measured on it."""
-        request, reason = read_call(args, kwargs)
-        reason = reason or sizes_reason(self.facts, request)
-        reason = reason or unsupported_call_reason(request, "16bit", call.grid)
+        try:
+            request = read_call(args, kwargs)
+            check_sizes(self.facts, request)
+            check_trainable(request, "16bit", call.grid)
+        except RunDense as found:
+            with self.lock:
+                self.untrained[found.reason] += 1
+            return
         with self.lock:
-            if reason is not None:
-                self.untrained[reason] += 1
-            elif self._is_turn(layer):
+            if self._is_turn(layer):
                 with training_mode():
                     self._learn(layer, request)
 

@@ -155,7 +155,7 @@ def test_training_estimates_the_ratio(bench, watched, reentrant):
 
 
 def test_a_call_in_a_cuda_graph_estimates_the_ratio(bench, watched, qkv, pack_module, monkeypatch):
-    monkeypatch.setattr(pack_module("nodes.attention.hook"), "capturing", lambda device: True)
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "capturing", lambda device: True)
     b = bench()
     b.model_call()
     b.attend(*qkv, heads=HEADS)

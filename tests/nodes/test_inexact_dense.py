@@ -37,7 +37,7 @@ def run_with(bench, pack_module):
 
     def run_with(function, *calls, base=None, **settings):
         b = bench(minimum_tokens=10**6, **settings)
-        b.override = b.hook_module.make_override(b.hook, base)
+        b.override = b.override_over(base)
         b.hook.begin_run()
         b.model_call()
         for qkv, layer in calls:

@@ -140,7 +140,7 @@ def test_a_module_that_takes_no_options_is_counted_and_said(pack_module, bench):
         assert module(7) == module(7) == 7
     run = b.run
     b.hook.end_run()
-    reason = pack_module("nodes.attention.hook").WITHOUT_OPTIONS
+    reason = pack_module("nodes.attention.unreached").WITHOUT_OPTIONS
     assert run.layers[2].dense == {reason: 2} and run.has_hidden_calls
     text = pack_module("nodes.runs.report_text").report_text(b.hook, run)
     assert f"2 dense ({reason})" in text
