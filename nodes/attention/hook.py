@@ -45,7 +45,7 @@ class AttentionHook:
         self.frames = ModelFrames()
         self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
         self._steps = RunSteps(settings, model_sampling)
-        self._front = Front(self)
+        self._front = Front()
         self._inside = threading.local()
         self._own_attention = (None, None, None, None)
 
@@ -130,7 +130,7 @@ class AttentionHook:
             run.maps.grid = span and span.grid
         if current is None and earlier is not None and earlier.hook is self:
             current = earlier.override  # a guider of another pack calls with these options again
-        override = current if run.aside else self._front.of(run, current)
+        override = current if run.aside else self._front.of(self, run, current)
         own, requests = self._brings_attention(run, diffusion_model)
         call = ModelCall(
             self,
@@ -193,7 +193,7 @@ class AttentionHook:
             run.count_model_call()
         elif call.counts["entered"]:
             if not call.counts["attended"] and not run.aside and not self.family_reason:
-                self._front.never_called(run, frame.current)
+                self._front.never_called(self, run, frame.current)
             return
         if self.facts is not None and not run.aside and not run.has_hidden_calls:
             count_unmet(self.settings, self.facts, run, frame)

@@ -56,37 +56,37 @@ def say_family(reason, run):
 
 
 class Front:
-    """Keeps the hook's override in front of those that later nodes set."""
+    """Keeps a hook's override in front of those that later nodes set. Holds no hook: a dropped model is gone at once."""
 
-    def __init__(self, hook):
-        self._hook = hook
+    def __init__(self):
         self._known = (None, None)  # the override that a model call came with, and the one that it got
 
     def clear(self):
         self._known = (None, None)
 
-    def of(self, run, current):
+    def of(self, hook, run, current):
         """``current`` where it leads to ours, else ours in front of it."""
         known, override = self._known
         if current is not known or override is None:
-            ours = ours_in(current, self._hook)
+            ours = ours_in(current, hook)
             if ours is None:
-                override = self._put(run, current, _replaced_note(current))
+                override = _put(hook, run, current, _replaced_note(current))
             elif current is not ours and _came_back(current, ours.sla2_base):
-                override = self._put(run, current, _returned_note(current))
+                override = _put(hook, run, current, _returned_note(current))
             else:
                 override = current
             self._known = (current, override)
         return override
 
-    def never_called(self, run, current):
+    def never_called(self, hook, run, current):
         """An override that holds ours did not call it in a whole model call: the next one goes past it."""
         if self._known == (current, current):
-            self._known = (current, self._put(run, current, _replaced_note(current)))
+            self._known = (current, _put(hook, run, current, _replaced_note(current)))
 
-    def _put(self, run, current, note):
-        run.note(note)
-        return make_override(self._hook, current)
+
+def _put(hook, run, current, note):
+    run.note(note)
+    return make_override(hook, current)
 
 
 def _replaced_note(current):
