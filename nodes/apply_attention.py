@@ -90,6 +90,11 @@ class SLA2ApplyAttention(io.ComfyNode):
                     "sla_weights", optional=True,
                     tooltip="From SLA2 Load SLA Model: runs SLA (version 1) as these weights were trained.",
                 ),
+                io.Float.Input(
+                    "target_error", optional=True, default=0.0, min=0.0, max=0.99, step=0.01, round=0.001,
+                    tooltip="Attention error that the run may have, such as 0.12; each step then gets the sparsity that fits, "
+                    "in place of the widget's. Needs no router. 0: off.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
@@ -98,6 +103,7 @@ class SLA2ApplyAttention(io.ComfyNode):
     def execute(
         cls, model, sparsity, bit_width, ratio_mode, fixed_ratio, start_percent, end_percent, dense_layers,
         minimum_tokens, on_unsupported, router=None, method="automatic", preset=CUSTOM, schedule="", sla_weights=None,
+        target_error=0.0,
     ) -> io.NodeOutput:  # fmt: skip
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
@@ -118,7 +124,12 @@ class SLA2ApplyAttention(io.ComfyNode):
             stop_on_unsupported=on_unsupported == STOP,
             schedule=parse_schedule(schedule, facts.num_layers if facts else 1, parse_layers),
             method=method,
+            target_error=target_error,
         )
+        if target_error and sla_weights is not None:
+            raise ValueError(
+                "SLA2 Apply Attention: target_error has no part in SLA (version 1): set it to 0, or take sla_weights out."
+            )
         if facts and router is not None:
             check_router(router, facts)
         if facts and sla_weights is not None:

@@ -19,6 +19,7 @@ from .comparison.runs import Measured, StepClock, attention_seconds, comparison_
 from .compat.sampling import sample_once
 from .compat.schema import search_aliases
 from .page.text import plain, show_on_node
+from .runs.report_text import error_in_words, report_data
 from .settings.values import AttentionSettings, skips_keeps
 
 logger = logging.getLogger("sla2")
@@ -132,7 +133,8 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
         torch.cuda.reset_peak_memory_stats(device)
     clock = StepClock(device, after_step)
     latent = sample_once(model, positive, negative, latent_image, seed, clock, sampler)
-    run = model.get_attachment(KEY).runs.finished()[-1]
+    hook = model.get_attachment(KEY)
+    run = hook.runs.finished()[-1]
     return Measured(
         latent=latent.cpu(),
         step_s=clock.seconds(),
@@ -141,6 +143,7 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
         dense_calls=sum(record.dense.total() + record.unreached for record in run.layers.values()),
         peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         skipped=run.sparsity,
+        error_words=error_in_words(report_data(hook, run)),
     )
 
 

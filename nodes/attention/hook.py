@@ -44,7 +44,7 @@ class AttentionHook:
         self.on_run_end = None  # called with this hook and the closed RunRecord
         self.frames = ModelFrames()
         self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
-        self._steps = RunSteps(settings, model_sampling)
+        self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0)
         self._front = Front()
         self._inside = threading.local()
         self._own_attention = (None, None, None, None)

@@ -68,7 +68,7 @@ class LayerWeights:
             if self._settings.fixed_ratio == 1:  # nothing of the linear branch would be mixed in
                 return CallWeights(*projections, linear_branch=False, keep_diagonal=keep_diagonal)
             alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
-        elif self._router is not None and self._settings.ratio_mode == "learned":
+        elif self._router is not None and self._settings.ratio_mode == "learned" and not self._settings.target_error:
             alpha = self._router.ratio(layer, sparsity)
         fits = alpha is None and self._settings.ratio_mode != "estimated"
         return CallWeights(*projections, placed(alpha, device), keep_diagonal=keep_diagonal, fits=fits)

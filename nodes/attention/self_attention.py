@@ -108,7 +108,8 @@ def _call_ratio(call, layer, request, weights, sparsity):
     if not weights.fits or trains or capturing(q.device):
         return None
     kind = layer, q.device, sparsity, call.halves
-    return call.run.fitted_ratios.of_call(kind, call.hook.facts.num_heads, call.steps)
+    measures = None if call.step.choice is None else call.step.choice.measures
+    return call.run.fitted_ratios.of_call(kind, call.hook.facts.num_heads, call.steps, measures)
 
 
 def _whole(out, request, exact, below, args, kwargs):

@@ -2,29 +2,38 @@
 
 from typing import NamedTuple
 
+from ..runs.error_target import MIN_SPARSITY, Choice
+from ..runs.record import capturing
 from ..settings.schedule import RunProgress, StepNumbers, goes_on, needs_numbers, needs_progress, sparsity_of
 from ..settings.values import AUTOMATIC
 from .run_dense import RunDense
 
 NO_NUMBER = "the sampler does not say which step this is: the schedule's rules for numbered steps do not count"
+NO_STEP = "the sampler does not say which step this is: target_error keeps the sparsity that it starts with"
 GOES_ON = "this sampler goes on with what another one began: the schedule's rules for numbered steps do not count in it"
 MINIMUM_TOKENS = 8192  # below this, routing costs more than it saves (measured on an H100)
 
 
 class Step(NamedTuple):
-    """A step of a run, each part None where the sampler does not say. progress: 0 to 1. number: from 1."""
+    """A step of a run, each part None where the sampler does not say. progress: 0 to 1. number: from 1.
+
+    choice: of the sparsity, where target_error is set and the step has calls to choose for.
+    """
 
     in_window: bool | None
     progress: float | None = None
     number: int | None = None
+    choice: Choice | None = None
 
 
 class RunSteps:
-    """Steps of the sampling run under way. model_sampling: the MODEL's own, where the sampler brings none."""
+    """Steps of the sampling run under way. model_sampling: the MODEL's own, where the sampler brings none. layers: of the model."""
 
-    def __init__(self, settings, model_sampling):
+    def __init__(self, settings, model_sampling, layers):
         self._settings = settings
         self._model_sampling = model_sampling
+        self._layers = layers
+        self._planned = (None, None)
         self._progress = None
         self._numbers = StepNumbers()
 
@@ -33,7 +42,7 @@ class RunSteps:
 
         patcher: the sampler's model, whose sigmas a later node may have shifted.
         """
-        sampling, self._numbers = self._sampling(patcher), StepNumbers()
+        sampling, self._numbers, self._planned = self._sampling(patcher), StepNumbers(), (None, None)
         self._progress = RunProgress(sampling.percent_to_sigma) if needs_progress(self._settings.schedule) else None
         if self._settings.whole_run:
             return None
@@ -51,9 +60,46 @@ class RunSteps:
 
     def at(self, run, options):
         """The Step of a model call with these transformer_options."""
-        sigmas = options.get("sigmas")
+        sigmas, sample_sigmas = options.get("sigmas"), options.get("sample_sigmas")
         progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
-        return Step(run.in_window(sigmas), progress, self._number(run, sigmas, options.get("sample_sigmas")))
+        step = Step(run.in_window(sigmas), progress, self._number(run, sigmas, sample_sigmas))
+        if not self._settings.target_error or not self._is_planned(step):
+            return step
+        return step._replace(choice=self._choice(run, sigmas, sample_sigmas))
+
+    def _choice(self, run, sigmas, sample_sigmas):
+        target = run.target(self._settings.target_error)
+        if sigmas is None:
+            run.note(NO_STEP)
+            return target.at(None, None, run.relative_errors)
+        if target.latest is not None and capturing(sigmas.device):
+            return target.latest  # nothing may be read from the device now
+        choice = target.at(run.sigma(sigmas), self._planned_sigmas(run, sample_sigmas), run.relative_errors)
+        if target.is_out_of_reach:
+            run.note(out_of_reach(self._settings))
+        return choice
+
+    def _planned_sigmas(self, run, sample_sigmas):
+        """Noise levels of the steps in which a layer may run sparse, None where the sampler does not say; read once."""
+        known, planned = self._planned
+        if sample_sigmas is not None and known is not sample_sigmas:
+            sigmas = sample_sigmas.tolist()[:-1]
+            planned = [
+                sigma for number, sigma in enumerate(sigmas, 1) if self._is_planned(self._step(run, sigma, number))
+            ]
+            self._planned = (sample_sigmas, planned)
+        return None if sample_sigmas is None else planned
+
+    def _step(self, run, sigma, number):
+        progress = None if self._progress is None else self._progress.at(sigma)
+        return Step(run.window is None or run.is_inside(sigma), progress, None if self._numbers.goes_on else number)
+
+    def _is_planned(self, step):
+        return any(
+            kept_dense_reason(self._settings, layer, step.in_window) is None
+            and not scheduled_dense(self._settings, layer, step)
+            for layer in range(self._layers)
+        )
 
     def _sampling(self, patcher):
         return self._model_sampling if patcher is None else patcher.get_model_object("model_sampling")
@@ -82,11 +128,25 @@ def planned_sparsity(settings, layer, step):
     """Sparsity of a layer's calls in a Step; raises RunDense where a setting keeps them dense."""
     reason = kept_dense_reason(settings, layer, step.in_window)
     if reason is None:
-        sparsity = sparsity_of(settings.schedule, layer, step.progress, settings.sparsity, step.number)
+        otherwise = settings.sparsity if step.choice is None else step.choice.sparsity
+        sparsity = sparsity_of(settings.schedule, layer, step.progress, otherwise, step.number)
         if sparsity is not None:
             return sparsity
-        reason = "the schedule keeps this step or layer dense"
+        is_scheduled = scheduled_dense(settings, layer, step)
+        reason = "the schedule keeps this step or layer dense" if is_scheduled else out_of_reach(settings)
     raise RunDense(reason, by_setting=True)
+
+
+def scheduled_dense(settings, layer, step):
+    return sparsity_of(settings.schedule, layer, step.progress, settings.sparsity, step.number) is None
+
+
+def out_of_reach(settings):
+    """Why the rest of a run is dense whose error stayed above target_error."""
+    return (
+        f"target_error {settings.target_error:g} is out of reach: skipping {100 * MIN_SPARSITY:g}% was not exact enough, "
+        "so the rest of the run is dense"
+    )
 
 
 def check_length(settings, tokens):

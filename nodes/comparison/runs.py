@@ -34,7 +34,8 @@ class StepClock:
 class Measured:
     """One sampling. latent: on the CPU. attention_s: seconds per step in self-attention. peak: bytes, None off CUDA.
 
-    skipped: share of the token pairs that the sparse calls skipped, None where there were none.
+    skipped: share of the token pairs that the sparse calls skipped, None where there were none. error_words: what the run
+    says of its attention error, None where it measured none.
     """
 
     latent: torch.Tensor
@@ -44,6 +45,7 @@ class Measured:
     dense_calls: int
     peak: int | None
     skipped: float | None = None
+    error_words: str | None = None
 
     @property
     def calls(self):
@@ -120,6 +122,7 @@ def _speed_rows(dense, sla2):
         ["attention's share of a dense step", share],
         ["ceiling (Amdahl's law)", ceiling],
         ["latent error, relative to dense", relative_error(sla2.latent, dense.latent)],
+        ["attention error per call", sla2.error_words or NOT_MEASURED],
         ["peak memory, dense and SLA2", _memory(dense.peak, sla2.peak)],
     ]
 

@@ -88,6 +88,7 @@ def _other_dense(run):
         "the schedule keeps",
         "the sequence has",
         "the queries are",
+        "target_error",
         ASIDE,
     )
     reasons = {reason: count for reason, count in _reasons(run).items() if not reason.startswith(settings)}
@@ -101,7 +102,7 @@ def _other_dense(run):
 
 
 def _untrained(hook, run):
-    high = max(hook.settings.sparsities)
+    high = max(hook.settings.sparsities, default=0)
     trained = hook.router is not None or hook.sla_weights is not None or hook.settings.method == "top-k only"
     if trained or high <= 0.9 or not _sparse(run):
         return None

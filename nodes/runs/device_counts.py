@@ -15,6 +15,8 @@ class DeviceCounts:
         self._bounds = {}  # by device: float32 (layers, 2), lowest and highest ratio
         self._bad = {}  # by device: int32 (layers,), outputs with NaN or infinity
         self._squares = {}  # by device: float32 (layers, 2), squared norms of error and exact rows
+        self._relative = {}  # by device: float32 (layers,), sum over calls of their squared relative error
+        self._measured = 0  # calls in it
 
     def prepare(self, device):
         """Takes the memory for calls on ``device``: before a model call, for none may be taken inside one."""
@@ -23,6 +25,7 @@ class DeviceCounts:
                 self._bounds[device] = torch.tensor([EMPTY] * self._layers, device=device)
                 self._bad[device] = torch.zeros(self._layers, dtype=torch.int32, device=device)
                 self._squares[device] = torch.zeros(self._layers, 2, device=device)
+                self._relative[device] = torch.zeros(self._layers, device=device)
 
     def add_ratio(self, layer, ratio):
         """ratio: the row ratios of a call, of any shape."""
@@ -41,10 +44,13 @@ class DeviceCounts:
         """squares: float32 (2,), squared norms of the error of some exact rows, and of these."""
         self.prepare(squares.device)
         self._squares[squares.device][layer].add_(squares)
+        relative = squares[0] / squares[1]
+        self._relative[squares.device][layer].add_(relative.nan_to_num_(nan=0.0, posinf=0.0))
+        self._measured += 1
 
     def fetch(self):
         """Brings the counts to the host, which waits for the devices."""
-        for counts in (self._bounds, self._bad, self._squares):
+        for counts in (self._bounds, self._bad, self._squares, self._relative):
             counts.update({device: tensor.cpu() for device, tensor in counts.items()})
 
     def ratio_range(self, layer):
@@ -66,7 +72,14 @@ class DeviceCounts:
         error, exact = sum((squares[layer].double() for squares in self._squares.values()), torch.zeros(2)).tolist()
         return (error / exact) ** 0.5 if exact else None
 
+    def relative_errors(self):
+        """(sum of the squared relative errors, number) of the calls that were measured; waits for the devices."""
+        sums = [counts.cpu().double().sum().item() for _, counts in sorted(self._relative.items(), key=str)]
+        return sum(sums), self._measured
+
     def clear(self):
         self._bounds.clear()
         self._bad.clear()
         self._squares.clear()
+        self._relative.clear()
+        self._measured = 0

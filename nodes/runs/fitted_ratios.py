@@ -5,6 +5,7 @@ level: in a short run a ratio of the step before gains nothing, in a long one it
 """
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ class FittedRatios:
 
     def __init__(self):
         self._kept = {}
+        self._draws = Counter()
         self._lock = threading.Lock()
 
     def prepare(self, kind, heads):
@@ -57,16 +59,20 @@ class FittedRatios:
                     self._kept[kind] = KeptRatio(torch.zeros(heads, device=kind[1]))
             return self._kept[kind]
 
-    def of_call(self, kind, heads, steps):
+    def of_call(self, kind, heads, steps, measures=None):
         """CallRatio of the next call of a kind. steps: of the run; None, where nobody knows them, fits every call.
 
-        The draw depends on the layer and on how many calls of the kind there were: a prompt repeated has the same bits.
+        measures: whether an ErrorTarget wants this call's error, which a call that fits can measure; None without one. The
+        draw depends on the layer and on how many calls came before: a prompt repeated has the same bits.
         """
-        kept = self.prepare(kind, heads)
+        kept, (layer, device, _, halves) = self.prepare(kind, heads), kind
         with self._lock:
             number, kept.calls = kept.calls, kept.calls + 1
-        fits = steps is None or steps <= SHORT_RUN or number % EVERY == 0 or not kept.filled
-        return CallRatio(number * DRAWS + kind[0] if fits else None, kept)
+            draw = self._draws[layer, device, halves]
+            self._draws[layer, device, halves] += 1
+        if measures is None:
+            measures = steps is None or steps <= SHORT_RUN or number % EVERY == 0
+        return CallRatio(draw * DRAWS + layer if measures or not kept.filled else None, kept)
 
     def clear(self):
         with self._lock:

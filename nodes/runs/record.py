@@ -10,6 +10,7 @@ import torch
 from ...sla2_kernels.support import on_device
 from .call_times import CallTimes
 from .device_counts import DeviceCounts
+from .error_target import ErrorTarget
 from .fitted_ratios import FittedRatios
 from .inexact_dense import is_sage, ragged_key_count
 from .routing_maps import wanted_maps
@@ -74,6 +75,8 @@ class RunRecord:
         self.latent_sample = None
         self.maps = wanted_maps()
         self.fitted_ratios = FittedRatios()
+        self.error_target = None  # ErrorTarget where the user set one
+        self.attention_error = None  # root mean square of the measured calls' relative errors, once the run is closed
         self.lock = threading.Lock()
         self._on_devices = DeviceCounts(layers)
         self._checked_layers = set()  # whose first output was looked at
@@ -163,6 +166,18 @@ class RunRecord:
         with self.lock:
             self._on_devices.add_squares(layer, squares)
 
+    def target(self, error):
+        """The run's ErrorTarget for this attention error."""
+        with self.lock:
+            if self.error_target is None:
+                self.error_target = ErrorTarget(error)
+            return self.error_target
+
+    def relative_errors(self):
+        """(sum of the squared relative errors, number) of the calls measured so far; waits for the devices."""
+        with self.lock:
+            return self._on_devices.relative_errors()
+
     def count_loops(self, loops):
         """loops: what watch_loops() saw during one sparse call."""
         with self.lock:
@@ -226,9 +241,13 @@ class RunRecord:
             return True
         if sigmas is None:
             return None
+        return self.is_inside(self.sigma(sigmas))
+
+    def is_inside(self, sigma):
+        """Whether a noise level lies inside the window, which is set."""
         highest, lowest = self.window
         # steps have float32 sigmas, and a step on the edge lies inside
-        return lowest * (1 - ROUNDING) <= self.sigma(sigmas) <= highest * (1 + ROUNDING)
+        return lowest * (1 - ROUNDING) <= sigma <= highest * (1 + ROUNDING)
 
     def close(self, failure=None, output=None):
         """Ends the run; unless it failed, fetches what was left on the device."""
@@ -237,6 +256,8 @@ class RunRecord:
         self._sigma_memo = (None, None)
         if failure is None:
             self._on_devices.fetch()
+            total, count = self._on_devices.relative_errors()
+            self.attention_error = (total / count) ** 0.5 if count else None
         for layer, record in self.layers.items():
             if failure is None:
                 self._collect(layer, record)

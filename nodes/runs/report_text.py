@@ -46,7 +46,8 @@ def report_data(hook, run, caveat=None):
         "other_calls": run.other_calls,
         "unsupported_calls": dict(run.family_reasons),
         "layers": layers,
-        "attention_error": overall_error(layers),
+        "attention_error": run.attention_error,
+        "target_error": target_data(run),
         "notes": list(run.notes),
         "advice": advice(hook, run),
     }
@@ -68,19 +69,27 @@ def layer_data(layer, record):
     }
 
 
-def overall_error(rows):
-    """Root mean square of the layers' attention_error, None where no layer has one. rows: of layer_data."""
-    errors = [row["attention_error"] for row in rows if row["attention_error"] is not None]
-    return (sum(error**2 for error in errors) / len(errors)) ** 0.5 if errors else None
+def target_data(run):
+    """{"error", "sparsities": (lowest, highest) chosen or None, "is_out_of_reach"} of a run with a target_error, else None."""
+    target = run.error_target
+    if target is None:
+        return None
+    chosen = (min(target.chosen), max(target.chosen)) if target.chosen else None
+    return {"error": target.error, "sparsities": chosen, "is_out_of_reach": target.is_out_of_reach}
 
 
 def error_in_words(data):
-    """In words: attention error 0.15 (layers 0.08 to 0.31), of report_data(); None where no call measured it."""
+    """In words, of report_data(): attention error 0.15 (layers 0.08 to 0.31); or target error 0.12, measured 0.117, sparsity
+    0.93 chosen. None where no call measured it."""
     errors = [row["attention_error"] for row in data["layers"] if row["attention_error"] is not None]
-    if not errors:
+    if data["attention_error"] is None or not errors:
         return None
     layers = f" (layers {min(errors):.2f} to {max(errors):.2f})" if len(errors) > 1 else ""
-    return f"attention error {data['attention_error']:.2f}{layers}"
+    target = data["target_error"]
+    if target is None:
+        return f"attention error {data['attention_error']:.2f}{layers}"
+    chosen = " to ".join(dict.fromkeys(f"{sparsity:.2f}" for sparsity in target["sparsities"]))
+    return f"target error {target['error']:g}, measured {data['attention_error']:.3f}{layers}, sparsity {chosen} chosen"
 
 
 def finite(number):
@@ -106,6 +115,8 @@ def ratio_name(hook):
     mode = hook.settings.ratio_mode
     if mode == "fixed":
         return f"fixed at {hook.settings.fixed_ratio:g}"
+    if hook.settings.target_error:
+        return "fitted (target_error measures with it)"
     if mode == "learned" and (hook.router is None or hook.router.ratio(0, hook.settings.sparsity) is None):
         return "fitted (no trained ratio)"
     return mode

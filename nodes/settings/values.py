@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
 RATIO_MODES = ("learned", "estimated", "fixed", "fitted")
+MEASURING_RATIO_MODES = ("learned", "fitted")  # target_error takes fitted for learned
 METHODS = ("automatic", "sla2", "top-k only")
 AUTOMATIC = -1
 
@@ -24,6 +25,7 @@ class AttentionSettings:
     stop_on_unsupported: bool = False
     schedule: tuple = ()  # of schedule.Rule
     method: str = "automatic"
+    target_error: float = 0.0  # attention error to choose the sparsity for; 0: sparsity counts
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -42,12 +44,19 @@ class AttentionSettings:
 
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if not 0 <= self.target_error < 1:
+            raise ValueError(f"target_error must be at least 0 (off) and below 1, got {self.target_error}.")
+        if self.target_error and (self.ratio_mode not in MEASURING_RATIO_MODES or self.method == "top-k only"):
+            raise ValueError(
+                "target_error needs calls that measure their error: set ratio_mode to fitted or learned and method to "
+                f"automatic or sla2 (now {self.ratio_mode} and {self.method}), or target_error to 0."
+            )
 
     @property
     def sparsities(self):
-        """Every sparsity that a call of a run may get, the ends of ramps among them."""
+        """Every sparsity that a call of a run may get, the ends of ramps among them; without those that target_error chooses."""
         ruled = [sparsity for rule in self.schedule for sparsity in rule.sparsity or ()]
-        return tuple(dict.fromkeys([self.sparsity, *ruled]))
+        return tuple(dict.fromkeys(ruled if self.target_error else [self.sparsity, *ruled]))
 
     @property
     def whole_run(self):

@@ -1,0 +1,172 @@
+"""A run whose attention error is set: the sparsity that its steps get, and the error over all rows that comes of it."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+HEADS, DIM, LAYERS, TOKENS, GRID = 2, 64, 4, 1536, (6, 16, 16)
+
+
+@functools.lru_cache(maxsize=128)
+def tensors(seed, sharpness, tokens=TOKENS):
+    """q, k, v as Wan hands them over: detail of many scales along the tokens, as in a video, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.linspace(0, 1, tokens)[:, None]
+
+    def waves():
+        lengths, phases = torch.rand(2, 1, HEADS * DIM, generator=generator)
+        return math.sqrt(2) * torch.cos(3 * places * torch.exp(4.5 * lengths) + 2 * math.pi * phases)
+
+    def noise():
+        return torch.randn(tokens, HEADS * DIM, generator=generator)
+
+    common = 0.5 * waves()
+    q, k, v = common + noise(), common + noise(), noise() + 0.3 * waves() + 0.5
+    return [tensor[None] for tensor in (sharpness * q, k, v)]
+
+
+@functools.lru_cache(maxsize=128)
+def dense(seed, sharpness):
+    """In float64, as (B, L, H * D)."""
+    split = [t.double().unflatten(2, (HEADS, DIM)).transpose(1, 2) for t in tensors(seed, sharpness)]
+    return torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+def inputs_of(steps, sharpness):
+    """{step: [(layer, seed, sharpness) of its calls]}: attention changes with the noise level."""
+    return {
+        step: [(layer, 10 * step + layer, sharpness + 0.3 * step / steps + 0.1 * layer) for layer in range(LAYERS)]
+        for step in range(steps)
+    }
+
+
+def sample(b, steps, sharpness=1.2):
+    """A whole run: {(layer, seed, sharpness): output} of its calls, and the closed record."""
+    sigmas, outputs = torch.linspace(1, 0, steps + 1), {}
+    b.hook.begin_run()
+    for step, calls in inputs_of(steps, sharpness).items():
+        b.model_call(float(sigmas[step]), sample_sigmas=sigmas, cond_or_uncond=[0])
+        outputs |= {call: b.attend(*tensors(*call[1:]), heads=HEADS, layer=call[0]) for call in calls}
+    b.hook.end_run()
+    return outputs, b.hook.runs.finished()[-1]
+
+
+def error_over_all_rows(outputs):
+    """Root mean square over the calls of ||output - dense|| / ||dense||, in float64."""
+    squares = []
+    for (_, *call), out in outputs.items():
+        expected = dense(*call)
+        squares.append(((out.double() - expected).norm() / expected.norm()).square().item())
+    return math.sqrt(sum(squares) / len(squares))
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+@pytest.mark.parametrize(("target", "sharpness"), [(0.08, 1.0), (0.12, 1.0), (0.16, 1.4), (0.25, 1.4)])
+def test_the_runs_error_over_all_rows_lands_within_10_percent_under_the_target(bench, target, sharpness, steps):
+    outputs, run = sample(bench(grid=GRID, target_error=target), steps, sharpness)
+    error = error_over_all_rows(outputs)
+    assert 0.9 * target <= error <= target
+    assert run.attention_error == pytest.approx(error, rel=0.1)
+    assert all(record.sparse == steps for record in run.layers.values())
+
+
+def test_the_same_run_twice_has_the_same_bits(bench):
+    b = bench(grid=GRID, target_error=0.16)
+    (first, one), (second, two) = (sample(b, 4) for _ in range(2))
+    assert one.error_target.chosen == two.error_target.chosen and len(set(one.error_target.chosen)) == 4
+    assert all(torch.equal(first[call], second[call]) for call in first)
+
+
+def test_a_target_out_of_reach_runs_dense_and_says_so(bench):
+    b = bench(grid=GRID, target_error=0.002)
+    outputs, run = sample(b, 4)
+    assert run.error_target.is_out_of_reach and run.error_target.chosen == [0.1]
+    sentence = "target_error 0.002 is out of reach: skipping 10% was not exact enough, so the rest of the run is dense"
+    assert all(record.sparse == 1 and record.dense == {sentence: 3} for record in run.layers.values())
+    assert sentence in run.notes
+    for (layer, *call), out in outputs.items():
+        if call[0] >= 10:  # from the second step on
+            assert torch.allclose(out.double(), dense(*call), atol=1e-5), layer
+
+
+def test_layers_and_steps_that_a_schedule_keeps_stay_as_it_says(bench, pack_module):
+    parse_layers = pack_module("nodes.settings.values").parse_layers
+    schedule = pack_module("nodes.settings.schedule").parse_schedule
+    rules = schedule("step 1: dense; layers 1: 0.5; layers 2: dense", LAYERS, parse_layers)
+    _, run = sample(bench(grid=GRID, target_error=0.16, schedule=rules), 4)
+    assert run.layers[1].sparsity == pytest.approx(0.5, abs=0.03) and run.layers[1].sparse == 4
+    assert run.layers[2].sparse == 0 and run.layers[0].sparse == 3
+    assert len(run.error_target.chosen) == 4
+
+
+def test_all_model_calls_of_a_step_get_one_sparsity(bench):
+    b, sigmas = bench(grid=GRID, target_error=0.16), torch.linspace(1, 0, 5)
+    b.hook.begin_run()
+    chosen = []
+    for step in range(4):
+        for half in (0, 1):
+            options = {"sample_sigmas": sigmas, "cond_or_uncond": [half]}
+            b.hook.before_model(torch.device("cpu"), {"sigmas": sigmas[step : step + 1], **options})
+            b.model_call(float(sigmas[step]), **options)
+            chosen.append(b.options["sla2_call"].step.choice)
+            b.attend(*tensors(step, 1.2), heads=HEADS, layer=0)
+    assert chosen[::2] == chosen[1::2] and len({choice.sparsity for choice in chosen}) == 4
+    assert b.run.error_target.chosen == [choice.sparsity for choice in chosen[::2]]
+
+
+def test_without_a_sampler_the_first_sparsity_stays_and_is_said(bench):
+    b = bench(grid=GRID, target_error=0.12)
+    for seed in range(3):
+        b.model_call(sigmas=None)
+        b.attend(*tensors(seed, 1.2), heads=HEADS, layer=0)
+    assert len(b.run.error_target.chosen) == 1 and b.run.layers[0].sparse == 3
+    assert any("does not say which step" in note for note in b.run.notes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"target_error": 1.0}, {"target_error": -0.1}, {"target_error": float("nan")}]
+    + [{"target_error": 0.1, **other} for other in ({"ratio_mode": "fixed"}, {"ratio_mode": "estimated"}, {"method": "top-k only"})],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_one_sentence(pack_module, wrong):
+    with pytest.raises(ValueError, match=r"^target_error [^\n]*\.$"):
+        pack_module("nodes.settings.values").AttentionSettings(**wrong)
+
+
+def test_report_and_outcome_say_what_was_asked_measured_and_chosen(bench, pack_module):
+    b = bench(grid=GRID, target_error=0.16)
+    _, run = sample(b, 4)
+    report, outcome = pack_module("nodes.runs.report_text"), pack_module("nodes.runs.outcome")
+    low, high = min(run.error_target.chosen), max(run.error_target.chosen)
+    errors = [record.attention_error for record in run.layers.values()]
+    words = (
+        f"target error 0.16, measured {run.attention_error:.3f} (layers {min(errors):.2f} to {max(errors):.2f}), "
+        f"sparsity {low:.2f} to {high:.2f} chosen"
+    )
+    assert words in report.report_text(b.hook, run).splitlines()[0]
+    assert words in outcome.outcome(b.hook, run)["headline"]
+    assert report.report_data(b.hook, run)["target_error"] == {
+        "error": 0.16, "sparsities": (low, high), "is_out_of_reach": False,
+    }  # fmt: skip
+    assert "fitted (target_error measures with it)" in report.report_text(b.hook, run)
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20, 50])
+@pytest.mark.parametrize("target", [0.08, 0.12, 0.16])
+@pytest.mark.parametrize(("level", "drift", "slope"), [(0.03, 0.3, 0.45), (0.06, -0.3, 0.45), (0.05, 0.0, 0.6)])
+def test_models_of_other_levels_and_slopes_end_under_their_target(pack_module, steps, target, level, drift, slope):
+    """The choice alone, beside an attention whose error moves by ``drift`` from the first step to the last."""
+    chooser = pack_module("nodes.runs.error_target").ErrorTarget(target)
+    sigmas, measured, squares = [1 - step / steps for step in range(steps)], [], []
+
+    def read():
+        return sum(measured), len(measured)
+
+    for step, sigma in enumerate(sigmas):
+        choice = chooser.at(sigma, sigmas, read)
+        odds = choice.sparsity / (1 - choice.sparsity)
+        squares.append((level * math.exp(drift * step / steps) * odds**slope) ** 2)
+        if choice.measures:
+            measured += 60 * [squares[-1]]
+    assert 0.88 * target <= math.sqrt(sum(squares) / steps) <= target
