@@ -7,13 +7,13 @@ import torch
 
 from ...sla2_kernels import unsupported_reason
 from ...sla2_training.ratios import logits_of_estimates, start_logits
-from ..attention.call import read_call
 from ..attention.hook import CALL, LAYER, OVERRIDE
 from ..attention.layer_weights import CallWeights
 from ..attention.patching import install
-from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, video_part, with_dense_rows
+from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, with_dense_rows
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
+from .video_call import read_video_call
 
 
 class LoraAttention:
@@ -75,13 +75,8 @@ class LoraAttention:
 
     def _attend(self, call, layer, below, args, kwargs):
         """One self-attention call, sparse as in SLA2 Apply Attention; one that cannot be is counted and runs dense."""
-        request, reason = read_call(args, kwargs)
-        exact = part = None
-        if reason is None:
-            request, exact, reason = call.hook.exact(call, request)
-        if reason is None:
-            part = video_part(request, exact)
-            reason = self._reason(request, exact, part)
+        request, exact, part, reason = read_video_call(call, args, kwargs)
+        reason = reason or self._reason(request, exact, part)
         if reason is not None:
             if not call.repeated:
                 self.untrained[reason] += 1

@@ -6,12 +6,14 @@ import math
 import threading
 from collections import Counter
 
+from ...sla2_kernels import unsupported_reason
 from ...sla2_training import RouterTrainer
-from ..attention.call import read_call, sizes_reason, unsupported_call_reason
 from ..attention.hook import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
+from ..attention.video_tokens import DENSE_BY_NATURE
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
+from .video_call import read_video_call
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
@@ -107,29 +109,29 @@ class RouterTraining:
 
     def _meet(self, call, layer, args, kwargs):
         """One self-attention call that has run dense: the router is trained or measured on it."""
-        request, reason = read_call(args, kwargs)
-        reason = reason or sizes_reason(self.facts, request)
-        reason = reason or unsupported_call_reason(request, "16bit", call.grid)
+        request, exact, part, reason = read_video_call(call, args, kwargs)
+        reason = reason or unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], "16bit")
         with self.lock:
             if reason is not None:
-                self.untrained[reason] += 1
+                if reason not in DENSE_BY_NATURE:
+                    self.untrained[reason] += 1
             elif self._is_turn(layer):
                 with training_mode():
-                    self._learn(layer, request)
+                    self._learn(layer, request.scale, exact, part)
 
     def _is_turn(self, layer):
         """One call per layer and step; where guidance makes several, they take turns from step to step."""
         count = self.calls[layer] = self.calls.get(layer, 0) + 1
         return count == self.step % self.last_calls.get(layer, 1) + 1
 
-    def _learn(self, layer, request):
-        tensors = request.q, request.k, request.v
+    def _learn(self, layer, scale, exact, part):
+        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_front, "suffix": exact.key_back}
         if self.measuring:
-            self.trainer.evaluate(layer, *tensors, layout="BNHD", scale=request.scale)
+            self.trainer.evaluate(layer, part.q, part.k, part.v, **options)
             return
         due = self.schedule.due(self.trainer.steps.get(layer, 0), self.number, self.step)
         if due:
-            self.trainer.observe(layer, *tensors, layout="BNHD", scale=request.scale, steps=due)
+            self.trainer.observe(layer, part.q, part.k, part.v, steps=due, **options)
 
     def _why_nothing(self):
         if self.untrained:
