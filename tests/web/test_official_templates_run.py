@@ -5,9 +5,6 @@ stand-ins; docs/FAMILIES.md names them.
 """
 
 import re
-import subprocess
-import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from official_templates import sampled_models, video_templates
-from PIL import Image
+from tiny_runs import ENOUGH, make_images, stand_in
 
 from tooling import graph
 from tooling.plan import ROOT
@@ -28,18 +25,16 @@ SHOW = """((node) => {
   widget.value = a[2];
   widget.callback?.(a[2], app.canvas, node);
 })(app.rootGraph.getNodeById(a[0]))"""
-ENOUGH = 512  # minimum_tokens: beside 8192 as small as these videos beside real ones
 
 
 @dataclass
 class Run:
     """One template.
 
-    family: of the text encoder's stand-in. shown: {(node, widget): value} set in the page.
+    shown: {(node, widget): value} set in the page.
     calls: {sampler: (sparse, dense) self-attention calls}. exact: how far off from dense it may be at sparsity 0 and 16 bit.
     """
 
-    family: str
     shown: dict
     calls: dict
     exact: float
@@ -50,35 +45,25 @@ class Run:
 # in the last place of the attention may move a value by a whole step of 1/127.
 RUNS = {
     "video_minimax_h3_i2v": Run(
-        "minimax", {(105, "value"): True, (105, "value_1"): 0.9, (115, "megapixels"): 0.1}, {"105:14": (14, 2)}, 1e-2
+        {(105, "value"): True, (105, "value_1"): 0.9, (115, "megapixels"): 0.1}, {"105:14": (14, 2)}, 1e-2
     ),
     "video_minimax_h3_r2v": Run(
-        "minimax", {(146, "value"): True, (132, "value"): 0.9, (115, "megapixels"): 0.1}, {"125": (6, 2)}, 1e-2
+        {(146, "value"): True, (132, "value"): 0.9, (115, "megapixels"): 0.1}, {"125": (6, 2)}, 1e-2
     ),
     # half size first: 160 tokens are too few
     "video_ltx2_3_i2v": Run(
-        "ltxv", {(320, "value_2"): 256, (320, "value_3"): 256, (320, "value_4"): 3},
+        {(320, "value_2"): 256, (320, "value_3"): 256, (320, "value_4"): 3},
         {"320:283": (0, 16), "320:308": (4, 2)}, 1e-5,
     ),
     "video_ltx2_5_i2v": Run(
-        "ltxv", {(403, "megapixels"): 0.1, (398, "value_1"): False, (398, "value_2"): 3},
+        {(403, "megapixels"): 0.1, (398, "value_1"): False, (398, "value_2"): 3},
         {"398:344": (0, 16), "398:368": (4, 2)}, 1e-2, lora=False,
     ),
     "video_wan2_2_14B_i2v": Run(
-        "wan", {(129, "value"): True, (129, "width"): 128, (129, "height"): 128, (129, "value_1"): 2},
+        {(129, "value"): True, (129, "width"): 128, (129, "height"): 128, (129, "value_1"): 2},
         {"129:86": (2, 2), "129:85": (4, 0)}, 1e-5,
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def files(comfy, comfyui_path):
-    """The tiny files, in the server's folders."""
-    comfy.skip_before(0, 32, "a checkpoint in int8_convrot")
-    script = ROOT / "tests/comfyui/template_files.py"
-    command = [sys.executable, str(script), str(comfyui_path), str(comfy.base / "models")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def prompts_of(canvas, name):
@@ -91,18 +76,9 @@ def prompts_of(canvas, name):
     return plain, canvas.js(PROMPT)
 
 
-def stand_in(node, family):
-    """A helper for a model whose size ComfyUI fixes, or the node itself."""
-    if node["class_type"] in ("CLIPLoader", "LTXAVTextEncoderLoader"):
-        return {"class_type": "SLA2TestTextEncoder", "inputs": {"family": family}}
-    if node["inputs"].get("vae_name") == "minimax_h3_audio_vae_fp32.safetensors":
-        return {"class_type": "SLA2TestSoundVAE", "inputs": {}}
-    return node
-
-
 def watched(prompt, run, tag, settings, video=False):
     """``prompt`` with stand-ins and ``settings`` of ours; every sampler's latent is kept, and reported where SLA2 is on it."""
-    made = {name: stand_in(node, run.family) for name, node in prompt.items()}
+    made = {name: stand_in(node) for name, node in prompt.items()}
     for name in graph.of_class(made, APPLY):
         made[name] = {"class_type": APPLY, "inputs": made[name]["inputs"] | {"minimum_tokens": ENOUGH} | settings}
     if not video:
@@ -126,24 +102,16 @@ def kept(comfy, tag, sampler):
     return torch.cat([parts[name].flatten() for name in sorted(parts)])
 
 
-def make_images(comfy, prompt):
-    """A picture under the name of each that a template loads."""
-    for name in graph.of_class(prompt, "LoadImage"):
-        path = comfy.base / "input" / prompt[name]["inputs"]["image"]
-        noise = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(zlib.crc32(path.name.encode())))
-        Image.fromarray((noise * 255).byte().numpy()).resize((320, 240), Image.Resampling.BICUBIC).save(path)
-
-
 def quantised_models(comfy):
     """How many models the server has loaded so far whose file has quantised layers."""
     return Path(comfy.server.log).read_text(errors="replace").count("Using mixed precision operations")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_samples_through_its_own_loaders_guider_and_lora(comfy, canvas, files, name):
+def test_it_samples_through_its_own_loaders_guider_and_lora(comfy, canvas, tiny_files, name):
     run, before = RUNS[name], quantised_models(comfy)
     plain, accelerated = prompts_of(canvas, name)
-    make_images(comfy, plain)
+    make_images(comfy.base / "input", plain)
     wires = sampled_models(accelerated, comfy.server.get("/object_info"))
     assert wires and {accelerated[source]["class_type"] for _, source in wires} == {APPLY}
 

@@ -1,6 +1,7 @@
 """What our nodes show and hide in the page, in the classic canvas and as Vue nodes, light and dark."""
 
 import itertools
+import json
 import time
 
 import pytest
@@ -67,6 +68,19 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
     ]  # fmt: skip
     assert colours(canvas, REPORT_CANVAS) >= 2
     choose_by_keyboard(canvas)
+
+
+def test_another_workflow_with_the_same_settings_is_told_on_its_own_node(canvas, sampling_prompt):
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    canvas.queue()
+    other = json.loads(json.dumps(sampling_prompt).replace('["2", 0]', '["20", 0]'))
+    other["20"], other["2"] = other["2"], other.pop("5")
+    other["6"]["inputs"] |= {"latent_image": ["2", 0], "seed": next(seeds)}
+    canvas.load_prompt(other)
+    canvas.queue()
+    assert "6 of 9 attention calls accelerated" in (canvas.panel("SLA2ApplyAttention") or "")
+    assert canvas.panel("EmptyHunyuanLatentVideo") is None
 
 
 def choose_by_keyboard(canvas):

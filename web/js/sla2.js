@@ -26,7 +26,7 @@ const HIDDEN_BY_MODE = {
 function onEvent(kind, detail) {
   remember(kind, detail);
   const node = nodeOfExecution(app, detail.workflow, detail.node);
-  if (node) DRAWN_EVENTS[kind](node, detail);
+  if (node?.comfyClass?.startsWith("SLA2")) DRAWN_EVENTS[kind](node, detail);
 }
 
 function restore(node) {
