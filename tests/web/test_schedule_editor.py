@@ -217,7 +217,9 @@ def test_the_training_suggests_a_schedule(editor, renderer):
 
 
 def test_an_open_map_is_one_workflows_alone(editor, canvas):
-    is_open = f"{canvas.node(KIND)}.widgets.find((w) => w.name === 'sla2_schedule').element.querySelector('details').open"
+    is_open = (
+        f"{canvas.node(KIND)}.widgets.find((w) => w.name === 'sla2_schedule').element.querySelector('details').open"
+    )
     editor.open()
     saved = canvas.save()
     found = [canvas.js(is_open)]

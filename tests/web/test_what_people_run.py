@@ -1,7 +1,9 @@
-"""Our own workflows of what people run, on tiny files: queued from the page with SLA2, then dense; and no node covers another."""
+"""Our own workflows on tiny files, queued from the page: with SLA2, then dense; no node covers another, before and after."""
 
 import itertools
 import json
+import re
+import shutil
 
 import pytest
 from tiny_runs import make_images, stand_in
@@ -36,12 +38,15 @@ SIZES = {
     "MiniMax": {"width": 256, "height": 256, "length": 5},
     "LTX": {"width": 128, "height": 128, "length": 17, "frames_number": 17},
     "Wan": {"width": 128, "height": 128, "length": 17},
+    "wan2.1": {"width": 128, "height": 128, "length": 17, "steps": 2},
+    "miniature": {"width": 128, "height": 128, "length": 17, "steps": 2},
 }
+OTHERS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json") if path.stem not in RECIPES)
 
 
 def tiny(prompt, name):
     """The page's prompt at a tiny size, with stand-ins, never too short for SLA2."""
-    sizes, made = SIZES[name.replace("-", " ").split()[0]], {}
+    sizes, made = SIZES[re.split("[-_ ]", name)[0]], {}
     for key, node in prompt.items():
         inputs = {name: sizes.get(name, value) for name, value in stand_in(node)["inputs"].items()}
         made[key] = {
@@ -80,22 +85,45 @@ def dense(prompt):
     return made
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_it_runs_with_sla2_and_dense_and_no_node_covers_another(comfy, canvas, tiny_files, name):
+def load(canvas, name):
     canvas.load(json.loads((ROOT / f"workflows/{name}.json").read_text(encoding="utf-8")))
     assert covered_in_both_renderers(canvas) == []
+
+
+def run_in_page(comfy, canvas, name):
+    """(prompt, outputs) of the workflow that the page shows, at a tiny size."""
     prompt = tiny(canvas.js(PROMPT), name)
     make_images(comfy.base / "input", prompt)
     canvas.js(INSTEAD, prompt)
     outputs = canvas.queue()["outputs"]
     canvas.js(INSTEAD, None)
     assert covered_in_both_renderers(canvas) == []
+    assert "skips" in canvas.panel("SLA2ApplyAttention")
+    return prompt, outputs
 
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_people_run_runs_with_sla2_and_dense(comfy, canvas, tiny_files, name):
+    load(canvas, name)
+    prompt, outputs = run_in_page(comfy, canvas, name)
     reports, (saver,) = graph.of_class(prompt, "SLA2Report"), graph.of_class(prompt, "SaveVideo")
-    assert all(comfy.report(outputs, report)["sparse_calls"] > 0 for report in reports)
-    assert outputs[saver]["images"] and "skips" in canvas.panel("SLA2ApplyAttention")
+    assert all(comfy.report(outputs, report)["sparse_calls"] > 0 for report in reports) and outputs[saver]["images"]
     outputs = comfy.run(dense(prompt))
     assert all("did not come through SLA2 Apply Attention" in outputs[report]["text"][0] for report in reports)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_node_covers_another_when_it_loads(canvas, name):
+    load(canvas, name)
+
+
+@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3b_sla2", "miniature_sla2"])
+def test_no_node_covers_another_after_a_run(comfy, canvas, tiny_files, name):
+    models = comfy.base / "models/diffusion_models"
+    shutil.copy(models / "tiny_wan.safetensors", models / "wan2.1_t2v_1.3B_fp16.safetensors")
+    load(canvas, name)
+    prompt, outputs = run_in_page(comfy, canvas, name)
+    assert len([saver for saver in graph.of_class(prompt, "SaveVideo") if outputs[saver]["images"]]) == 2
 
 
 def test_the_menu_finds_sla2_behind_the_switch(canvas):
