@@ -29,6 +29,8 @@ class SLA2ApplyAttention(io.ComfyNode):
             description="Speeds up a video model: its self-attention computes the most relevant blocks exactly and the "
             "rest by linear attention. Place it last on the MODEL wire.",
             hidden=[io.Hidden.unique_id],
+            # ComfyUI serves a node of another workflow from its cache otherwise, and that one tells the other's id of its runs
+            not_idempotent=True,
             **search_aliases("sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[

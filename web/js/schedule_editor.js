@@ -1,4 +1,6 @@
 // SLA2 Apply Attention: a map of step x layer that reads and writes the text in `schedule`, opened on demand.
+import { app } from "../../../scripts/app.js";
+import { rootOf } from "./graph.js";
 import { el, makePanel } from "./panel.js";
 import { COLUMNS, paint } from "./painting.js";
 import { parseSchedule, sparsityOf } from "./schedule.js";
@@ -8,7 +10,8 @@ import { chain, isLinked, setByUser, widgetOf } from "./widgets.js";
 
 const USUAL_LAYERS = [30, 40, 60]; // drawn until a run has told: the first that has every layer the text names
 const BRUSHES = [null, 0.8, 0.85, 0.9, 0.95, 0.97];
-const opened = new Set(); // an undo makes nodes anew: the ids of those whose map is open
+const opened = new Set(); // an undo makes nodes anew: those whose map is open, by workflow, graph and id
+const keyOf = (node) => `${rootOf(app).id}|${node.graph?.id}|${node.id}`;
 
 function isReadable(text, layerCount) {
   try {
@@ -97,14 +100,14 @@ export function addScheduleEditor(node) {
     }
   });
   details.addEventListener("toggle", () => {
-    opened[details.open ? "add" : "delete"](node.id);
+    opened[details.open ? "add" : "delete"](keyOf(node));
     redraw();
   });
   chain(schedule, "callback", redraw);
   chain(sparsity, "callback", redraw);
   chain(node, "onConnectionsChange", redraw);
   chain(node, "onConfigure", () => {
-    details.open = opened.has(node.id);
+    details.open = opened.has(keyOf(node));
     redraw();
   });
   node.sla2Schedule = {

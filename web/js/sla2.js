@@ -8,6 +8,7 @@ import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
 import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered } from "./graph.js";
+import { takePlaces } from "./panel.js";
 import { chain } from "./widgets.js";
 
 // what an output of an executed node is drawn by
@@ -26,7 +27,7 @@ const HIDDEN_BY_MODE = {
 function onEvent(kind, detail) {
   remember(kind, detail);
   const node = nodeOfExecution(app, detail.workflow, detail.node);
-  if (node) DRAWN_EVENTS[kind](node, detail);
+  if (node?.comfyClass?.startsWith("SLA2")) DRAWN_EVENTS[kind](node, detail);
 }
 
 function restore(node) {
@@ -53,6 +54,8 @@ app.registerExtension({
     if (draw) chain(node, "onExecuted", (output) => draw(node, output));
   },
   loadedGraphNode(node) {
-    if (node.comfyClass?.startsWith("SLA2")) restore(node);
+    if (!node.comfyClass?.startsWith("SLA2")) return;
+    restore(node);
+    if (node.graph === app.canvas?.graph) takePlaces(node); // of a graph that is not shown nothing has a place
   },
 });
