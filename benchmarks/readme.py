@@ -1,6 +1,7 @@
-"""The README's measured part, written from benchmarks/results: python -m benchmarks.readme
+"""The README's measured parts, written from benchmarks/results: python -m benchmarks.readme
 
-No number is typed there: a test compares the README with what this module would write. Plots go to docs/.
+Two parts lie between marks: "steps", whole denoising steps, and "measured", attention calls. No number is typed there: a
+test compares the README with what this module would write. Plots go to docs/.
 """
 
 import sys
@@ -11,8 +12,7 @@ from .plot import part_plot
 from .results import RESULTS, load
 from .table import markdown, step_markdown
 
-BEGIN, END = "<!-- measured begin -->", "<!-- measured end -->"
-PICTURE = "workflows/wan2.1_t2v_1.3b_sla2.jpg"
+NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
 PLOTS = {
     "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",
     "length": "Time of one attention call against the number of tokens",
@@ -43,21 +43,32 @@ def plots(contents):
     return found
 
 
-def block(contents, step_contents=()):
-    """What stands between the README's two marks."""
-    if not contents and not step_contents:
-        picture = f"![Dense and SLA2 side by side in one ComfyUI workflow]({PICTURE})"
-        return f"{picture}\n\nNothing has been measured on a GPU yet, so no number stands here."
+def marks(part):
+    return f"<!-- {part} begin -->", f"<!-- {part} end -->"
+
+
+def blocks():
+    """{part of the README: what stands between its two marks}"""
+    return {"steps": step_block(steps()), "measured": call_block(measured())}
+
+
+def step_block(contents):
+    return "\n\n".join(map(step_markdown, contents)) or NOTHING
+
+
+def call_block(contents):
+    """Pictures and tables of attention calls."""
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *map(step_markdown, step_contents), *pictures[1:]])
+    return "\n\n".join([*pictures[:1], *map(markdown, contents), *pictures[1:]]) or NOTHING
 
 
-def insert(text, content):
-    """``text`` with the marked part replaced. Raises ValueError where a mark is missing or there twice."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README must hold {BEGIN} and {END} once each.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+def insert(text, part, content):
+    """``text`` with one marked part replaced. Raises ValueError where a mark is missing or there twice."""
+    begin, end = marks(part)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the README must hold {begin} and {end} once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def main():
@@ -68,7 +79,10 @@ def main():
     for name, (svg, _) in drawn.items():
         (ROOT / "docs" / name).write_text(svg, encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents, steps())), encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for part, content in blocks().items():
+        text = insert(text, part, content)
+    readme.write_text(text, encoding="utf-8")
     print(f"README.md: {len(contents)} measured cards; docs/: {', '.join(drawn) or 'no plots'}")
 
 

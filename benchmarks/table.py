@@ -5,6 +5,7 @@ from .results import timed
 from .rivals.packages import BASELINE
 
 GIB = 2**30
+MODELS = {"1.3B-480p": "Wan 2.1 1.3B, 832 x 480", "14B-720p": "Wan 14B, 1280 x 720"}
 
 
 def label(row):
@@ -92,7 +93,8 @@ def step_markdown(content):
     for row in content["rows"]:
         table.setdefault(row["variant"], {})[row["part"]] = row
     (dense, *_) = table
-    lines = ["| one denoising step in ComfyUI | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    models = [MODELS.get(part, part) for part in parts]
+    lines = ["| one denoising step in ComfyUI | " + " | ".join(models) + " |", "|---" * (1 + len(parts)) + "|"]
     for name, rows in table.items():
         cells = [
             f"{rows[part]['seconds_per_step']:.2f} s ({_faster(table[dense], rows, part):.1f}x)"
