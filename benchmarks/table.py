@@ -113,5 +113,41 @@ def step_markdown(content):
     return "\n".join(lines)
 
 
+def calls_markdown(content):
+    """Seconds of one model call per model and kind of weights, from the file that comfyui_calls writes."""
+    parts = [part for part in content["parts"] if part != "crossover"]
+    table = {}
+    for row in content["rows"]:
+        if row["part"] in parts:
+            table.setdefault(row["variant"], {})[row["part"]] = row
+    lines = ["| one step in ComfyUI | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    for name, rows in table.items():
+        cells = [_call_cell(rows.get(part), _dense_row(table, part)) for part in parts]
+        lines.append(f"| {name.replace('SLA2', '**SLA2**')} | " + " | ".join(cells) + " |")
+    env = content["environment"]
+    lines += [
+        "",
+        f"{env['card']}, ComfyUI {env['comfyui']}, torch {env['torch']}: ComfyUI's own classes with random weights, one model "
+        "call, as a distilled model makes one per step; in brackets how many times faster than ComfyUI's default, then the "
+        "self-attention's part and the peak memory.",
+    ]
+    failed = [row for row in content["rows"] if row.get("failed")]
+    return "\n".join([*lines, *(f"Failed: {row['variant']} at {row['part']}: {row['failed']}." for row in failed)])
+
+
+def _dense_row(table, part):
+    return next(rows[part] for name, rows in table.items() if name.startswith("dense, ComfyUI") and part in rows)
+
+
+def _call_cell(row, dense):
+    if row is None or row["seconds_per_step"] is None:
+        return "-"
+    seconds = row["seconds_per_step"]
+    cell = f"{seconds:.3g} s ({dense['seconds_per_step'] / seconds:.2f}x)"
+    if row.get("attention_seconds") is not None:
+        cell += f", {row['attention_seconds']:.3g} s"
+    return cell + (f", {row['peak_bytes'] / GIB:.1f} GiB" if "peak_bytes" in row else "")
+
+
 def _faster(dense, rows, part):
     return dense[part]["seconds_per_step"] / rows[part]["seconds_per_step"]

@@ -7,9 +7,9 @@ from comfy_api.latest import io
 
 from ..sla2_kernels.weights import load_router
 from .compat.schema import search_aliases
+from .training.router_files import FOLDER
 
 UNTRAINED = "none (untrained)"
-FOLDER = "sla2"
 
 Router = io.Custom("SLA2_ROUTER")
 

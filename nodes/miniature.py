@@ -7,7 +7,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .compat.schema import search_aliases
-from .load_router import FOLDER
+from .training.router_files import FOLDER
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 

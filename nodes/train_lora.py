@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..sla2_kernels import default_precision
+from ..sla2_kernels.support import resolve_precision
 from ..sla2_training import TrainingError
 from .attention.failures import is_out_of_memory
 from .attention.layer_requests import trained_for_vsa_reason
@@ -137,7 +137,7 @@ class SLA2TrainLora(io.ComfyNode):
         distill = loss == DISTILL
         plan = LoraPlan(
             sparsity=sparsity,
-            precision=default_precision(model.load_device) if bit_width == "auto" else bit_width,
+            precision=resolve_precision(bit_width, model.load_device),
             rank=rank,
             settings=LoraSettings(
                 steps=training_steps,

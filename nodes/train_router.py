@@ -13,12 +13,12 @@ from .attention.layouts import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
 from .compat.sampling import sample_once
 from .compat.schema import ADVANCED, search_aliases
-from .load_router import FOLDER, Router
+from .load_router import Router
 from .page.events import send_event
 from .page.text import plain, show_on_node
-from .save_router import save_router
 from .training.loss_curves import loss_curves
 from .training.loss_plot import plot_losses
+from .training.router_files import FOLDER, save_router
 from .training.router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
 from .training.suggested_schedule import suggested_schedule
 

@@ -1,7 +1,7 @@
 """The router file's format: what its safetensors header and metadata must say, checked before any tensor is read.
 
-A router file comes from strangers. Whatever is wrong with it becomes a RouterFileError: one sentence with the tensor or
-the metadata entry and what was expected of it.
+Router files are downloaded and not trusted. Whatever is wrong with one becomes a RouterFileError: one sentence with the tensor
+or metadata entry and what was expected of it.
 """
 
 import json
@@ -102,14 +102,14 @@ def _parse_metadata(metadata):
 
 def _count(metadata, name):
     text = metadata.get(name)
-    # at most 6 digits: int() of a megabyte of digits takes its time
+    # at most 6 digits: int() of a megabyte of digits would take minutes
     if not (isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 6):
         raise RouterFileError(f"metadata {name} must be a whole number, got {printable(text)}.")
     return int(text)
 
 
 def _flag(metadata, name):
-    """An entry that files of the first versions lack: false there."""
+    """A true/false entry; false in files of the first versions, which lack it."""
     text = metadata.get(name, "false")
     if text not in ("true", "false"):
         raise RouterFileError(f"metadata {name} must be true or false, got {printable(text)}.")

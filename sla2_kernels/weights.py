@@ -1,7 +1,7 @@
 """The router file: trained projections and ratios of one model, as safetensors with metadata that says what they fit.
 
-A router file comes from strangers. Nothing in it is executed, its header is checked before its tensors are read, and
-whatever is wrong with it becomes a RouterFileError: one sentence with the file, the tensor and the expectation.
+Router files are downloaded and not trusted. Nothing in them is executed, the header is checked before any tensor is read, and
+whatever is wrong becomes a RouterFileError: one sentence with the file, the tensor and what was expected.
 """
 
 import json
@@ -59,7 +59,7 @@ class RouterWeights:
     """Routers of all layers of one model, and what they were trained for. Raises RouterFileError if inconsistent.
 
     layers: one RouterLayer per attention layer. sparsities: shares of skipped key blocks trained at, in the order of
-    alpha_logits' first dimension. precision: bit width trained at, or None. source: the file it was loaded from, or "".
+    alpha_logits' first dimension. precision: trained at, or None. source: the file it was loaded from, or "".
     keep_diagonal: as in sla2_attention; a router is used as it was trained.
     """
 
@@ -172,7 +172,7 @@ class RouterWeights:
             "token_order": self.token_order,
             "sparsities": json.dumps(self.sparsities),
             "keep_diagonal": json.dumps(self.keep_diagonal),
-            # an absent tensor means identity or estimation: the list tells that from a tensor that got lost
+            # an absent tensor means identity or an estimated ratio: the list tells that from a tensor that was lost
             "tensors": json.dumps(sorted(self._tensors())),
         }
         if self.precision is not None:
@@ -194,7 +194,7 @@ def load_router(path):
         raise RouterFileError(f"A router file is named by its path, got {path!r}.")
     path = os.fspath(path)
     try:
-        # opening a pipe would wait for somebody to write into it
+        # opening a named pipe would block until someone writes to it
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise RouterFileError("it cannot be read: it must be a file, but it is a folder, a pipe or a device.")
         with open(path, "rb") as file:

@@ -3,7 +3,7 @@
 if "." in __package__:
     from ..sla2_kernels.router import (
         K_BLOCK,
-        LEAST_LINEAR_WEIGHT,
+        MIN_LINEAR_WEIGHT,
         Q_BLOCK,
         block_count,
         mean_from_pools,
@@ -19,7 +19,7 @@ if "." in __package__:
 else:
     from sla2_kernels.router import (
         K_BLOCK,
-        LEAST_LINEAR_WEIGHT,
+        MIN_LINEAR_WEIGHT,
         Q_BLOCK,
         block_count,
         mean_from_pools,
@@ -35,7 +35,7 @@ else:
 
 __all__ = [
     "K_BLOCK",
-    "LEAST_LINEAR_WEIGHT",
+    "MIN_LINEAR_WEIGHT",
     "Q_BLOCK",
     "RouterFileError",
     "RouterLayer",

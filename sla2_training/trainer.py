@@ -53,7 +53,7 @@ class TrainerOptions:
 
 
 class RouterTrainer:
-    """Trains the router of one model layer by layer, on whatever Q, K, V come by; usable from any sampler.
+    """Trains the router of one model layer by layer, on the Q, K and V of every call it is shown; works with any sampler.
 
     Args:
         model_family, num_layers, num_heads, head_dim: the model, as in the router file.
@@ -113,7 +113,7 @@ class RouterTrainer:
         live.check(self.start.num_heads, self.start.head_dim)
         layer, state = live.layer, self.layer_state(live.layer).on(live.q.device)
         if live.k_pooled.shape[2] == 1:
-            # one key block is always selected: nothing to learn from it
+            # a single key block is always selected, so there is nothing to learn
             return 0.0
         for _ in range(self.options.steps_per_observation if steps is None else steps):
             loss = self._within_memory(live, lambda: self._step(state, live))
@@ -220,7 +220,7 @@ class RouterTrainer:
     def _ratio_equations(self, live, blocks, chunk, sums, mask):
         """One chunk's share of the least squares for the ratios under hard masks: gram (S, H, A, A), right (S, H, A)."""
         o_sparse, o_linear = sums.branches(mask)
-        difference = (o_sparse - o_linear) * sums.live[:, :, None, :, None]
+        difference = (o_sparse - o_linear) * sums.valid[:, :, None, :, None]
         product = (difference * (sums.target[:, :, None] - o_linear)).sum(dim=(3, 4))
         norm = difference.square().sum(dim=(3, 4))
         knots, heads = self.options.knots, blocks.shape[1]
@@ -253,7 +253,7 @@ class RouterTrainer:
             logits = self._first_ratio(live, blocks, hard) if logits is None else logits
             ratios = self._ratios(logits, live, blocks)
         soft = self._soft_masks(scores, always)
-        # gradients stop at the masks: a chunk's tensors are gone before the next one's exist
+        # gradients are collected at the masks: a chunk's tensors are freed before the next chunk is computed
         leaf = soft.detach().requires_grad_(True)
         loss = energy = gram = right = 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
@@ -261,7 +261,7 @@ class RouterTrainer:
             error = sums.squared_error(sums.output(leaf[chunk], ratios[chunk])).sum()
             error.backward()
             loss, energy = loss + error.detach(), energy + sums.energy().sum()
-            # the ratio serves hard masks when it is used, so it learns from those
+            # in use the ratio mixes branches of hard masks, so it is fitted on those
             more = self._ratio_equations(live, blocks, chunk, sums, hard[chunk])
             gram, right = gram + more[0], right + more[1]
             del sums, error

@@ -1,4 +1,4 @@
-"""Trains a router while ComfyUI samples with the dense model: which call trains how much, progress, and what is said."""
+"""Trains a router while ComfyUI samples with the dense model: which call trains for how many steps, and progress texts."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from ..attention.patching import install
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 
-STEPS_PER_CALL = 4  # optimisation steps per attention call; more on one tensor teach little
+STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
 
 class Schedule:
@@ -32,7 +32,7 @@ class Schedule:
 
 
 class RouterTraining:
-    """A dense clone of a MODEL whose self-attention calls train a RouterTrainer, or are measured, as they pass by.
+    """A dense clone of a MODEL whose self-attention calls train a RouterTrainer, or are measured, while it samples.
 
     model: a ComfyUI ModelPatcher of a known family. facts: its ModelFacts. schedule: Schedule. say(text): progress text.
     """
@@ -90,7 +90,7 @@ class RouterTraining:
                 raise ValueError(f"SLA2 Train Router: nothing could be trained: {self._why_nothing()}.")
 
     def progress(self):
-        """What goes on, and the latest loss of every layer."""
+        """The current pass and step, and the latest loss of every layer."""
         what = "measuring" if self.measuring else f"training pass {self.number + 1} of {self.schedule.passes}"
         head = f"{what}, step {self.step} of {self.schedule.sampling_steps}; {self.steps_done} optimisation steps done"
         losses = [f"{layer}: {losses[-1]:.4f}" for layer, losses in sorted(self.trainer.losses.items())]
@@ -106,7 +106,7 @@ class RouterTraining:
         self.step, self.last_calls, self.calls = step, self.calls, {}
 
     def _meet(self, call, layer, args, kwargs):
-        """One self-attention call, computed densely already: the router learns from it, or is measured on it."""
+        """One self-attention call that has run dense: the router is trained or measured on it."""
         request, reason = read_call(args, kwargs)
         reason = reason or sizes_reason(self.facts, request)
         reason = reason or unsupported_call_reason(request, "16bit", call.grid)
@@ -118,7 +118,7 @@ class RouterTraining:
                     self._learn(layer, request)
 
     def _is_turn(self, layer):
-        """One call per layer and step. Where guidance makes several, another one of them each step."""
+        """One call per layer and step; where guidance makes several, they take turns from step to step."""
         count = self.calls[layer] = self.calls.get(layer, 0) + 1
         return count == self.step % self.last_calls.get(layer, 1) + 1
 

@@ -44,7 +44,7 @@ def assert_sentence(reason):
 def test_supported(card, capability, dtype, head_dim, precision):
     card(capability)
     assert unsupported_reason(CUDA, dtype, head_dim, precision) is None
-    assert support.resolve_backend("auto", CUDA, dtype, head_dim, precision) == "triton"
+    assert support.resolve_backend("auto", CUDA, dtype, head_dim, precision).name == "triton"
 
 
 # device, dtype, head_dim, precision, compute capability, hip; part of the sentence
@@ -72,8 +72,8 @@ def test_refused_with_one_sentence(card, case):
 
 def test_auto_falls_back_to_torch_but_never_for_fp8_on_a_card_without_it(card):
     card((8, 6))
-    assert support.resolve_backend("auto", CUDA, torch.float64, 64, "16bit") == "torch"
-    assert support.resolve_backend("auto", CUDA, torch.float16, 80, "int8") == "torch"
+    assert support.resolve_backend("auto", CUDA, torch.float64, 64, "16bit").name == "torch"
+    assert support.resolve_backend("auto", CUDA, torch.float16, 80, "int8").name == "torch"
     with pytest.raises(ValueError, match='use "int8"'):
         support.resolve_backend("auto", CUDA, torch.float16, 64, "fp8")
 
@@ -82,7 +82,7 @@ def test_auto_falls_back_to_torch_but_never_for_fp8_on_a_card_without_it(card):
 def test_torch_is_the_way_on_the_cpu(card, backend):
     card((8, 9))
     assert unsupported_reason("cpu", torch.float64, 80, "fp8", backend) is None
-    assert support.resolve_backend(backend, CPU, torch.float64, 80, "fp8") == "torch"
+    assert support.resolve_backend(backend, CPU, torch.float64, 80, "fp8").name == "torch"
     assert unsupported_reason("cuda", torch.float64, 80, "fp8", "torch") is None
 
 

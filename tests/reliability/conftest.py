@@ -74,7 +74,8 @@ def file_nodes(pack_module, tmp_path, monkeypatch):
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
     module = pack_module("nodes.save_router")
-    names = [module.__name__, module.__name__.replace("save_router", "load_router")]
+    others = ("load_router", "training.router_files")
+    names = [module.__name__, *(module.__name__.replace("save_router", other) for other in others)]
     yield SimpleNamespace(module=module, folder=folder)
     for name in names:
         sys.modules.pop(name, None)

@@ -361,7 +361,7 @@ def test_a_read_only_folder(file_nodes, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(file_nodes.module.os, "makedirs", refuse)
+    monkeypatch.setattr(os, "makedirs", refuse)
     with pytest.raises(ValueError, match="cannot be written: Permission denied"):
         file_nodes.module.save_router(good_router(), "new/router")
 
