@@ -9,7 +9,7 @@ from tooling.paths import ROOT
 
 from .plot import part_plot
 from .results import RESULTS, load
-from .table import markdown, step_markdown
+from .table import calls_markdown, markdown, step_markdown
 
 BEGIN, END = "<!-- measured begin -->", "<!-- measured end -->"
 PICTURE = "workflows/wan2.1_t2v_1.3b_sla2.jpg"
@@ -33,6 +33,11 @@ def steps(folder=RESULTS):
     return [content for content in contents if content["rows"]]
 
 
+def calls(folder=RESULTS):
+    """Contents of the results files of benchmarks.comfyui_calls."""
+    return [load(path) for path in sorted(folder.glob("comfyui-calls-*.json"))]
+
+
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
@@ -43,13 +48,14 @@ def plots(contents):
     return found
 
 
-def block(contents, step_contents=()):
+def block(contents, step_contents=(), call_contents=()):
     """What stands between the README's two marks."""
-    if not contents and not step_contents:
+    if not contents and not step_contents and not call_contents:
         picture = f"![Dense and SLA2 side by side in one ComfyUI workflow]({PICTURE})"
         return f"{picture}\n\nNothing has been measured on a GPU yet, so no number stands here."
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *map(step_markdown, step_contents), *pictures[1:]])
+    steps = [*map(calls_markdown, call_contents), *map(step_markdown, step_contents)]
+    return "\n\n".join([*pictures[:1], *map(markdown, contents), *steps, *pictures[1:]])
 
 
 def insert(text, content):
@@ -68,7 +74,7 @@ def main():
     for name, (svg, _) in drawn.items():
         (ROOT / "docs" / name).write_text(svg, encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents, steps())), encoding="utf-8")
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents, steps(), calls())), encoding="utf-8")
     print(f"README.md: {len(contents)} measured cards; docs/: {', '.join(drawn) or 'no plots'}")
 
 

@@ -22,7 +22,7 @@ def results(tmp_path_factory):
 
 def test_the_readme_is_what_the_results_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.insert(text, readme.block(readme.measured(), readme.steps())) == text, (
+    assert readme.insert(text, readme.block(readme.measured(), readme.steps(), readme.calls())) == text, (
         "run: python -m benchmarks.readme"
     )
 
