@@ -270,7 +270,7 @@ def sweep(q, k, v, args):
     run = _backward_call(q, k, v, args.sparsities[0])
     print(f"shipped tiles: {median_ms(run, args.device):.3f} ms", flush=True)
     tiles = [TileConfig(r, c, w, s) for r in (64, 128) for c in (32, 64) for w in (4, 8) for s in (1, 2, 3)]
-    for part in ("statistics", "queries", "keys"):
+    for part in ("queries", "keys"):
         for tile in tiles:
 
             def config(*facts, part=part, tile=tile) -> BackwardConfig:

@@ -20,6 +20,12 @@ from .wan import WanBlock, WanConfig, WanModel
 ABOUT = "Wan2.1-shaped text-to-video transformer, trained on procedural videos (miniature/README.md)"
 DIT_FILE = "wan_miniature_dit.safetensors"
 EMPTY = -1
+MATRICES = {"q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.2.weight"}
+
+
+def is_block_matrix(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon trains this parameter: the matrices of the blocks."""
+    return name.startswith("blocks") and name.split(".", 2)[2].split("attn.")[-1] in MATRICES
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,7 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
         model.load_state_dict(load_file(args.dit_start))
     if args.compile:
         model.run_block = torch.compile(WanBlock.forward, dynamic=False)
-    matrices = {"q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.2.weight"}
-    optimiser = Optimiser(
-        model,
-        lambda name, p: name.startswith("blocks") and name.split(".", 2)[2].split("attn.")[-1] in matrices,
-        muon_lr=args.muon_lr,
-        adam_lr=args.adam_lr,
-        hold=0.5,
-    )
+    optimiser = Optimiser(model, is_block_matrix, muon_lr=args.muon_lr, adam_lr=args.adam_lr, hold=0.5)
     average = Average(model, 0.999)
     judge = WanModel(config).to(device).eval()
 

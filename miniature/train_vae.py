@@ -72,7 +72,8 @@ def choose_kernels(device: torch.device, compile_: bool) -> str:
     return f"{name} (3-D {seconds[False] * 1e3:.1f} ms, stacked {seconds[True] * 1e3:.1f} ms)"
 
 
-def _is_hidden_convolution(name: str, p: torch.Tensor) -> bool:
+def is_hidden_convolution(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon trains this parameter of a VAE: convolutions but those to and from pixels."""
     return p.ndim >= 4 and min(p.shape[:2]) > 3
 
 
@@ -86,7 +87,7 @@ def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device)
     bank = videos.simulate(scenes, frames=world[0], height=world[1], width=world[2], seed=args.seed).to(device)
 
     vae = WanVAE(args.vae_dim).to(device)
-    optimiser = Optimiser(vae, _is_hidden_convolution, muon_lr=args.vae_lr, adam_lr=args.vae_lr, hold=0.4)
+    optimiser = Optimiser(vae, is_hidden_convolution, muon_lr=args.vae_lr, adam_lr=args.vae_lr, hold=0.4)
     average = Average(vae, 0.998)
     out = Path(args.out)
     saved = printed = time.monotonic()

@@ -7,7 +7,7 @@ from cards import CARDS, assert_fits
 
 from sla2_kernels import K_BLOCK, Q_BLOCK
 
-BACKWARD = {"_row_statistics", "_linear_queries", "_linear_sums", "_linear_keys", "_query_gradient", "_key_gradient"}
+BACKWARD = {"_linear_queries", "_linear_sums", "_linear_keys", "_query_gradient", "_key_gradient"}
 
 
 SPILL = 256
