@@ -10,9 +10,10 @@ from tooling.paths import ROOT
 
 from .plot import part_plot
 from .results import RESULTS, load
-from .table import markdown, step_markdown
+from .table import calls_markdown, markdown, step_markdown
 
 NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
+NO_CALLS = "MiniMax H3, LTX-2, HunyuanVideo and others [run too](#supported-models); no full step of theirs has been timed yet."
 PLOTS = {
     "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",
     "length": "Time of one attention call against the number of tokens",
@@ -33,6 +34,11 @@ def steps(folder=RESULTS):
     return [content for content in contents if content["rows"]]
 
 
+def calls(folder=RESULTS):
+    """Contents of the results files of benchmarks.comfyui_calls."""
+    return [load(path) for path in sorted(folder.glob("comfyui-calls-*.json"))]
+
+
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
@@ -49,17 +55,21 @@ def marks(part):
 
 def blocks():
     """{part of the README: what stands between its two marks}"""
-    return {"steps": step_block(steps()), "measured": call_block(measured())}
+    return {"steps": first_screen(steps(), calls()), "measured": details(measured(), steps(), calls())}
 
 
-def step_block(contents):
-    return "\n\n".join(map(step_markdown, contents)) or NOTHING
+def first_screen(step_contents, call_contents):
+    """One table: the models that most people run where they were timed, else Wan alone."""
+    if call_contents:
+        return "\n\n".join(map(calls_markdown, call_contents))
+    return "\n\n".join([*map(step_markdown, step_contents), NO_CALLS]) if step_contents else NOTHING
 
 
-def call_block(contents):
-    """Pictures and tables of attention calls."""
+def details(contents, step_contents, call_contents):
+    """Pictures and tables of attention calls, and Wan's steps where the first screen has another table."""
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *pictures[1:]]) or NOTHING
+    further = map(step_markdown, step_contents) if call_contents else ()
+    return "\n\n".join([*pictures[:1], *map(markdown, contents), *further, *pictures[1:]]) or NOTHING
 
 
 def insert(text, part, content):

@@ -40,14 +40,14 @@ def test_the_first_screen_is_a_sentence_a_picture_a_table_and_two_commands():
     first, _ = (ROOT / "README.md").read_text(encoding="utf-8").split("```\n\n", 1)
     paragraphs = [part for part in first.split("\n\n") if not part.startswith("|")]
     assert paragraphs[0].startswith("# ") and paragraphs[1].count(". ") == 0 and "![" in paragraphs[2]
-    assert first.count("![") == 1 and readme.step_block(readme.steps()) in first
+    assert first.count("![") == 1 and readme.blocks()["steps"] in first
     assert first.endswith("```\npython demo.py\npython run_tests.py\n")
 
 
 def test_measured_results_become_picture_and_table(results):
     contents = readme.measured(results)
     assert contents == [load(results / "cpu.json")]
-    text = readme.call_block(contents)
+    text = readme.details(contents, [], [])
     assert text.startswith("![Time of one attention call against the number of tokens](docs/length.svg)\n\n| method |")
     assert "skips 75%" in text and readme.NOTHING not in text
     assert list(readme.plots(contents)) == ["length.svg"]
@@ -61,7 +61,7 @@ def test_measured_steps_become_a_table(tmp_path):
     facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
     save(tmp_path / "comfyui-step-a.json", {"environment": facts, "parts": {"tiny": {}}, "rows": rows})
     (content,) = readme.steps(tmp_path)
-    text = readme.step_block([content])
+    text = readme.first_screen([content], [])
     assert (
         "| dense | 3.00 s (1.0x) |\n| **SLA2**, skips 97% | 1.00 s (3.0x) |" in text and "at most 1.010 times" in text
     )
