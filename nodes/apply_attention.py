@@ -12,8 +12,17 @@ from .load_router import Router
 from .load_sla import SLAWeightsType
 from .runs.outcome import show_outcomes
 from .settings.presets import CUSTOM, NAMES, preset_named, preset_notes
-from .settings.schedule import parse_schedule
-from .settings.values import AUTOMATIC, BIT_WIDTHS, METHODS, RATIO_MODES, AttentionSettings, parse_layers
+from .settings.schedule import check_schedule, parse_schedule
+from .settings.values import (
+    AUTOMATIC,
+    BIT_WIDTHS,
+    METHODS,
+    RATIO_MODES,
+    AttentionSettings,
+    check_layers,
+    check_percents,
+    parse_layers,
+)
 
 RUN_DENSE, STOP = "run dense and say so", "stop"
 
@@ -93,6 +102,20 @@ class SLA2ApplyAttention(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, dense_layers=None, start_percent=None, end_percent=None, schedule=None, preset=CUSTOM):
+        """Refuses bad settings when the prompt is queued, before a model is loaded. None: a wire, whose value comes later.
+
+        ComfyUI shows a sentence that is raised once, on this node, and one that is returned for every input named here.
+        """
+        if dense_layers is not None:
+            check_layers(dense_layers)
+        if start_percent is not None and end_percent is not None:
+            check_percents(start_percent, end_percent)
+        if preset is not None and preset_named(preset) is None and schedule is not None:
+            check_schedule(schedule)
+        return True
 
     @classmethod
     def execute(

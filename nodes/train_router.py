@@ -82,11 +82,17 @@ class SLA2TrainRouter(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model):
-        """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
-        if hasattr(comfy.model_management, "in_training"):
+    def validate_inputs(cls, sparsities=None):
+        """Refuses the prompt before anything of it runs. sparsities: None where a wire brings them."""
+        if not hasattr(comfy.model_management, "in_training"):
+            return needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
+        if sparsities is None:
             return True
-        return needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
+        try:
+            parse_sparsities(sparsities)
+        except ValueError as error:
+            return str(error)  # ComfyUI shows it beside the one input that is named here
+        return True
 
     @classmethod
     def execute(

@@ -11,7 +11,7 @@ from ..attention.call import read_call, sizes_reason, unsupported_call_reason
 from ..attention.hook import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
 from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
+from ..settings.values import FULL_WIDTH, AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
@@ -166,7 +166,9 @@ def make_trainer(facts, sparsities, options, resume):
 def parse_sparsities(text):
     """ "0.97, 0.95, 0.90" -> (0.97, 0.95, 0.9). Raises ValueError with one sentence."""
     try:
-        sparsities = tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+        sparsities = tuple(
+            float(part) for part in text.translate(FULL_WIDTH).replace(";", ",").split(",") if part.strip()
+        )
     except ValueError:
         sparsities = ()
     if not sparsities or not all(0 < s < 1 for s in sparsities) or len(set(sparsities)) < len(sparsities):

@@ -9,19 +9,24 @@ const LAYERS = /^layers?\s+(.+)$/s;
 const VALUE = new RegExp(String.raw`^${NUMBER}(?:\s*->\s*${NUMBER})?$`);
 const LAYER_RANGE = /^(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?$/;
 const BLANKS_OF_PYTHON = /[\x1c-\x1f\x85]/g; // which JavaScript does not count as blank
+const FULL_WIDTH = { "，": ",", "、": ",", "；": ";", "：": ":", "％": "%" }; // as Chinese keyboards type them
 const SEPARATOR = /([^\S\n]*[;\n][;\s]*)/;
 
 // [{text, steps: [from, to], numbers: [first, last] step in place of steps or null, layers: Set or null,
 // sparsity: [at the first step, at the last] or null (dense), after}]
 // after: what stood between it and the next rule. Throws an Error of one sentence.
 export function parseSchedule(text, layerCount) {
-  const pieces = text.replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
+  const pieces = halfWidth(text).replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
   const rules = [];
   for (let n = 0; n < pieces.length; n += 2) {
     const part = pieces[n].trim();
     if (part) rules.push({ ...parseRule(part, layerCount), text: part, after: pieces[n + 1] ?? "" });
   }
   return rules;
+}
+
+function halfWidth(text) {
+  return text.replace(/[，、；：％]/g, (mark) => FULL_WIDTH[mark]);
 }
 
 function parseRule(part, layerCount) {
@@ -62,7 +67,7 @@ function parseValue(text) {
 // "0, 1, 28-29" -> Set {0, 1, 28, 29}; -1 is the last layer. As parse_layers of nodes/settings/values.py
 export function parseLayers(text, layerCount) {
   const layers = new Set();
-  for (const part of text.split(",").map((piece) => piece.trim()).filter(Boolean)) {
+  for (const part of halfWidth(text).split(",").map((piece) => piece.trim()).filter(Boolean)) {
     const found = LAYER_RANGE.exec(part);
     if (!found) throw new Error(`"${part}" is no layer or range of layers.`);
     const ends = [Number(found[1]), Number(found[2] ?? found[1])];
