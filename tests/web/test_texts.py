@@ -84,7 +84,12 @@ def test_translated_help_is_served_and_says_the_same(server, nodes, language, no
     assert mentioned(page, titles) == mentioned(original, english_titles)
 
 
-@pytest.mark.parametrize("language", TRANSLATED)
+@pytest.mark.parametrize("node", NODES)
+def test_an_english_page_gets_the_same_help_as_every_other(server, node):
+    assert served_help(server, f"{node}/en") == served_help(server, node), "run python -m tooling.locales"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_no_translation_is_left_of_a_page_that_is_gone(language):
     translated = {path.parent.name for path in (ROOT / "web" / "docs").glob(f"*/{language}.md")}
     assert translated == set(NODES)
