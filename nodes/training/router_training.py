@@ -14,7 +14,7 @@ from ..attention.run_dense import RunDense
 from ..attention.sparse_call import video_part
 from ..attention.video_tokens import DENSE_BY_NATURE
 from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
+from ..settings.values import FULL_WIDTH, AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
@@ -173,7 +173,9 @@ def make_trainer(facts, sparsities, options, resume):
 def parse_sparsities(text):
     """ "0.97, 0.95, 0.90" -> (0.97, 0.95, 0.9). Raises ValueError with one sentence."""
     try:
-        sparsities = tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+        sparsities = tuple(
+            float(part) for part in text.translate(FULL_WIDTH).replace(";", ",").split(",") if part.strip()
+        )
     except ValueError:
         sparsities = ()
     if not sparsities or not all(0 < s < 1 for s in sparsities) or len(set(sparsities)) < len(sparsities):

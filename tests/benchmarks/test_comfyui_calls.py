@@ -34,14 +34,20 @@ def test_real_sizes_have_the_tokens_that_they_name():
 def test_the_table_sets_each_variant_beside_the_default():
     rows = [
         {"part": "H3", "variant": comfyui_calls.BOUND, "seconds_per_step": 1.0, "attention_seconds": 0.0},
-        {"part": "H3", "variant": comfyui_calls.DENSE, "seconds_per_step": 4.0, "attention_seconds": 3.0},
+        {
+            "part": "H3",
+            "variant": comfyui_calls.DENSE,
+            "seconds_per_step": 4.0,
+            "attention_seconds": 3.0,
+            "peak_bytes": 2**30,
+        },
         {"part": "H3", "variant": "SLA2", "seconds_per_step": 1.25, "attention_seconds": 0.25, "peak_bytes": 2**31},
         {"part": "H3", "variant": "rival", "seconds_per_step": None, "failed": "RuntimeError: no kernel"},
     ]
     facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
     text = table.calls_markdown({"environment": facts, "parts": {"H3": {}, "crossover": {}}, "rows": rows})
     assert "| dense, ComfyUI's default | 4 s (1.00x), 3 s |" in text
-    assert "| **SLA2** | 1.25 s (3.20x), 0.25 s, 2.0 GiB |" in text
+    assert "| **SLA2** | 1.25 s (3.20x), 0.25 s |" in text and "at most 2.000 times dense" in text
     assert "| rival | - |" in text and "Failed: rival at H3: RuntimeError: no kernel." in text
 
 

@@ -9,6 +9,7 @@ import { showComparison } from "./comparison.js";
 import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered } from "./graph.js";
 import { takePlaces } from "./panel.js";
+import { setTranslations } from "./texts.js";
 import { chain } from "./widgets.js";
 
 // what an output of an executed node is drawn by
@@ -39,8 +40,15 @@ function restore(node) {
   if (output && !node.graph?.isSubgraph) DRAWN_OUTPUTS[node.comfyClass]?.(node, output);
 }
 
+async function loadTranslations() {
+  const language = app.extensionManager.setting.get("Comfy.Locale");
+  const answer = await api.fetchApi("/i18n");
+  if (answer.ok) setTranslations((await answer.json())[language]?.sla2 ?? {});
+}
+
 app.registerExtension({
   name: "SLA2.Nodes",
+  init: loadTranslations, // the page waits for it before it makes nodes
   setup() {
     for (const kind of Object.keys(DRAWN_EVENTS)) {
       api.addEventListener(`sla2.${kind}`, ({ detail }) => onEvent(kind, detail));
