@@ -25,29 +25,29 @@ from .support import capability, on_device
 from .triton_backend import Workspace, _head_groups
 
 
-def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
+def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
 
     Args:
         q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
-        key_blocks: int32 (B, H, T_m, n), the forward's selection. row_ratio: float32 (B, H, N), the forward's ratios.
+        key_blocks: int32 (B, H, T_m, n), the forward's selection. ratio: float32 (B, H, N), the forward's ratios.
         scale: softmax scale. linear_branch: False where the forward had none.
     """
     with on_device(q.device):
-        selected, row_ratio = key_blocks.flatten(0, 1).contiguous(), row_ratio.contiguous()
+        selected, ratio = key_blocks.flatten(0, 1).contiguous(), ratio.contiguous()
         blocks = block_count(k.shape[2], K_BLOCK)
         config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
-        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
-        k_mean = smooth(pool(k, K_BLOCK), k.shape[2], K_BLOCK)
+        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e)}
+        k_mean = smooth(pool(k, K_BLOCK), k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
         row_statistics(
-            q, k, v, grad_out, selected, row_ratio, shift, delta,
-            scale_log2=scales["scale_log2"], q_block=Q_BLOCK, block=K_BLOCK, config=config.statistics,
+            q, k, v, grad_out, selected, ratio, shift, delta,
+            scale_log2=scales["scale_log2"], config=config.statistics,
         )  # fmt: skip
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
-                q, k, v, grad_out, selected, row_ratio, delta, k_mean, grad_q, grad_k, grad_v, config.linear
+                q, k, v, grad_out, selected, ratio, delta, k_mean, grad_q, grad_k, grad_v, config.linear
             )
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
@@ -68,7 +68,7 @@ def _workspace_dtype(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _linear_branch(q, k, v, grad_out, selected, row_ratio, row_delta, k_mean, grad_q, grad_k, grad_v, config):
+def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q, grad_k, grad_v, config):
     """Writes the linear branch's gradients; returns the mean over tokens of its dK, float32 (B * H, D), and
     rowsum(dO O_l), float32 (B, H, N)."""
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
@@ -87,15 +87,12 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, row_delta, k_mean, gr
     product = product_config(capability(q.device), dtype.itemsize)
     # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
     factor = q_blocks / (blocks * K_BLOCK)
-    for heads in groups:
-        pack(k, v, k_mean, work, heads, K_BLOCK, "16bit", "16bit")
-        masked_sum(unselected, sums, query_sums, heads, product)
-        linear_queries(
-            q, grad_out, grad_q, query_sums, row_ratio, row_delta, weight, row_product, heads,
-            q_block=Q_BLOCK, config=config,
-        )  # fmt: skip
-        masked_sum(transposed, query_sums, sums, heads, product)
-        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, heads, factor=factor, block=K_BLOCK, config=config)
+    for group in groups:
+        pack(k, v, k_mean, work, group, "16bit", "16bit")
+        masked_sum(unselected, sums, query_sums, group, product)
+        linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, weight, row_product, group, config=config)
+        masked_sum(transposed, query_sums, sums, group, product)
+        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor, config=config)
     return tile_totals.sum(dim=1) / k.shape[2], row_product
 
 

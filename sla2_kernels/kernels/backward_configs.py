@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from .configs import Launchable
+
 
 @dataclass(frozen=True)
-class TileConfig:
+class TileConfig(Launchable):
     """rows: query rows of a tile; keys: key rows of a tile (at most one key block)."""
 
     rows: int
@@ -14,7 +16,7 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Launchable):
     """rows, keys: as in TileConfig. cols: columns of H at a time."""
 
     rows: int
