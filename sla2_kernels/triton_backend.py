@@ -12,7 +12,7 @@ import torch
 from .kernels import configs
 from .kernels.fitted_ratio import FittedRatio
 from .kernels.hopper import why_not_hopper_loop
-from .kernels.int8_attention import int8_sparse_attention
+from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
@@ -307,13 +307,13 @@ def _loop(t, s, work, group, scale_log2, v_channel):
         )  # fmt: skip
         return
     card, element_size = capability(t.q.device), t.q.element_size()
-    if s.linear:
+    if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
         linear_attention(t.q, work, t.out, t.block_ratio, t.ratio, group, config=config)
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
     if s.pv == "int8":
         int8_sparse_attention(
-            t.q, t.k.shape[2], t.out, work, v_channel, t.selected, t.ratio, group,
+            t.q, t.k.shape[2], t.out, work, v_channel, t.selected, t.block_ratio, t.ratio, group,
             ratio_kind=kind, scale_log2=scale_log2, config=config,
         )  # fmt: skip
         return

@@ -20,12 +20,14 @@ import triton.language as tl
 
 from ..router import K_BLOCK, block_count
 from .launch import launch
+from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE
 from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # 2^(7 - room) is 126.6, 2^7 is no INT8
 MOST_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+LINEAR_ROWS = 64  # of the linear branch, at a time
 MOST_SHIFT = tl.constexpr(31.0)  # of INT32
 LANES = tl.constexpr(4)  # threads that share a row's scores
 
@@ -117,15 +119,30 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "count"])
 def _int8_sparse_attention(
-    q, out, packed_k, k_scale, packed_v, v_exponent, v_channel, selected, ratio,
+    q, out, packed_k, k_scale, packed_v, v_exponent, v_channel, selected, sums, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
     rows, d = tile_rows(tile, TILE), tl.arange(0, D)
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
+    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h)
+    q_blocks, q_block = tl.cdiv(q_tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
+    if LINEAR_ROWS > 0:
+        # first, while the registers of the loop are free
+        h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
+        of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
+        for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
+            linear_rows(
+                q_plane, out_plane, ratio + bh * q_tokens, h, z, of_block,
+                tile_rows(tile * (TILE // LINEAR_ROWS) + part, LINEAR_ROWS),
+                q_stride_n, q_stride_d, out_stride_n, out_stride_d, q_tokens, D, block_ratio is None,
+            )  # fmt: skip
+        # other threads read it back
+        tl.debug_barrier()
     q_tile, q_scale = _quantize_queries(load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens))  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
@@ -137,7 +154,7 @@ def _int8_sparse_attention(
     acc = tl.zeros([TILE, D], dtype=tl.int32)
     row_max = tl.zeros([TILE], dtype=tl.float32)
     row_sum = tl.zeros([TILE, LANES], dtype=tl.float32)
-    selected += (bh * tl.cdiv(q_tokens, QUERY_BLOCK) + tile * TILE // QUERY_BLOCK) * count
+    selected += (bh * q_blocks + q_block) * count
     # the list ascends, so only its last block can be the ragged one: it comes first, and the loop needs no masks
     j = tl.load(selected + count - 1).to(tl.int64)
     acc, row_max, row_sum = _attend_block(
@@ -169,7 +186,7 @@ def _int8_sparse_attention(
     o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
     inside = rows < q_tokens
     ratio_at = ratio + bh * q_tokens + rows
-    out_at = tile_at(plane_of(out, bh, heads, out_stride_b, out_stride_h), rows, d, out_stride_n, out_stride_d)
+    out_at = tile_at(out_plane, rows, d, out_stride_n, out_stride_d)
     if RATIO_KIND == "none":
         row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
         mixed = o_sparse / norm[:, None]
@@ -192,17 +209,27 @@ def p_log2_range(count):
     return P_LOG2_RANGE - max(0, math.ceil(bits - 31))
 
 
-def int8_sparse_attention(q, k_tokens, out, work, v_channel, selected, ratio, group, *, ratio_kind, scale_log2, config):
+def takes_linear_branch(q):
+    """Whether the loop's programs compute the linear branch too: in 16 bit; float32's does not fit beside the loop."""
+    return q.element_size() == 2
+
+
+def int8_sparse_attention(
+    q, k_tokens, out, work, v_channel, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, config
+):
     """Writes out (B, H, N, D) and ratio (B, H, N) for the heads of slice ``group``.
 
     work: the packed key blocks (Workspace), V in INT8. v_channel: float32 (B * H, D), see value_channels.py. selected,
-    ratio_kind: as in sparse_attention().
+    ratio_kind: as in sparse_attention(). block_ratio: as in linear_attention(), which must run before where
+    takes_linear_branch() is False.
     """
     heads, tokens, head_dim = q.shape[1:]
     count = selected.shape[2]
     launch(
         _int8_sparse_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
-        q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, v_channel, selected, ratio,
-        *q.stride(), *out.stride(), heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
-        D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind, options=config.options,
+        q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, v_channel, selected,
+        work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
+        heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
+        D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
+        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
     )  # fmt: skip
