@@ -63,6 +63,10 @@ def _notes(content, rows):
             f"A call of SLA2 takes {min(launches)} to {max(launches)} launches, the host at most {most['host_ms']:.2f} ms; its error against float64 on Gaussian inputs is at most {max(errors):.3f}."
         )
     unlike = sorted({name for row in rows for name in row["other_instructions"]})
+    if not all(row["graph"] for row in rows):
+        lines.append(
+            "sol_attn is timed without a CUDA graph where its last block is ragged: none can be made of it there."
+        )
     if unlike:
         lines.append(f"*: the card itself would run other matrix instructions in {', '.join(unlike)}.")
     return lines

@@ -120,10 +120,12 @@ def mass_config(capability, element_size):
     return MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
 
 
-def pack_config(register_order):
-    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8."""
-    # 4 warps that take h_j in two parts need 168 registers a thread, so three such programs run at a time
-    return PackConfig(2, 4) if register_order else PackConfig(1, 8)
+def pack_config(pv, register_order, element_size):
+    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
+    if register_order:
+        # 4 warps that take h_j in two parts need 168 registers a thread, so three such programs run at a time
+        return PackConfig(2, 4)
+    return PackConfig(1, 4 if pv == "int8" and element_size == 2 else 8)
 
 
 def fit_config(element_size):
@@ -139,4 +141,4 @@ def product_config(capability, element_size):
         return ProductConfig(128, 256, 64, 8, 3)
     if _large_shared_memory(capability):
         return ProductConfig(128, 128, 64, 8, 3)
-    return ProductConfig(128, 128, 32, 4, 3)
+    return ProductConfig(128, 128, 32, 4, 4)

@@ -27,6 +27,7 @@ from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_ro
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # 2^(7 - room) is 126.6, 2^7 is no INT8
 MOST_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+HALVES = False
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MOST_SHIFT = tl.constexpr(31.0)  # of INT32
 LANES = tl.constexpr(4)  # threads that share a row's scores
@@ -79,6 +80,40 @@ def _attend_block(
     j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
     D: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
+    """One key block. RAGGED: the first block of a row, which may end before its 64 keys do."""
+    key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
+    scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
+    factor = q_scale * tl.load(k_scale + j)
+    exponent = tl.load(v_exponent + j)
+    valid = j * KEY_BLOCK + key < tokens
+    # any INT8_BIAS + S is above zero
+    highest = tl.max(tl.where(valid[None, :], scores, 0.0) if RAGGED else scores, axis=1)  # [rows]
+    block_max = (highest - INT8_BIAS) * factor + exponent
+    new_max = tl.ceil(block_max)
+    if not RAGGED:
+        new_max = tl.maximum(row_max, new_max)
+    slope = tl.minimum(factor, MOST_SLOPE)
+    largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
+    offset = largest_p - slope * highest
+    correction = tl.exp2(largest_p - _fma(slope, highest, offset))
+    p, block_sum = _probabilities(scores, slope, offset, correction, valid, RAGGED)
+    block_sum *= (correction * tl.exp2(-exponent))[:, None]
+
+    v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
+    if RAGGED:
+        acc, row_sum = tl.dot(p, v, out_dtype=tl.int32), block_sum
+    else:
+        shift = tl.minimum(new_max - row_max, MOST_SHIFT)
+        row_sum = row_sum * tl.exp2(-shift)[:, None] + block_sum
+        acc = tl.dot(p, v, acc=acc >> shift.to(tl.int32)[:, None], out_dtype=tl.int32)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def _attend_halves(
+    j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
+    D: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
     """One key block, in two halves of its keys. RAGGED: the first block of a row, which may end before its 64 keys do."""
     HALF: tl.constexpr = KEY_BLOCK // 2
     key, d = tl.arange(0, HALF), tl.arange(0, D)
@@ -123,7 +158,7 @@ def _int8_sparse_attention(
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
-    LINEAR_ROWS: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -177,10 +212,16 @@ def _int8_sparse_attention(
         # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
         for i in range(1, tl.maximum(count, 2)):
             j = tl.load(selected + i - 1).to(tl.int64)
-            acc, row_max, row_sum = _attend_block(
-                j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-                D, False,
-            )  # fmt: skip
+            if HALVES:
+                acc, row_max, row_sum = _attend_halves(
+                    j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
+                    D, False,
+                )  # fmt: skip
+            else:
+                acc, row_max, row_sum = _attend_block(
+                    j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
+                    D, False,
+                )  # fmt: skip
 
     norm = tl.sum(row_sum, axis=1)
     o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
@@ -231,5 +272,5 @@ def int8_sparse_attention(
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
-        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
+        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, HALVES=HALVES, options=config.options,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def pack(k, v, k_mean, work, group, qk, pv, v_channel=None, *, register_order=Fa
     linear = work.sums is not None
     if qk == "16bit" and not linear:
         return
-    config = configs.pack_config(register_order)
+    config = configs.pack_config(pv, register_order, v.element_size())
     launch(
         _pack, (block_count(tokens, K_BLOCK), group.stop - group.start),
         k, v, k_mean, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,

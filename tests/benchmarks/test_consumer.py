@@ -99,7 +99,7 @@ def row(method, setting, ms, sparsity=0.97, **fields):
     of_ours = {"relative_error": 0.03, "passed": True} if method == "sla2" else {}
     return {
         "part": "sm_89", "method": method, "setting": setting, "shape": "LTX-2", "sparsity": sparsity, "ms": ms,
-        "host_ms": 0.3, "launches": 13, "other_instructions": [],
+        "graph": method == "sla2", "host_ms": 0.3, "launches": 13, "other_instructions": [],
     } | of_ours | fields  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def test_the_table_compares_at_an_equal_share_and_marks_other_instructions():
     table = consumer_markdown({"environment": {"card": "H200"}, "rows": rows})
     assert "| sm_89 | **SLA2**, int8, fitted | 1.00 (2.00x) |" in table
     assert "| 0.90* |" in table and "other matrix instructions in _loop" in table
+    assert "without a CUDA graph" in table
     assert "| sol_attn, tau 1.3 | 3.00 |" in table and "No RTX card was timed" in table
 
 
