@@ -1,5 +1,7 @@
 """The table of benchmarks.consumer's results: another card's instructions, timed on an H100 or H200."""
 
+from .consumer_imitation import CARDS
+
 SETTINGS = (("sla2", "fitted"), ("sla2", "a ratio per head"), ("sol_attn", "equal share"), ("sol_attn", "tau 1.3"))
 TIMES = "fitted"  # the setting whose times are compared with sol_attn's
 
@@ -62,6 +64,13 @@ def _notes(content, rows):
         lines.append(
             f"A call of SLA2 takes {min(launches)} to {max(launches)} launches, the host at most {most['host_ms']:.2f} ms; its error against float64 on Gaussian inputs is at most {max(errors):.3f}."
         )
+    absent = [
+        f"sm_{arch} ({CARDS[arch].models})"
+        for arch in (80, 86, 89)
+        if f"sm_{arch}" not in {row["part"] for row in rows}
+    ]
+    if absent:
+        lines.append(f"Not timed with this build: the instructions of {' and '.join(absent)}.")
     unlike = sorted({name for row in rows for name in row["other_instructions"]})
     if not all(row["graph"] for row in rows):
         lines.append(

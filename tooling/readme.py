@@ -5,6 +5,7 @@ No number is typed there: a test compares the README with what this module would
 
 import sys
 
+from benchmarks.consumer_table import consumer_markdown
 from benchmarks.plot import part_plot
 from benchmarks.results import RESULTS, load
 from benchmarks.table import markdown, step_markdown
@@ -33,6 +34,12 @@ def steps(folder=RESULTS):
     return [content for content in contents if content["rows"]]
 
 
+def consumers(folder=RESULTS):
+    """Contents of the results files of benchmarks.consumer."""
+    contents = [load(path) for path in sorted(folder.glob("consumer-*.json"))]
+    return [content for content in contents if content["rows"]]
+
+
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
@@ -43,13 +50,14 @@ def plots(contents):
     return found
 
 
-def block(contents, step_contents=()):
+def block(contents, step_contents=(), consumer_contents=()):
     """What stands between the README's two marks."""
     if not contents and not step_contents:
         picture = f"![Dense and SLA2 side by side in one ComfyUI workflow]({PICTURE})"
         return f"{picture}\n\nNothing has been measured on a GPU yet, so no number stands here."
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *map(step_markdown, step_contents), *pictures[1:]])
+    tables = [*map(markdown, contents), *map(consumer_markdown, consumer_contents), *map(step_markdown, step_contents)]
+    return "\n\n".join([*pictures[:1], *tables, *pictures[1:]])
 
 
 def insert(text, content):
@@ -68,7 +76,9 @@ def main():
     for name, (svg, _) in drawn.items():
         (ROOT / "docs" / name).write_text(svg, encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents, steps())), encoding="utf-8")
+    readme.write_text(
+        insert(readme.read_text(encoding="utf-8"), block(contents, steps(), consumers())), encoding="utf-8"
+    )
     print(f"README.md: {len(contents)} measured cards; docs/: {', '.join(drawn) or 'no plots'}")
 
 

@@ -97,7 +97,7 @@ def loop_config(capability, qk, pv, head_dim, element_size):
         return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
     if pv == "int8":
         # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that
-        return LoopConfig(128, 4, 3)
+        return LoopConfig(128, 4, 2)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":

@@ -25,9 +25,8 @@ from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGN
 from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
-P_LOG2_ROOM = tl.constexpr(2.0**-6)  # 2^(7 - room) is 126.6, 2^7 is no INT8
+P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
 MOST_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
-HALVES = False
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MOST_SHIFT = tl.constexpr(31.0)  # of INT32
 LANES = tl.constexpr(4)  # threads that share a row's scores
@@ -109,56 +108,12 @@ def _attend_block(
     return acc, new_max, row_sum
 
 
-@triton.jit
-def _attend_halves(
-    j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
-    D: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """One key block, in two halves of its keys. RAGGED: the first block of a row, which may end before its 64 keys do."""
-    HALF: tl.constexpr = KEY_BLOCK // 2
-    key, d = tl.arange(0, HALF), tl.arange(0, D)
-    k_at = packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None]
-    first, last = _scores(q, k_at), _scores(q, k_at + HALF * D)
-    factor = q_scale * tl.load(k_scale + j)
-    exponent = tl.load(v_exponent + j)
-    valid_first, valid_last = j * KEY_BLOCK + key < tokens, j * KEY_BLOCK + HALF + key < tokens
-    if RAGGED:
-        # any INT8_BIAS + S is above zero
-        highest_first = tl.max(tl.where(valid_first[None, :], first, 0.0), axis=1)
-        highest_last = tl.max(tl.where(valid_last[None, :], last, 0.0), axis=1)
-    else:
-        highest_first, highest_last = tl.max(first, axis=1), tl.max(last, axis=1)
-    highest = tl.maximum(highest_first, highest_last)  # [rows]
-    block_max = (highest - INT8_BIAS) * factor + exponent
-    new_max = tl.ceil(block_max)
-    if not RAGGED:
-        new_max = tl.maximum(row_max, new_max)
-    slope = tl.minimum(factor, MOST_SLOPE)
-    largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
-    offset = largest_p - slope * highest
-    correction = tl.exp2(largest_p - _fma(slope, highest, offset))
-    p_first, sum_first = _probabilities(first, slope, offset, correction, valid_first, RAGGED)
-    p_last, sum_last = _probabilities(last, slope, offset, correction, valid_last, RAGGED)
-    block_sum = (sum_first + sum_last) * (correction * tl.exp2(-exponent))[:, None]
-
-    v_at = packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK
-    if RAGGED:
-        acc, row_sum = tl.dot(p_first, tl.load(v_at), out_dtype=tl.int32), block_sum
-    else:
-        shift = tl.minimum(new_max - row_max, MOST_SHIFT)
-        row_sum = row_sum * tl.exp2(-shift)[:, None] + block_sum
-        acc = tl.dot(p_first, tl.load(v_at), acc=acc >> shift.to(tl.int32)[:, None], out_dtype=tl.int32)
-    acc = tl.dot(p_last, tl.load(v_at + HALF), acc=acc, out_dtype=tl.int32)
-    return acc, new_max, row_sum
-
-
 @triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "count"])
 def _int8_sparse_attention(
     q, out, packed_k, k_scale, packed_v, v_exponent, v_channel, selected, sums, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
-    D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
-    LINEAR_ROWS: tl.constexpr, HALVES: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr, LINEAR_ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -193,35 +148,17 @@ def _int8_sparse_attention(
     # the list ascends, so only its last block can be the ragged one: it comes first, and the loop needs no masks
     j = tl.load(selected + count - 1).to(tl.int64)
     acc, row_max, row_sum = _attend_block(
-        j,
-        q_tile,
-        q_scale,
-        acc,
-        row_max,
-        row_sum,
-        packed_k,
-        k_scale,
-        packed_v,
-        v_exponent,
-        log2_range,
-        k_tokens,
-        D,
-        True,
-    )
+        j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
+        D, True,
+    )  # fmt: skip
     if SEVERAL:
         # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
         for i in range(1, tl.maximum(count, 2)):
             j = tl.load(selected + i - 1).to(tl.int64)
-            if HALVES:
-                acc, row_max, row_sum = _attend_halves(
-                    j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-                    D, False,
-                )  # fmt: skip
-            else:
-                acc, row_max, row_sum = _attend_block(
-                    j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-                    D, False,
-                )  # fmt: skip
+            acc, row_max, row_sum = _attend_block(
+                j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
+                D, False,
+            )  # fmt: skip
 
     norm = tl.sum(row_sum, axis=1)
     o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
@@ -272,5 +209,5 @@ def int8_sparse_attention(
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
-        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, HALVES=HALVES, options=config.options,
+        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
     )  # fmt: skip

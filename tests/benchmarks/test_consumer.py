@@ -111,7 +111,10 @@ def test_the_table_compares_at_an_equal_share_and_marks_other_instructions():
     table = consumer_markdown({"environment": {"card": "H200"}, "rows": rows})
     assert "| sm_89 | **SLA2**, int8, fitted | 1.00 (2.00x) |" in table
     assert "| 0.90* |" in table and "other matrix instructions in _loop" in table
-    assert "without a CUDA graph" in table
+    assert (
+        "without a CUDA graph" in table
+        and "Not timed with this build: the instructions of sm_80 (A100) and sm_86" in table
+    )
     assert "| sol_attn, tau 1.3 | 3.00 |" in table and "No RTX card was timed" in table
 
 

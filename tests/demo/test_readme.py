@@ -23,7 +23,9 @@ def results(tmp_path_factory):
 
 def test_the_readme_is_what_the_results_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.insert(text, readme.block(readme.measured(), readme.steps())) == text, "run: python -m tooling.readme"
+    assert readme.insert(text, readme.block(readme.measured(), readme.steps(), readme.consumers())) == text, (
+        "run: python -m tooling.readme"
+    )
 
 
 def test_the_plots_are_what_the_results_say():

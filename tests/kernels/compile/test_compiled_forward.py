@@ -28,16 +28,17 @@ CASES = (
     (FP32, 128, "int8", "learned", (86, 90, 100, 120)),
     (FP32, 128, "16bit", "estimated", (86, 90, 100)),
 )
+SPILLING = {"_int8_sparse_attention": 512, "_product_of_halves": 128}
 ODD = [card for card in CARDS if card.arch in (86, 120)]
 
 
 def spill_bar(card, dtype=BF16, kernel=""):
-    """Bytes per thread. float32: three TF32 products each. sm_90 and the INT8 loop: their tiles are the fastest on the
-    card, spilling or not."""
+    """Bytes per thread. float32: three TF32 products each. sm_90, the INT8 loop and the scores: their tiles are the fastest
+    on the card, spilling or not."""
     if dtype == FP32:
         return float("inf")
-    if kernel == "_int8_sparse_attention":
-        return 512
+    if kernel in SPILLING:
+        return SPILLING[kernel]
     return 1024 if card.capability == (9, 0) else 64
 
 
