@@ -1,6 +1,7 @@
 """The README's measured parts, written from benchmarks/results: python -m benchmarks.readme
 
-Two parts lie between marks: "steps", whole denoising steps, and "measured", attention calls. No number is typed there: a
+Three parts lie between marks: "steps", whole denoising steps, "measured", attention calls, and "cards", those in the
+instructions of RTX cards. No number is typed there: a
 test compares the README with what this module would write. Plots go to docs/.
 """
 
@@ -8,6 +9,7 @@ import sys
 
 from tooling.paths import ROOT
 
+from .consumer_table import consumer_markdown
 from .plot import part_plot
 from .results import RESULTS, load
 from .table import calls_markdown, markdown, step_markdown
@@ -39,6 +41,11 @@ def calls(folder=RESULTS):
     return [load(path) for path in sorted(folder.glob("comfyui-calls-*.json"))]
 
 
+def consumers(folder=RESULTS):
+    """Contents of the results files of benchmarks.consumer."""
+    return [load(path) for path in sorted(folder.glob("consumer-*.json"))]
+
+
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
@@ -55,7 +62,11 @@ def marks(part):
 
 def blocks():
     """{part of the README: what stands between its two marks}"""
-    return {"steps": first_screen(steps(), calls()), "measured": details(measured(), steps(), calls())}
+    return {
+        "steps": first_screen(steps(), calls()),
+        "measured": details(measured(), steps(), calls()),
+        "cards": "\n\n".join(map(consumer_markdown, consumers())) or NOTHING,
+    }
 
 
 def first_screen(step_contents, call_contents):

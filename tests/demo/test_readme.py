@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("part", ["steps", "measured"])
+@pytest.mark.parametrize("part", ["steps", "measured", "cards"])
 def test_the_readme_is_what_the_results_say(part):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.insert(text, part, readme.blocks()[part]) == text, "run: python -m benchmarks.readme"
