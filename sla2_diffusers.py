@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sla2_kernels import K_BLOCK, default_precision, sla2_attention, unsupported_reason
+from sla2_kernels import K_BLOCK, sla2_attention, unsupported_reason
 from sla2_kernels.arguments import checked_count, checked_sparsity
 from sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
 from sla2_kernels.forced_blocks import attended_keys
 from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
 from sla2_kernels.router import block_count, selected_block_count
-
-MODEL_FAMILY = "wan"
-VACE_FAMILY = "wan-vace"  # of routers that cover vace_blocks too, behind the blocks
+from sla2_kernels.support import resolve_precision
+from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_qkv, rotate
 
 logger = logging.getLogger("sla2")
 
@@ -79,14 +78,14 @@ class SLA2WanProcessor:
         if reason:
             return dense(reason)
         q, k, v = project_qkv(attn, hidden_states)
-        # the weights' own dtype says nothing of it: layerwise casting and quantised layers compute in another
+        # checked on q: with layerwise casting or quantised layers the weights' dtype is not the one that is computed in
         reason = unsupported_reason(q.device, q.dtype, q.shape[3], precision, self.settings.backend)
         if reason:
             return dense(reason)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         attend = functools.partial(self._attend, precision)
-        # processes that share a call must all go one way: there an error is raised
+        # processes that share a call must all take the same path, so there an error is raised instead of running dense
         if self._parallel_config is None:
             out, reason = self._attempt(attend, q, k, v)
             if reason:
@@ -103,7 +102,7 @@ class SLA2WanProcessor:
 
     @property
     def _parallel_config(self):
-        """Where diffusers keeps, on each processor, what enable_parallelism() was told; None in one process."""
+        """What enable_parallelism() was told, as diffusers stores it on each processor; None in a single process."""
         return getattr(self.dense, "_parallel_config", None)
 
     @_parallel_config.setter
@@ -112,7 +111,7 @@ class SLA2WanProcessor:
 
     @property
     def _attention_backend(self):
-        """Where diffusers keeps what set_attention_backend() was told: it is for the dense calls, and stays after undo()."""
+        """What set_attention_backend() was told, as diffusers stores it: used by the dense calls, and kept after undo()."""
         return self.dense._attention_backend
 
     @_attention_backend.setter
@@ -136,9 +135,12 @@ class SLA2WanProcessor:
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
         proj_q, proj_k, alpha = _of_heads(heads, *self._weights_on(q.device))
         options = {
-            "sparsity": self.settings.sparsity, "precision": precision, "layout": "BNHD",
-            "backend": self.settings.backend, "keep_diagonal": self.keep_diagonal,
-        }  # fmt: skip
+            "sparsity": self.settings.sparsity,
+            "precision": precision,
+            "layout": "BNHD",
+            "backend": self.settings.backend,
+            "keep_diagonal": self.keep_diagonal,
+        }
         if alpha is None and self._fits(q, k, v):
             out = self._fitted(q, k, v, proj_q, proj_k, options)
         else:
@@ -159,7 +161,7 @@ class SLA2WanProcessor:
 
     def _fitted(self, q, k, v, proj_q, proj_k, options):
         """Output of a call that fits its ratio, and is judged by rows that the fit did not see."""
-        # of the layer alone: the same video again has the same bits
+        # seeded by the layer alone: the same video again gives the same bits
         rows = sample_rows(q.shape[1], self.layer, q.device)
         found = fitted_attention(q, k, v, proj_q, proj_k, rows=rows, **options)
         judging = found.dense[:, :, FITTED_ROWS:], rows[FITTED_ROWS:]
@@ -195,7 +197,7 @@ class SLA2WanProcessor:
         placed = self._on_device.get(device)
         if placed is None:
             placed = tuple(None if t is None else t.to(device) for t in self.weights)
-            # a new dict, the former device's tensors gone: a thread of another device keeps what it was given
+            # replaced, not updated: frees the former device's tensors, and a thread of another device keeps those it holds
             self._on_device = {device: placed}
         return placed
 
@@ -212,22 +214,6 @@ def _of_heads(heads, proj_q, proj_k, alpha):
     return proj_q, proj_k, None if alpha is None else alpha[heads]
 
 
-def project_qkv(attn, x):
-    """q, k, v of a Wan self-attention as views (B, N, H, D), q and k normalised; x (B, N, C)."""
-    if getattr(attn, "fused_projections", False):
-        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-    else:
-        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    return tuple(t.unflatten(2, (attn.heads, -1)) for t in (attn.norm_q(q), attn.norm_k(k), v))
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of neighbouring pairs of x (B, N, H, D); cos and sin (1, N, 1, D) hold every angle twice."""
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
 @dataclass(frozen=True)
 class Settings:
     """Checked settings of apply_sla2; see there."""
@@ -239,7 +225,7 @@ class Settings:
     backend: str
 
     def precision_on(self, device):
-        return default_precision(device) if self.precision == "auto" else self.precision
+        return resolve_precision(self.precision, device)
 
 
 class SLA2Handle:
@@ -281,7 +267,7 @@ class SLA2Handle:
         return sum((layer.dense for layer in self.layers), Counter())
 
     def summary(self):
-        """A few lines for people: calls, achieved sparsity, measured error, and why calls ran dense."""
+        """A few readable lines: calls, achieved sparsity, measured error, and why calls ran dense."""
         total = self.sparse_calls + self.dense_calls
         lines = [f"{self.sparse_calls} of {total} self-attention calls ran sparse"]
         if self.sparsity is not None:

@@ -1,6 +1,6 @@
-"""What the operator's public functions refuse: one sentence that says which argument, what it is and what is expected.
+"""Argument checks of the operator's public functions: one sentence with the argument, its value and what is expected.
 
-The contents of tensors are read on the CPU only: on a GPU a check would wait for everything that was launched before.
+The contents of tensors are checked on the CPU only: on a GPU reading them would wait for all queued work.
 """
 
 import math
@@ -17,7 +17,7 @@ TOKENS_DIM = {"BHND": 2, "BNHD": 1}
 
 
 def check_options(layout, backend="auto", precision="16bit"):
-    """Raises ValueError where a name is none of those that exist."""
+    """Raises ValueError for a name that is not one of those listed above."""
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
     if precision not in PRECISIONS:
@@ -46,7 +46,7 @@ def checked_scale(scale, head_dim):
 
 
 def checked_count(name, value):
-    """value as an integer; raises ValueError where it is none."""
+    """value as an integer; raises ValueError for anything else."""
     if isinstance(value, int):
         return value
     try:
@@ -126,6 +126,24 @@ def check_alpha(alpha, heads):
             raise ValueError(f"alpha must lie in 0 to 1, but {lowest if not lowest >= 0 else highest:g} is among it.")
 
 
+def check_selection(q, k, proj_q, proj_k, layout, backend):
+    """What choosing key blocks needs: raises ValueError where q, k or the projections do not fit together."""
+    check_options(layout, backend)
+    check_inputs(layout, q=q, k=k)
+    check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], q.shape[3])
+
+
+def check_sample(rows, fitted):
+    """Raises ValueError unless rows are int32 (R,), R a power of two from 16, and ``fitted`` of them can decide a ratio."""
+    _check_tensor("rows", rows, "of int32, (R,)")
+    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] < 16 or rows.shape[0] & (rows.shape[0] - 1):
+        raise ValueError(
+            f"rows must be int32 (R,), R a power of two from 16, got {str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape)}."
+        )
+    if not 1 <= fitted <= rows.shape[0]:
+        raise ValueError(f"fitted must lie between 1 and the {rows.shape[0]} rows, got {fitted}.")
+
+
 def check_key_blocks(key_blocks, rows, key_block_count, device):
     """Raises ValueError unless key_blocks are distinct integers from 0 to key_block_count - 1, ``rows`` x n, on ``device``."""
     _check_tensor("key_blocks", key_blocks, f"of int32 or int64, {rows} x n")
@@ -155,7 +173,7 @@ def refuse_forward_mode(*tensors):
 
 
 def _number(value):
-    """value as a float, or None where it is no real number. Tensors and arrays of one element are numbers."""
+    """value as a float, or None where it is not a real number. Tensors and arrays of one element count as numbers."""
     if isinstance(value, (float, torch.SymFloat)):
         return value
     if isinstance(value, (str, bytes, bytearray)):
@@ -169,7 +187,7 @@ def _number(value):
 
 
 def _shown(value):
-    """What a sentence says it got: short, and on one line."""
+    """How an error message shows a value: short, and on one line."""
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
@@ -192,7 +210,7 @@ def _check_weight(name, tensor, shapes, expected):
 
 
 def _may_read(tensor):
-    """Whether a check may look at the contents: not on a GPU, nor where they are faked, batched by vmap or traced."""
+    """Whether a check may read the contents: not on a GPU, and not of a fake tensor, under vmap or while tracing."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -203,5 +221,5 @@ def _may_read(tensor):
 
 
 def _is_finite(tensor):
-    # one pass and no mask; only a sum that overflows asks for the second look
+    # a sum needs one pass and no mask; only where the sum itself overflows is the second check needed
     return math.isfinite(tensor.detach().float().sum()) or bool(torch.isfinite(tensor).all())

@@ -1,27 +1,50 @@
 """Key blocks that every query block attends beside the router's own choice: text, reference and pose tokens.
 
-Joint video models carry such tokens in front of the video's or behind them. The router picks among the key blocks that hold
-video alone; every block with one of the others in it is added, so each query block keeps the same number of blocks.
+Joint video models carry such tokens before the video's or after them. The router picks among the key blocks that hold nothing
+but video; every block with one of the other tokens in it is added, so each query block keeps the same number of blocks.
 """
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from .arguments import TOKENS_DIM, checked_count, checked_sparsity
-from .attention import check_selection, select_blocks
+from .arguments import TOKENS_DIM, check_selection, checked_count, checked_sparsity
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
+from .selection import select_blocks
 
 
-def forced_block_counts(tokens, front, back):
-    """(forced blocks at the front, free blocks, forced blocks at the back) of ``tokens`` keys, ``front`` and ``back`` exact."""
-    if front < 0 or back < 0 or front + back > tokens:
-        raise ValueError(f"front and back must be at least 0 and at most {tokens} together, got {front} and {back}.")
+class ForcedBlocks(NamedTuple):
+    """Key blocks of a sequence: forced ones at the start, those that the router picks from, forced ones at the end."""
+
+    prefix: int
+    free: int
+    suffix: int
+
+    def selected(self, sparsity):
+        """Number of key blocks that each query block attends; ``sparsity`` is the share of the free ones that is skipped."""
+        return self.prefix + (selected_block_count(sparsity, self.free) if self.free else 0) + self.suffix
+
+    def attended_keys(self, tokens, sparsity):
+        """Upper bound on the keys, of ``tokens``, that each query attends exactly.
+
+        The last block may be short. Where it is free, which queries picked it depends on the selection, and it counts as whole:
+        the share of skipped keys that follows is never overstated.
+        """
+        if not self.free:
+            return tokens
+        free_keys = ((self.prefix + self.free) * K_BLOCK if self.suffix else tokens) - self.prefix * K_BLOCK
+        return tokens - free_keys + min(selected_block_count(sparsity, self.free) * K_BLOCK, free_keys)
+
+
+def forced_block_counts(tokens, prefix, suffix):
+    """ForcedBlocks of ``tokens`` keys, of which the first ``prefix`` and the last ``suffix`` are attended by every query."""
+    if prefix < 0 or suffix < 0 or prefix + suffix > tokens:
+        raise ValueError(f"front and back must be at least 0 and at most {tokens} together, got {prefix} and {suffix}.")
     total = block_count(tokens, K_BLOCK)
-    first = block_count(front, K_BLOCK)
-    end = (tokens - back) // K_BLOCK if back else total
-    return (first, end - first, total - end) if end > first else (total, 0, 0)
+    first = block_count(prefix, K_BLOCK)
+    end = (tokens - suffix) // K_BLOCK if suffix else total
+    return ForcedBlocks(first, end - first, total - end) if end > first else ForcedBlocks(total, 0, 0)
 
 
 def select_with_forced_blocks(
@@ -53,29 +76,20 @@ def select_with_forced_blocks(
         raise ValueError(
             f"keep_diagonal needs as many keys between front and back as queries, got {keys - front - back} and {q.shape[axis]}."
         )
-    with torch.no_grad():  # a choice has no derivative: none is asked for, in forward mode neither
+    with torch.no_grad():  # a selection has no derivative, in forward mode either
         return torch.ops.sla2.select_with_forced_blocks(
             q, k, proj_q, proj_k, sparsity, front, back, layout == "BHND", backend, keep_diagonal
         )
 
 
 def selected_with_forced(tokens, sparsity, front, back):
-    """Number of key blocks of ``tokens`` keys that each query block attends."""
-    before, free, after = forced_block_counts(tokens, front, back)
-    return before + (selected_block_count(sparsity, free) if free else 0) + after
+    """Number of key blocks of ``tokens`` keys that each query block attends: n of :func:`select_with_forced_blocks`."""
+    return forced_block_counts(tokens, front, back).selected(sparsity)
 
 
 def attended_keys(tokens, sparsity, front=0, back=0):
-    """Number of keys that each query attends exactly, at most: of ``tokens`` keys, in the blocks of selected_with_forced.
-
-    The last block may be short. Where it is free, only the selection says which queries picked it, and it counts as whole:
-    what follows from this number never overstates the share that is skipped.
-    """
-    before, free, after = forced_block_counts(tokens, front, back)
-    if not free:
-        return tokens
-    free_keys = ((before + free) * K_BLOCK if after else tokens) - before * K_BLOCK
-    return tokens - free_keys + min(selected_block_count(sparsity, free) * K_BLOCK, free_keys)
+    """Upper bound on the keys that each query attends exactly: see :meth:`ForcedBlocks.attended_keys`."""
+    return forced_block_counts(tokens, front, back).attended_keys(tokens, sparsity)
 
 
 @torch.library.custom_op("sla2::select_with_forced_blocks", mutates_args=())
@@ -85,33 +99,34 @@ def _select(
     proj_q: Optional[Tensor],  # noqa: UP045  torch 2.6 derives an operator's schema from Optional only
     proj_k: Optional[Tensor],  # noqa: UP045
     sparsity: float,
-    front: int,
-    back: int,
+    prefix: int,
+    suffix: int,
     heads_first: bool,
     backend: str,
     keep_diagonal: bool = False,
 ) -> Tensor:
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    before, free, after = forced_block_counts(k.shape[2], front, back)
+    forced = forced_block_counts(k.shape[2], prefix, suffix)
     rows = (*q.shape[:2], block_count(q.shape[2], Q_BLOCK))
 
     def always(first, count):
         blocks = torch.arange(first, first + count, dtype=torch.int32, device=q.device)
         return blocks.expand(*rows, count)
 
-    if not free:
-        return always(0, before).contiguous()
-    # K's mean is subtracted before scoring: over the free keys instead of all it only moves a row's scores together
-    keys = k[:, :, before * K_BLOCK : None if not after else (before + free) * K_BLOCK]
-    diagonal = front - before * K_BLOCK if keep_diagonal else None
-    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, backend, diagonal) + before
-    return torch.cat([always(0, before), picked, always(before + free, after)], dim=-1)
+    if not forced.free:
+        return always(0, forced.prefix).contiguous()
+    end = forced.prefix + forced.free
+    # K's mean is subtracted before scoring: taken over the free keys alone it shifts all scores of a row equally
+    keys = k[:, :, forced.prefix * K_BLOCK : end * K_BLOCK if forced.suffix else None]
+    diagonal = prefix - forced.prefix * K_BLOCK if keep_diagonal else None
+    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, backend, diagonal) + forced.prefix
+    return torch.cat([always(0, forced.prefix), picked, always(end, forced.suffix)], dim=-1)
 
 
 @_select.register_fake
-def _(q, k, proj_q, proj_k, sparsity, front, back, heads_first, backend, keep_diagonal=False):
+def _(q, k, proj_q, proj_k, sparsity, prefix, suffix, heads_first, backend, keep_diagonal=False):
     tokens = 2 if heads_first else 1
-    count = selected_with_forced(k.shape[tokens], sparsity, front, back)
+    count = selected_with_forced(k.shape[tokens], sparsity, prefix, suffix)
     rows = (q.shape[0], q.shape[3 - tokens], block_count(q.shape[tokens], Q_BLOCK), count)
     return q.new_empty(rows, dtype=torch.int32)

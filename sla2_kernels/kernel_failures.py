@@ -1,7 +1,7 @@
 """Errors by which Triton, the compiler or the driver say that kernels cannot be built, loaded or started on a machine.
 
-Such an error is no fault of the call that met it, and every later call would meet it too: who can runs dense instead.
-Errors after which the GPU is lost to the process (an illegal address, a failed launch) are none of these.
+Such an error has nothing to do with the call that raised it, and every later call would raise it too: a caller that has dense
+attention uses that from then on. Errors that leave the GPU unusable (an illegal address, a failed launch) are not among these.
 """
 
 import subprocess
@@ -49,7 +49,7 @@ MESSAGES = (
 
 
 def kernel_failure_remedy(error):
-    """What helps, in words, where ``error`` says that kernels cannot be built, loaded or started; else None."""
+    """What the user can do about an error that says kernels cannot be built, loaded or started; None for other errors."""
     for kind, words, remedy in MESSAGES:
         if isinstance(error, kind) and words in str(error):
             return remedy.format(install=triton_install_command())

@@ -1,4 +1,4 @@
-"""Which sparse loop each call of the operator took, and why not a faster one: told to whoever watches in this thread."""
+"""Which sparse loop each call of the operator took, and why not a faster one: recorded by watch_loops() in the same thread."""
 
 import threading
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class Loop(NamedTuple):
     why_not_faster: str | None = None
 
 
-# beside the operator, of which a process has one even where it imported several copies of this package
+# kept on the torch namespace, which exists once per process even if several copies of this package are imported
 _watching = vars(torch.ops.sla2).setdefault("watching", threading.local())
 
 

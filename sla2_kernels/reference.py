@@ -1,13 +1,13 @@
-"""SLA2's forward pass, word for word, in float64: the definition that every other implementation is checked against.
+"""SLA2's forward pass, equation by equation, in float64: the definition that every other implementation is checked against.
 
-Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675, Eq. 13-16. No quantisation
-here: low-bit kernels are approximations of this page. It walks the query blocks one by one, so its memory grows with
-128 x M and not with N x M, and a few query blocks of a real model can be checked too.
+Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675, Eq. 13-16. There is no
+quantisation here: low-bit kernels approximate this. It goes through the query blocks one by one, so its memory grows with
+128 x M instead of N x M, and a few query blocks of a full-size model can be checked too.
 """
 
 import torch
 
-from .router import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count, resample_ratio, selected_block_count
+from .router import K_BLOCK, MIN_LINEAR_WEIGHT, Q_BLOCK, block_count, resample_ratio, selected_block_count
 
 
 def phi(x):
@@ -16,7 +16,7 @@ def phi(x):
 
 
 def pool(x, block):
-    """Means over blocks of ``block`` tokens, (B, H, N, D) -> (B, H, T, D); a ragged last block averages its live tokens."""
+    """Means over blocks of ``block`` tokens, (B, H, N, D) -> (B, H, T, D); a ragged last block averages its valid tokens."""
     return torch.stack([part.mean(dim=2) for part in x.split(block, dim=2)], dim=2)
 
 
@@ -79,7 +79,7 @@ def sla2_reference(
     else:
         shape = (*q.shape[:2], query_block_count, key_block_count)
         mask = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(-1, key_blocks.long(), True)
-    ratios = None if alpha is None else resample_ratio(alpha.double(), query_block_count)
+    block_ratio = None if alpha is None else resample_ratio(alpha.double(), query_block_count)
 
     phi_k = phi(k)
     k_means = pool(k, K_BLOCK)
@@ -104,16 +104,16 @@ def sla2_reference(
         z = phi_k_unselected.sum(dim=2)[..., None]
         phi_q = phi(q_i)
         similarity = phi_q @ z / phi_q.amax(dim=-1, keepdim=True) / (key_block_count * K_BLOCK)
-        has_linear = similarity >= LEAST_LINEAR_WEIGHT
+        has_linear = similarity >= MIN_LINEAR_WEIGHT
         o_linear = torch.where(has_linear, phi_q @ h, 0.0) / torch.where(has_linear, phi_q @ z, 1.0)
 
-        if ratios is None:
+        if block_ratio is None:
             selected_mass = logits.logsumexp(dim=-1)
             block_logits = q_i @ k_means.transpose(-1, -2) * scale + block_tokens.log()
             unselected_mass = block_logits.masked_fill(~unselected_blocks[..., None, :], -torch.inf).logsumexp(dim=-1)
             ratio = torch.sigmoid(selected_mass - unselected_mass).detach()
         else:
-            ratio = ratios[None, :, i, None].expand(q_i.shape[:3])
+            ratio = block_ratio[None, :, i, None].expand(q_i.shape[:3])
         ratio = torch.where(has_linear[..., 0], ratio, 1.0)
 
         outputs.append(ratio[..., None] * o_sparse + (1 - ratio[..., None]) * o_linear)

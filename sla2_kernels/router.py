@@ -13,8 +13,8 @@ Q_BLOCK = 128
 K_BLOCK = 64
 PARTS = 2**40
 # Below this mean of phi(q) phi(k) / max phi(q) over the unselected keys the linear branch has no weight, and the ratio is 1.
-# Far above what float32 and bfloat16 lose: no backend divides by what has vanished, and all decide alike.
-LEAST_LINEAR_WEIGHT = 2.0**-64
+# Far above the rounding error of float32 and bfloat16: no backend divides by a vanishing sum, and all decide alike.
+MIN_LINEAR_WEIGHT = 2.0**-64
 
 
 def block_count(tokens, block):
@@ -25,9 +25,23 @@ def block_count(tokens, block):
 
 def selected_block_count(sparsity, key_block_count):
     """Selected key blocks per query block: max(1, floor((1 - sparsity) * T_n)). The 1e-6 keeps 0.9 * 10 from losing one."""
-    # in integers, of 2 ** -40: torch.compile adds no guard for a symbolic count of blocks, as it does for floats
+    # in integer multiples of 2 ** -40: with floats torch.compile would add a guard for a symbolic count of blocks
     kept = math.floor((1 - sparsity) * PARTS) * key_block_count
     return torch.sym_max(1, (kept + PARTS // 10**6) // PARTS)
+
+
+def compute_dtype(q):
+    """What plain torch computes in: float64 for float64 inputs, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def ratio_per_block(alpha, q):
+    """alpha as one mixing ratio per query block of q (B, H, N, D): (H, T_m) on q's device; None stays None."""
+    return (
+        None
+        if alpha is None
+        else resample_ratio(alpha.to(q.device, compute_dtype(q)), block_count(q.shape[2], Q_BLOCK))
+    )
 
 
 def resample_ratio(alpha, query_block_count):
@@ -47,7 +61,7 @@ def resample_ratio_gradient(grad_ratio, alpha_shape):
 
 def pool_blocks(x, block):
     """Means over blocks of ``block`` tokens, (B, H, N, D) -> (B, H, T, D) float32 (float64 for float64)."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(x)
     full = x.shape[2] // block
     pooled = x[:, :, : full * block].unflatten(2, (full, block)).mean(dim=3, dtype=dtype) if full else None
     if full * block == x.shape[2]:
@@ -57,10 +71,10 @@ def pool_blocks(x, block):
 
 
 def mean_from_pools(pooled, tokens, block):
-    """Mean over all tokens, (B, H, T, D) block means -> (B, H, 1, D), weighting a ragged last block by its live tokens."""
-    live = torch.full((pooled.shape[2], 1), float(block), dtype=pooled.dtype, device=pooled.device)
-    live[-1] = tokens - (pooled.shape[2] - 1) * block
-    return (pooled * live).sum(dim=2, keepdim=True) / tokens
+    """Mean over all tokens, (B, H, T, D) block means -> (B, H, 1, D), weighting a ragged last block by its valid tokens."""
+    valid = torch.full((pooled.shape[2], 1), float(block), dtype=pooled.dtype, device=pooled.device)
+    valid[-1] = tokens - (pooled.shape[2] - 1) * block
+    return (pooled * valid).sum(dim=2, keepdim=True) / tokens
 
 
 def project(pooled, proj):
@@ -81,6 +95,15 @@ def top_k_blocks(scores, count):
     """Indices of the ``count`` largest scores of each row, ascending, int32; of equal scores the lowest index wins."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return order.sort(dim=-1).values.to(torch.int32)
+
+
+def route(q, k, proj_q, proj_k, count, diagonal=None):
+    """The router's choice, int32 (B, H, T_m, count), ascending; what triton_backend.route() does in Triton.
+
+    diagonal: position among the keys of the first query's own key, or None; see with_diagonal().
+    """
+    scores = router_scores(q, k, proj_q, proj_k)
+    return top_k_blocks(scores if diagonal is None else with_diagonal(scores, diagonal), count)
 
 
 def own_key_blocks(query_blocks, key_block_count, first=0):

@@ -1,6 +1,6 @@
-"""Attention over a sequence that is split among processes: while it runs, each has all tokens of a share of the heads.
+"""Attention over a sequence that is split among processes: each process computes a share of the heads over all tokens.
 
-Heads need nothing from each other, so two all-to-all exchanges are all it takes, and the result is that of one process.
+Heads are independent, so two all-to-all exchanges are enough, and the result is that of a single process.
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
@@ -35,7 +35,7 @@ def sequence_parallel_attention(q, k, v, attend, group=None):
             f"{processes} processes cannot share {heads} heads equally: use a number that divides {heads}."
         )
     share = heads // processes
-    # token before batch: what arrives is then one sequence, and q, k and v are views of it
+    # token before batch: the received parts then form one sequence, and q, k and v are views of it
     sent = q.new_empty(processes, tokens, batch, 3, share, head_dim)
     for place, x in enumerate((q, k, v)):
         sent[:, :, :, place] = x.unflatten(2, (processes, share)).permute(2, 1, 0, 3, 4)

@@ -6,11 +6,13 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
 PRECISIONS = ("16bit", "int8", "fp8")
 BACKENDS = ("auto", "triton", "torch")
+MINIMUM_TOKENS = 8192  # below it routing costs more than sparse attention saves
 HEAD_DIMS = (32, 64, 128)
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 2)
@@ -64,12 +66,17 @@ def has_fp8(device):
 
 
 def default_precision(device):
-    """What "auto" bit width means on ``device``: INT8 where the card has fast INT8 matrix units, FP8 on sm_100, else 16 bit."""
+    """What precision "auto" means on ``device``: INT8 where the card has fast INT8 matrix units, FP8 on sm_100, else 16 bit."""
     device = torch.device(device)
     if device.type != "cuda":
         return "16bit"
     # sm_100 (B200) dropped the fast INT8 matrix instruction; RTX 50 cards (sm_120) kept it
     return "fp8" if capability(device)[0] == 10 else "int8"
+
+
+def resolve_precision(precision, device):
+    """A precision of sla2_attention for "auto" too: what is fastest on ``device``."""
+    return default_precision(device) if precision == "auto" else precision
 
 
 def triton_install_command():
@@ -170,15 +177,21 @@ def unsupported_reason(device, dtype, head_dim, precision="int8", backend="auto"
     return triton_reason(device, dtype, head_dim, precision)
 
 
+class Backend(NamedTuple):
+    """What computes a call. name: "triton" or "torch". why_not_triton: None for Triton, else one sentence."""
+
+    name: str
+    why_not_triton: str | None = None
+
+
 def resolve_backend(backend, device, dtype, head_dim, precision):
-    """ "auto" -> "triton" or "torch". Raises ValueError where an explicit "triton" cannot run: it never falls back."""
-    if backend == "torch":
-        return "torch"
-    if backend == "auto" and device.type == "cpu":
-        return "torch"
+    """The Backend that takes a call. Raises ValueError where an explicit "triton" cannot run: it never falls back."""
     reason = triton_reason(device, dtype, head_dim, precision)
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return Backend("torch", reason or 'backend "torch" was asked for')
     if reason is None:
-        return "triton"
+        return Backend("triton")
+    # a card without FP8 would silently get another precision than the one asked for
     if backend == "triton" or (precision == "fp8" and reason.startswith("precision")):
         raise ValueError(f"sla2_attention cannot run: {reason}.")
-    return "torch"
+    return Backend("torch", reason)

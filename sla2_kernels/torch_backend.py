@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import quantization as quant
-from .router import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count
+from .router import K_BLOCK, MIN_LINEAR_WEIGHT, Q_BLOCK, block_count, compute_dtype
 
 CHUNK_BYTES = 256 * 2**20
 
@@ -19,7 +19,7 @@ CHUNK_BYTES = 256 * 2**20
 class Head:
     """One head in blocks: q (T_m, 128, D), k, smoothed, and v (T_n, 64, D), each also as the low-bit formats see it.
 
-    live (T_n, 64): False on the padding of the last block. selected: (T_m, n). sums: (T_n, D, D + 1), None where there is
+    valid (T_n, 64): False on the padding of the last block. selected: (T_m, n). sums: (T_n, D, D + 1), None where there is
     no linear branch: it was not asked for, or every block is selected.
     """
 
@@ -29,7 +29,7 @@ class Head:
     q_low: torch.Tensor
     k_low: torch.Tensor
     v_low: torch.Tensor
-    live: torch.Tensor
+    valid: torch.Tensor
     k_means: torch.Tensor
     sums: torch.Tensor | None
     selected: torch.Tensor
@@ -58,9 +58,9 @@ def _quantize(q_blocks, k_blocks, v_blocks, precision):
     return q_blocks, k_blocks, v_blocks
 
 
-def _linear_sums(k_blocks, v_blocks, live):
+def _linear_sums(k_blocks, v_blocks, valid):
     """Per key block h_j = phi(K_j)^T V_j beside z_j = column sums of phi(K_j): (T_n, D, D + 1)."""
-    phi_k = k_blocks.softmax(dim=-1) * live[..., None]
+    phi_k = k_blocks.softmax(dim=-1) * valid[..., None]
     values_and_one = torch.cat([v_blocks, torch.ones_like(v_blocks[..., :1])], dim=-1)
     return phi_k.transpose(1, 2) @ values_and_one
 
@@ -69,12 +69,12 @@ def prepare_head(q, k, v, selected, precision, linear_branch=True):
     """Head of q (N, D), k and v (M, D)."""
     k = k - k.mean(dim=0, keepdim=True)
     q_blocks, k_blocks, v_blocks = blocks_of(q, Q_BLOCK), blocks_of(k, K_BLOCK), blocks_of(v, K_BLOCK)
-    live = blocks_of(torch.ones_like(k[:, :1]), K_BLOCK)[..., 0].bool()
-    k_means = k_blocks.sum(dim=1) / live.sum(dim=1, keepdim=True)
+    valid = blocks_of(torch.ones_like(k[:, :1]), K_BLOCK)[..., 0].bool()
+    k_means = k_blocks.sum(dim=1) / valid.sum(dim=1, keepdim=True)
     linear = linear_branch and selected.shape[1] < k_blocks.shape[0]
-    sums = _linear_sums(k_blocks, v_blocks, live) if linear else None
+    sums = _linear_sums(k_blocks, v_blocks, valid) if linear else None
     low = _quantize(q_blocks, k_blocks, v_blocks, precision)
-    return Head(q_blocks, k_blocks, v_blocks, *low, live, k_means, sums, selected)
+    return Head(q_blocks, k_blocks, v_blocks, *low, valid, k_means, sums, selected)
 
 
 def chunks(head):
@@ -87,9 +87,9 @@ def chunks(head):
     return [slice(start, start + step) for start in range(0, len(head.q_blocks), step)]
 
 
-def softmax_numerators(q, keys, live, scale):
+def softmax_numerators(q, keys, valid, scale):
     """(exp(S - row maximum) (C, 128, n * 64), row maximum, row sum) of q (C, 128, D) over gathered keys (C, n * 64, D)."""
-    logits = (q @ keys.transpose(1, 2) * scale).masked_fill(~live[:, None, :], -torch.inf)
+    logits = (q @ keys.transpose(1, 2) * scale).masked_fill(~valid[:, None, :], -torch.inf)
     row_max = logits.amax(dim=-1, keepdim=True)
     p = torch.exp(logits - row_max)
     return p, row_max, p.sum(dim=-1, keepdim=True)
@@ -106,16 +106,16 @@ def linear_parts(q, unselected, sums):
     phi_q = q.softmax(dim=-1)
     found = phi_q @ h_and_z
     norm = found[..., -1:]
-    least = LEAST_LINEAR_WEIGHT * len(sums) * K_BLOCK
+    least = MIN_LINEAR_WEIGHT * len(sums) * K_BLOCK
     # not "norm >= least", which would take a NaN for no weight
     has_weight = ~(norm < least * phi_q.amax(dim=-1, keepdim=True))
     norm = norm.where(has_weight, 1.0)
     return found[..., :-1] / norm, norm, has_weight
 
 
-def estimated_ratio(q, k_means, live, unselected, scale, selected_log_mass):
+def estimated_ratio(q, k_means, valid, unselected, scale, selected_log_mass):
     """m_s / (m_s + m_u): m_s from the log-sum-exp, m_u from one mean key per unselected block (facts: estimated alpha)."""
-    logits = q @ k_means.T * scale + live.sum(dim=1).to(q.dtype).log()
+    logits = q @ k_means.T * scale + valid.sum(dim=1).to(q.dtype).log()
     unselected_log_mass = logits.masked_fill(~unselected[:, None, :], -torch.inf).logsumexp(dim=-1)
     return torch.sigmoid(selected_log_mass - unselected_log_mass)
 
@@ -124,7 +124,7 @@ def _attend_chunk(head, rows, ratio, scale, low_bit):
     """One chunk of C query blocks of one head: out (C, 128, D), ratio (C, 128)."""
     selected, q = head.selected[rows], head.q_blocks[rows]
     keys, values = head.k_low[selected].flatten(1, 2), head.v_low[selected].flatten(1, 2)
-    p, row_max, row_sum = softmax_numerators(head.q_low[rows], keys, head.live[selected].flatten(1, 2), scale)
+    p, row_max, row_sum = softmax_numerators(head.q_low[rows], keys, head.valid[selected].flatten(1, 2), scale)
     o_sparse = (quant.fake_fp8_probabilities(p) if low_bit else p) @ values / row_sum
     if head.sums is None:
         return o_sparse, torch.ones_like(row_sum[..., 0])
@@ -133,7 +133,7 @@ def _attend_chunk(head, rows, ratio, scale, low_bit):
     o_linear, _, has_weight = linear_parts(q, unselected, head.sums)
     if ratio is None:
         log_mass = (row_max + row_sum.log())[..., 0]
-        row_ratio = estimated_ratio(q, head.k_means, head.live, unselected, scale, log_mass)
+        row_ratio = estimated_ratio(q, head.k_means, head.valid, unselected, scale, log_mass)
     else:
         row_ratio = ratio[:, None].expand(-1, Q_BLOCK)
     row_ratio = row_ratio.where(has_weight[..., 0], 1.0)
@@ -143,25 +143,21 @@ def _attend_chunk(head, rows, ratio, scale, low_bit):
 def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch):
     """One head: q (N, D), k and v (M, D), selected (T_m, n), ratio (T_m,) or None -> out (N, D), ratio (N,)."""
     head = prepare_head(q, k, v, selected, precision, linear_branch)
-    outputs, ratios = [], []
+    outputs, row_ratios = [], []
     for rows in chunks(head):
         out, row_ratio = _attend_chunk(head, rows, None if ratio is None else ratio[rows], scale, precision != "16bit")
         outputs.append(out.flatten(0, 1))
-        ratios.append(row_ratio.flatten())
-    return torch.cat(outputs)[: q.shape[0]], torch.cat(ratios)[: q.shape[0]]
-
-
-def compute_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+        row_ratios.append(row_ratio.flatten())
+    return torch.cat(outputs)[: q.shape[0]], torch.cat(row_ratios)[: q.shape[0]]
 
 
 @torch.no_grad()
-def attention(q, k, v, key_blocks, ratios, out, *, scale, precision, linear_branch=True):
+def attention(q, k, v, key_blocks, ratio, out, *, scale, precision, linear_branch=True):
     """SLA2 over BHND views, given the selection: fills out, returns the ratio of each query row.
 
     Args:
         q, out: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
-        key_blocks: (B, H, T_m, n) selected key blocks. ratios: (H, T_m) or (B, H, T_m), or None to estimate them.
+        key_blocks: (B, H, T_m, n) selected key blocks. ratio: (H, T_m) or (B, H, T_m), or None to estimate it per row.
         scale: softmax scale. precision: "16bit", "int8" or "fp8". linear_branch: False leaves it out.
 
     Returns:
@@ -173,7 +169,7 @@ def attention(q, k, v, key_blocks, ratios, out, *, scale, precision, linear_bran
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 head = (q[b, h].to(compute), k[b, h].to(compute), v[b, h].to(compute))
-                ratio = None if ratios is None else (ratios[h] if ratios.dim() == 2 else ratios[b, h]).to(compute)
-                found = _attend_head(*head, key_blocks[b, h].long(), ratio, scale, precision, linear_branch)
+                own = None if ratio is None else (ratio[h] if ratio.dim() == 2 else ratio[b, h]).to(compute)
+                found = _attend_head(*head, key_blocks[b, h].long(), own, scale, precision, linear_branch)
                 out[b, h], row_ratios[b, h] = found
     return row_ratios

@@ -7,7 +7,7 @@ import torch
 
 from . import quantization as quant
 from . import torch_backend
-from .router import K_BLOCK, Q_BLOCK
+from .router import K_BLOCK, Q_BLOCK, compute_dtype
 
 
 def _softmax_gradient(grad, softmax):
@@ -42,7 +42,7 @@ def _chunk_gradient(head, rows, ratio, grad, scale, totals, low_bit):
     """(gradient of the chunk's queries (C, 128, D), d loss / d ratio (C,)); gradients of K, V and the sums go into ``totals``."""
     selected, queries, low = head.selected[rows], head.q_blocks[rows], head.q_low[rows]
     keys, values = head.k_low[selected].flatten(1, 2), head.v_low[selected].flatten(1, 2)
-    p, row_max, row_sum = torch_backend.softmax_numerators(low, keys, head.live[selected].flatten(1, 2), scale)
+    p, row_max, row_sum = torch_backend.softmax_numerators(low, keys, head.valid[selected].flatten(1, 2), scale)
     sparse = (quant.fake_fp8_probabilities(p) if low_bit else p) @ values / row_sum
     if head.sums is None:
         grad_q = _sparse_gradient((sparse, p, row_sum, grad), selected, (low, keys, values), scale, totals, low_bit)
@@ -51,7 +51,7 @@ def _chunk_gradient(head, rows, ratio, grad, scale, totals, low_bit):
     o_linear, norm, has_weight = torch_backend.linear_parts(queries, unselected, head.sums)
     if ratio is None:
         log_mass = (row_max + row_sum.log())[..., 0]
-        share = torch_backend.estimated_ratio(queries, head.k_means, head.live, unselected, scale, log_mass)[..., None]
+        share = torch_backend.estimated_ratio(queries, head.k_means, head.valid, unselected, scale, log_mass)[..., None]
     else:
         share = ratio[:, None, None]
     share = share.where(has_weight, 1.0)
@@ -78,7 +78,7 @@ def _head_gradient(q, k, v, selected, ratio, grad, scale, precision, linear_bran
         phi_k = head.k_blocks.softmax(dim=-1)
         values_and_one = torch.cat([head.v_blocks, torch.ones_like(head.v_blocks[..., :1])], dim=-1)
         grad_phi = values_and_one @ totals["sums"].transpose(1, 2)
-        totals["k"] += _softmax_gradient(grad_phi, phi_k) * head.live[..., None]
+        totals["k"] += _softmax_gradient(grad_phi, phi_k) * head.valid[..., None]
         totals["v"] += phi_k @ totals["sums"][..., :-1]
     grad_k, grad_v = (totals[name].flatten(0, 1)[: k.shape[0]] for name in ("k", "v"))
     # K is smoothed: its mean is taken off
@@ -88,21 +88,21 @@ def _head_gradient(q, k, v, selected, ratio, grad, scale, precision, linear_bran
 
 @torch.no_grad()
 def attention_backward(
-    q, k, v, grad_out, key_blocks, ratios, grad_q, grad_k, grad_v, *, scale, precision, linear_branch=True
+    q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, precision, linear_branch=True
 ):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m).
 
-    ratios: (H, T_m), or None where they were estimated or there is no linear branch. Others as in torch_backend.attention.
+    ratio: (H, T_m), or None where it was estimated or there is no linear branch. The rest as in torch_backend.attention.
     """
-    compute = torch_backend.compute_dtype(q)
+    compute = compute_dtype(q)
     grad_ratio = torch.zeros(key_blocks.shape[:3], dtype=compute, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 tensors = [t[b, h].to(compute) for t in (q, k, v)]
-                ratio = None if ratios is None else ratios[h].to(compute)
+                own = None if ratio is None else ratio[h].to(compute)
                 selected, grad = key_blocks[b, h].long(), grad_out[b, h].to(compute)
-                found = _head_gradient(*tensors, selected, ratio, grad, scale, precision, linear_branch)
+                found = _head_gradient(*tensors, selected, own, grad, scale, precision, linear_branch)
                 for target, gradient in zip((grad_q[b, h], grad_k[b, h], grad_v[b, h]), found[:3], strict=True):
                     target.copy_(gradient)
                 grad_ratio[b, h] = found[3]

@@ -5,7 +5,7 @@ See kernels/fitted_ratio.py, which does the same in Triton, and reference.fitted
 
 import torch
 
-from .router import K_BLOCK, Q_BLOCK
+from .router import K_BLOCK, Q_BLOCK, compute_dtype
 
 
 def row_branches(q, k, v, selected, scale):
@@ -29,8 +29,8 @@ def row_branches(q, k, v, selected, scale):
 def fit(branches):
     """The ratio, in [0, 1], that brings the mix of these branches closest to dense attention: see row_branches().
 
-    Rows that are not finite say nothing. Where both branches agree any ratio is right: the rows' mean selected mass, or 0
-    where no row says anything.
+    Rows with NaN or infinity are ignored. Where both branches agree, any ratio is right, and the rows' mean selected mass is
+    returned, or 0 where no row is finite.
     """
     dense, o_sparse, o_linear, mass = branches
     to_sparse = o_sparse - o_linear
@@ -54,12 +54,12 @@ def fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale):
 
     q: (B, H, N, D); k, v: (B, H, M, D). rows: integers (R,), query rows; the first ``fitted`` of them decide the ratio.
     """
-    rows, compute = rows.long(), torch.float64 if q.dtype == torch.float64 else torch.float32
-    ratios = torch.empty(q.shape[:2], dtype=compute, device=q.device)
+    rows, compute = rows.long(), compute_dtype(q)
+    ratio = torch.empty(q.shape[:2], dtype=compute, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             head = (q[b, h, rows].to(compute), k[b, h].to(compute), v[b, h].to(compute))
             branches = row_branches(*head, selected_keys(key_blocks[b, h], rows, k.shape[2]), scale)
             dense[b, h] = branches[0]
-            ratios[b, h] = fit([part[:fitted] for part in branches])
-    return ratios
+            ratio[b, h] = fit([part[:fitted] for part in branches])
+    return ratio

@@ -7,14 +7,15 @@
 State is the caller's: nothing is kept between calls, any thread may call.
 """
 
-import torch
+import functools
+
 import torch.nn.functional as F
 
 from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count
-from .attention import RoutedBlocks, sla2_attention
-from .forced_blocks import select_with_forced_blocks
+from .attention import sla2_attention
+from .exact_ends import attend_video, with_exact_rows
 from .sla_v1 import sla_attention
-from .support import default_precision, unsupported_reason, without_autocast
+from .support import MINIMUM_TOKENS, resolve_precision, unsupported_reason
 
 
 def video_attention(
@@ -37,13 +38,13 @@ def video_attention(
     backend="auto",
     keep_diagonal=False,
 ):
-    """Self-attention of a video model: the video's tokens sparse, ``front`` and ``back`` others at the ends exact.
+    """Self-attention of a video model: the video's tokens sparse, the ``front`` and ``back`` tokens around them exact.
 
     Args:
         q, k, v: (B, H, N, D), or (B, N, H, D) with layout "BNHD"; equally many tokens.
         proj_q, proj_k, alpha: a layer of a router: ``layer.proj_q``, ``layer.proj_k``, ``weights.ratio(layer, sparsity)``.
-        front, back: tokens before and behind the video's: text, references, poses. All queries attend them, and their
-            queries attend everything.
+        front, back: number of tokens before and after the video's: text, references, poses. All queries attend them, and
+            their queries attend all keys.
         sparsity: share of the video's key blocks that is skipped, 0 to below 1.
         precision: "16bit", "int8", "fp8", or "auto": the fastest of the device.
         method: "sla2", "top-k only" (no linear part), or "sla" (SLA v1) with ``proj_l`` = (weight, bias) of the layer.
@@ -72,42 +73,42 @@ def video_attention(
         raise ValueError(
             f"front and back must be at least 0 and leave video tokens, got {front} and {back} of {tokens}."
         )
-    video = q.narrow(axis, front, tokens - front - back)
-    options = {
-        "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "layout": layout, "scale": scale, "backend": backend,
-        "keep_diagonal": keep_diagonal,
-        "precision": default_precision(q.device) if precision == "auto" else precision,
-    }  # fmt: skip
-    if front or back:
-        blocks = select_with_forced_blocks(
-            video, k, proj_q, proj_k, sparsity=sparsity, front=front, back=back, layout=layout, backend=backend,
-            keep_diagonal=keep_diagonal,
-        )  # fmt: skip
-        options["key_blocks"] = RoutedBlocks(blocks)
     if method == "sla2":
-        out = sla2_attention(video, k, v, alpha=alpha, **options)
+        attend = functools.partial(sla2_attention, alpha=alpha)
     else:
-        out = sla_attention(video, k, v, proj_l, **options)
-    if not (front or back):
-        return out
-    exact = dense or (lambda *tensors: _dense(*tensors, layout, scale))
-    parts = [exact(q.narrow(axis, 0, front), k, v)] if front else []
-    parts.append(out)
-    parts += [exact(q.narrow(axis, tokens - back, back), k, v)] if back else []
-    # under autocast the exact rows have its dtype, and joining the two 16-bit types would fail
-    with without_autocast(q.device):
-        return torch.cat([part.to(q.dtype) for part in parts], dim=axis)
+        attend = functools.partial(sla_attention, proj_l=proj_l)
+    out = attend_video(
+        attend,
+        q.narrow(axis, front, tokens - front - back),
+        k,
+        v,
+        key_prefix=front,
+        key_suffix=back,
+        proj_q=proj_q,
+        proj_k=proj_k,
+        sparsity=sparsity,
+        precision=resolve_precision(precision, q.device),
+        layout=layout,
+        scale=scale,
+        backend=backend,
+        keep_diagonal=keep_diagonal,
+    )
+    exact = dense or functools.partial(_dense, layout=layout, scale=scale)
+
+    def dense_rows(rows):
+        return exact(q.narrow(axis, rows.start, rows.stop - rows.start), k, v)
+
+    return with_exact_rows(out, dense_rows, tokens=tokens, prefix=front, suffix=back, axis=axis)
 
 
-def why_dense(q, *, layout="BHND", precision="auto", minimum_tokens=8192):
+def why_dense(q, *, layout="BHND", precision="auto", minimum_tokens=MINIMUM_TOKENS):
     """None, or one sentence why this call should run dense: too short to gain, or nothing fast can take it."""
     check_options(layout)
     check_dimensions("q", q, layout)
     tokens = q.shape[TOKENS_DIM[layout]]
     if tokens < minimum_tokens:
         return f"the sequence has {tokens} tokens, minimum_tokens is {minimum_tokens}"
-    precision = default_precision(q.device) if precision == "auto" else precision
-    return unsupported_reason(q.device, q.dtype, q.shape[-1], precision)
+    return unsupported_reason(q.device, q.dtype, q.shape[-1], resolve_precision(precision, q.device))
 
 
 def _dense(q, k, v, layout, scale):

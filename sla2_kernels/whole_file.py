@@ -1,4 +1,4 @@
-"""A file that gets its name when it is whole: nobody ever sees a part of it, whenever the process ends."""
+"""Atomic file writes: a file appears under its name only when it is complete, even if the process is killed half way."""
 
 import os
 import secrets
@@ -9,9 +9,9 @@ RENAMING_KEEPS = os.name == "nt"  # os.rename refuses a name that is taken
 def write_whole(path, write, *, overwrite=True):
     """``write(draft)`` makes the file under another name in the same folder; then it gets the name ``path``.
 
-    Raises OSError; FileExistsError where ``overwrite`` is False and somebody has that name, whose file stays.
+    Raises OSError; FileExistsError where ``overwrite`` is False and the file exists, which then stays.
     """
-    # the file behind a link is replaced, not the link
+    # a symbolic link stays a link: the file it points to is replaced
     path = os.path.realpath(path) if overwrite else os.fspath(path)
     draft = os.path.join(os.path.dirname(path), f"sla2-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,7 +37,7 @@ def _take_name(draft, path):
 
 
 def _rename_claimed(draft, path):
-    """Keeps others that save in this way off the name for a moment. A claim that a killed process left keeps it for good."""
+    """Reserves the name by a claim file while renaming. A claim left by a killed process blocks that name for good."""
     claim = f"{path}.claim"
     open(claim, "xb").close()
     try:

@@ -1,9 +1,10 @@
 """The operator's names. Inside ComfyUI both packages are parts of the pack; alone they lie side by side on the path."""
 
 if "." in __package__:
+    from ..sla2_kernels.forced_blocks import forced_block_counts
     from ..sla2_kernels.router import (
         K_BLOCK,
-        LEAST_LINEAR_WEIGHT,
+        MIN_LINEAR_WEIGHT,
         Q_BLOCK,
         block_count,
         mean_from_pools,
@@ -17,9 +18,10 @@ if "." in __package__:
     )
     from ..sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router
 else:
+    from sla2_kernels.forced_blocks import forced_block_counts
     from sla2_kernels.router import (
         K_BLOCK,
-        LEAST_LINEAR_WEIGHT,
+        MIN_LINEAR_WEIGHT,
         Q_BLOCK,
         block_count,
         mean_from_pools,
@@ -35,12 +37,13 @@ else:
 
 __all__ = [
     "K_BLOCK",
-    "LEAST_LINEAR_WEIGHT",
+    "MIN_LINEAR_WEIGHT",
     "Q_BLOCK",
     "RouterFileError",
     "RouterLayer",
     "RouterWeights",
     "block_count",
+    "forced_block_counts",
     "identity_router",
     "mean_from_pools",
     "own_key_blocks",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._kernels import K_BLOCK, LEAST_LINEAR_WEIGHT, Q_BLOCK, block_count
+from ._kernels import K_BLOCK, MIN_LINEAR_WEIGHT, Q_BLOCK, block_count
 
 FLOAT_BYTES = 4
 
@@ -23,7 +23,7 @@ class BlockSums:
     mass (G, r, T_n, 128), value (G, r, T_n, 128, D): see the module's page. row_max (G, r, 128).
     h (G, T_n, D, D), z (G, T_n, D): phi(K_j)^T V_j and the column sums of phi(K_j).
     mean_logits (G, r, 128, T_n): q . mean(K_j) * scale + log(tokens of block j), the estimate of a block's log mass.
-    phi_q (G, r, 128, D). target (G, r, 128, D): dense attention. live (G, r, 128): 0 on rows past a ragged end.
+    phi_q (G, r, 128, D). target (G, r, 128, D): dense attention. valid (G, r, 128): 0 on rows past a ragged end.
     """
 
     mass: Tensor
@@ -34,13 +34,13 @@ class BlockSums:
     mean_logits: Tensor
     phi_q: Tensor
     target: Tensor
-    live: Tensor
+    valid: Tensor
 
     def rows(self, part):
         """The BlockSums of some rows of every query block, ``part`` a slice of its 128."""
         return BlockSums(
             self.mass[..., part], self.value[..., part, :], self.row_max[..., part], self.h, self.z,
-            self.mean_logits[:, :, part], self.phi_q[:, :, part], self.target[:, :, part], self.live[..., part],
+            self.mean_logits[:, :, part], self.phi_q[:, :, part], self.target[:, :, part], self.valid[..., part],
         )  # fmt: skip
 
     def branches(self, mask):
@@ -54,7 +54,7 @@ class BlockSums:
         z = (rest.flatten(1, 2) @ self.z).unflatten(1, rest.shape[1:3])
         phi_q = self.phi_q[:, :, None]
         norm = phi_q @ z[..., None]
-        least = LEAST_LINEAR_WEIGHT * mask.shape[-1] * K_BLOCK * phi_q.amax(dim=-1, keepdim=True)
+        least = MIN_LINEAR_WEIGHT * mask.shape[-1] * K_BLOCK * phi_q.amax(dim=-1, keepdim=True)
         # without weight the ratio is 1: the same as O_s twice, of which no ratio is learned
         weightless = (norm < least) & (mask < 1).any(dim=-1)[..., None, None]
         o_linear = phi_q @ h / norm.where(norm >= least, 1.0)
@@ -85,12 +85,12 @@ class BlockSums:
 
     def squared_error(self, out):
         """Squared distance of outputs (G, r, S, 128, D) to dense attention per query block, (G, r, S)."""
-        difference = (out - self.target[:, :, None]) * self.live[:, :, None, :, None]
+        difference = (out - self.target[:, :, None]) * self.valid[:, :, None, :, None]
         return difference.square().sum(dim=(-2, -1))
 
     def energy(self):
         """Squared norm of the dense output per query block, (G, r)."""
-        return (self.target * self.live[..., None]).square().sum(dim=(-2, -1))
+        return (self.target * self.valid[..., None]).square().sum(dim=(-2, -1))
 
 
 def memory_of(tokens, head_dim):
@@ -120,8 +120,8 @@ def block_sums(q, k, v, pairs, query_blocks, scale):
     k_blocks = F.pad(k_pair, padding).unflatten(1, (blocks, K_BLOCK))
     v_blocks = F.pad(v_pair, padding).unflatten(1, (blocks, K_BLOCK))
     last = keys - (blocks - 1) * K_BLOCK
-    live_keys = torch.full((blocks, 1), float(K_BLOCK), device=q.device)
-    live_keys[-1] = last
+    valid_keys = torch.full((blocks, 1), float(K_BLOCK), device=q.device)
+    valid_keys[-1] = last
 
     phi_k = k_blocks.softmax(dim=-1)
     phi_k[:, -1, last:] = 0
@@ -129,8 +129,8 @@ def block_sums(q, k, v, pairs, query_blocks, scale):
     del phi_k
 
     shape = query_blocks.shape[1], Q_BLOCK
-    means = k_blocks.sum(dim=2) / live_keys
-    mean_logits = (q_rows.flatten(1, 2) @ means.transpose(1, 2) * scale + live_keys[:, 0].log()).unflatten(1, shape)
+    means = k_blocks.sum(dim=2) / valid_keys
+    mean_logits = (q_rows.flatten(1, 2) @ means.transpose(1, 2) * scale + valid_keys[:, 0].log()).unflatten(1, shape)
     logits = (q_rows.flatten(1, 2) @ k_blocks.flatten(1, 2).mul_(scale).transpose(1, 2)).unflatten(1, shape)
     logits[..., keys:] = -torch.inf
     row_max = logits.amax(dim=-1)
@@ -139,5 +139,5 @@ def block_sums(q, k, v, pairs, query_blocks, scale):
     # one query block at a time: a broadcast product would copy V for each of them
     value = torch.stack([p[:, i] @ v_blocks for i in range(shape[0])], dim=1)
     target = value.sum(dim=2) / mass.sum(dim=2)[..., None]
-    live = (rows < tokens).float()
-    return BlockSums(mass, value, row_max, h_sums, z_sums, mean_logits, q_rows.softmax(dim=-1), target, live)
+    valid = (rows < tokens).float()
+    return BlockSums(mass, value, row_max, h_sums, z_sums, mean_logits, q_rows.softmax(dim=-1), target, valid)

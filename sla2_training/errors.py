@@ -1,4 +1,4 @@
-"""What stops a training, in one sentence for the user."""
+"""The error that ends a training, with one sentence for the user."""
 
 
 class TrainingError(RuntimeError):

@@ -43,7 +43,7 @@ class LayerState:
         if self.gram is None:
             self.gram, self.right = torch.zeros_like(gram), torch.zeros_like(right)
             if self.alpha_logits is not None:
-                # a resumed ratio weighs as much as the steps that a full memory holds
+                # a resumed ratio counts as much as all the steps that a full memory holds
                 self.gram = gram / (1 - memory)
                 self.right = (self.gram @ torch.sigmoid(self.alpha_logits)[..., None])[..., 0]
         self.gram, self.right = memory * self.gram + gram, memory * self.right + right
@@ -62,7 +62,7 @@ def solved_ratios(gram, right):
     """Ratio logits (S, H, A) that solve the equations gram (S, H, A, A) @ ratio = right (S, H, A)."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
     tiny = torch.finfo(mean.dtype).tiny
-    # knots that no step has met yet stay near the others' mean
+    # knots that no step has covered yet stay near the mean of the others
     ridge = (RIDGE * mean).clamp_min(tiny)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     centre = right.sum(dim=-1) / gram.sum(dim=(-2, -1)).clamp_min(tiny)

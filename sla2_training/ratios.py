@@ -23,7 +23,7 @@ def with_trained_ratios(router, logits, sparsity, precision):
     """``router`` with other ratios at ``sparsity``; its projections and its ratios at other sparsities stay.
 
     logits: one (H, A) tensor per layer, or None where nothing was trained: such a layer stays as it was. A layer that had no
-    ratios before takes the trained ones at every sparsity. precision: bit width that they were trained at.
+    ratios before takes the trained ones at every sparsity. precision: that they were trained at.
     """
     had_ratios = any(layer.alpha_logits is not None for layer in router.layers)
     sparsities = sorted({*(router.sparsities if had_ratios else ()), sparsity})

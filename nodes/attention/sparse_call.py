@@ -1,19 +1,18 @@
-"""One self-attention call of a video model, computed: the video's queries sparse, those of other tokens dense.
+"""One self-attention call of a video model: the video's queries run sparse, those of text and references dense.
 
-Text, reference and pose tokens keep their exact share: their keys are attended by every query, their queries see every key.
+sla2_kernels/exact_ends.py is the same without ComfyUI; here are ComfyUI's layouts, and the ratio that a call fits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from ...sla2_kernels import K_BLOCK, sla2_attention
-from ...sla2_kernels.attention import RoutedBlocks
+from ...sla2_kernels import sla2_attention
+from ...sla2_kernels.exact_ends import attend_video, with_exact_rows
 from ...sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
-from ...sla2_kernels.forced_blocks import attended_keys, select_with_forced_blocks, selected_with_forced
-from ...sla2_kernels.router import block_count
+from ...sla2_kernels.forced_blocks import forced_block_counts
 from ...sla2_kernels.sla_v1 import sla_attention
-from ...sla2_kernels.support import without_autocast
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def video_part(request, exact):
 
 @dataclass(frozen=True)
 class ExactRows:
-    """Query rows of the video that a fitted call computed exactly and did not fit: what its output is judged by.
+    """Query rows of the video that a fitted call also computed exactly, but did not fit: its output is judged by them.
 
     rows: int32 (R,). dense: float32 (B, H, R, D). layout: of the output.
     """
@@ -63,45 +62,51 @@ class ExactRows:
         return squared_error(out, self.dense, self.rows)
 
 
+def forced_blocks(part, exact):
+    """ForcedBlocks of a call's keys: those around the video's that every query attends."""
+    return forced_block_counts(part.k.shape[part.token_axis], exact.key_front, exact.key_back)
+
+
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
     """(out, ratio, kept, keys, ExactRows or None): the video's queries attend ``kept`` of ``keys`` keys exactly.
 
     ratio: of each query row, float32 (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call
-    that keeps all blocks needs none.
+    that keeps all blocks has nothing to fit.
     """
-    proj_q, proj_k = weights.proj_q, weights.proj_k
-    keys = part.k.shape[part.token_axis]
-    kept = attended_keys(keys, sparsity, exact.key_front, exact.key_back)
-    leaves_a_block = selected_with_forced(keys, sparsity, exact.key_front, exact.key_back) < block_count(keys, K_BLOCK)
-    keep_diagonal = weights.keep_diagonal and part.queries_are_keys
-    selection = None
-    if exact.key_front or exact.key_back:
-        selected = select_with_forced_blocks(
-            part.q, part.k, proj_q, proj_k,
-            sparsity=sparsity, front=exact.key_front, back=exact.key_back, layout=part.layout,
-            keep_diagonal=keep_diagonal,
-        )  # fmt: skip
-        selection = RoutedBlocks(selected)
-    options = {
-        "proj_q": proj_q, "proj_k": proj_k, "sparsity": sparsity, "precision": precision, "scale": scale,
-        "layout": part.layout, "key_blocks": selection, "keep_diagonal": keep_diagonal,
-    }  # fmt: skip
-    if call_ratio is not None and call_ratio.number is not None and leaves_a_block:
-        out, ratio, judging = _fitted(part, call_ratio, options)
+    keys, forced = part.k.shape[part.token_axis], forced_blocks(part, exact)
+    kept = forced.attended_keys(keys, sparsity)
+    fits = call_ratio is not None and call_ratio.number is not None and forced.selected(sparsity) < sum(forced)
+    attend = functools.partial(
+        attend_video,
+        q=part.q,
+        k=part.k,
+        v=part.v,
+        key_prefix=exact.key_front,
+        key_suffix=exact.key_back,
+        proj_q=weights.proj_q,
+        proj_k=weights.proj_k,
+        sparsity=sparsity,
+        precision=precision,
+        scale=scale,
+        layout=part.layout,
+        keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
+    )
+    if fits:
+        out, ratio, judging = _fitted(part, call_ratio, attend)
         return out, ratio, kept, keys, judging
     if weights.linear_branch:
         alpha = weights.alpha if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
-        out, ratio = sla2_attention(part.q, part.k, part.v, alpha=alpha, return_alpha=True, **options)
+        out, ratio = attend(sla2_attention, alpha=alpha, return_alpha=True)
     else:
-        out, ratio = sla_attention(part.q, part.k, part.v, weights.proj_l, return_alpha=True, **options)
+        out, ratio = attend(sla_attention, proj_l=weights.proj_l, return_alpha=True)
     return out, ratio, kept, keys, None
 
 
-def _fitted(part, call_ratio, options):
-    """(out, ratio, ExactRows) of a call that fits its ratio, and keeps it for those that do not."""
+def _fitted(part, call_ratio, attend):
+    """(out, ratio, ExactRows) of a call that fits its ratio, and keeps it for the calls that do not."""
     tokens = part.q.shape[part.token_axis]
     rows = sample_rows(tokens, call_ratio.number, part.q.device)
-    found = fitted_attention(part.q, part.k, part.v, rows=rows, **options)
+    found = attend(fitted_attention, rows=rows)
     if call_ratio.kept is not None:
         call_ratio.kept.keep(found.ratio)
     judging = ExactRows(rows[FITTED_ROWS:], found.dense[:, :, FITTED_ROWS:], part.layout)
@@ -110,16 +115,15 @@ def _fitted(part, call_ratio, options):
 
 def with_dense_rows(out, request, exact, dense):
     """The whole call's output: ``out`` of the video's queries between the rows that ``dense`` computes exactly."""
-    out = out.flatten(2) if request.flat_output else out
-    axis = 1 if request.flat_output else 2
-    parts = [out]
-    if exact.query_front:
-        parts.insert(0, dense(slice(0, exact.query_front)))
-    if exact.query_back:
-        parts.append(dense(slice(request.tokens - exact.query_back, request.tokens)))
-    # under autocast the dense rows have its dtype, and joining the two 16-bit types would fail
-    with without_autocast(out.device):
-        return torch.cat([part.to(out.dtype) for part in parts], dim=axis) if len(parts) > 1 else out
+    flat = request.flat_output
+    return with_exact_rows(
+        out.flatten(2) if flat else out,
+        dense,
+        tokens=request.tokens,
+        prefix=exact.query_front,
+        suffix=exact.query_back,
+        axis=1 if flat else 2,
+    )
 
 
 def rows_of_call(args, kwargs, rows):

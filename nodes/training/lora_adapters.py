@@ -9,7 +9,7 @@ PARTS = ("lora_up", "lora_down")
 
 
 class SwitchedLora(WeightAdapterTrainBase):
-    """One layer's LoRA beside the weights, which may be of any kind, and which it can be left out from (on)."""
+    """One layer's LoRA, added to the output of weights of any kind; ``on`` switches it."""
 
     def __init__(self, lora):
         super().__init__()
@@ -40,9 +40,9 @@ class LoraAdapters:
                         self._add(f"diffusion_model.{block}.{name}", module)
 
     def _add(self, name, module):
-        # the shape alone counts, and a quantised weight's own may be another
+        # only the shape is used, and a quantised weight may be stored in another one
         shape = torch.empty(1).expand(module.out_features, module.in_features)
-        # alpha 1, as core's Train LoRA has it, so that learning rates mean the same
+        # alpha 1 as in core's Train LoRA, so that a learning rate means the same there and here
         adapter = SwitchedLora(adapter_maps["LoRA"].create_train(shape, rank=self.rank, alpha=1.0))
         self.adapters[name] = adapter
         self._manager.add_adapter(name, adapter)
@@ -82,5 +82,5 @@ class LoraAdapters:
                 )
             wanted[key].copy_(state[key])
         for name, adapter in self.adapters.items():
-            # a file without alpha means that its matrices are taken as they are
+            # a file without alpha: its matrices are used unscaled
             adapter.lora.alpha.fill_(float(state.get(f"{name}.alpha", self.rank)))

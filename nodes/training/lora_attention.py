@@ -5,21 +5,19 @@ from collections import Counter
 
 import torch
 
-from ...sla2_kernels import K_BLOCK, unsupported_reason
-from ...sla2_kernels.forced_blocks import selected_with_forced
-from ...sla2_kernels.router import block_count
 from ...sla2_training.ratios import logits_of_estimates, start_logits
-from ..attention.call import read_call
-from ..attention.hook import CALL, LAYER, OVERRIDE
+from ..attention.call import check_supported
 from ..attention.layer_weights import CallWeights
+from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
-from ..attention.sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from ..attention.run_dense import RunDense
+from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, video_part, with_dense_rows
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 
 
 class LoraAttention:
-    """What every marked self-attention call of a model runs through. It keeps no model: a copy is gone when it is dropped.
+    """Computes every marked self-attention call of a model that is trained. Holds no reference to the model.
 
     router: RouterWeights. sparsity, precision: as in sla2_attention. device: of the model. needs_start: True until
     start_ratios() where layers have no learned ratios; their calls estimate them.
@@ -77,37 +75,38 @@ class LoraAttention:
 
     def _attend(self, call, layer, below, args, kwargs):
         """One self-attention call, sparse as in SLA2 Apply Attention; one that cannot be is counted and runs dense."""
-        request, reason = read_call(args, kwargs)
-        exact = part = None
-        if reason is None:
-            request, exact, reason = call.hook.exact(call, request)
-        if reason is None:
+        try:
+            request, exact = call.read(args, kwargs)
             part = video_part(request, exact)
-            reason = self._reason(request, exact, part)
-        if reason is not None:
-            if not call.repeated:
-                self.untrained[reason] += 1
-            return below(*args, **kwargs)
+            self._check(request, exact, part)
+        except RunDense as found:
+            reason = found.reason
+        else:
+            return self._attend_sparse(call, layer, request, exact, part, below, args, kwargs)
+        if not call.repeated:
+            self.untrained[reason] += 1
+        return below(*args, **kwargs)
+
+    def _attend_sparse(self, call, layer, request, exact, part, below, args, kwargs):
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
             return below(*new_args, **new_kwargs)
 
         alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
-        out, ratio, *_ = sparse_video(
-            part, exact, CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal),
-            sparsity=self.sparsity, precision=self.precision, scale=request.scale,
-        )  # fmt: skip
+        weights = CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal)
+        options = {"sparsity": self.sparsity, "precision": self.precision, "scale": request.scale}
+        out, ratio, *_ = sparse_video(part, exact, weights, **options)
         if alpha is None and self.needs_start:
             self._estimates[layer].append(ratio)
         if not call.repeated:
             self.sparse_calls += 1
         return with_dense_rows(out, request, exact, dense_rows)
 
-    def _reason(self, request, exact, part):
-        """None, or one sentence why the call cannot run sparse, or would keep everything."""
-        keys = part.k.shape[part.token_axis]
-        blocks = block_count(keys, K_BLOCK)
-        if selected_with_forced(keys, self.sparsity, exact.key_front, exact.key_back) >= blocks:
-            return f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it"
-        return unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], self.precision)
+    def _check(self, request, exact, part):
+        """Raises RunDense where the call cannot run sparse, or would keep everything."""
+        forced = forced_blocks(part, exact)
+        if forced.selected(self.sparsity) >= sum(forced):
+            keys = part.k.shape[part.token_axis]
+            raise RunDense(f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it")
+        check_supported(request, self.precision)

@@ -25,6 +25,6 @@ def training_copy(model):
     copy = model.clone(force_deepcopy=True)
     copy.model.requires_grad_(False)
     if copy.model.get_dtype_inference() == torch.float16:
-        # small gradients vanish in float16
+        # small gradients underflow in float16
         copy.set_model_compute_dtype(torch.bfloat16)
     return copy

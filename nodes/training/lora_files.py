@@ -1,4 +1,4 @@
-"""What an ended LoRA training reached, as files where ComfyUI's loaders find them."""
+"""Saves what a LoRA training reached before it was stopped, where ComfyUI's loaders find it."""
 
 import logging
 import os
@@ -8,8 +8,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from ...sla2_kernels.whole_file import write_whole
-from ..load_router import FOLDER
-from ..save_router import save_numbered, save_router
+from .router_files import FOLDER, save_numbered, save_router
 
 logger = logging.getLogger("sla2")
 
@@ -32,7 +31,7 @@ def save_lora(state, stem):
 
 
 def save_both(lora, router, family):
-    """Saves LoRA and router as <family>_lora_autosave_<number>_, each where the other cannot be; sentences that say where.
+    """Saves LoRA and router as <family>_lora_autosave_<number>_, independently of each other; returns sentences that say where.
 
     lora, router: functions that make a LORA_MODEL and a RouterWeights of what is trained so far.
     """
@@ -40,8 +39,8 @@ def save_both(lora, router, family):
     for what, folder, save, make in (("LoRA", "loras", save_lora, lora), ("router", FOLDER, save_router, router)):
         try:
             sentences.append(f"The {what} is saved as {save(make(), stem)} in models/{folder}.")
-        except (ValueError, TypeError, RuntimeError) as error:  # the other one is still to be saved
-            # what ended the training is what the user has to be told first
+        except (ValueError, TypeError, RuntimeError) as error:  # the other file can still be saved
+            # only a clause here: the user is told first why the training ended
             sentences.append(f"The {what} is lost: {str(error).rstrip('.')}.")
             if not isinstance(error, ValueError):
                 logger.exception("SLA2 Train LoRA: the %s could not be made or saved", what)

@@ -46,7 +46,7 @@ class LoraSession:
         check_router(self.start_router, facts)
         self.attention = LoraAttention(self.start_router, plan.sparsity, plan.precision, model.load_device)
         self.model = self.attention.install(training_copy(model), facts.num_layers)
-        # nothing of this is a sampling to report
+        # a training is not a sampling run to report
         self.model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
         blocks = dict.fromkeys(".".join(path.split(".")[:2]) for path in facts.attention_paths)
         self.adapters = LoraAdapters(self.model.model, list(blocks), plan.rank, plan.settings.seed % 2**63)
@@ -103,10 +103,12 @@ class LoraSession:
 
     def train(self, positive, negative):
         """The whole training. Raises TrainingError where it cannot go on; what is done stays in lora() and router()."""
-        self.training = LoraTraining(
-            self.attention, self.adapters, self.plan.settings, self.videos,
-            lambda headline: self._say(headline, self.losses), self._advance, self._forget,
-        )  # fmt: skip
+
+        def say(headline):
+            self._say(headline, self.losses)
+
+        parts = self.attention, self.adapters, self.plan.settings, self.videos
+        self.training = LoraTraining(*parts, say, self._advance, self._forget)
         guider = TrainGuider(self.model)
         guider.inner_set_conds({"positive": positive, "negative": negative})
         shape = torch.zeros_like(self.videos[:1])
@@ -141,7 +143,7 @@ class LoraSession:
         return [torch.sigmoid(logits.detach()) for logits in self.attention.ratio_logits]
 
     def close(self):
-        """Lets go of the copied model: its layers refer to themselves, so only the collector finds them."""
+        """Frees the copied model. Its modules are in reference cycles, which only the garbage collector breaks."""
         self.model = self.attention = self.adapters = self.training = None
         gc.collect()
         comfy.model_management.soft_empty_cache()

@@ -59,7 +59,7 @@ class LoraTraining(comfy.samplers.Sampler):
         self.model, self.options = model_wrap.inner_model, extra_args["model_options"]
         self.conds = process_cond_list(model_wrap.conds)
         self.clean = self.model.process_latent_in(self.videos.to(noise.device, torch.float32))
-        # core's training guider, unlike its sampling one, leaves the current device as it is
+        # unlike its sampling guider, core's training guider does not set the current device
         with on_device(noise.device), self._prepared(model_wrap.model_patcher):
             self._train()
         return torch.zeros_like(noise)
@@ -136,7 +136,7 @@ class LoraTraining(comfy.samplers.Sampler):
         sampling = self.model.model_sampling
         sigma = torch.tensor([float(sampling.percent_to_sigma(1 - level))], device=clean.device)
         noisy = sampling.noise_scaling(sigma, noise, clean)
-        # where sigma is 1 nothing but (scaled) noise is left
+        # at sigma 1 only (scaled) noise is left
         all_noise = sampling.noise_scaling(torch.ones_like(sigma), noise, clean)
         return noisy, sigma, all_noise - clean
 

@@ -2,7 +2,7 @@
 
 from .loss_plot import smooth
 
-MOST_POINTS = 120
+MAX_POINTS = 120
 
 
 def loss_curves(losses):
@@ -12,7 +12,7 @@ def loss_curves(losses):
     """
     curves = [smooth(values) for values in losses.values() if values]
     steps = max(map(len, curves), default=0)
-    count = min(steps, MOST_POINTS)
+    count = min(steps, MAX_POINTS)
     at = [round(number * (steps - 1) / max(1, count - 1)) for number in range(count)]
     columns = [[curve[step] for curve in curves if step < len(curve)] for step in at]
     return {

@@ -1,4 +1,4 @@
-"""Trains a router while ComfyUI samples with the dense model: which call trains how much, progress, and what is said."""
+"""Trains a router while ComfyUI samples with the dense model: which call trains for how many steps, and progress texts."""
 
 import contextlib
 import functools
@@ -7,13 +7,16 @@ import threading
 from collections import Counter
 
 from ...sla2_training import RouterTrainer
-from ..attention.call import read_call, sizes_reason, unsupported_call_reason
-from ..attention.hook import CALL, LAYER, OVERRIDE
+from ..attention.call import check_supported
+from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
+from ..attention.run_dense import RunDense
+from ..attention.sparse_call import video_part
+from ..attention.video_tokens import DENSE_BY_NATURE
 from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
+from ..settings.values import FULL_WIDTH, AttentionSettings
 
-STEPS_PER_CALL = 4  # optimisation steps per attention call; more on one tensor teach little
+STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
 
 class Schedule:
@@ -32,7 +35,7 @@ class Schedule:
 
 
 class RouterTraining:
-    """A dense clone of a MODEL whose self-attention calls train a RouterTrainer, or are measured, as they pass by.
+    """A dense clone of a MODEL whose self-attention calls train a RouterTrainer, or are measured, while it samples.
 
     model: a ComfyUI ModelPatcher of a known family. facts: its ModelFacts. schedule: Schedule. say(text): progress text.
     """
@@ -90,7 +93,7 @@ class RouterTraining:
                 raise ValueError(f"SLA2 Train Router: nothing could be trained: {self._why_nothing()}.")
 
     def progress(self):
-        """What goes on, and the latest loss of every layer."""
+        """The current pass and step, and the latest loss of every layer."""
         what = "measuring" if self.measuring else f"training pass {self.number + 1} of {self.schedule.passes}"
         head = f"{what}, step {self.step} of {self.schedule.sampling_steps}; {self.steps_done} optimisation steps done"
         losses = [f"{layer}: {losses[-1]:.4f}" for layer, losses in sorted(self.trainer.losses.items())]
@@ -106,30 +109,34 @@ class RouterTraining:
         self.step, self.last_calls, self.calls = step, self.calls, {}
 
     def _meet(self, call, layer, args, kwargs):
-        """One self-attention call, computed densely already: the router learns from it, or is measured on it."""
-        request, reason = read_call(args, kwargs)
-        reason = reason or sizes_reason(self.facts, request)
-        reason = reason or unsupported_call_reason(request, "16bit", call.grid)
+        """One self-attention call that has run dense: the router is trained or measured on it."""
+        try:
+            request, exact = call.read(args, kwargs)
+            check_supported(request, "16bit")
+        except RunDense as found:
+            if found.reason not in DENSE_BY_NATURE:
+                with self.lock:
+                    self.untrained[found.reason] += 1
+            return
+        part = video_part(request, exact)
         with self.lock:
-            if reason is not None:
-                self.untrained[reason] += 1
-            elif self._is_turn(layer):
+            if self._is_turn(layer):
                 with training_mode():
-                    self._learn(layer, request)
+                    self._learn(layer, request.scale, exact, part)
 
     def _is_turn(self, layer):
-        """One call per layer and step. Where guidance makes several, another one of them each step."""
+        """One call per layer and step; where guidance makes several, they take turns from step to step."""
         count = self.calls[layer] = self.calls.get(layer, 0) + 1
         return count == self.step % self.last_calls.get(layer, 1) + 1
 
-    def _learn(self, layer, request):
-        tensors = request.q, request.k, request.v
+    def _learn(self, layer, scale, exact, part):
+        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_front, "suffix": exact.key_back}
         if self.measuring:
-            self.trainer.evaluate(layer, *tensors, layout="BNHD", scale=request.scale)
+            self.trainer.evaluate(layer, part.q, part.k, part.v, **options)
             return
         due = self.schedule.due(self.trainer.steps.get(layer, 0), self.number, self.step)
         if due:
-            self.trainer.observe(layer, *tensors, layout="BNHD", scale=request.scale, steps=due)
+            self.trainer.observe(layer, part.q, part.k, part.v, steps=due, **options)
 
     def _why_nothing(self):
         if self.untrained:
@@ -166,7 +173,9 @@ def make_trainer(facts, sparsities, options, resume):
 def parse_sparsities(text):
     """ "0.97, 0.95, 0.90" -> (0.97, 0.95, 0.9). Raises ValueError with one sentence."""
     try:
-        sparsities = tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+        sparsities = tuple(
+            float(part) for part in text.translate(FULL_WIDTH).replace(";", ",").split(",") if part.strip()
+        )
     except ValueError:
         sparsities = ()
     if not sparsities or not all(0 < s < 1 for s in sparsities) or len(set(sparsities)) < len(sparsities):

@@ -1,4 +1,4 @@
-"""The files that a save node wrote. ComfyUI may answer for the node from its cache as long as they are there."""
+"""The files that a save node wrote. While they exist, ComfyUI may use the node's cached result."""
 
 import os
 import threading

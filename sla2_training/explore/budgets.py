@@ -10,7 +10,7 @@ from .captures import by_layer, model_shape
 from .training import evaluate, table, train
 
 UNIT = 0.005  # kept shares are multiples of half a percent
-MOST_UNITS = 60  # at least; twice the uniform budget where that is more
+MAX_UNITS = 60  # at least; twice the uniform budget where that is more
 
 
 def spread(errors, units):
@@ -56,7 +56,7 @@ def budget_study(train_captures, held_out, *, steps, sparsities, options):
     """Text: error at equal total cost, uniform and spread over layers and over heads; chosen on the training captures."""
     trainer, _ = train(train_captures, options, steps=steps, sparsities=sparsities)
     router = _without_ratios(trainer.router())
-    most = min(round(1 / UNIT) - 1, max(MOST_UNITS, 2 * _units(min(sparsities))))
+    most = min(round(1 / UNIT) - 1, max(MAX_UNITS, 2 * _units(min(sparsities))))
     rows, notes = [], []
     for label, split in (("layers", lambda c, r: (c, r)), ("heads", _heads_as_layers)):
         (fit, split_router), (test, _) = split(train_captures, router), split(held_out, router)

@@ -44,7 +44,7 @@ def choice_errors(trainer, captures, size):
                 energy = energy + sums.energy().sum()
                 for part in range(Q_BLOCK // size):
                     chosen = blocks.flatten(0, 1)[pairs, drawn] * (Q_BLOCK // size) + part
-                    # a part past a ragged end has no live rows: whatever it chooses counts nothing
+                    # a part past a ragged end has no valid rows: whatever it chooses counts nothing
                     place = chosen.clamp_max(pooled.shape[1] - 1)[..., None].expand(-1, -1, pooled.shape[2])
                     scores = pooled[pairs].gather(1, place) @ keys[pairs].transpose(1, 2) * live.scale
                     own = _own(chosen, size, scores.shape[-1]) if trainer.keep_diagonal else None

@@ -49,8 +49,8 @@ def collect_rows(trainer, captures):
             chunk = slice(pair, pair + 1), slice(None)
             sums, mask = live.sums(blocks, chunk), masks[pair : pair + 1]
             o_sparse, o_linear = sums.branches(mask)
-            alive = sums.live[:, :, None, :, None]
-            d, rest = (o_sparse - o_linear) * alive, (sums.target[:, :, None] - o_linear) * alive
+            valid = sums.valid[:, :, None, :, None]
+            d, rest = (o_sparse - o_linear) * valid, (sums.target[:, :, None] - o_linear) * valid
             selected, unselected = sums.log_masses(mask)
             variance = _key_variance(live, pair)
             q = _query_rows(live, blocks, pair)
@@ -74,7 +74,7 @@ def collect_rows(trainer, captures):
 
 
 def _key_variance(live, pair):
-    """Variance of each key block's tokens per channel, (T_n, D); a ragged last block counts its live tokens."""
+    """Variance of each key block's tokens per channel, (T_n, D); a ragged last block counts its valid tokens."""
     k = live.k[pair // live.k.shape[1], pair % live.k.shape[1]].float()
     return torch.stack([part.var(dim=0, unbiased=False) for part in k.split(64)])
 

@@ -54,7 +54,7 @@ def oracle_errors(trainer, captures):
             for chunk in live.chunks(blocks, trainer.memory_bytes):
                 sums = live.sums(blocks, chunk)
                 shares = sums.mass / sums.mass.sum(dim=2, keepdim=True)
-                scores = (shares * sums.live[:, :, None]).sum(dim=-1)
+                scores = (shares * sums.valid[:, :, None]).sum(dim=-1)
                 mask = trainer.hard_masks(scores[None])
                 out = sums.output(mask, sums.estimated_ratio(mask))
                 squared = squared + sums.squared_error(out).sum(dim=(0, 1))

@@ -22,17 +22,15 @@ from .trainer import Stage2Trainer, make_accelerator
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file; its settings are listed in stage2/config.py")
-    parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                        help="go on from this checkpoint, or from the newest one in the output folder")  # fmt: skip
+    from_checkpoint = "go on from this checkpoint, or from the newest one in the output folder"
+    parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT", help=from_checkpoint)
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config)
         data = load_latents(config.data)
         validation = load_latents(config.validation_data) if config.validation_data else None
-        trainer = Stage2Trainer(
-            config, load_student(config), data, validation=validation, model_name=config.model,
-            accelerator=make_accelerator(config),
-        )  # fmt: skip
+        options = {"validation": validation, "model_name": config.model, "accelerator": make_accelerator(config)}
+        trainer = Stage2Trainer(config, load_student(config), data, **options)
         report = trainer.train(args.resume)
     except (TrainingError, RouterFileError, ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -82,10 +82,8 @@ def main(argv=None):
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         print(error, file=sys.stderr)
         return 1
-    data = own_samples(
-        student, texts["context"], texts["empty_context"], shape,
-        steps=args.steps, guidance=args.guidance, shift=config.shift, seed=args.seed,
-    )  # fmt: skip
+    options = {"steps": args.steps, "guidance": args.guidance, "shift": config.shift, "seed": args.seed}
+    data = own_samples(student, texts["context"], texts["empty_context"], shape, **options)
     save_latents(config.data, data)
     return 0
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sla2_kernels import default_precision, sla2_attention
+from sla2_kernels import sla2_attention
+from sla2_kernels.support import resolve_precision
 
 from ..ratios import logits_of_estimates, start_logits
 from .lora import set_lora_scale
@@ -55,16 +56,20 @@ class Student(nn.Module):
         """Self-attention of one layer, all (B, N, H, D)."""
         if self.dense:
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        precision = default_precision(q.device) if self.precision == "auto" else self.precision
         estimates = self.seen_ratios is not None and layer in self.without_ratios
-        ratio = None if estimates else torch.sigmoid(self.ratio_logits[layer].float())
+        alpha = None if estimates else torch.sigmoid(self.ratio_logits[layer].float())
+        projections = getattr(self, f"proj_q_{layer}"), getattr(self, f"proj_k_{layer}")
+        options = {
+            "sparsity": self.sparsity,
+            "precision": resolve_precision(self.precision, q.device),
+            "layout": "BNHD",
+            "backend": self.backend,
+            "return_alpha": alpha is None,
+            "keep_diagonal": self.router.keep_diagonal,
+        }
         with torch.autocast(q.device.type, enabled=False):
-            out = sla2_attention(
-                q, k, v, getattr(self, f"proj_q_{layer}"), getattr(self, f"proj_k_{layer}"), ratio,
-                sparsity=self.sparsity, precision=precision, layout="BNHD", backend=self.backend,
-                return_alpha=ratio is None, keep_diagonal=self.router.keep_diagonal,
-            )  # fmt: skip
-        if ratio is None:
+            out = sla2_attention(q, k, v, *projections, alpha, **options)
+        if alpha is None:
             out, estimated = out
             self.seen_ratios.setdefault(layer, []).append(estimated)
         return out

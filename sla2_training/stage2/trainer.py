@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sla2_kernels import default_precision
+from sla2_kernels.support import resolve_precision
 
 from ..draws import drawn, learning_rate_factor, noise_like
 from ..errors import TrainingError
@@ -131,8 +131,7 @@ class Stage2Trainer:
         """RouterWeights with the ratios as they are trained so far."""
         state = self._state() if state is None else state
         logits = [state[f"{RATIOS}.{i}"] for i in range(self.student.router.num_layers)]
-        wanted = self.student.precision
-        precision = default_precision(self.device) if wanted == "auto" else wanted
+        precision = resolve_precision(self.student.precision, self.device)
         return with_trained_ratios(self.student.router, logits, self.config.sparsity, precision)
 
     def _start_ratios(self):
@@ -284,6 +283,9 @@ def _facts_of(student):
         if LORA not in name:
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     return {
-        "family": router.model_family, "number of layers": router.num_layers, "number of heads": router.num_heads,
-        "head_dim": router.head_dim, "digest of the weights": digest.hexdigest()[:16],
-    }  # fmt: skip
+        "family": router.model_family,
+        "number of layers": router.num_layers,
+        "number of heads": router.num_heads,
+        "head_dim": router.head_dim,
+        "digest of the weights": digest.hexdigest()[:16],
+    }

@@ -1,7 +1,7 @@
-"""diffusers' Wan transformer as stage 2's model. Run from the repository, where sla2_diffusers.py lies beside this package."""
+"""diffusers' Wan transformer as stage 2's model."""
 
-from sla2_diffusers import MODEL_FAMILY, project_qkv, rotate
 from sla2_kernels import identity_router, load_router
+from sla2_kernels.wan_self_attention import MODEL_FAMILY, project_qkv, rotate
 
 from .lora import add_lora
 from .student import Student
@@ -33,9 +33,11 @@ def wan_student(model, config):
     """The Student of a WanTransformer3DModel; raises RouterFileError where the router file is another model's."""
     attention = model.blocks[0].attn1
     sizes = {
-        "model_family": MODEL_FAMILY, "num_layers": len(model.blocks), "num_heads": attention.heads,
+        "model_family": MODEL_FAMILY,
+        "num_layers": len(model.blocks),
+        "num_heads": attention.heads,
         "head_dim": attention.inner_dim // attention.heads,
-    }  # fmt: skip
+    }
     router = identity_router(**sizes) if config.router is None else load_router(config.router)
     router.require_model(**sizes)
     model.requires_grad_(False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sla2_kernels import attention, select_key_blocks, sla2_attention
+from sla2_kernels import operators, select_key_blocks, sla2_attention
 from sla2_kernels.forced_blocks import forced_block_counts, select_with_forced_blocks, selected_with_forced
 from sla2_kernels.video_attention import video_attention
 
@@ -91,7 +91,7 @@ def test_our_own_selection_is_taken_as_it_is(monkeypatch, method):
     q, _, _ = tensors(keys=300)
     options = {"front": 70, "back": 33, "sparsity": 0.5, "precision": "16bit", "method": method}
     expected = video_attention(q, q, q, **options)
-    monkeypatch.setattr(attention, "_distinct", lambda *_: pytest.fail("sorted again"))
+    monkeypatch.setattr(operators, "distinct_blocks", lambda *_: pytest.fail("sorted again"))
     assert torch.equal(video_attention(q, q, q, **options), expected)
     with pytest.raises(ValueError, match="twice"):
         sla2_attention(q, q, q, key_blocks=torch.zeros(1, 2, 3, 2, dtype=torch.int32))

@@ -44,7 +44,7 @@ def assert_sentence(reason):
 def test_supported(card, capability, dtype, head_dim, precision):
     card(capability)
     assert unsupported_reason(CUDA, dtype, head_dim, precision) is None
-    assert support.resolve_backend("auto", CUDA, dtype, head_dim, precision) == "triton"
+    assert support.resolve_backend("auto", CUDA, dtype, head_dim, precision).name == "triton"
 
 
 # device, dtype, head_dim, precision, compute capability, hip; part of the sentence
@@ -72,8 +72,8 @@ def test_refused_with_one_sentence(card, case):
 
 def test_auto_falls_back_to_torch_but_never_for_fp8_on_a_card_without_it(card):
     card((8, 6))
-    assert support.resolve_backend("auto", CUDA, torch.float64, 64, "16bit") == "torch"
-    assert support.resolve_backend("auto", CUDA, torch.float16, 80, "int8") == "torch"
+    assert support.resolve_backend("auto", CUDA, torch.float64, 64, "16bit").name == "torch"
+    assert support.resolve_backend("auto", CUDA, torch.float16, 80, "int8").name == "torch"
     with pytest.raises(ValueError, match='use "int8"'):
         support.resolve_backend("auto", CUDA, torch.float16, 64, "fp8")
 
@@ -82,7 +82,7 @@ def test_auto_falls_back_to_torch_but_never_for_fp8_on_a_card_without_it(card):
 def test_torch_is_the_way_on_the_cpu(card, backend):
     card((8, 9))
     assert unsupported_reason("cpu", torch.float64, 80, "fp8", backend) is None
-    assert support.resolve_backend(backend, CPU, torch.float64, 80, "fp8") == "torch"
+    assert support.resolve_backend(backend, CPU, torch.float64, 80, "fp8").name == "torch"
     assert unsupported_reason("cuda", torch.float64, 80, "fp8", "torch") is None
 
 
@@ -116,10 +116,13 @@ def test_a_version_that_is_no_number_is_named(monkeypatch):
     assert reason.startswith("Triton's version 'main' is no number; install a release with: ")
 
 
-@pytest.mark.parametrize("error", [
-    ImportError("DLL load failed while importing libtriton: The specified module could not be found."),
-    OSError("[WinError 126] The specified module could not be found"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("DLL load failed while importing libtriton: The specified module could not be found."),
+        OSError("[WinError 126] The specified module could not be found"),
+    ],
+)
 def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch, error):
     class Broken:
         def find_spec(self, name, path=None, target=None):
@@ -136,9 +139,14 @@ def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch, error):
 
 @pytest.mark.parametrize(
     ("torch_version", "platform", "package"),
-    [("2.6.0+cu124", "linux", '"triton==3.2.*"'), ("2.13.0", "linux", '"triton==3.7.*"'), ("2.99.0", "linux", "triton"),
-     ("2.8.0", "win32", '"triton-windows==3.4.*"'), ("2.15.0", "win32", "triton-windows")],
-)  # fmt: skip
+    [
+        ("2.6.0+cu124", "linux", '"triton==3.2.*"'),
+        ("2.13.0", "linux", '"triton==3.7.*"'),
+        ("2.99.0", "linux", "triton"),
+        ("2.8.0", "win32", '"triton-windows==3.4.*"'),
+        ("2.15.0", "win32", "triton-windows"),
+    ],
+)
 def test_install_command_pins_what_belongs_to_torch(monkeypatch, torch_version, platform, package):
     monkeypatch.setattr(torch, "__version__", torch_version)
     monkeypatch.setattr(sys, "platform", platform)
@@ -166,9 +174,15 @@ def test_the_interpreter_s_card(monkeypatch, told, capability):
     assert support.has_fp8(CPU) == (capability >= (8, 9))
 
 
-@pytest.mark.parametrize(("version", "card", "runs"), [
-    ((3, 2, 0), (12, 0), False), ((3, 3, 0), (10, 0), False), ((3, 3, 1), (12, 0), True), ((3, 2, 0), (9, 0), True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "card", "runs"),
+    [
+        ((3, 2, 0), (12, 0), False),
+        ((3, 3, 0), (10, 0), False),
+        ((3, 3, 1), (12, 0), True),
+        ((3, 2, 0), (9, 0), True),
+    ],
+)
 def test_blackwell_needs_a_triton_that_compiles_for_it(monkeypatch, version, card, runs):
     monkeypatch.setattr(support, "triton_version", lambda: version)
     monkeypatch.setattr(support, "_triton_reason", lambda: None)

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 from operator_inputs import attention_inputs, normal
 
-from sla2_kernels import attention, select_key_blocks, sla2_attention
+from sla2_kernels import gradients, operators, select_key_blocks, sla2_attention
 
 HOW = {"fullgraph": True, "backend": "aot_eager"}
 
@@ -34,7 +34,8 @@ def test_no_graph_break(generator, knots, layout):
 
 def test_the_search_for_triton_is_not_compiled(generator, monkeypatch):
     """Looking for an installed package breaks the graph in some releases of torch; here whatever would be traced does."""
-    monkeypatch.setattr(attention, "resolve_backend", torch.compiler.disable(attention.resolve_backend))
+    for module in (operators, gradients):
+        monkeypatch.setattr(module, "resolve_backend", torch.compiler.disable(module.resolve_backend))
     inputs = attention_inputs(generator, heads=1, tokens=65)
     leaves = [x.detach().clone().requires_grad_() for x in inputs.tensors()[:3]]
     torch.compile(sla2_attention, **HOW)(*leaves, sparsity=0.5).sum().backward()

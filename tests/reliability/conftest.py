@@ -33,8 +33,10 @@ def in_a_small_disk():
             pytest.skip("this system has no unshare")
         done = subprocess.run(
             [unshare, "--map-root-user", "--mount", "sh", "-c", script, str(folder), *command],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         if done.returncode == 77 or "unshare" in done.stderr[:10]:
             pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
         return done
@@ -72,7 +74,8 @@ def file_nodes(pack_module, tmp_path, monkeypatch):
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
     module = pack_module("nodes.save_router")
-    names = [module.__name__, module.__name__.replace("save_router", "load_router")]
+    others = ("load_router", "training.router_files")
+    names = [module.__name__, *(module.__name__.replace("save_router", other) for other in others)]
     yield SimpleNamespace(module=module, folder=folder)
     for name in names:
         sys.modules.pop(name, None)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sla2_kernels import arguments, select_key_blocks, sla2_attention
-from sla2_kernels.attention import _distinct
 from sla2_kernels.reference import sla2_reference
+from sla2_kernels.selection import distinct_blocks
 from sla2_kernels.support import interpreting
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
@@ -296,7 +296,7 @@ def test_the_error_grows_with_the_sparsity_on_average():
 @given(data=st.data(), count=st.integers(1, 40))
 def test_a_repaired_selection_holds_what_was_named_and_nothing_twice(data, count):
     rows = data.draw(st.lists(st.integers(-5, count + 5), min_size=1, max_size=count))
-    found = _distinct(torch.tensor([[[rows]]], dtype=torch.int32), count).flatten().tolist()
+    found = distinct_blocks(torch.tensor([[[rows]]], dtype=torch.int32), count).flatten().tolist()
     assert found == sorted(set(found)) and len(found) == len(rows)
     assert {min(max(row, 0), count - 1) for row in rows} <= set(found) <= set(range(count))
 

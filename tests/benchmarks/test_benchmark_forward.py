@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, inputs, ours, peers, phases, plot, results, table
+from benchmarks import breakdown, forward, inputs, ours, plot, results, table
 from benchmarks.measure import Ceilings
+from benchmarks.rivals import packages
 from sla2_kernels import select_key_blocks
 
 TINY = ["--device", "cpu", "--precisions", "16bit,int8"]
@@ -15,7 +16,7 @@ TINY = ["--device", "cpu", "--precisions", "16bit,int8"]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "cpu.json"
-    attention.main([*TINY, "--parts", "shapes", "--shapes", "tiny", "--sparsities", "0.75,0.5", "--out", str(path)])
+    forward.main([*TINY, "--parts", "shapes", "--shapes", "tiny", "--sparsities", "0.75,0.5", "--out", str(path)])
     return path
 
 
@@ -35,8 +36,8 @@ def test_measuring_a_part_again_replaces_its_rows_and_keeps_the_others(measured,
     path = tmp_path / "again.json"
     path.write_bytes(measured.read_bytes())
     before = results.load(path)
-    attention.main([*TINY, "--parts", "length", "--lengths", "1024", "--sparsities", "0.75", "--out", str(path)])
-    attention.main([*TINY, "--parts", "length", "--lengths", "1024", "--sparsities", "0.5", "--out", str(path)])
+    forward.main([*TINY, "--parts", "length", "--lengths", "1024", "--sparsities", "0.75", "--out", str(path)])
+    forward.main([*TINY, "--parts", "length", "--lengths", "1024", "--sparsities", "0.5", "--out", str(path)])
     rows = results.load(path)["rows"]
     assert [row for row in rows if row["part"] == "shapes"] == before["rows"]
     assert {row["sparsity"] for row in rows if row["part"] == "length"} == {0.5}
@@ -44,7 +45,7 @@ def test_measuring_a_part_again_replaces_its_rows_and_keeps_the_others(measured,
 
 def test_the_operator_is_timed_with_and_without_its_linear_branch(tmp_path, capsys):
     path = tmp_path / "cpu.json"
-    attention.main(
+    forward.main(
         [*TINY[:-1], "16bit", "--parts", "branches", "--shapes", "tiny", "--sparsities", "0.75", "--out", str(path)]
     )
     rows = results.load(path)["rows"]
@@ -79,7 +80,7 @@ def _content(**changes):
         "sparsity": 0.97, "precision": None, "peak_bytes": None,
     }  # fmt: skip
     rows = [
-        {**row, "method": peers.BASELINE, "sparsity": None, "ms": 20.0},
+        {**row, "method": packages.BASELINE, "sparsity": None, "ms": 20.0},
         {
             **row,
             "method": "sla2",
@@ -120,7 +121,7 @@ def test_table_and_plots_come_from_the_file_alone(measured, tmp_path, capsys):
     content["rows"] += [{**row, "part": part} for row in content["rows"] for part in ("length", "sparsity")]
     path = tmp_path / "r.json"
     path.write_text(json.dumps(content))
-    attention.main(["--device", "cpu", "--table", "--plot", str(tmp_path / "docs"), "--out", str(path)])
+    forward.main(["--device", "cpu", "--table", "--plot", str(tmp_path / "docs"), "--out", str(path)])
     assert "| method | tiny, skips 75% | tiny, skips 50% |" in capsys.readouterr().out
     for name in ("length", "sparsity"):
         text = (tmp_path / "docs" / f"{name}.svg").read_text()
@@ -136,12 +137,12 @@ def test_a_plot_of_one_point_and_of_nothing():
 @pytest.mark.parametrize("words", [["--parts", "shape"], ["--precisions", "int4"], ["--alphas", "guessed"]])
 def test_unknown_words_are_refused(words, capsys):
     with pytest.raises(SystemExit):
-        attention.parse(words)
+        forward.parse(words)
     assert "is not one of" in capsys.readouterr().err
 
 
 def test_quick_times_one_shape_at_one_sparsity():
-    args = attention.parse(["--quick", "--device", "cpu", "--out", "x.json"])
+    args = forward.parse(["--quick", "--device", "cpu", "--out", "x.json"])
     assert (args.parts, args.shapes, args.sparsities) == (["shapes"], ["1.3B-480p"], [0.97])
 
 
@@ -187,25 +188,25 @@ def test_absent_peers_are_named(monkeypatch):
     def missing():
         raise ImportError("No module named 'sageattention'")
 
-    monkeypatch.setattr(peers, "DENSE_PEERS", {"dense": lambda: lambda q, k, v: None, "Sage": missing})
-    monkeypatch.setattr(peers, "SPARSE_PEERS", {"SLA": lambda: lambda sparsity: lambda q, k, v: None})
-    methods, absent = peers.find_peers([0.97, 0.9])
+    monkeypatch.setattr(packages, "DENSE_PEERS", {"dense": lambda: lambda q, k, v: None, "Sage": missing})
+    monkeypatch.setattr(packages, "SPARSE_PEERS", {"SLA": lambda: lambda sparsity: lambda q, k, v: None})
+    methods, absent = packages.find_peers([0.97, 0.9])
     assert [(m.name, m.sparsity) for m in methods] == [("dense", None), ("SLA", 0.97), ("SLA", 0.9)]
     assert absent == {"Sage": "ImportError: No module named 'sageattention'"}
 
 
 @pytest.mark.parametrize("backend", ["FlashAttention-2 (PyTorch)", "cuDNN attention (PyTorch)"])
 def test_dense_peers_run_on_the_views_they_are_given(backend, monkeypatch):
-    monkeypatch.setattr(peers, "sdpa_kernel", lambda _: torch.no_grad())
+    monkeypatch.setattr(packages, "sdpa_kernel", lambda _: torch.no_grad())
     q, k, v = inputs.make_inputs(inputs.SHAPES["tiny"], device="cpu", dtype=torch.float32)
-    out = peers.DENSE_PEERS[backend]()(q, k, v)()
+    out = packages.DENSE_PEERS[backend]()(q, k, v)()
     expected = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5).softmax(-1) @ v.transpose(1, 2)
     torch.testing.assert_close(out, expected)
 
 
 def test_phases_count_bytes_and_flops():
     shape = inputs.Shape("s", 2, (1, 16, 16), head_dim=64)  # 256 tokens: 2 query blocks, 4 key blocks
-    work = phases.least_work(shape, 0.5, "16bit")
+    work = breakdown.least_work(shape, 0.5, "16bit")
     assert work["pool"].bytes == 2 * 2 * 256 * 64 * 2 + 2 * (2 + 4) * 64 * 4
     assert work["score"].flops == 2 * 2 * 2 * 4 * 64
     assert work["loop"].flops == 4 * 2 * 256 * (2 * 64) * 64 + 2 * 2 * 256 * 64 * 64
@@ -214,15 +215,15 @@ def test_phases_count_bytes_and_flops():
 def test_phase_rows_add_up_kernels_and_keep_unknown_ones():
     shape = inputs.SHAPES["14B-720p"]
     times = {"_pool": (0.6, 2), "_smooth": (0.1, 1), "_sparse_attention": (6.0, 4), "memset": (0.05, 1)}
-    rows = phases.phase_rows(
-        times, phases.least_work(shape, 0.97, "int8"), Ceilings(3e12, {"16bit": 8e14, "fp8": 1.4e15})
+    rows = breakdown.phase_rows(
+        times, breakdown.least_work(shape, 0.97, "int8"), Ceilings(3e12, {"16bit": 8e14, "fp8": 1.4e15})
     )
     assert [row[0] for row in rows] == ["loop", "pool", "memset"]
     assert rows[1][1:3] == (0.7, 3)
-    assert rows[0][4] == pytest.approx(1000 * phases.least_work(shape, 0.97, "int8")["loop"].flops / 1.4e15)
-    assert "| loop | 6.000 | 4 |" in phases.table(rows)
+    assert rows[0][4] == pytest.approx(1000 * breakdown.least_work(shape, 0.97, "int8")["loop"].flops / 1.4e15)
+    assert "| loop | 6.000 | 4 |" in breakdown.table(rows)
 
 
 def test_phases_need_a_gpu():
     with pytest.raises(ValueError, match="on a GPU"):
-        phases.print_phases(inputs.SHAPES["tiny"], 0.5, "16bit", "cpu")
+        breakdown.print_phases(inputs.SHAPES["tiny"], 0.5, "16bit", "cpu")

@@ -1,7 +1,7 @@
 """The presets of SLA2 Apply Attention on the miniature, in ComfyUI's own sampler: how far each moves a video from the dense one.
 
-    python -m benchmarks.presets --comfyui PATH                on a GPU or a CPU
-    python -m benchmarks.presets --comfyui PATH --tiny         a few tokens and steps: tries the script
+    python -m benchmarks.preset_quality --comfyui PATH                on a GPU or a CPU
+    python -m benchmarks.preset_quality --comfyui PATH --tiny         a few tokens and steps: tries the script
 
 Every preset runs at its own number of sampling steps beside a dense run of as many: presets meant for a trained router with the
 miniature's, the others without. Writes <out>.json and prints a table: share of self-attention that was skipped over the run,

@@ -10,7 +10,7 @@ import torch
 from sla2_kernels import K_BLOCK, Q_BLOCK, select_key_blocks, sla2_attention
 from sla2_kernels.router import block_count, mean_from_pools, pool_blocks, unselected_mask
 
-from .sla_v1 import sparse_branch
+from .fitted_sla import sparse_branch
 
 
 def attention(q, k, v, sparsity):

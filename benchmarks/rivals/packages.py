@@ -42,7 +42,7 @@ def _heads_first(q, k, v):
     return tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))
 
 
-def _sdpa(backend):
+def sdpa(backend):
     def prepare(q, k, v):
         q, k, v = _heads_first(q, k, v)
 
@@ -134,8 +134,8 @@ def _vsa():
 
 
 DENSE_PEERS = {
-    "FlashAttention-2 (PyTorch)": lambda: _sdpa(SDPBackend.FLASH_ATTENTION),
-    "cuDNN attention (PyTorch)": lambda: _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "FlashAttention-2 (PyTorch)": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+    "cuDNN attention (PyTorch)": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "SageAttention 1.0.6 (dense INT8)": _sage,
 }
 SPARSE_PEERS = {

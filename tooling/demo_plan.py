@@ -1,11 +1,7 @@
-"""Sizes of the demo, and the paths of what it writes."""
+"""What the demo generates: sizes, steps, caption."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_OUTPUT = ROOT / "demo_output"
-PACK_FOLDER = "sla2-attention"  # its name in custom_nodes
 CAPTION = "two red balls bounce over tiles, camera still"
 SHIFT = 8.0  # ComfyUI's default for Wan2.1
 

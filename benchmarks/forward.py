@@ -1,13 +1,13 @@
 """Whole-operation forward time of sla2_attention beside its peers, in one run; writes benchmarks/results/<card>.json.
 
-    python -m benchmarks.attention                       all parts, on a GPU (about 8 minutes on an H100)
-    python -m benchmarks.attention --parts shapes        one part; its rows in the file are replaced
-    python -m benchmarks.attention --parts branches      without the linear branch (top-k only) beside the whole operator
-    python -m benchmarks.attention --quick               a minute: Wan 1.3B at 480p, skips 97%
-    python -m benchmarks.attention --phases 14B-720p     time of each kernel against the card's ceilings (--alphas none:
+    python -m benchmarks.forward                       all parts, on a GPU (about 8 minutes on an H100)
+    python -m benchmarks.forward --parts shapes        one part; its rows in the file are replaced
+    python -m benchmarks.forward --parts branches      without the linear branch (top-k only) beside the whole operator
+    python -m benchmarks.forward --quick               a minute: Wan 1.3B at 480p, skips 97%
+    python -m benchmarks.forward --phases 14B-720p     time of each kernel against the card's ceilings (--alphas none:
                                                          without the linear branch)
-    python -m benchmarks.attention --table               the README's table from the file, nothing is measured
-    python -m benchmarks.attention --plot docs           length.svg and sparsity.svg from the file into a folder
+    python -m benchmarks.forward --table               the README's table from the file, nothing is measured
+    python -m benchmarks.forward --plot docs           length.svg and sparsity.svg from the file into a folder
 
 Each setting of ours is first checked against the float64 definition and for bitwise equal repeats; a row that fails is
 marked and left out of table and plots. Times are medians of triton.testing.do_bench.
@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from . import results
+from .breakdown import print_phases
 from .inputs import KINDS, find_shape, make_inputs, shape_of_length
 from .measure import environment, is_gpu, launch_ms, measure_ceilings, median_ms, peak_bytes, use_device
 from .ours import ALPHAS, NAME, NO_LINEAR_BRANCH, PRECISIONS, check, sla2_method
-from .peers import add_peer_folders, find_peers
 from .plot import part_plot
+from .rivals.packages import add_peer_folders, find_peers
 from .table import label, markdown
 
 PARTS = ("shapes", "data", "length", "sparsity", "branches")
@@ -45,13 +46,15 @@ def main(argv=None):
     use_device(args.device)
     add_peer_folders(args.peers)
     if args.phases:
-        from .phases import print_phases
-
         for precision in args.precisions:
             print_phases(
-                find_shape(args.phases), args.sparsities[0], precision, args.device,
-                alpha=args.alphas[0], backend=args.backend,
-            )  # fmt: skip
+                find_shape(args.phases),
+                args.sparsities[0],
+                precision,
+                args.device,
+                alpha=args.alphas[0],
+                backend=args.backend,
+            )
         return
     bench = Bench(args)
     for part in args.parts:
@@ -71,7 +74,7 @@ def parse(argv=None):
     parser.add_argument("--precisions", type=_words(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--alphas", type=_words((*ALPHAS, NO_LINEAR_BRANCH)), default=list(ALPHAS))
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(LENGTHS))
-    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/peers.py)")
+    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/rivals/packages.py)")
     parser.add_argument("--no-peers", action="store_true", help="time SLA2 and dense attention only")
     parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

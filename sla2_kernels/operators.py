@@ -1,0 +1,163 @@
+"""The operator as torch sees it: ``sla2::attention`` and ``sla2::fitted_attention``, with their shapes for tracing.
+
+Arguments have been checked (attention.py, fitted_attention.py). The backend is chosen inside the operator, where torch.compile
+does not look: some releases cannot trace the search for an installed Triton.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from . import gradients, loops, router, torch_backend, torch_fit
+from .router import K_BLOCK, Q_BLOCK, block_count, ratio_per_block, selected_block_count
+from .selection import distinct_blocks
+from .support import resolve_backend, without_autocast
+
+
+class _Call(NamedTuple):
+    """One call's tensors as views (B, H, N, D). result: what the operator returns, which ``out`` is a view of.
+
+    key_blocks: ascending, distinct and in range, or None to route.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_blocks: Tensor | None
+    out: Tensor
+    result: Tensor
+
+
+def _prepared(q, k, v, key_blocks, heads_first, is_routed):
+    # what is returned must not be a view, or a caller could not write into it under autograd
+    result = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not heads_first:
+        q, k, v, out = (t.transpose(1, 2) for t in (q, k, v, out))
+    if key_blocks is not None and not is_routed:
+        key_blocks = distinct_blocks(key_blocks, block_count(k.shape[2], K_BLOCK))
+    return _Call(q, k, v, key_blocks, out, result)
+
+
+def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, backend):
+    """The key blocks of a call that plain torch computes; tells loops.py that it does, and why."""
+    loops.took_loop(loops.TORCH, backend.why_not_triton)
+    if call.key_blocks is not None:
+        return call.key_blocks
+    count = selected_block_count(sparsity, block_count(call.k.shape[2], K_BLOCK))
+    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal)
+
+
+@torch.library.custom_op("sla2::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_q: Optional[Tensor],
+    proj_k: Optional[Tensor],
+    alpha: Optional[Tensor],
+    key_blocks: Optional[Tensor],
+    sparsity: float,
+    precision: str,
+    heads_first: bool,
+    scale: float,
+    backend: str,
+    diagonal: Optional[int] = None,
+    linear_branch: bool = True,
+    is_routed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, ratio per query row, key blocks used, flat); see sla2_attention. is_routed: key_blocks were RoutedBlocks."""
+    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
+    call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
+    ratio = ratio_per_block(alpha, call.q)
+    options = {"scale": scale, "precision": precision, "linear_branch": linear_branch}
+    if chosen.name == "triton":
+        from . import triton_backend
+
+        row_ratio, blocks = triton_backend.attention(
+            *call[:3], proj_q, proj_k, call.key_blocks, ratio, call.out, sparsity=sparsity, diagonal=diagonal, **options
+        )
+    else:
+        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
+        row_ratio = torch_backend.attention(*call[:3], blocks, ratio, call.out, **options)
+    # an operator must not return its own input
+    return call.result, row_ratio.float(), blocks.flatten().clone() if is_routed else blocks.flatten()
+
+
+@torch.library.custom_op("sla2::fitted_attention", mutates_args=())
+def _fitted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_q: Optional[Tensor],
+    proj_k: Optional[Tensor],
+    key_blocks: Optional[Tensor],
+    rows: Tensor,
+    fitted: int,
+    sparsity: float,
+    precision: str,
+    heads_first: bool,
+    scale: float,
+    backend: str,
+    diagonal: Optional[int] = None,
+    is_routed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, ratio, dense); see fitted_attention. is_routed: key_blocks were RoutedBlocks."""
+    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
+    call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
+    options = {"scale": scale, "precision": precision}
+    dense = torch.empty(*call.q.shape[:2], rows.shape[0], q.shape[3], dtype=torch.float32, device=q.device)
+    if chosen.name == "triton":
+        from . import triton_backend
+
+        sample = triton_backend.Sample(rows, fitted, dense)
+        row_ratio, _ = triton_backend.attention(
+            *call[:3], proj_q, proj_k, call.key_blocks, None, call.out,
+            sparsity=sparsity, diagonal=diagonal, sample=sample, **options,
+        )  # fmt: skip
+        return call.result, row_ratio[..., 0].clone(), dense
+    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
+    with without_autocast(q.device):
+        ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale)
+    per_block = ratio[..., None].expand(-1, -1, block_count(call.q.shape[2], Q_BLOCK))
+    torch_backend.attention(*call[:3], blocks, per_block, call.out, **options)
+    return call.result, ratio.float(), dense
+
+
+def _sizes(q, heads_first):
+    """(batch, heads, tokens, head_dim) in either layout."""
+    return tuple(q.shape) if heads_first else (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+@_attention.register_fake
+def _(
+    q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
+    linear_branch=True, is_routed=False,
+):  # fmt: skip
+    batch, heads, tokens, _ = _sizes(q, heads_first)
+    if key_blocks is None:
+        count = selected_block_count(sparsity, block_count(_sizes(k, heads_first)[2], K_BLOCK))
+    else:
+        count = key_blocks.shape[-1]
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((batch, heads, tokens), dtype=torch.float32),
+        # flat: torch.compile would compile anew for every dimension of size 1, and the count may be 1
+        q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
+    )
+
+
+@_fitted_attention.register_fake
+def _(
+    q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, scale, backend, diagonal=None,
+    is_routed=False,
+):  # fmt: skip
+    batch, heads, _, head_dim = _sizes(q, heads_first)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((batch, heads), dtype=torch.float32),
+        q.new_empty((batch, heads, rows.shape[0], head_dim), dtype=torch.float32),
+    )
+
+
+_attention.register_autograd(gradients.backward, setup_context=gradients.save_for_backward)
