@@ -50,6 +50,7 @@ def test_backward_fits(compile_for, attend, card, dtype, head_dim):
         assert_fits(kernel, card, float("inf") if dtype == torch.float32 else SPILL)
 
 
+@pytest.mark.skipif(TRITON[:2] not in GLUON_RELEASES, reason="Hopper has Triton's walks alone: compiled above")
 def test_a_gradient_that_tma_does_not_copy_takes_triton_s_walks_on_hopper(compile_for, attend):
     card = next(card for card in CARDS if card.arch == 90)
     kernels = compile_for(card).kernels
