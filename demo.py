@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tooling.comfyui import clone_comfyui, find_comfyui, install_comfyui
 from tooling.environment import Environment, SetupError, say
-from tooling.plan import DEFAULT_OUTPUT, ROOT
+from tooling.paths import DEFAULT_OUTPUT, ROOT
 
 PACKAGES = ["numpy", "safetensors"]
 DIFFUSERS = ["diffusers>=0.35", "Pillow"]

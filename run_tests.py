@@ -28,8 +28,8 @@ from tooling.side_by_side import Part, at_once, run_side_by_side
 ROOT = Path(__file__).resolve().parent
 RUFF = "ruff==0.17.*"  # its formatting is tested, and changes with its minor version
 IMPORT_GUARD = "comfy-import-guard==1.3.0"  # needs nothing but git
-PACKAGES = ["pytest>=8", "hypothesis", "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow", RUFF,
-            IMPORT_GUARD]  # fmt: skip
+TOOLS = ["pytest>=8", "hypothesis", RUFF, IMPORT_GUARD]
+PACKAGES = [*TOOLS, "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow"]
 OLDEST_TRITON = "3.2.0"
 TEMPLATES = "comfyui-workflow-templates-json==0.1.123"  # newer than what the tested ComfyUI brings
 TRITON_HAS_WHEELS = sys.platform == "linux"
@@ -50,8 +50,13 @@ def prepare(environment, comfyui):
     if WEB.is_dir() and find_chromium():
         environment.install("Playwright", ["playwright"])
         if environment.installs:
-            environment.install("ComfyUI's newest templates in a folder of their own", [TEMPLATES],
-                                "--no-deps", "--target", str(templates_folder(environment.folder)))  # fmt: skip
+            install_apart(environment, "ComfyUI's newest templates", TEMPLATES, templates_folder(environment.folder))
+
+
+def install_apart(environment, what, package, folder):
+    """Installs one package, without what it needs, into a folder that only some tests look at."""
+    apart = ("--no-deps", "--target", str(folder))
+    environment.install(f"{what} in a folder apart", [package], *apart)
 
 
 def templates_folder(environment=sys.prefix):
@@ -77,8 +82,7 @@ def oldest_triton(environment):
         python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
         return None, f"Triton {OLDEST_TRITON} has no wheel for {python} on {sys.platform}"
     folder = environment.folder / f"triton-{OLDEST_TRITON}"
-    environment.install(f"Triton {OLDEST_TRITON} in a folder of its own", [f"triton=={OLDEST_TRITON}"],
-                        "--no-deps", "--target", str(folder))  # fmt: skip
+    install_apart(environment, f"Triton {OLDEST_TRITON}", f"triton=={OLDEST_TRITON}", folder)
     return folder, None
 
 

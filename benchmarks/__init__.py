@@ -1,1 +1,1 @@
-"""GPU measurements that a user can repeat: `python -m benchmarks.attention --help`, from the repository's root."""
+"""GPU measurements that a user can repeat: `python -m benchmarks.forward --help`, from the repository's root."""

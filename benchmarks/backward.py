@@ -27,11 +27,10 @@ from . import results
 from .inputs import find_shape, make_inputs
 from .measure import environment, is_gpu, median_ms, use_device
 from .ours import weights_for
-from .peers import Method, _sdpa, add_peer_folders
+from .rivals.packages import BASELINE, Method, add_peer_folders, sdpa
 
 PARTS = ("check", "time", "phases", "sweep")
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
-BASELINE = "FlashAttention-2 (PyTorch)"
 
 
 def main(argv=None):
@@ -62,7 +61,7 @@ def parse(argv=None):
     parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
     parser.add_argument("--precisions", type=lambda text: text.split(","), default=["int8", "16bit"])
     parser.add_argument("--data", default="random", help="random, local or clustered (benchmarks/inputs.py)")
-    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/peers.py)")
+    parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/rivals/packages.py)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/<card>.json")
     return parser.parse_args(argv)
@@ -131,10 +130,8 @@ def sla2_method(sparsity, precision):
         leaves = leaves_of(q, k, v, weights.alpha)
 
         def run():
-            return sla2_attention(
-                *leaves[:3], weights.proj_q, weights.proj_k, leaves[3],
-                sparsity=sparsity, precision=precision, layout="BNHD", backend="triton",
-            )  # fmt: skip
+            tensors = *leaves[:3], weights.proj_q, weights.proj_k, leaves[3]
+            return sla2_attention(*tensors, sparsity=sparsity, precision=precision, layout="BNHD", backend="triton")
 
         return run, leaves
 
@@ -143,11 +140,11 @@ def sla2_method(sparsity, precision):
 
 def _flash(q, k, v):
     leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in (q, k, v)))
-    return _with_leaves(_sdpa(SDPBackend.FLASH_ATTENTION), leaves)
+    return _with_leaves(sdpa(SDPBackend.FLASH_ATTENTION), leaves)
 
 
 def _with_leaves(prepare, leaves):
-    # heads-first tensors pass through the transposition and contiguous() of peers.py unchanged, leaves included
+    # heads-first tensors pass through the transposition and contiguous() of sdpa() unchanged, leaves included
     return prepare(*(x.transpose(1, 2) for x in leaves)), leaves
 
 
@@ -177,10 +174,9 @@ def time_methods(q, k, v, shape, args):
     """Prints and writes down one row per method."""
     rows, baseline = [], None
     for method in methods_for(args):
-        row = {
-            "part": "backward", "method": method.name, "shape": shape.name, "tokens": shape.tokens,
-            "heads": shape.heads, "data": args.data, "sparsity": method.sparsity, "precision": None, **method.fields,
-        }  # fmt: skip
+        where = {"shape": shape.name, "tokens": shape.tokens, "heads": shape.heads, "data": args.data}
+        row = {"part": "backward", "method": method.name, **where}
+        row |= {"sparsity": method.sparsity, "precision": None, **method.fields}
         try:
             row |= measure(method, q, k, v, args.device)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -274,7 +270,7 @@ def sweep(q, k, v, args):
     run = _backward_call(q, k, v, args.sparsities[0])
     print(f"shipped tiles: {median_ms(run, args.device):.3f} ms", flush=True)
     tiles = [TileConfig(r, c, w, s) for r in (64, 128) for c in (32, 64) for w in (4, 8) for s in (1, 2, 3)]
-    for part in ("statistics", "queries", "keys"):
+    for part in ("queries", "keys"):
         for tile in tiles:
 
             def config(*facts, part=part, tile=tile) -> BackwardConfig:

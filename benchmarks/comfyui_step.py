@@ -10,6 +10,7 @@ benchmarks/results/comfyui-step-<card>.json.
 
 import argparse
 import gc
+import importlib
 import statistics
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ import torch
 from tooling.comfyui import find_comfyui
 
 from . import results
+from .breakdown import StepParts, costliest_kernels
 from .measure import environment, is_gpu
-from .peers import add_peer_folders
-from .step_parts import StepParts, costliest_kernels
+from .rivals.packages import add_peer_folders
 from .wan_in_comfyui import (
     LATENTS,
     SIZES,
@@ -117,18 +118,18 @@ def sla2_name(args, ratio):
 
 
 def with_sla2(model, args, ratio):
-    """The model as the node SLA2 Apply Attention patches it."""
+    least = {} if is_gpu(args.device) else {"minimum_tokens": 0}
+    chosen = {"sparsity": args.sparsity, "ratio_mode": ratio, "bit_width": args.precision}
+    return install_sla2(model, args.device, **chosen, **least)
+
+
+def install_sla2(model, device, **settings):
+    """The model as the node SLA2 Apply Attention patches it; on a CPU in 16 bit."""
     pack = load_pack().__name__
-    hook = __import__(f"{pack}.nodes.attention.patching", fromlist=["install"])
-    settings = __import__(f"{pack}.nodes.settings.values", fromlist=["AttentionSettings"])
-    chosen = settings.AttentionSettings(
-        sparsity=args.sparsity,
-        bit_width=args.precision if is_gpu(args.device) else "16bit",
-        ratio_mode=ratio,
-        minimum_tokens=settings.AUTOMATIC if is_gpu(args.device) else 0,
-        stop_on_unsupported=True,
-    )
-    return hook.install(model, chosen, None)
+    hook = importlib.import_module(f"{pack}.nodes.attention.patching")
+    values = importlib.import_module(f"{pack}.nodes.settings.values")
+    precision = {} if is_gpu(device) else {"bit_width": "16bit"}
+    return hook.install(model, values.AttentionSettings(stop_on_unsupported=True, **settings | precision), None)
 
 
 def time_steps(model, latent, args):

@@ -49,9 +49,11 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=120, help="optimisation steps per layer")
     parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per step and head")
     parser.add_argument(
-        "--keep-diagonal", action=argparse.BooleanOptionalAction, default=TrainerOptions.keep_diagonal,
+        "--keep-diagonal",
+        action=argparse.BooleanOptionalAction,
+        default=TrainerOptions.keep_diagonal,
         help="every query block always takes its own key blocks",
-    )  # fmt: skip
+    )
     parser.add_argument("--sparsities", default="0.97,0.95,0.90")
     parser.add_argument("--studies", default=",".join(STUDIES))
     parser.add_argument(

@@ -177,9 +177,8 @@ def main(argv=None):
         )
         miniature.steps = 8
     else:
-        miniature, fitted, judged, sparsities, rows, first = (
-            Miniature.load(None, args.device), FITTED, JUDGED, SPARSITIES, ROWS, FIRST_JUDGED,
-        )  # fmt: skip
+        miniature = Miniature.load(None, args.device)
+        fitted, judged, sparsities, rows, first = FITTED, JUDGED, SPARSITIES, ROWS, FIRST_JUDGED
         miniature.size = (81, 480, 832)
     taps = []
     for number, caption in enumerate(miniature._captions("held out", args.videos)):

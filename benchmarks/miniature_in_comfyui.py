@@ -54,10 +54,13 @@ class MiniatureInComfyUI:
         import comfy.samplers
 
         noise = torch.randn((1, 16, *latent), generator=torch.Generator().manual_seed(seed))
+        chosen = comfy.samplers.sampler_object(sampler)
+        positive, negative = ([[embed(text), {}]] for text in (caption, ""))
+        options = {"disable_pbar": True, "seed": seed}
+        latents = torch.zeros_like(noise)
         return comfy.sample.sample_custom(
-            model, noise, cfg, comfy.samplers.sampler_object(sampler), sigmas, [[embed(caption), {}]],
-            [[embed(""), {}]], torch.zeros_like(noise), disable_pbar=True, seed=seed,
-        ).double()  # fmt: skip
+            model, noise, cfg, chosen, sigmas, positive, negative, latents, **options
+        ).double()
 
     def counts(self, model):
         """(sparse calls, dense calls, reasons of the dense ones) of the last run of a patched model."""

@@ -81,20 +81,16 @@ class Miniature:
 
     def _sample(self, caption, seed, attention):
         with self._autocast():
-            return sample_latents(
-                self.model, embed(caption), shape=self.latent_shape, seed=seed, steps=self.steps, cfg=self.cfg,
-                device=self.device, attention=attention,
-            )  # fmt: skip
+            options = {"steps": self.steps, "cfg": self.cfg, "device": self.device, "attention": attention}
+            return sample_latents(self.model, embed(caption), shape=self.latent_shape, seed=seed, **options)
 
     def validation_loss(self, attention, clips):
         """Flow-matching loss on held-out captions with this attention: same clips and noise at every call."""
         if not hasattr(self, "_clips"):
             held_out = split_captions()[1]
             chosen = [i * len(held_out) // clips for i in range(clips)]
-            self._clips = encode_clips(
-                self.vae, held_out, chosen, size=self.size, seed=SEED + 12, batch=1, device=self.device,
-                until=float("inf"),
-            )  # fmt: skip
+            options = {"size": self.size, "batch": 1, "device": self.device, "until": float("inf")}
+            self._clips = encode_clips(self.vae, held_out, chosen, seed=SEED + 12, **options)
             self._contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
 
         def model(x, t, context):

@@ -8,7 +8,7 @@ from sla2_kernels import Q_BLOCK, select_key_blocks, sla2_attention
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import K_BLOCK, block_count, router_scores, selected_block_count, top_k_blocks
 
-from .peers import Method
+from .rivals.packages import Method
 
 NAME = "sla2"
 PRECISIONS = ("16bit", "int8", "fp8")
@@ -57,10 +57,8 @@ def sla2_method(sparsity, precision, alpha, backend="auto"):
 
 def _call(q, k, v, sparsity, precision, alpha, backend):
     weights = weights_for(alpha, q.shape[2], q.shape[3], q.device)
-    return lambda: sla2_attention(
-        q, k, v, weights.proj_q, weights.proj_k, weights.alpha,
-        sparsity=sparsity, precision=precision, layout="BNHD", backend=backend, linear_branch=alpha != NO_LINEAR_BRANCH,
-    )  # fmt: skip
+    options = {"precision": precision, "layout": "BNHD", "backend": backend, "linear_branch": alpha != NO_LINEAR_BRANCH}
+    return lambda: sla2_attention(q, k, v, weights.proj_q, weights.proj_k, weights.alpha, sparsity=sparsity, **options)
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,9 @@ def check(q, k, v, sparsity, precision, alpha, *, backend="auto", slack=1.0, hea
         index = slice(head, head + 1)
         q_head, k_head, v_head = (x[:, :, index].transpose(1, 2) for x in (q, k, v))
         mine = weights.heads(index)
-        expected, _ = sla2_reference(
-            q_head, k_head, v_head, alpha=mine.alpha, key_blocks=selected[:, index], query_blocks=rows,
-            linear_branch=alpha != NO_LINEAR_BRANCH,
-        )  # fmt: skip
+        chosen = {"key_blocks": selected[:, index], "query_blocks": rows}
+        linear = alpha != NO_LINEAR_BRANCH
+        expected, _ = sla2_reference(q_head, k_head, v_head, alpha=mine.alpha, linear_branch=linear, **chosen)
         tokens = torch.cat([torch.arange(r * Q_BLOCK, min((r + 1) * Q_BLOCK, q.shape[1])) for r in rows])
         got = first[:, tokens.to(q.device), head].double()
         difference += float((got - expected[:, 0]).square().sum())

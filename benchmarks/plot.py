@@ -3,8 +3,8 @@
 import math
 from html import escape
 
-from .peers import BASELINE
 from .results import timed
+from .rivals.packages import BASELINE
 from .table import label
 
 WIDTH, HEIGHT = 900, 520

@@ -32,9 +32,9 @@ from sla2_training.explore.ratios import collect_rows, fit_constant
 from . import results
 from .measure import environment, use_device
 from .miniature_model import Miniature
-from .peers import add_peer_folders
 from .quality_report import layers_markdown, markdown
 from .quality_variants import DENSE, STAGE_1, UNTRAINED, fit_v1, make_variants
+from .rivals.packages import add_peer_folders
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sla2_kernels import K_BLOCK, sla2_attention
 from sla2_kernels.router import block_count, selected_block_count
 
-from . import pooled_tail, sla_v1, sol
+from .rivals import fitted_sla, pooled_tail, sol_attn
 
 DENSE = "dense"
 UNTRAINED = "SLA2 untrained (heuristic router, own key blocks kept, estimated ratio)"
@@ -63,10 +63,8 @@ def _sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True):
             weights = router.layers[layer]
             proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
             alpha = _on(q.device, router.ratio(layer, sparsity)) if learned_ratio else None
-        return sla2_attention(
-            q, k, v, proj_q, proj_k, alpha,
-            sparsity=sparsity, precision=precision, layout="BNHD", keep_diagonal=kept,
-        )  # fmt: skip
+        options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": kept}
+        return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
 
     return Variant(name, attend, sparsity, precision, functools.partial(_share, sparsity))
 
@@ -79,14 +77,14 @@ def _router_only(sparsity, router):
     def attend(layer, q, k, v):
         weights = router.layers[layer]
         proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
-        return sla_v1.sparse_branch(q, k, v, sparsity, proj_q, proj_k, router.keep_diagonal)
+        return fitted_sla.sparse_branch(q, k, v, sparsity, proj_q, proj_k, router.keep_diagonal)
 
     return Variant(ROUTER_ONLY, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
 
 def _block_sparse(sparsity):
     def attend(layer, q, k, v):
-        return sla_v1.sparse_branch(q, k, v, sparsity)
+        return fitted_sla.sparse_branch(q, k, v, sparsity)
 
     return Variant(BLOCK_SPARSE, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
@@ -100,23 +98,23 @@ def _pooled(sparsity):
 
 def _v1(name, sparsity, projection_of):
     def attend(layer, q, k, v):
-        return sla_v1.attention(q, k, v, sparsity, projection_of(layer, q))
+        return fitted_sla.attention(q, k, v, sparsity, projection_of(layer, q))
 
     return Variant(name, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
 
 def _sol(name, function, sparsity, count_of):
     def attend(layer, q, k, v):
-        blocks = block_count(k.shape[1], sol.BLOCK)
+        blocks = block_count(k.shape[1], sol_attn.BLOCK)
         return function(q, k, v, topk_ratio=count_of(q, k) / blocks)
 
-    return Variant(name, attend, sparsity, None, lambda q, k: sol.kept_share(q, k, count_of(q, k)))
+    return Variant(name, attend, sparsity, None, lambda q, k: sol_attn.kept_share(q, k, count_of(q, k)))
 
 
 def fit_v1(captures_by_layer, sparsities):
     """{(layer, sparsity): Projection} fitted to training captures."""
     return {
-        (layer, sparsity): sla_v1.fit_projection(captures, sparsity)
+        (layer, sparsity): fitted_sla.fit_projection(captures, sparsity)
         for layer, captures in captures_by_layer.items()
         for sparsity in sparsities
     }
@@ -130,7 +128,7 @@ def make_variants(sparsities, precisions, stage_1, heuristic, projections):
     """
     absent = {}
     try:
-        sol_function = sol.load()
+        sol_function = sol_attn.load()
     except ImportError as error:
         absent[SOL] = str(error)
         sol_function = None
@@ -145,7 +143,7 @@ def make_variants(sparsities, precisions, stage_1, heuristic, projections):
             _block_sparse(sparsity),
             _sla2(FREE, sparsity, "16bit", None, False, keep_diagonal=False),
             _pooled(sparsity),
-            _v1(V1_IDENTITY, sparsity, lambda layer, q: sla_v1.identity_projection(q.shape[-1], q.device)),
+            _v1(V1_IDENTITY, sparsity, lambda layer, q: fitted_sla.identity_projection(q.shape[-1], q.device)),
             _v1(V1_FITTED, sparsity, lambda layer, q, s=sparsity: projections[layer, s]),
         ]
         if sol_function is not None:
@@ -156,8 +154,8 @@ def make_variants(sparsities, precisions, stage_1, heuristic, projections):
 
 
 def _asked_count(sparsity, q, k):
-    return selected_block_count(sparsity, block_count(k.shape[1], sol.BLOCK))
+    return selected_block_count(sparsity, block_count(k.shape[1], sol_attn.BLOCK))
 
 
 def _equal_count(sparsity, q, k):
-    return sol.equal_count(q, k, _share(sparsity, q, k))
+    return sol_attn.equal_count(q, k, _share(sparsity, q, k))

@@ -125,10 +125,11 @@ def attention(args, device):
         error = ((out - expected).norm() / expected.norm()).reshape(1)
         dist.all_reduce(error, dist.ReduceOp.MAX)
         found[precision] = {
-            "ms_alone": slowest_ms(alone, device), "ms_together": slowest_ms(together, device),
+            "ms_alone": slowest_ms(alone, device),
+            "ms_together": slowest_ms(together, device),
             "ms_exchange": slowest_ms(lambda: sequence_parallel_attention(*mine, lambda q, k, v, heads: q), device),
             "error": error.item(),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -159,11 +160,19 @@ def stage2(args, device):
     from .stage2_miniature import NAME, run, tokens, videos
 
     miniature = Miniature.tiny(device) if args.tiny else Miniature.load(None, device)
+    length = {"steps": args.steps + WARMUP, "batch": args.batch, "micro_batch": args.micro_batch}
+    never = {"gradient_checkpointing": False, "validate_every": 10**9, "checkpoint_every": 10**9}
     config = Stage2Config(
-        output=str(args.found.parent), sparsity=SPARSITY, precision="16bit", steps=args.steps + WARMUP, batch=args.batch,
-        micro_batch=args.micro_batch, lora_rank=32, lora_alpha=32, fsdp=True, gradient_checkpointing=False,
-        mixed_precision="bf16" if is_gpu(device) else "no", validate_every=10**9, checkpoint_every=10**9,
-    )  # fmt: skip
+        output=str(args.found.parent),
+        sparsity=SPARSITY,
+        precision="16bit",
+        lora_rank=32,
+        lora_alpha=32,
+        fsdp=True,
+        mixed_precision="bf16" if is_gpu(device) else "no",
+        **length,
+        **never,
+    )
     torch.manual_seed(0)
     add_lora(miniature.model.requires_grad_(False), config.lora_rank, config.lora_alpha, config.lora_targets)
     sizes = miniature.model.config
@@ -183,10 +192,11 @@ def stage2(args, device):
     report = trainer.train()
     seconds = statistics.median(b - a for a, b in zip(times[WARMUP - 1 :], times[WARMUP:], strict=False))
     return {
-        "losses": report.losses, "seconds_per_step": seconds,
+        "losses": report.losses,
+        "seconds_per_step": seconds,
         "tokens_per_second": args.batch * tokens(miniature) / seconds,
         "bytes": torch.cuda.max_memory_allocated() if is_gpu(device) else None,
-    }  # fmt: skip
+    }
 
 
 def attention_table(found, processes):

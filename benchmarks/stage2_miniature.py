@@ -112,10 +112,8 @@ def videos(miniature, count, split):
     """VideoLatents of rendered clips: split 0 has the training captions, 1 the held-out ones."""
     captions = split_captions()[split]
     chosen = [i * len(captions) // count if count <= len(captions) else i % len(captions) for i in range(count)]
-    clips = encode_clips(
-        miniature.vae, captions, chosen, size=miniature.size, seed=7000 + split, batch=1, device=miniature.device,
-        until=float("inf"),
-    )  # fmt: skip
+    options = {"size": miniature.size, "batch": 1, "device": miniature.device, "until": float("inf")}
+    clips = encode_clips(miniature.vae, captions, chosen, seed=7000 + split, **options)
     context = torch.cat([embed(str(caption)) for caption in captions]).to(miniature.device)
     return VideoLatents(clips.latents, context, clips.caption, torch.zeros_like(context[:1]))
 
@@ -128,13 +126,21 @@ def prepare(args, miniature, router, train, validation, sparsity, name, steps):
     """The Stage2Trainer of one run."""
     low = "int8" if miniature.device.type == "cpu" else default_precision(miniature.device)
     folder = args.out / f"{100 * sparsity:g}-{RUNS.index(name)}"
+    names = ("loss", "batch", "micro_batch", "lora_rank", "learning_rate", "ratio_learning_rate")
+    asked = {name: getattr(args, name) for name in names}
+    never = {"gradient_checkpointing": False, "checkpoint_every": 10**9, "validate_every": 10**9}
     config = Stage2Config(
-        output=str(folder), sparsity=sparsity, precision="16bit" if name == AFTERWARDS else low, loss=args.loss,
-        steps=steps, batch=args.batch, micro_batch=args.micro_batch, lora_rank=args.lora_rank, lora_alpha=args.lora_rank,
-        learning_rate=args.learning_rate, ratio_learning_rate=args.ratio_learning_rate, warmup=min(10, steps),
-        mixed_precision="bf16" if miniature.device.type == "cuda" else "no", gradient_checkpointing=False,
-        checkpoint_every=10**9, validate_every=10**9, validation_levels=miniature.levels,
-    )  # fmt: skip
+        output=str(folder),
+        sparsity=sparsity,
+        precision="16bit" if name == AFTERWARDS else low,
+        steps=steps,
+        warmup=min(10, steps),
+        lora_alpha=args.lora_rank,
+        mixed_precision="bf16" if miniature.device.type == "cuda" else "no",
+        validation_levels=miniature.levels,
+        **asked,
+        **never,
+    )
     model = copy.deepcopy(miniature.model).requires_grad_(False)
     add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     sizes = model.config
@@ -161,8 +167,8 @@ def rows_of(name, sparsity, trainer, report):
     """What one run says: the state before it (stage 1, or the heuristic router), after it, and dense."""
 
     def row(what, validation, precision):
-        return {"run": what, "sparsity": sparsity, "precision": precision, "flow": validation.flow,
-                "distance": validation.distance, "dense_flow": report.dense_flow}  # fmt: skip
+        found = {"flow": validation.flow, "distance": validation.distance, "dense_flow": report.dense_flow}
+        return {"run": what, "sparsity": sparsity, "precision": precision, **found}
 
     first, last = report.validations[0], report.validations[-1]
     precision = trainer.config.precision
@@ -170,9 +176,10 @@ def rows_of(name, sparsity, trainer, report):
         trainer.student.precision = "int8" if trainer.device.type == "cpu" else default_precision(trainer.device)
         trainer.validate()
         return [
-            row("stage 1, 16 bit", first, precision), row("stage 1 + 2, 16 bit", last, precision),
+            row("stage 1, 16 bit", first, precision),
+            row("stage 1 + 2, 16 bit", last, precision),
             row(name, report.validations[-1], trainer.student.precision),
-        ]  # fmt: skip
+        ]
     before = "stage 1" if name == QAT else "heuristic router"
     return [row(before, first, precision), row(name, last, precision)]
 

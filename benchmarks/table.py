@@ -1,10 +1,11 @@
 """The README's table, from the results file."""
 
 from .ours import NAME, NO_LINEAR_BRANCH
-from .peers import BASELINE
 from .results import timed
+from .rivals.packages import BASELINE
 
 GIB = 2**30
+MODELS = {"1.3B-480p": "Wan 2.1 1.3B, 832 x 480", "14B-720p": "Wan 14B, 1280 x 720"}
 
 
 def label(row):
@@ -31,7 +32,7 @@ def markdown(content, part="shapes"):
     Raises ValueError where the part was not measured.
     """
     if part not in content["parts"]:
-        raise ValueError(f"the results hold no part {part!r}: measure it first (python -m benchmarks.attention).")
+        raise ValueError(f"the results hold no part {part!r}: measure it first (python -m benchmarks.forward).")
     rows = [row for row in content["rows"] if row["part"] == part]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     sparsities = sorted({row["sparsity"] for row in timed(rows) if row["sparsity"] is not None}, reverse=True)
@@ -92,7 +93,8 @@ def step_markdown(content):
     for row in content["rows"]:
         table.setdefault(row["variant"], {})[row["part"]] = row
     (dense, *_) = table
-    lines = ["| one denoising step in ComfyUI | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    models = [MODELS.get(part, part) for part in parts]
+    lines = ["| one denoising step in ComfyUI | " + " | ".join(models) + " |", "|---" * (1 + len(parts)) + "|"]
     for name, rows in table.items():
         cells = [
             f"{rows[part]['seconds_per_step']:.2f} s ({_faster(table[dense], rows, part):.1f}x)"
@@ -109,6 +111,52 @@ def step_markdown(content):
         f"one model call a step, median. Peak memory: at most {most:.3f} times dense.",
     ]
     return "\n".join(lines)
+
+
+def calls_markdown(content):
+    """Seconds of one model call per model and kind of weights, from the file that comfyui_calls writes."""
+    parts = [part for part in content["parts"] if part != "crossover"]
+    table = {}
+    for row in content["rows"]:
+        if row["part"] in parts:
+            table.setdefault(row["variant"], {})[row["part"]] = row
+    lines = ["| one step in ComfyUI | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    for name, rows in table.items():
+        cells = [_call_cell(rows.get(part), _dense_row(table, part)) for part in parts]
+        lines.append(f"| {name.replace('SLA2', '**SLA2**')} | " + " | ".join(cells) + " |")
+    env = content["environment"]
+    lines += [
+        "",
+        f"{env['card']}, ComfyUI {env['comfyui']}, torch {env['torch']}: ComfyUI's own classes with random weights, one model "
+        "call, as a distilled model makes one per step; in brackets how many times faster than ComfyUI's default, then what "
+        f"the self-attention takes of it. Peak memory of SLA2: at most {_most_memory(table):.3f} times dense.",
+    ]
+    failed = [row for row in content["rows"] if row.get("failed")]
+    return "\n".join([*lines, *(f"Failed: {row['variant']} at {row['part']}: {row['failed']}." for row in failed)])
+
+
+def _most_memory(table):
+    """Of SLA2 beside ComfyUI's default; compiled models have memory of their own."""
+    shares = [
+        row["peak_bytes"] / _dense_row(table, part)["peak_bytes"]
+        for name, rows in table.items()
+        if name.startswith("SLA2") and "compiled" not in name
+        for part, row in rows.items()
+        if "peak_bytes" in row
+    ]
+    return max(shares, default=float("nan"))
+
+
+def _dense_row(table, part):
+    return next(rows[part] for name, rows in table.items() if name.startswith("dense, ComfyUI") and part in rows)
+
+
+def _call_cell(row, dense):
+    if row is None or row["seconds_per_step"] is None:
+        return "-"
+    seconds = row["seconds_per_step"]
+    cell = f"{seconds:.3g} s ({dense['seconds_per_step'] / seconds:.2f}x)"
+    return cell if row.get("attention_seconds") is None else f"{cell}, {row['attention_seconds']:.2g} s"
 
 
 def _faster(dense, rows, part):

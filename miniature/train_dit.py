@@ -20,6 +20,12 @@ from .wan import WanBlock, WanConfig, WanModel
 ABOUT = "Wan2.1-shaped text-to-video transformer, trained on procedural videos (miniature/README.md)"
 DIT_FILE = "wan_miniature_dit.safetensors"
 EMPTY = -1
+MATRICES = {"q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.2.weight"}
+
+
+def is_block_matrix(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon trains this parameter: the matrices of the blocks."""
+    return name.startswith("blocks") and name.split(".", 2)[2].split("attn.")[-1] in MATRICES
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,8 @@ def encode_clips(
 ) -> LatentSet:
     """Render and encode one clip per chosen caption number; stops early (with at least a batch) when `until` passes."""
     frames, height, width = size
-    scenes = videos.simulate(
-        [captions[i] for i in chosen], frames=frames, height=height, width=width, seed=seed
-    ).to(device)  # fmt: skip
+    wanted = [captions[i] for i in chosen]
+    scenes = videos.simulate(wanted, frames=frames, height=height, width=width, seed=seed).to(device)
     parts = []
     for first in range(0, len(chosen), batch):
         index = torch.arange(first, min(first + batch, len(chosen)), device=device)
@@ -104,11 +109,7 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
         model.load_state_dict(load_file(args.dit_start))
     if args.compile:
         model.run_block = torch.compile(WanBlock.forward, dynamic=False)
-    matrices = {"q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.2.weight"}
-    optimiser = Optimiser(
-        model, lambda name, p: name.startswith("blocks") and name.split(".", 2)[2].split("attn.")[-1] in matrices,
-        muon_lr=args.muon_lr, adam_lr=args.adam_lr, hold=0.5,
-    )  # fmt: skip
+    optimiser = Optimiser(model, is_block_matrix, muon_lr=args.muon_lr, adam_lr=args.adam_lr, hold=0.5)
     average = Average(model, 0.999)
     judge = WanModel(config).to(device).eval()
 
@@ -141,8 +142,8 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
         now = time.monotonic()
         if now - printed > args.print_seconds:
             means = {f"loss_{k}": torch.stack(v).mean().item() for k, v in losses.items()}
-            log.record(stage="dit", seconds=budget.elapsed(), step=step, lr=factor,
-                       tokens_per_second=tokens / (now - printed), **means)  # fmt: skip
+            speed = tokens / (now - printed)
+            log.record(stage="dit", seconds=budget.elapsed(), step=step, lr=factor, tokens_per_second=speed, **means)
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"training diverged at step {step}: lower --muon-lr and --adam-lr")
             printed, tokens, losses = now, 0, {}
@@ -157,9 +158,11 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
     save_weights(out / DIT_FILE, average.state_dict(), torch.bfloat16, ABOUT)
     model = judged()
     log.result(
-        dit_steps=step, dit_parameters=sum(p.numel() for p in model.parameters()), evaluated_tokens=full.tokens,
+        dit_steps=step,
+        dit_parameters=sum(p.numel() for p in model.parameters()),
+        evaluated_tokens=full.tokens,
         **{f"validation_loss_{k}": validation_loss(model, data, contexts) for k, data in test.items()},
-    )  # fmt: skip
+    )
     log.write()
     if device.type == "cuda":
         log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
@@ -169,8 +172,8 @@ def train_dit(args, sizes: dict, budget: Budget, vae: WanVAE, log: Log, device: 
         videos_ = []
         for i, caption in enumerate(shown if name == "full" else shown[:3]):
             with torch.autocast(device.type, torch.bfloat16):
-                latents = sample_latents(model, embed(str(caption)), shape=noise_shape, seed=args.seed + i,
-                                         steps=sizes["sample_steps"], device=device)  # fmt: skip
+                options = {"shape": noise_shape, "steps": sizes["sample_steps"], "device": device}
+                latents = sample_latents(model, embed(str(caption)), seed=args.seed + i, **options)
                 with torch.no_grad():
                     videos_.append(vae.decode(denormalise_latents(latents))[0].float().cpu())
         images.write_png(out / f"samples_{name}.png", images.contact_sheet(videos_, shrink=2 if name == "full" else 1))
@@ -194,9 +197,7 @@ def _data(args, sizes, budget, vae, log, device, generator):
     share = args.encode_share * budget.seconds if budget.steps is None else float("inf")
 
     def encode(chosen, name, seed, until, batch):
-        return encode_clips(
-            vae, captions, chosen, size=sizes[name], seed=seed, batch=batch, device=device, until=until
-        )  # fmt: skip
+        return encode_clips(vae, captions, chosen, size=sizes[name], seed=seed, batch=batch, device=device, until=until)
 
     def pick(count):
         order = torch.randperm(len(train_captions), generator=generator).tolist()
@@ -211,8 +212,7 @@ def _data(args, sizes, budget, vae, log, device, generator):
     }
     small = encode(pick(args.small_clips), "small", args.seed + 14, begin + 0.4 * share, 8)
     full = encode(pick(args.full_clips), "full", args.seed + 15, begin + share, 1)
-    log.result(
-        small_clips=len(small.latents), full_clips=len(full.latents), encode_seconds=time.monotonic() - begin,
-        small_size=sizes["small"], full_size=sizes["full"], small_tokens=small.tokens, full_tokens=full.tokens,
-    )  # fmt: skip
+    log.result(small_clips=len(small.latents), small_size=sizes["small"], small_tokens=small.tokens)
+    log.result(full_clips=len(full.latents), full_size=sizes["full"], full_tokens=full.tokens)
+    log.result(encode_seconds=time.monotonic() - begin)
     return small, full, test, contexts, held_out

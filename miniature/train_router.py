@@ -49,21 +49,21 @@ def spread(captions, count):
 def sample_all(model, captions, first_seed, attention, args):
     """Samples every caption once, for what the attention function sees."""
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.size // 8, args.size // 8)
+    options = {"shape": shape, "steps": args.sampling_steps, "cfg": args.cfg, "device": args.device}
     for number, caption in enumerate(captions):
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.float32):
-            sample_latents(
-                model, embed(caption), shape=shape, seed=first_seed + number, steps=args.sampling_steps, cfg=args.cfg,
-                device=args.device, attention=attention,
-            )  # fmt: skip
+            sample_latents(model, embed(caption), seed=first_seed + number, attention=attention, **options)
         yield number, caption
 
 
 def make_trainer(shape, args):
     """A RouterTrainer for (layers, heads, head_dim)."""
     options = TrainerOptions(
-        seed=args.seed, steps_per_observation=args.steps_per_call, query_blocks=args.query_blocks,
+        seed=args.seed,
+        steps_per_observation=args.steps_per_call,
+        query_blocks=args.query_blocks,
         keep_diagonal=args.keep_diagonal,
-    )  # fmt: skip
+    )
     return RouterTrainer(FAMILY, *shape, sparsities=args.sparsities, options=options)
 
 
@@ -129,9 +129,11 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--size", type=int, default=320, help="height and width, a multiple of 16")
     parser.add_argument(
-        "--keep-diagonal", action=argparse.BooleanOptionalAction, default=TrainerOptions.keep_diagonal,
+        "--keep-diagonal",
+        action=argparse.BooleanOptionalAction,
+        default=TrainerOptions.keep_diagonal,
         help="every query block always takes its own key blocks",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--float32", action="store_true", help="sample in float32 instead of bfloat16")

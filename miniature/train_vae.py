@@ -72,7 +72,8 @@ def choose_kernels(device: torch.device, compile_: bool) -> str:
     return f"{name} (3-D {seconds[False] * 1e3:.1f} ms, stacked {seconds[True] * 1e3:.1f} ms)"
 
 
-def _is_hidden_convolution(name: str, p: torch.Tensor) -> bool:
+def is_hidden_convolution(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon trains this parameter of a VAE: convolutions but those to and from pixels."""
     return p.ndim >= 4 and min(p.shape[:2]) > 3
 
 
@@ -86,7 +87,7 @@ def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device)
     bank = videos.simulate(scenes, frames=world[0], height=world[1], width=world[2], seed=args.seed).to(device)
 
     vae = WanVAE(args.vae_dim).to(device)
-    optimiser = Optimiser(vae, _is_hidden_convolution, muon_lr=args.vae_lr, adam_lr=args.vae_lr, hold=0.4)
+    optimiser = Optimiser(vae, is_hidden_convolution, muon_lr=args.vae_lr, adam_lr=args.vae_lr, hold=0.4)
     average = Average(vae, 0.998)
     out = Path(args.out)
     saved = printed = time.monotonic()
@@ -109,8 +110,9 @@ def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device)
         now = time.monotonic()
         if now - printed > args.print_seconds:
             quality = -10 * torch.log10(mse.detach() / 4).item()
-            log.record(stage="vae", seconds=budget.elapsed(), step=step, psnr_db=quality, kl=kl.item(), lr=factor,
-                       megapixels_per_second=pixels / (now - printed) / 1e6)  # fmt: skip
+            state = {"psnr_db": quality, "kl": kl.item(), "lr": factor}
+            speed = pixels / (now - printed) / 1e6
+            log.record(stage="vae", seconds=budget.elapsed(), step=step, **state, megapixels_per_second=speed)
             if not math.isfinite(quality):
                 raise FloatingPointError(f"VAE training diverged at step {step}: lower --vae-lr (now {args.vae_lr})")
             printed, pixels = now, 0
@@ -141,8 +143,9 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
     mean, noise = latents.mean((0, 2, 3, 4)), torch.stack(variances).mean(0)
     # With the posterior's own noise counted, a channel that carries nothing stays small instead of being blown up.
     std = (latents.var((0, 2, 3, 4)) + noise).sqrt()
-    log.result(vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist(),
-               raw_noise_std=noise.sqrt().tolist())  # fmt: skip
+    log.result(
+        vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist(), raw_noise_std=noise.sqrt().tolist()
+    )
     vae.fold_statistics(mean, std)
     save_weights(Path(args.out) / VAE_FILE, vae.state_dict(), torch.float16, ABOUT)
     vae.load_state_dict({k: v.half().float() for k, v in vae.state_dict().items()})
@@ -163,10 +166,13 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
     code = torch.cat(codes)
     smooth = (code[..., 1:] - code[..., :-1]).square().mean().item() / 2
     log.result(
-        vae_test_psnr_db=sum(scores) / len(scores), vae_test_psnr_db_worst=min(scores), vae_test_clips=len(scores),
-        normalised_latent_mean=code.mean((0, 2, 3, 4)).tolist(), normalised_latent_std=code.std((0, 2, 3, 4)).tolist(),
+        vae_test_psnr_db=sum(scores) / len(scores),
+        vae_test_psnr_db_worst=min(scores),
+        vae_test_clips=len(scores),
+        normalised_latent_mean=code.mean((0, 2, 3, 4)).tolist(),
+        normalised_latent_std=code.std((0, 2, 3, 4)).tolist(),
         neighbour_difference_variance=smooth,
-    )  # fmt: skip
+    )
     images.write_png(Path(args.out) / "vae_sheet.png", images.contact_sheet(rows))
     log.write()
     return vae

@@ -66,8 +66,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
 
     kind = torch.tensor([caption.indices() for caption in captions]).reshape(n, 5)
     size = torch.tensor([width, height], dtype=torch.float32)
-    shorter = min(height, width)
-    radius = uniform(0.11, 0.15, 2) * min(0.55 * shorter + 90.0, 1.4 * shorter)
+    radius = uniform(0.11, 0.15, 2) * _radius_unit(height, width)
     spin = uniform(0.03, 0.07, 2) * sign(2)
     angle0 = uniform(0.0, 2 * math.pi, 2)
 
@@ -89,6 +88,16 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
         floor_phase=uniform(0.0, 2 * math.pi, FLOOR_WAVES),
         brightness=uniform(0.92, 1.06),
     )
+
+
+def mean_radius(height: int, width: int) -> float:
+    """Mean radius in pixels of the objects of a world of this size; they differ from it by at most 16%."""
+    return 0.13 * _radius_unit(height, width)
+
+
+def _radius_unit(height: int, width: int) -> float:
+    shorter = min(height, width)
+    return min(0.55 * shorter + 90.0, 1.4 * shorter)
 
 
 def _bounce(radius, size, frames, start, heading, speed) -> torch.Tensor:

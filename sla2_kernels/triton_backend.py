@@ -12,7 +12,7 @@ import torch
 from .kernels import configs
 from .kernels.fitted_ratio import FittedRatio
 from .kernels.hopper import why_not_hopper_loop
-from .kernels.launch import planned
+from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
@@ -44,14 +44,14 @@ class Routing:
 
 @dataclass
 class Workspace:
-    """What one group of heads needs of K and V; fields that a precision does not use are None."""
+    """What one group of heads needs of K and V; fields that a call does not use are None."""
 
-    k_low: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_low: torch.Tensor | None = None
-    v_exponent: torch.Tensor | None = None
+    packed_k: torch.Tensor | None = None  # K in 8 bit, (G, T_n, 64, D)
+    k_scale: torch.Tensor | None = None  # float32 (G, T_n)
+    packed_v: torch.Tensor | None = None  # V in FP8, transposed, (G, T_n, D, 64)
+    v_exponent: torch.Tensor | None = None  # float32 (G, T_n)
     sums: torch.Tensor | None = None  # h_j: the first D * D of (G, T_n, >= D * D)
-    norms: torch.Tensor | None = None  # z_j: (G, T_n, D), where not in FP8 the last row of sums
+    norms: torch.Tensor | None = None  # z_j: (G, T_n, D), where h_j is not in FP8 the last row of sums
     query_sums: torch.Tensor | None = None  # (G, T_m, (D + 1) * D): H_i and Z_i
     # where h_j is in FP8:
     query_norms: torch.Tensor | None = None  # Z_i: (G, T_m, D), the last row of query_sums
@@ -70,17 +70,17 @@ def _sums_dtype(q):
     return q.dtype
 
 
-def _pool_keys(k, dtype, plan=None):
-    pooled = pool(k, K_BLOCK, plan)
+def _pool_keys(k, dtype):
+    pooled = pool(k, K_BLOCK)
     means = torch.empty_like(pooled, dtype=dtype)
-    return pooled, means, smooth(pooled, k.shape[2], K_BLOCK, means, plan)
+    return pooled, means, smooth(pooled, k.shape[2], means)
 
 
-def _route(q, k, proj_q, proj_k, selected, dtype, plan=None, diagonal=None):
+def _route(q, k, proj_q, proj_k, selected, dtype, diagonal=None):
     """Fills ``selected``, int32 (B * H, T_m, n), ascending. dtype: of the mask, None makes none."""
-    k_pooled, k_means, k_mean = _pool_keys(k, q.dtype, plan)
-    q_routed, k_routed = project(pool(q, Q_BLOCK, plan), proj_q, plan), project(k_pooled, proj_k, plan)
-    unselected = select(scores(q_routed, k_routed, plan, diagonal), k_pooled.shape[1], selected, dtype, plan)
+    k_pooled, k_means, k_mean = _pool_keys(k, q.dtype)
+    q_routed, k_routed = project(pool(q, Q_BLOCK), proj_q), project(k_pooled, proj_k)
+    unselected = select(scores(q_routed, k_routed, diagonal), k_pooled.shape[1], selected, dtype)
     return Routing(unselected, k_means, k_mean)
 
 
@@ -98,18 +98,18 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with on_device(q.device):
         selected = _new_selection(q, count)
-        _route(q, k, *_as_read(q, proj_q, proj_k), selected, None, diagonal=diagonal)
+        _route(q, k, *_as_read(q, proj_q, proj_k), selected, None, diagonal)
         return selected.unflatten(0, q.shape[:2])
 
 
-def _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums):
+def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
-    low = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv == "fp8"))
+    packed = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv == "fp8"))
     if not linear:
-        return low
+        return packed
     sum_bytes = (head_dim + 1) * head_dim * q.element_size()
-    key_bytes = head_dim * (head_dim + q.element_size()) if low_sums else sum_bytes
-    return low + blocks * key_bytes + q_blocks * (sum_bytes + blocks * low_sums)
+    key_bytes = head_dim * (head_dim + q.element_size()) if fp8_sums else sum_bytes
+    return packed + blocks * key_bytes + q_blocks * (sum_bytes + blocks * fp8_sums)
 
 
 def _head_groups(q, per_head):
@@ -120,7 +120,7 @@ def _head_groups(q, per_head):
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _allocate(q, k, group, qk, pv, linear, sums_dtype, low_sums):
+def _allocate(q, k, group, qk, pv, linear, sums_dtype, fp8_sums):
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
     fp8 = torch.float8_e4m3fn
 
@@ -129,13 +129,13 @@ def _allocate(q, k, group, qk, pv, linear, sums_dtype, low_sums):
 
     square, rows = head_dim * head_dim, (head_dim + 1) * head_dim
     work = Workspace(
-        k_low=empty(qk != "16bit", blocks, K_BLOCK, head_dim, dtype=torch.int8 if qk == "int8" else fp8),
+        packed_k=empty(qk != "16bit", blocks, K_BLOCK, head_dim, dtype=torch.int8 if qk == "int8" else fp8),
         k_scale=empty(qk != "16bit", blocks),
-        v_low=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=fp8),
+        packed_v=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=fp8),
         v_exponent=empty(pv == "fp8", blocks),
         query_sums=empty(linear, q_blocks, rows, dtype=sums_dtype),
     )
-    if low_sums:
+    if fp8_sums:
         work.sums, work.sums_exponent = empty(True, blocks, square, dtype=fp8), empty(True, blocks)
         work.norms, work.query_norms = empty(True, blocks, head_dim, dtype=sums_dtype), work.query_sums[..., square:]
         work.weights, work.weights_scale = empty(True, q_blocks, mask_width(blocks), dtype=fp8), empty(True)
@@ -158,6 +158,55 @@ class Sample:
     dense: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Tensors:
+    """The tensors of a call that its kernels read or fill.
+
+    block_ratio: float32 (B * H, T_m), or None where it is estimated. ratio: float32 (B, H, N), to be filled. rows, dense:
+    those of a Sample.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    proj_q: torch.Tensor | None
+    proj_k: torch.Tensor | None
+    block_ratio: torch.Tensor | None
+    selected: torch.Tensor
+    unselected: torch.Tensor | None
+    ratio: torch.Tensor
+    out: torch.Tensor
+    rows: torch.Tensor | None
+    dense: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What else decides which kernels a call launches. routing: whether it selects. linear: whether a block is left out.
+
+    qk, pv: formats of the two products. hopper: whether the loop in Gluon runs. fitted: as in Sample, or None.
+    """
+
+    scale: float
+    qk: str
+    pv: str
+    diagonal: int | None
+    routing: bool
+    linear: bool
+    hopper: bool
+    fitted: int | None
+
+    @property
+    def fp8_sums(self):
+        """Whether h_j is in FP8."""
+        return self.linear and self.hopper and self.pv == "fp8"
+
+    @property
+    def register_order(self):
+        """Whether V and h_j are packed in the order of the Hopper loop's registers."""
+        return self.hopper and self.pv == "fp8"
+
+
 def attention(
     q, k, v, proj_q, proj_k, key_blocks, ratios, out, *,
     sparsity, scale, precision, diagonal=None, linear_branch=True, sample=None,
@@ -166,19 +215,18 @@ def attention(
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
     or None to route. ratios: (H, T_m) or (B * H, T_m), or None to estimate them, or with a Sample to fit them on it; then
-    a key block is left out of every row. diagonal: see kernels/score.py.
+    each query block leaves a key block out. diagonal: see kernels/score.py.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
     with on_device(q.device):
         proj_q, proj_k, ratios = _as_read(q, proj_q, proj_k, ratios)
-        rows = dense = fitted = None
         if sample is not None:
-            rows, dense, fitted = sample.rows, sample.dense, sample.fitted
-            ratios = q.new_empty((q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)), dtype=torch.float32)
+            shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)
+            ratios = torch.empty(shape, dtype=torch.float32, device=q.device)
         elif ratios is not None and len(ratios) == q.shape[1]:
             ratios = ratios.repeat(q.shape[0], 1)
-        row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
             selected = _new_selection(q, selected_block_count(sparsity, blocks))
         else:
@@ -187,60 +235,79 @@ def attention(
         if linear and not routing:
             unselected = unselected_mask(selected, blocks, _sums_dtype(q))
         card = capability(q.device)
-        why_not_hopper = why_not_hopper_loop(card, *configs.loop_formats(precision, card), q, k, v)
+        qk, pv = configs.loop_formats(precision, card)
+        why_not_hopper = why_not_hopper_loop(card, qk, pv, q, k, v)
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
-        tensors = q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out, rows, dense
-        settings = scale, precision, diagonal, routing, linear, why_not_hopper is None, fitted
-        planned(tensors, settings, lambda plan: _attend(*tensors, *settings, plan))
-    return row_ratio, selected.unflatten(0, q.shape[:2])
+        rows, dense, fitted = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.fitted)
+        tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, rows, dense)
+        settings = _Settings(scale, qk, pv, diagonal, routing, linear, why_not_hopper is None, fitted)
+        cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
+    return ratio, selected.unflatten(0, q.shape[:2])
 
 
-def _attend(
-    q, k, v, proj_q, proj_k, ratios, selected, unselected, row_ratio, out, rows, dense,
-    scale, precision, diagonal, routing, linear, hopper, fitted, plan,
-):  # fmt: skip
-    """Fills row_ratio, out, ``selected`` where ``routing``, and ratios and dense where there are rows to fit on."""
-    card, dtype = capability(q.device), _sums_dtype(q)
-    qk, pv = configs.loop_formats(precision, card)
-    if routing:
-        routed = _route(q, k, proj_q, proj_k, selected, dtype if linear else None, plan, diagonal)
-    elif linear or qk != "16bit":
-        routed = Routing(unselected, *_pool_keys(k, q.dtype, plan)[1:])
-    else:
-        routed = Routing()
-    low_sums = linear and hopper and pv == "fp8"
-    groups = _head_groups(q, _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums))
-    work = _allocate(q, k, groups[0].stop, qk, pv, linear, dtype, low_sums)
-    ratio = "none" if not linear else "estimated" if ratios is None else "learned"
-    sizes = {"scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK, "plan": plan}
-    product = configs.product_config(card, q.element_size())
-    branch = configs.linear_config(card, q.element_size())
-    fit = None if rows is None else FittedRatio(Sample(rows, fitted, dense), ratios, Q_BLOCK, plan)
-    if fit is not None:
-        of_rows = configs.fit_config(q.element_size())
-        fit.attend(q, k, v, routed.unselected, scale_log2=sizes["scale_log2"], block=K_BLOCK, config=of_rows)
-    if ratio == "estimated":
-        # waits where the loop will put the ratio
-        mass = configs.mass_config(card, q.element_size())
-        unselected_mass(q, routed, row_ratio, k.shape[2], smoothed=qk != "16bit", config=mass, **sizes)
-    for heads in groups:
-        pack(k, v, routed.k_mean, work, heads, K_BLOCK, qk, pv, plan, register_order=hopper and pv == "fp8")
-        if low_sums:
-            from .kernels.hopper_masked_sum import hopper_masked_sum
-
-            weighted_mask(routed.unselected, work, heads, plan)
-            hopper_masked_sum(work, heads, plan)
-        elif linear:
-            masked_sum(routed.unselected, work.sums, work.query_sums, heads, product, plan)
+def _attend(t, s):
+    """Runs the kernels of a call (_Tensors, _Settings), group of heads after group of heads."""
+    routed = _routing(t, s)
+    per_head = _workspace_bytes_per_head(t.q, t.k, s.qk, s.pv, s.linear, s.fp8_sums)
+    groups = _head_groups(t.q, per_head)
+    work = _allocate(t.q, t.k, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
+    scale_log2, fit = s.scale * math.log2(math.e), None
+    if t.rows is not None:
+        fit = FittedRatio(Sample(t.rows, s.fitted, t.dense), t.block_ratio)
+        config = configs.fit_config(t.q.element_size())
+        fit.attend(t.q, t.k, t.v, routed.unselected, scale_log2=scale_log2, config=config)
+    if s.linear and t.block_ratio is None:
+        # the log2 of the unselected mass waits where the loop will put the ratio
+        config = configs.mass_config(capability(t.q.device), t.q.element_size())
+        unselected_mass(
+            t.q, routed, t.ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
+        )
+    for group in groups:
+        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, register_order=s.register_order)
+        if s.linear:
+            _sum_unselected(routed.unselected, work, group, s, t.q)
         if fit is not None:
-            fit.fit(q, work.query_sums, heads, register_order=hopper and pv == "fp8")
-        if linear and not hopper:
-            linear_attention(q, work, out, ratios, row_ratio, heads, q_block=Q_BLOCK, config=branch, plan=plan)
-        operands = q, k, v, out, work, selected
-        if hopper:
-            from .kernels.hopper_loop import hopper_sparse_attention
+            fit.fit(t.q, work.query_sums, group, register_order=s.register_order)
+        _loop(t, s, work, group, scale_log2)
 
-            hopper_sparse_attention(*operands, ratios, row_ratio, heads, ratio=ratio, qk=qk, **sizes)
-        else:
-            config = configs.loop_config(card, qk, pv, q.shape[3], q.element_size())
-            sparse_attention(*operands, row_ratio, heads, ratio=ratio, qk=qk, pv=pv, config=config, **sizes)
+
+def _routing(t, s):
+    dtype = _sums_dtype(t.q)
+    if s.routing:
+        return _route(t.q, t.k, t.proj_q, t.proj_k, t.selected, dtype if s.linear else None, s.diagonal)
+    if s.linear or s.qk != "16bit":
+        return Routing(t.unselected, *_pool_keys(t.k, t.q.dtype)[1:])
+    return Routing()
+
+
+def _sum_unselected(unselected, work, group, s, q):
+    """H_i and Z_i of a group of heads."""
+    if s.fp8_sums:
+        from .kernels.hopper_masked_sum import hopper_masked_sum
+
+        weighted_mask(unselected, work, group)
+        hopper_masked_sum(work, group)
+    else:
+        config = configs.product_config(capability(q.device), q.element_size())
+        masked_sum(unselected, work.sums, work.query_sums, group, config)
+
+
+def _loop(t, s, work, group, scale_log2):
+    """The sparse loop of a group of heads, and its linear branch."""
+    kind = "none" if not s.linear else "estimated" if t.block_ratio is None else "learned"
+    if s.hopper:
+        from .kernels.hopper_loop import hopper_sparse_attention
+
+        hopper_sparse_attention(
+            t.q, t.k, t.v, t.out, work, t.selected, t.block_ratio, t.ratio, group,
+            ratio_kind=kind, scale_log2=scale_log2, qk=s.qk,
+        )  # fmt: skip
+        return
+    card, element_size = capability(t.q.device), t.q.element_size()
+    if s.linear:
+        config = configs.linear_config(card, element_size)
+        linear_attention(t.q, work, t.out, t.block_ratio, t.ratio, group, config=config)
+    sparse_attention(
+        t.q, t.k, t.v, t.out, work, t.selected, t.ratio, group, ratio_kind=kind, scale_log2=scale_log2,
+        qk=s.qk, pv=s.pv, config=configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size),
+    )  # fmt: skip

@@ -1,11 +1,13 @@
 """The backward pass in Triton (SLA2, Alg. 3): 16-bit gradients on the forward's selection, from the original Q, K and V.
 
 Nothing of the forward but the selection and the ratios is kept: the log-sum-exp is computed again in 16 bit, so that
-P, its row sums and the gradients agree whatever format the forward had. Per group of heads, in one reused workspace:
-h_j -> H_i -> dH_i (in place) -> dh_j (in h_j's place). Then three walks over the selected pairs.
+P, its row sums and the gradients agree whatever format the forward had. One walk over the selected pairs by query block
+gives dQ; then the linear branch, per group of heads in one reused workspace: h_j -> H_i -> dH_i (in place) -> dh_j (in
+h_j's place); then one walk by key block gives dK and dV.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,8 @@ from .kernels.backward_configs import backward_config
 from .kernels.backward_keys import key_gradients, selecting_blocks
 from .kernels.backward_linear import linear_keys, linear_queries
 from .kernels.backward_queries import query_gradient
-from .kernels.backward_rows import row_statistics
 from .kernels.configs import product_config
+from .kernels.hopper import takes_hopper_walks
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
@@ -25,42 +27,43 @@ from .support import capability, on_device
 from .triton_backend import Workspace, _head_groups
 
 
-def attention_backward(q, k, v, grad_out, key_blocks, row_ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
+def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
 
     Args:
         q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
-        key_blocks: int32 (B, H, T_m, n), the forward's selection. row_ratio: float32 (B, H, N), the forward's ratios.
+        key_blocks: int32 (B, H, T_m, n), the forward's selection. ratio: float32 (B, H, N), the forward's ratios.
         scale: softmax scale. linear_branch: False where the forward had none.
     """
     with on_device(q.device):
-        selected, row_ratio = key_blocks.flatten(0, 1).contiguous(), row_ratio.contiguous()
+        selected, ratio = key_blocks.flatten(0, 1).contiguous(), ratio.contiguous()
         blocks = block_count(k.shape[2], K_BLOCK)
         config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
-        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "q_block": Q_BLOCK, "block": K_BLOCK}
-        k_mean = smooth(pool(k, K_BLOCK), k.shape[2], K_BLOCK)
+        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e)}
+        k_mean = smooth(pool(k, K_BLOCK), k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        row_statistics(
-            q, k, v, grad_out, selected, row_ratio, shift, delta,
-            scale_log2=scales["scale_log2"], q_block=Q_BLOCK, block=K_BLOCK, config=config.statistics,
-        )  # fmt: skip
+        walk_queries, walk_keys = _walks(q, k, v, grad_out, config)
+        walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales)
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
-                q, k, v, grad_out, selected, row_ratio, delta, k_mean, grad_q, grad_k, grad_v, config.linear
+                q, k, v, grad_out, selected, ratio, delta, k_mean, grad_q, grad_k, grad_v, config.linear
             )
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
             grad_ratio = rows.unflatten(1, (-1, Q_BLOCK)).sum(dim=2)
-        query_gradient(
-            q, k, v, grad_out, grad_q, selected, shift, delta, k_mean,
-            **scales, linear=correction is not None, config=config.queries,
-        )  # fmt: skip
-        key_gradients(
-            q, k, v, grad_out, grad_k, grad_v, selecting_blocks(selected, blocks), shift, delta, correction,
-            **scales, config=config.keys,
-        )  # fmt: skip
+        transposed = selecting_blocks(selected, blocks)
+        walk_keys(q, k, v, grad_out, grad_k, grad_v, transposed, shift, delta, correction, **scales)
     return grad_ratio.unflatten(0, q.shape[:2])
+
+
+def _walks(q, k, v, grad_out, config):
+    """The two walks over selected pairs that such tensors take."""
+    if takes_hopper_walks(capability(q.device), q, k, v, grad_out):
+        from .kernels.hopper_backward import hopper_key_gradients, hopper_query_gradient
+
+        return hopper_query_gradient, hopper_key_gradients
+    return partial(query_gradient, config=config.queries), partial(key_gradients, config=config.keys)
 
 
 def _workspace_dtype(dtype):
@@ -68,7 +71,7 @@ def _workspace_dtype(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _linear_branch(q, k, v, grad_out, selected, row_ratio, row_delta, k_mean, grad_q, grad_k, grad_v, config):
+def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q, grad_k, grad_v, config):
     """Writes the linear branch's gradients; returns the mean over tokens of its dK, float32 (B * H, D), and
     rowsum(dO O_l), float32 (B, H, N)."""
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
@@ -87,15 +90,12 @@ def _linear_branch(q, k, v, grad_out, selected, row_ratio, row_delta, k_mean, gr
     product = product_config(capability(q.device), dtype.itemsize)
     # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
     factor = q_blocks / (blocks * K_BLOCK)
-    for heads in groups:
-        pack(k, v, k_mean, work, heads, K_BLOCK, "16bit", "16bit")
-        masked_sum(unselected, sums, query_sums, heads, product)
-        linear_queries(
-            q, grad_out, grad_q, query_sums, row_ratio, row_delta, weight, row_product, heads,
-            q_block=Q_BLOCK, config=config,
-        )  # fmt: skip
-        masked_sum(transposed, query_sums, sums, heads, product)
-        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, heads, factor=factor, block=K_BLOCK, config=config)
+    for group in groups:
+        pack(k, v, k_mean, work, group, "16bit", "16bit")
+        masked_sum(unselected, sums, query_sums, group, product)
+        linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, weight, row_product, group, config=config)
+        masked_sum(transposed, query_sums, sums, group, product)
+        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor, config=config)
     return tile_totals.sum(dim=1) / k.shape[2], row_product
 
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from tooling.comfyui import find_comfyui
-from tooling.plan import ROOT as PACK
+from tooling.paths import ROOT as PACK
 
 sys.path.append(str(PACK / "tests" / "comfyui"))
 
-from comfy_fixtures import comfy, new_prompt, prompt  # noqa: F401  fixtures: one server for every folder's tests
+from comfy_fixtures import comfy, comfy_scripts, new_prompt, prompt  # noqa: F401  fixtures: one server for every folder's tests
 
 PACK_NAME = "sla2_pack"
 

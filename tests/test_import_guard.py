@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tooling.archive import packed_files
-from tooling.plan import PACK_FOLDER, ROOT
+from tooling.paths import PACK_FOLDER, ROOT
 
 
 def test_every_name_of_comfyui_that_is_used_exists_and_every_call_fits(comfyui_path, tmp_path):

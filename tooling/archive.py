@@ -2,7 +2,7 @@
 
 import subprocess
 
-from .plan import ROOT
+from .paths import ROOT
 
 
 def packed_files():

@@ -4,7 +4,7 @@ import json
 import subprocess
 
 from .environment import SetupError
-from .plan import ROOT
+from .paths import ROOT
 
 LIMIT_S = 180
 

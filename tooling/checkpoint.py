@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from miniature.vae import WanVAE
 from miniature.wan import WanConfig, WanModel
 
-from .plan import ROOT
+from .paths import ROOT
 
 TRAINED = ROOT / "miniature" / "weights"
 DIT, VAE, ROUTER, LORA, LORA_ROUTER = (

@@ -15,9 +15,12 @@ LIMIT_S = 600
 # what git says of itself ("Cloning into", warnings of its settings) is no sign of the other side
 ALIVE = re.compile(rb"remote:|Receiving objects|Resolving deltas|Updating files|Unpacking objects")
 NEVER_ASK = {
-    "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "SSH_ASKPASS": "", "GCM_INTERACTIVE": "never",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_ASKPASS": "",
+    "SSH_ASKPASS": "",
+    "GCM_INTERACTIVE": "never",
     "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
-}  # fmt: skip
+}
 
 
 def clone(repository, tag, target):
@@ -34,9 +37,13 @@ def clone(repository, tag, target):
     ]  # fmt: skip
     try:
         process = subprocess.Popen(
-            command, env={**os.environ, **NEVER_ASK}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, start_new_session=os.name != "nt",
-        )  # fmt: skip
+            command,
+            env={**os.environ, **NEVER_ASK},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=os.name != "nt",
+        )
     except FileNotFoundError:
         return "git is not installed"
     why_not = _wait(process)

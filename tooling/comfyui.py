@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .clone import clone
 from .environment import SetupError, say
-from .plan import ROOT
+from .paths import ROOT
 
 RELEASE = "v0.33.0"
 REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from . import events, graph
 from .environment import SetupError, say
 from .outcome import Outcome, Run
-from .plan import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
+from .paths import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
 from .server import Server
 
 WORKFLOW = ROOT / "workflows" / "wan2.1_t2v_1.3b_sla2.json"
@@ -42,9 +42,11 @@ def lay_out(base, checkpoint):
     for name in ("output", "custom_nodes"):
         shutil.rmtree(base / name, ignore_errors=True)
     models = {
-        "diffusion_models": [checkpoint.dit], "vae": [checkpoint.vae], "loras": [checkpoint.lora],
+        "diffusion_models": [checkpoint.dit],
+        "vae": [checkpoint.vae],
+        "loras": [checkpoint.lora],
         "sla2": [checkpoint.router, checkpoint.lora_router],
-    }  # fmt: skip
+    }
     for name in (*(f"models/{kind}" for kind in models), "custom_nodes", "input", "output", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     for kind, files in models.items():
@@ -98,19 +100,19 @@ def collect(folder, base, plan, checkpoint, prompt, outputs, seconds):
     for name, sampler in graph.samplers(prompt).items():
         decoders = [n for n in graph.of_class(prompt, "VAEDecode") if graph.branch_of(prompt, n) == name]
         runs[name] = Run(
-            name, _take_video(folder, base, prompt, outputs, name),
-            seconds.get(sampler, 0.0), sum(seconds.get(node, 0.0) for node in decoders),
-        )  # fmt: skip
+            name,
+            _take_video(folder, base, prompt, outputs, name),
+            seconds.get(sampler, 0.0),
+            sum(seconds.get(node, 0.0) for node in decoders),
+        )
     for node in graph.of_class(prompt, "SLA2Report"):
         report = outputs[node]["sla2_report"][0]
         if report["run"] is not None:
             _fill(runs["sla2"], report)
     dense, sla2 = (_latent(base, outputs[f"latent_{name}"]) for name in ("dense", "sla2"))
     difference = ((sla2 - dense).norm() / dense.norm()).item()
-    return Outcome(
-        "ComfyUI", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained,
-        [runs["dense"], runs["sla2"]], difference,
-    )  # fmt: skip
+    asked = "ComfyUI", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained
+    return Outcome(*asked, [runs["dense"], runs["sla2"]], difference)
 
 
 def _fill(run, report):

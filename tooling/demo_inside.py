@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from . import outcome
+from .demo_plan import plan_for
 from .environment import SetupError, say
-from .plan import plan_for
 
 
 def main():

@@ -11,9 +11,9 @@ from miniature.wan import WanConfig
 from sla2_diffusers import apply_sla2
 from sla2_kernels.weights import load_router
 
+from .demo_plan import CAPTION, SHIFT
 from .environment import say
 from .outcome import Outcome, Run
-from .plan import CAPTION, SHIFT
 
 
 def load_transformer(path):
@@ -24,9 +24,12 @@ def load_transformer(path):
     state = {name: tensor.float() for name, tensor in load_file(path).items()}
     sizes = WanConfig.from_state_dict(state)
     model = WanTransformer3DModel(
-        num_attention_heads=sizes.num_heads, text_dim=sizes.text_dim, freq_dim=sizes.freq_dim, ffn_dim=sizes.ffn_dim,
+        num_attention_heads=sizes.num_heads,
+        text_dim=sizes.text_dim,
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
         num_layers=sizes.num_layers,
-    )  # fmt: skip
+    )
     model.load_state_dict(convert_wan_transformer_to_diffusers(state))
     return model.eval()
 
@@ -54,9 +57,13 @@ def generate(folder, plan, checkpoint):
         handle = None
         if name == "sla2":
             handle = apply_sla2(
-                transformer, router, sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens,
-                dense_layers=plan.dense_layers, precision="auto",
-            )  # fmt: skip
+                transformer,
+                router,
+                sparsity=plan.sparsity,
+                minimum_tokens=plan.minimum_tokens,
+                dense_layers=plan.dense_layers,
+                precision="auto",
+            )
         latents[name], sampling_s = sample(transformer, plan, name)
         video, decoding_s = decode(vae, latents[name], name)
         write_webp(folder / f"{name}.webp", video, fps=plan.fps)
@@ -67,9 +74,7 @@ def generate(folder, plan, checkpoint):
             handle.undo()
         runs.append(run)
     difference = ((latents["sla2"] - latents["dense"]).norm() / latents["dense"].norm()).item()
-    return Outcome(
-        "diffusers", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained, runs, difference
-    )  # fmt: skip
+    return Outcome("diffusers", plan.device, plan.tokens, plan.steps, plan.seed, checkpoint.trained, runs, difference)
 
 
 @torch.no_grad()

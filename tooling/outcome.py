@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from . import comparison
-from .plan import CAPTION
+from .demo_plan import CAPTION
 
 
 @dataclass

@@ -7,13 +7,15 @@ import tempfile
 from pathlib import Path
 
 from .comfyui import find_comfyui
-from .plan import PACK_FOLDER, ROOT
+from .paths import PACK_FOLDER, ROOT
 from .server import Server
 
 # on a first visit a dialog would cover the page
 SETTINGS = {
-    "Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False, "Comfy.Graph.CanvasInfo": False,
-}  # fmt: skip
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Graph.CanvasInfo": False,
+}
 
 
 @contextlib.contextmanager

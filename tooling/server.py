@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from .environment import SetupError
-from .plan import ROOT
+from .paths import ROOT
 
 
 class PromptFailed(RuntimeError):
@@ -56,9 +56,13 @@ class Server:
         """Returns when the server answers. Raises SetupError with the end of its log where it does not within wait_s."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=self.base, env=clean_environment(**self.variables), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log,
-            )  # fmt: skip
+                self.command,
+                cwd=self.base,
+                env=clean_environment(**self.variables),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         deadline = time.monotonic() + self.wait_s
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -14,7 +14,7 @@ from miniature.videos import render, simulate
 from .browser import find_chromium, open_chromium
 from .environment import say
 from .pack_server import pack_server
-from .plan import ROOT
+from .paths import ROOT
 
 WORKFLOWS = ROOT / "workflows"
 WIDTH, MARGIN = 1430, 30

@@ -83,9 +83,12 @@ def large_logits():
     said = []
     for head_dim in (64, 128):
         for name, factor, channels in (
-            ("11,000", 40, slice(None)), ("35,000", 75, slice(None)), ("200,000", 180, slice(None)),
-            ("one channel times 400", 400, slice(3, 4)), ("one channel times 2,000", 2000, slice(3, 4)),
-        ):  # fmt: skip
+            ("11,000", 40, slice(None)),
+            ("35,000", 75, slice(None)),
+            ("200,000", 180, slice(None)),
+            ("one channel times 400", 400, slice(3, 4)),
+            ("one channel times 2,000", 2000, slice(3, 4)),
+        ):
             q, k, v = random_qkv(4096, 4, head_dim, seed=8)
             q[..., channels] *= factor
             k[..., channels] *= factor

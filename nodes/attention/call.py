@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...sla2_kernels import unsupported_reason
+from .run_dense import RunDense
 from .text_mask import HAS_MASK, masks_keys_alone
 
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -34,74 +35,66 @@ class AttentionCall:
 
 
 def read_call(args, kwargs):
-    """(AttentionCall, None), or (None, one sentence) where the call asks for something SLA2 does not implement."""
-    reason = _keyword_reason(args, kwargs)
-    if reason:
-        return None, reason
+    """AttentionCall of these arguments; raises RunDense where they ask for something that SLA2 does not implement."""
+    _check_keywords(args, kwargs)
     asked = dict(zip(PARAMETERS, args, strict=False))
     asked.update((name, kwargs[name]) for name in PARAMETERS if name in kwargs)
-    reason = _request_reason(asked, kwargs) or _tensor_reason(asked)
-    if reason:
-        return None, reason
+    _check_request(asked, kwargs)
+    _check_tensors(asked)
     views = [_blocks_of_heads(asked[name], asked["heads"], asked.get("skip_reshape")) for name in ("q", "k", "v")]
     mask = asked.get("mask")
-    reason = _shape_reason(*views)
-    if reason is None and mask is not None and not masks_keys_alone(mask, views[1].shape[1]):
-        reason = HAS_MASK
-    if reason:
-        return None, reason
-    return AttentionCall(*views, kwargs.get("scale"), not asked.get("skip_output_reshape"), mask), None
+    _check_shapes(*views)
+    if mask is not None and not masks_keys_alone(mask, views[1].shape[1]):
+        raise RunDense(HAS_MASK)
+    return AttentionCall(*views, kwargs.get("scale"), not asked.get("skip_output_reshape"), mask)
 
 
-def _keyword_reason(args, kwargs):
+def _check_keywords(args, kwargs):
     if len(args) > len(PARAMETERS):
-        return f"the call has {len(args)} positional arguments, {len(PARAMETERS)} are known"
+        raise RunDense(f"the call has {len(args)} positional arguments, {len(PARAMETERS)} are known")
     unknown = sorted(set(kwargs) - set(PARAMETERS) - set(KEYWORDS))
     if unknown:
-        return f"the call has the unknown keyword {unknown[0]}"
+        raise RunDense(f"the call has the unknown keyword {unknown[0]}")
     missing = [name for name in PARAMETERS[len(args) : 4] if name not in kwargs]
     if missing:
-        return f"the call has no {missing[0]}"
-    return None
+        raise RunDense(f"the call has no {missing[0]}")
 
 
-def _request_reason(asked, kwargs):
+def _check_request(asked, kwargs):
     q = asked["q"]
     if kwargs.get("enable_gqa"):
-        return "the call uses grouped-query attention"
+        raise RunDense("the call uses grouped-query attention")
     if kwargs.get("low_precision_attention") is False:
-        return "the model asks for full-precision attention in this call"
+        raise RunDense("the model asks for full-precision attention in this call")
     precision = asked.get("attn_precision")
     if precision is not None and precision != getattr(q, "dtype", None):
-        return f"the model asks for {str(precision).removeprefix('torch.')} attention in this call"
+        raise RunDense(f"the model asks for {str(precision).removeprefix('torch.')} attention in this call")
     scale = kwargs.get("scale")
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
-        return "the call has a softmax scale that is not a finite number above 0"
-    return None
+        raise RunDense("the call has a softmax scale that is not a finite number above 0")
 
 
-def _tensor_reason(asked):
+def _check_tensors(asked):
     q, dimensions = asked["q"], 4 if asked.get("skip_reshape") else 3
     for name in ("q", "k", "v"):
         tensor = asked[name]
         if not isinstance(tensor, torch.Tensor):
-            return f"{name} is a {type(tensor).__name__}, not a tensor"
+            raise RunDense(f"{name} is a {type(tensor).__name__}, not a tensor")
         if tensor.dtype != q.dtype:
-            return "q, k and v have unlike dtypes"
+            raise RunDense("q, k and v have unlike dtypes")
         if tensor.device != q.device:
-            return "q, k and v lie on unlike devices"
+            raise RunDense("q, k and v lie on unlike devices")
         if tensor.dim() != dimensions or tensor.numel() == 0:
-            return f"{name} has the unexpected shape {tuple(tensor.shape)}"
+            raise RunDense(f"{name} has the unexpected shape {tuple(tensor.shape)}")
     if q.dtype not in DTYPES:
-        return f"q, k and v are {str(q.dtype).removeprefix('torch.')}"
+        raise RunDense(f"q, k and v are {str(q.dtype).removeprefix('torch.')}")
     heads = asked["heads"]
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        return f"the call has {heads!r} heads"
+        raise RunDense(f"the call has {heads!r} heads")
     for name in ("q", "k", "v"):
         shape = asked[name].shape
         if (dimensions == 4 and shape[1] != heads) or (dimensions == 3 and shape[2] % heads):
-            return f"{name} of shape {tuple(shape)} does not have {heads} heads"
-    return None
+            raise RunDense(f"{name} of shape {tuple(shape)} does not have {heads} heads")
 
 
 def _blocks_of_heads(tensor, heads, heads_first):
@@ -109,26 +102,22 @@ def _blocks_of_heads(tensor, heads, heads_first):
     return tensor.transpose(1, 2) if heads_first else tensor.unflatten(-1, (heads, -1))
 
 
-def _shape_reason(q, k, v):
+def _check_shapes(q, k, v):
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        return f"q, k and v have unlike shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-    return None
+        raise RunDense(f"q, k and v have unlike shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
 
 
-def sizes_reason(facts, call):
-    """None, or one sentence where the heads are not those of the model's self-attention: another call inside of it."""
+def check_sizes(facts, call):
+    """Raises RunDense where the heads are not those of the model's self-attention: it is another call inside of it."""
     heads, head_dim = call.q.shape[2:]
-    if (heads, head_dim) == (facts.num_heads, facts.head_dim):
-        return None
-    return f"the call has {heads} heads of {head_dim}, and this model's self-attention {facts.num_heads} of {facts.head_dim}"
+    if (heads, head_dim) != (facts.num_heads, facts.head_dim):
+        raise RunDense(
+            f"the call has {heads} heads of {head_dim}, and this model's self-attention {facts.num_heads} of {facts.head_dim}"
+        )
 
 
-def unsupported_call_reason(call, precision, grid):
-    """None, or one sentence why a router cannot be trained on this call. grid: (t, h, w) of the video tokens, or None."""
-    if call.mask is not None:
-        return HAS_MASK
-    if call.tokens != call.key_tokens:
-        return f"the call has {call.tokens} query tokens and {call.key_tokens} key tokens"
-    if grid is not None and call.tokens != math.prod(grid):
-        return f"the sequence holds {call.tokens} tokens, and only {math.prod(grid)} of them are the video's grid"
-    return unsupported_reason(call.q.device, call.q.dtype, call.q.shape[3], precision)
+def check_supported(call, precision):
+    """Raises RunDense where the operator cannot run this call at this precision."""
+    reason = unsupported_reason(call.q.device, call.q.dtype, call.q.shape[3], precision)
+    if reason is not None:
+        raise RunDense(reason)

@@ -7,6 +7,7 @@ ComfyUI's interrupt, another pack's error, a mistake of ours.
 import torch
 
 from ...sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
+from .run_dense import RunDense
 
 OUT_OF_MEMORY = "memory ran out in sparse attention: the rest of this step runs dense"
 NOT_FINITE = "the layer's first sparse output held NaN or infinity: it runs dense for this run"
@@ -21,18 +22,19 @@ def is_out_of_memory(error):
     )
 
 
-def not_attempted_reason(call, layer):
-    """None, or why an earlier failure of this run keeps the call dense."""
+def check_attempted(call, layer):
+    """Raises RunDense where an earlier failure of this run keeps the call dense."""
     failed = call.run.failed_layers
     if layer in failed or None in failed:
-        return failed.get(layer) or failed[None]
-    return OUT_OF_MEMORY if call.counts[OUT_OF_MEMORY] else None
+        raise RunDense(failed.get(layer) or failed[None])
+    if call.counts[OUT_OF_MEMORY]:
+        raise RunDense(OUT_OF_MEMORY)
 
 
 def attempt(call, layer, device, compute):
-    """(what compute() returns, None), or (None, one sentence) where it failed in a way that dense attention survives."""
+    """What compute() returns; raises RunDense where it failed in a way that dense attention survives."""
     try:
-        return compute(), None
+        return compute()
     except Exception as error:
         remedy = kernel_failure_remedy(error)
         if is_out_of_memory(error):
@@ -46,19 +48,19 @@ def attempt(call, layer, device, compute):
     # only now are the tensors gone that the error's traceback held
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return None, reason
+    raise RunDense(reason)
 
 
 @torch.no_grad()
-def check_output(call, layer, out, inputs):
-    """None, or NOT_FINITE where the layer's first sparse output of the run held NaN or infinity. Later ones are counted.
+def check_output(call, layer, out, sparsity, inputs):
+    """Raises RunDense where the layer's first sparse output of the run holds NaN or infinity. Later ones are counted.
 
     The first is waited for, once per layer and run; the count of later ones stays on the device until the run ends.
     """
     if not call.run.count_output(layer, out):
-        return None
+        return
     call.run.failed_layers[layer] = NOT_FINITE
     came_in = not all(torch.isfinite(tensor).all() for tensor in inputs)
     whose = "its inputs held them already" if came_in else "its inputs were finite"
     call.run.note(f"layer {layer}: sparse attention gave NaN or infinity ({whose}), so that it ran dense")
-    return NOT_FINITE
+    raise RunDense(NOT_FINITE, sparsity=sparsity)

@@ -3,7 +3,8 @@
 from collections import Counter
 
 from ..compat.override_chain import chosen_in_comfyui, name_of, ours_in
-from .hook import KEY, OVERRIDE
+from .hook import KEY
+from .model_call import OVERRIDE
 from .model_marks import is_mark
 
 BACKENDS = {

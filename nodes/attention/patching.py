@@ -8,11 +8,14 @@ deeply in places, and functions are what such a copy shares.
 import weakref
 
 from ..compat.compiled_models import not_compiled
+from ..compat.override_chain import MARK
 from ..compat.rival_attention import take_off
-from .hook import KEY, MARK, OVERRIDE, AttentionHook, make_override
+from .hook import KEY, AttentionHook
 from .layouts import diffusion_model_of, facts_of, unsupported_reason_of
+from .model_call import OVERRIDE
 from .model_frames import Frame
 from .model_marks import mark_layers, marked_methods, method_layers
+from .override import make_override
 from .video_tokens import apply_inputs, call_inputs, latent_of
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...sla2_kernels.support import without_autocast
+from .run_dense import RunDense
 
 HAS_MASK = "the call has an attention mask"
 
@@ -23,7 +24,7 @@ def masks_keys_alone(mask, keys):
 
 
 @dataclass(frozen=True)
-class LiveKeys:
+class ValidKeys:
     """Which of the exact keys are not masked: int64 indices in front of the video and behind it."""
 
     front: torch.Tensor
@@ -41,17 +42,17 @@ class LiveKeys:
         return replace(request, k=k, v=v), replace(exact, key_front=len(self.front), key_back=len(self.back))
 
 
-def live_keys(mask, exact):
-    """(LiveKeys, None), or (None, one sentence) where the mask is no plain mask over text."""
+def valid_keys(mask, exact):
+    """ValidKeys of a mask; raises RunDense where it is no plain mask over text."""
     rows = mask.detach().reshape(-1, mask.shape[-1]).cpu()
     if not (rows == rows[:1]).all():
-        return None, "the videos of this batch have unlike text masks"
+        raise RunDense("the videos of this batch have unlike text masks")
     row = rows[0]
-    live = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-    if row.dtype != torch.bool and row[live].any():
-        return None, HAS_MASK
+    valid = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    if row.dtype != torch.bool and row[valid].any():
+        raise RunDense(HAS_MASK)
     end = len(row) - exact.key_back
-    if not live[exact.key_front : end].all():
-        return None, HAS_MASK
-    indices = [part.nonzero()[:, 0].to(mask.device) for part in (live[: exact.key_front], live[end:])]
-    return LiveKeys(indices[0], indices[1] + end, bool(live.all())), None
+    if not valid[exact.key_front : end].all():
+        raise RunDense(HAS_MASK)
+    indices = [part.nonzero()[:, 0].to(mask.device) for part in (valid[: exact.key_front], valid[end:])]
+    return ValidKeys(indices[0], indices[1] + end, bool(valid.all()))

@@ -9,6 +9,8 @@ import inspect
 import math
 from dataclasses import dataclass
 
+from .run_dense import RunDense
+
 
 def call_inputs(function, args, kwargs):
     """The arguments of ``function`` by name, its extra keywords among them."""
@@ -126,17 +128,17 @@ class VideoSpan:
     by_frame: bool = False
 
     def exact_tokens(self, queries, keys):
-        """(ExactTokens, None) of a call with so many query and key tokens, or (None, one sentence) where it is no such call."""
+        """ExactTokens of a call with so many query and key tokens; raises RunDense where it is no such call."""
         if queries != keys and not self.by_frame:
-            return None, f"the call has {queries} query tokens and {keys} key tokens"
+            raise RunDense(f"the call has {queries} query tokens and {keys} key tokens")
         video = math.prod(self.grid)
         front = keys - video if self.front is None else self.front
         back = keys - video - front
         if video <= 0 or front < 0 or back < 0:
             needed = video + max(front, 0)
-            return None, f"the call has {keys} key tokens, fewer than the {needed} of this model's video"
+            raise RunDense(f"the call has {keys} key tokens, fewer than the {needed} of this model's video")
         if queries == keys:
-            return ExactTokens(front, back, front, back), None
+            return ExactTokens(front, back, front, back)
         if not back:
-            return None, REFERENCE_QUERIES
-        return ExactTokens(0, 0, front, back), None
+            raise RunDense(REFERENCE_QUERIES)
+        return ExactTokens(0, 0, front, back)

@@ -5,15 +5,15 @@ from collections import Counter
 
 import torch
 
-from ...sla2_kernels import unsupported_reason
 from ...sla2_training.ratios import logits_of_estimates, start_logits
-from ..attention.hook import CALL, LAYER, OVERRIDE
+from ..attention.call import check_supported
 from ..attention.layer_weights import CallWeights
+from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
-from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, with_dense_rows
+from ..attention.run_dense import RunDense
+from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, video_part, with_dense_rows
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
-from .video_call import read_video_call
 
 
 class LoraAttention:
@@ -75,12 +75,19 @@ class LoraAttention:
 
     def _attend(self, call, layer, below, args, kwargs):
         """One self-attention call, sparse as in SLA2 Apply Attention; one that cannot be is counted and runs dense."""
-        request, exact, part, reason = read_video_call(call, args, kwargs)
-        reason = reason or self._reason(request, exact, part)
-        if reason is not None:
-            if not call.repeated:
-                self.untrained[reason] += 1
-            return below(*args, **kwargs)
+        try:
+            request, exact = call.read(args, kwargs)
+            part = video_part(request, exact)
+            self._check(request, exact, part)
+        except RunDense as found:
+            reason = found.reason
+        else:
+            return self._attend_sparse(call, layer, request, exact, part, below, args, kwargs)
+        if not call.repeated:
+            self.untrained[reason] += 1
+        return below(*args, **kwargs)
+
+    def _attend_sparse(self, call, layer, request, exact, part, below, args, kwargs):
 
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
@@ -96,10 +103,10 @@ class LoraAttention:
             self.sparse_calls += 1
         return with_dense_rows(out, request, exact, dense_rows)
 
-    def _reason(self, request, exact, part):
-        """None, or one sentence why the call cannot run sparse, or would keep everything."""
+    def _check(self, request, exact, part):
+        """Raises RunDense where the call cannot run sparse, or would keep everything."""
         forced = forced_blocks(part, exact)
         if forced.selected(self.sparsity) >= sum(forced):
             keys = part.k.shape[part.token_axis]
-            return f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it"
-        return unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], self.precision)
+            raise RunDense(f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it")
+        check_supported(request, self.precision)

@@ -6,14 +6,15 @@ import math
 import threading
 from collections import Counter
 
-from ...sla2_kernels import unsupported_reason
 from ...sla2_training import RouterTrainer
-from ..attention.hook import CALL, LAYER, OVERRIDE
+from ..attention.call import check_supported
+from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
+from ..attention.run_dense import RunDense
+from ..attention.sparse_call import video_part
 from ..attention.video_tokens import DENSE_BY_NATURE
 from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
-from .video_call import read_video_call
+from ..settings.values import FULL_WIDTH, AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
@@ -109,13 +110,17 @@ class RouterTraining:
 
     def _meet(self, call, layer, args, kwargs):
         """One self-attention call that has run dense: the router is trained or measured on it."""
-        request, exact, part, reason = read_video_call(call, args, kwargs)
-        reason = reason or unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], "16bit")
+        try:
+            request, exact = call.read(args, kwargs)
+            check_supported(request, "16bit")
+        except RunDense as found:
+            if found.reason not in DENSE_BY_NATURE:
+                with self.lock:
+                    self.untrained[found.reason] += 1
+            return
+        part = video_part(request, exact)
         with self.lock:
-            if reason is not None:
-                if reason not in DENSE_BY_NATURE:
-                    self.untrained[reason] += 1
-            elif self._is_turn(layer):
+            if self._is_turn(layer):
                 with training_mode():
                     self._learn(layer, request.scale, exact, part)
 
@@ -168,7 +173,9 @@ def make_trainer(facts, sparsities, options, resume):
 def parse_sparsities(text):
     """ "0.97, 0.95, 0.90" -> (0.97, 0.95, 0.9). Raises ValueError with one sentence."""
     try:
-        sparsities = tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+        sparsities = tuple(
+            float(part) for part in text.translate(FULL_WIDTH).replace(";", ",").split(",") if part.strip()
+        )
     except ValueError:
         sparsities = ()
     if not sparsities or not all(0 < s < 1 for s in sparsities) or len(set(sparsities)) < len(sparsities):

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from .configs import Launchable
+
 
 @dataclass(frozen=True)
-class TileConfig:
+class TileConfig(Launchable):
     """rows: query rows of a tile; keys: key rows of a tile (at most one key block)."""
 
     rows: int
@@ -14,7 +16,7 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Launchable):
     """rows, keys: as in TileConfig. cols: columns of H at a time."""
 
     rows: int
@@ -26,9 +28,8 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """statistics, queries, keys: the three walks over selected pairs. linear: the kernels of the linear branch."""
+    """queries, keys: the two walks over selected pairs. linear: the kernels of the linear branch."""
 
-    statistics: TileConfig
     queries: TileConfig
     keys: TileConfig
     linear: LinearConfig
@@ -40,10 +41,10 @@ def backward_config(capability, element_size, workspace_size):
     The small tiles keep every kernel within the 99 KB of shared memory that sm_86, sm_89 and sm_120 have.
     """
     if element_size == 4:
-        walks = (TileConfig(32, 32, 4, 1),) * 3
+        walks = (TileConfig(32, 32, 4, 1),) * 2
     elif capability[0] in (9, 10):
-        walks = TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
+        walks = TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
     else:
-        walks = TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2)
+        walks = TileConfig(64, 64, 8, 2), TileConfig(64, 64, 8, 2)
     linear = LinearConfig(64, 64, 64, 8, 2) if workspace_size == 2 else LinearConfig(32, 32, 32, 4, 1)
     return BackwardConfig(*walks, linear)

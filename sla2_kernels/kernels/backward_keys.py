@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 
 from ..router import block_count
+from .launch import launch
+from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
-NOTHING = tl.constexpr(1.0e30)  # the log-sum-exp of a row that is not there: its P is exp2(-1e30) = 0
+NO_ROW = tl.constexpr(1.0e30)  # the log-sum-exp of a row past the end: its P is exp2(-1e30) = 0
 
 
 def selecting_blocks(selected, key_blocks):
@@ -25,70 +27,64 @@ def selecting_blocks(selected, key_blocks):
     """
     rows, count = selected.shape[1:]
     query_block = torch.arange(rows, dtype=torch.int64, device=selected.device)[:, None]
-    # one number per pair, all different: any sort gives the same order
+    # one number per pair, all distinct, so that sorting needs no stability
     pairs = (selected.long() * rows + query_block).flatten(1).sort(dim=1).values
     bounds = torch.arange(key_blocks + 1, dtype=torch.int64, device=selected.device) * rows
     starts = torch.searchsorted(pairs, bounds.expand(len(pairs), -1).contiguous())
     return (pairs % rows).to(torch.int32), starts.to(torch.int32)
 
 
-@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "k_blocks", "pairs"])
+@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "pairs"])
 def _key_gradient(
     q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d, gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d,
-    heads, q_tokens, k_tokens, k_blocks, pairs, scale_log2, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, Q_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
+    heads, q_tokens, k_tokens, pairs, scale_log2, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    keys, d = (tile * KEYS + tl.arange(0, KEYS)).to(tl.int64), tl.arange(0, D)
-    inside = keys[:, None] < k_tokens
-    k_at = k + b * k_stride_b + h * k_stride_h + keys[:, None] * k_stride_n + d * k_stride_d
-    v_at = v + b * v_stride_b + h * v_stride_h + keys[:, None] * v_stride_n + d * v_stride_d
-    k_tile = tl.load(k_at, mask=inside, other=0.0)
-    v_tile = tl.load(v_at, mask=inside, other=0.0)
-    q += b * q_stride_b + h * q_stride_h
-    grad_out += b * g_stride_b + h * g_stride_h
+    keys, d = tile_rows(tile, KEYS), tl.arange(0, D)
+    k_tile = load_tile(plane_of(k, bh, heads, k_stride_b, k_stride_h), keys, d, k_stride_n, k_stride_d, k_tokens)
+    v_tile = load_tile(plane_of(v, bh, heads, v_stride_b, v_stride_h), keys, d, v_stride_n, v_stride_d, k_tokens)
+    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
+    g_plane = plane_of(grad_out, bh, heads, g_stride_b, g_stride_h)
     row_shift += bh * q_tokens
     row_delta += bh * q_tokens
     query_blocks += bh * pairs
-    starts += bh * (k_blocks + 1) + tile * KEYS // BLOCK
+    starts += bh * (tl.cdiv(k_tokens, KEY_BLOCK) + 1) + tile * KEYS // KEY_BLOCK
     first, end = tl.load(starts), tl.load(starts + 1)
 
     dk = tl.zeros([KEYS, D], dtype=tl.float32)
     dv = tl.zeros([KEYS, D], dtype=tl.float32)
-    for step in range(first * (Q_BLOCK // ROWS), end * (Q_BLOCK // ROWS)):
-        i = tl.load(query_blocks + step // (Q_BLOCK // ROWS)).to(tl.int64)
-        rows = i * Q_BLOCK + step % (Q_BLOCK // ROWS) * ROWS + tl.arange(0, ROWS)
-        live = rows < q_tokens
-        q_tile = tl.load(q + rows[:, None] * q_stride_n + d * q_stride_d, mask=live[:, None], other=0.0)
-        g_tile = tl.load(grad_out + rows[:, None] * g_stride_n + d * g_stride_d, mask=live[:, None], other=0.0)
-        shift = tl.load(row_shift + rows, mask=live, other=NOTHING)
-        delta = tl.load(row_delta + rows, mask=live, other=0.0)
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")
+    for step in range(first * (QUERY_BLOCK // ROWS), end * (QUERY_BLOCK // ROWS)):
+        i = tl.load(query_blocks + step // (QUERY_BLOCK // ROWS)).to(tl.int64)
+        rows = i * QUERY_BLOCK + step % (QUERY_BLOCK // ROWS) * ROWS + tl.arange(0, ROWS)
+        q_tile = load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens)  # [ROWS, D]
+        g_tile = load_tile(g_plane, rows, d, g_stride_n, g_stride_d, q_tokens)  # [ROWS, D]
+        shift = tl.load(row_shift + rows, mask=rows < q_tokens, other=NO_ROW)  # [ROWS]
+        delta = tl.load(row_delta + rows, mask=rows < q_tokens, other=0.0)  # [ROWS]
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")  # [KEYS, ROWS]
         p = tl.exp2(scores * scale_log2 - shift[None, :])
-        dv = tl.dot(p.to(g_tile.dtype), g_tile, dv, input_precision="tf32x3")
-        dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="tf32x3")
+        dv = tl.dot(p.to(g_tile.dtype), g_tile, dv, input_precision="tf32x3")  # [KEYS, D]
+        dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="tf32x3")  # [KEYS, ROWS]
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="tf32x3")
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="tf32x3")  # [KEYS, D]
 
     dk *= scale
-    gk_at = grad_k + b * gk_stride_b + h * gk_stride_h + keys[:, None] * gk_stride_n + d * gk_stride_d
-    gv_at = grad_v + b * gv_stride_b + h * gv_stride_h + keys[:, None] * gv_stride_n + d * gv_stride_d
+    gk_plane = plane_of(grad_k, bh, heads, gk_stride_b, gk_stride_h)
+    gv_plane = plane_of(grad_v, bh, heads, gv_stride_b, gv_stride_h)
     if LINEAR:
-        dk += tl.load(gk_at, mask=inside, other=0.0).to(tl.float32) - tl.load(k_correction + bh * D + d)[None, :]
-        dv += tl.load(gv_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(gk_at, dk.to(grad_k.dtype.element_ty), mask=inside)
-    tl.store(gv_at, dv.to(grad_v.dtype.element_ty), mask=inside)
+        of_linear = load_tile(gk_plane, keys, d, gk_stride_n, gk_stride_d, k_tokens).to(tl.float32)
+        dk += of_linear - tl.load(k_correction + bh * D + d)[None, :]
+        dv += load_tile(gv_plane, keys, d, gv_stride_n, gv_stride_d, k_tokens).to(tl.float32)
+    store_tile(gk_plane, keys, d, gk_stride_n, gk_stride_d, k_tokens, dk)
+    store_tile(gv_plane, keys, d, gv_stride_n, gv_stride_d, k_tokens, dv)
 
 
 def key_gradients(
-    q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction,
-    *, scale, scale_log2, q_block, block, config,
-):  # fmt: skip
+    q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction, *, scale, scale_log2, config
+):
     """grad_k and grad_v (B, H, M, D), any stride: the sparse branch's share.
 
     transposed: what selecting_blocks() returns. k_correction: float32 (B * H, D), the mean over tokens of the linear
@@ -96,10 +92,10 @@ def key_gradients(
     """
     batch, heads, tokens, head_dim = k.shape
     query_blocks, starts = transposed
-    _key_gradient[(block_count(tokens, config.keys), batch * heads)](
+    launch(
+        _key_gradient, (block_count(tokens, config.keys), batch * heads),
         q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_k.stride(), *grad_v.stride(),
-        heads, q.shape[2], tokens, block_count(tokens, block), query_blocks.shape[1], scale_log2, scale,
-        D=head_dim, ROWS=config.rows, KEYS=config.keys, Q_BLOCK=q_block, BLOCK=block,
-        LINEAR=k_correction is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+        heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
+        D=head_dim, ROWS=config.rows, KEYS=config.keys, LINEAR=k_correction is not None, options=config.options,
     )  # fmt: skip

@@ -1,78 +1,100 @@
-"""dQ of the sparse branch, added to what the linear branch left in dQ.
+"""dQ of the sparse branch, and what the rest of the backward pass needs of each query row: one walk over its key blocks.
 
-One program per (query tile, head) walks the blocks that the tile selected: dS = alpha P (dP - delta), dQ += dS K.
-A row of dS sums to zero, but not once it is rounded to 16 bit, and real keys share a large mean: what the rounded row
-still sums to is taken back times that mean.
+One program per (query tile, head). dS = P (dP - delta) with delta = rowsum(P dP), which is known only after the last
+block, like the softmax's denominator. So both are running values: beside the sum of dS K so far the walk keeps that of
+P K, with which a new delta, like a new maximum, is brought to what was summed with the one before. delta converges within
+a few blocks, so that dS is rounded to 16 bit after the subtraction, where it is small, and not before.
+
+Everything is in 16 bit, whatever the forward's precision was, so that P and its row sums agree with the gradients made
+from them; nothing of the forward is kept. A row of dS sums to zero until it is rounded, and real keys share a large mean:
+what the rounded row still sums to, times that mean, is subtracted again.
 """
 
 import triton
 import triton.language as tl
 
 from ..router import block_count
+from .launch import launch
+from .numerics import NO_SCORE
+from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
-LOWEST = tl.constexpr(-1.0e30)  # the exponent of a key past the end: its P is 0
+MIN_RATIO = tl.constexpr(1.0e-30)  # of a row that softmax attention has no part in: its log2 stays finite
 
 
-@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "q_blocks", "count"])
+@triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "count"])
 def _query_gradient(
-    q, k, v, grad_out, grad_q, selected, row_shift, row_delta, k_mean,
+    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d,
-    heads, q_tokens, k_tokens, q_blocks, count, scale_log2, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, Q_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    LINEAR: tl.constexpr,
+    heads, q_tokens, k_tokens, count, scale_log2, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    rows, d = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, D)
-    inside = rows[:, None] < q_tokens
-    q_at = q + b * q_stride_b + h * q_stride_h + rows[:, None] * q_stride_n + d * q_stride_d
-    g_at = grad_out + b * g_stride_b + h * g_stride_h + rows[:, None] * g_stride_n + d * g_stride_d
-    q_tile = tl.load(q_at, mask=inside, other=0.0)
-    g_tile = tl.load(g_at, mask=inside, other=0.0)
-    shift = tl.load(row_shift + bh * q_tokens + rows, mask=rows < q_tokens, other=0.0)
-    delta = tl.load(row_delta + bh * q_tokens + rows, mask=rows < q_tokens, other=0.0)
-    k += b * k_stride_b + h * k_stride_h
-    v += b * v_stride_b + h * v_stride_h
-    selected += (bh * q_blocks + tile * ROWS // Q_BLOCK) * count
+    rows, d = tile_rows(tile, ROWS), tl.arange(0, D)
+    q_tile = load_tile(plane_of(q, bh, heads, q_stride_b, q_stride_h), rows, d, q_stride_n, q_stride_d, q_tokens)
+    g_tile = load_tile(plane_of(grad_out, bh, heads, g_stride_b, g_stride_h), rows, d, g_stride_n, g_stride_d, q_tokens)
+    k_plane = plane_of(k, bh, heads, k_stride_b, k_stride_h)
+    v_plane = plane_of(v, bh, heads, v_stride_b, v_stride_h)
+    selected += (bh * tl.cdiv(q_tokens, QUERY_BLOCK) + tile * ROWS // QUERY_BLOCK) * count
 
-    acc = tl.zeros([ROWS, D], dtype=tl.float32)
-    left_over = tl.zeros([ROWS], dtype=tl.float32)
-    for step in range(0, count * (BLOCK // KEYS)):
-        j = tl.load(selected + step // (BLOCK // KEYS)).to(tl.int64)
-        keys = j * BLOCK + step % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
-        live = keys < k_tokens
-        k_tile = tl.load(k + keys[:, None] * k_stride_n + d * k_stride_d, mask=live[:, None], other=0.0)
-        v_tile = tl.load(v + keys[:, None] * v_stride_n + d * v_stride_d, mask=live[:, None], other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-        dp = tl.dot(g_tile, tl.trans(v_tile), input_precision="tf32x3")
-        p = tl.exp2(tl.where(live[None, :], scores * scale_log2 - shift[:, None], LOWEST))
+    ds_k, p_k = tl.zeros([ROWS, D], dtype=tl.float32), tl.zeros([ROWS, D], dtype=tl.float32)
+    ds_sum, p_sum = tl.zeros([ROWS], dtype=tl.float32), tl.zeros([ROWS], dtype=tl.float32)
+    row_sum, product_sum = tl.zeros([ROWS], dtype=tl.float32), tl.zeros([ROWS], dtype=tl.float32)
+    row_max = tl.full([ROWS], NO_SCORE, dtype=tl.float32)
+    delta = tl.zeros([ROWS], dtype=tl.float32)
+    for step in range(0, count * (KEY_BLOCK // KEYS)):
+        j = tl.load(selected + step // (KEY_BLOCK // KEYS)).to(tl.int64)
+        keys = j * KEY_BLOCK + step % (KEY_BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
+        k_tile = load_tile(k_plane, keys, d, k_stride_n, k_stride_d, k_tokens)  # [KEYS, D]
+        v_tile = load_tile(v_plane, keys, d, v_stride_n, v_stride_d, k_tokens)  # [KEYS, D]
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")  # [ROWS, KEYS]
+        dp = tl.dot(g_tile, tl.trans(v_tile), input_precision="tf32x3")  # [ROWS, KEYS]
+        # twice: below the running maximum of rows that have met no key yet
+        scores = tl.where((keys < k_tokens)[None, :], scores * scale_log2, 2 * NO_SCORE)
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        p = tl.exp2(scores - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_max = new_max
+        row_sum = row_sum * correction + tl.sum(p, axis=1)
+        product_sum = product_sum * correction + tl.sum(p * dp, axis=1)
+        new_delta = product_sum / row_sum
+        # what was summed with the old delta: each dS changes by P times delta's change
+        change = (new_delta - delta) * correction
+        delta = new_delta
         ds = (p * (dp - delta[:, None])).to(k_tile.dtype)
-        left_over += tl.sum(ds.to(tl.float32), axis=1)
-        acc = tl.dot(ds, k_tile, acc, input_precision="tf32x3")
+        p = p.to(k_tile.dtype)
+        ds_sum = ds_sum * correction - change * p_sum + tl.sum(ds.to(tl.float32), axis=1)
+        p_sum = p_sum * correction + tl.sum(p.to(tl.float32), axis=1)
+        ds_k = ds_k * correction[:, None] - change[:, None] * p_k
+        ds_k = tl.dot(ds, k_tile, ds_k, input_precision="tf32x3")  # [ROWS, D]
+        p_k = tl.dot(p, k_tile, p_k * correction[:, None], input_precision="tf32x3")  # [ROWS, D]
 
-    total = (acc - left_over[:, None] * tl.load(k_mean + bh * D + d)[None, :]) * scale
-    out_at = grad_q + b * out_stride_b + h * out_stride_h + rows[:, None] * out_stride_n + d * out_stride_d
-    if LINEAR:
-        total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_at, total.to(grad_q.dtype.element_ty), mask=inside)
+    inside, row_at = rows < q_tokens, bh * q_tokens + rows
+    row_ratio = tl.load(ratio + row_at, mask=inside, other=1.0)
+    shift = row_max + tl.log2(row_sum) - tl.log2(tl.maximum(row_ratio, MIN_RATIO))
+    tl.store(row_shift + row_at, shift, mask=inside)
+    tl.store(row_delta + row_at, delta, mask=inside)
+    dq = (ds_k - ds_sum[:, None] * tl.load(k_mean + bh * D + d)[None, :]) * (row_ratio * scale / row_sum)[:, None]
+    store_tile(
+        plane_of(grad_q, bh, heads, out_stride_b, out_stride_h), rows, d, out_stride_n, out_stride_d, q_tokens, dq
+    )
 
 
 def query_gradient(
-    q, k, v, grad_out, grad_q, selected, row_shift, row_delta, k_mean,
-    *, scale, scale_log2, q_block, block, linear, config,
-):  # fmt: skip
-    """grad_q (B, H, N, D), any stride: the sparse branch's share, added to its content where ``linear``.
+    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean, *, scale, scale_log2, config
+):
+    """Fills grad_q (B, H, N, D) with the sparse branch's share, row_shift with log2 of sum exp(S) / alpha, and row_delta
+    with rowsum(P dP), both float32 (B, H, N).
 
-    Arguments as in row_statistics, which made row_shift and row_delta. k_mean: float32 (B * H, D).
+    q, grad_out: (B, H, N, D); k, v: (B, H, M, D); any stride. selected: int32 (B * H, T_m, n), ascending. ratio:
+    (B, H, N). k_mean: float32 (B * H, D).
     """
     batch, heads, tokens, head_dim = q.shape
-    q_blocks, count = selected.shape[1:]
-    _query_gradient[(block_count(tokens, config.rows), batch * heads)](
-        q, k, v, grad_out, grad_q, selected, row_shift, row_delta, k_mean,
+    launch(
+        _query_gradient, (block_count(tokens, config.rows), batch * heads),
+        q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_q.stride(),
-        heads, tokens, k.shape[2], q_blocks, count, scale_log2, scale,
-        D=head_dim, ROWS=config.rows, KEYS=config.keys, Q_BLOCK=q_block, BLOCK=block, LINEAR=linear,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        heads, tokens, k.shape[2], selected.shape[2], scale_log2, scale,
+        D=head_dim, ROWS=config.rows, KEYS=config.keys, options=config.options,
     )  # fmt: skip

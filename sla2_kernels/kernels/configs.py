@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 
 
+class Launchable:
+    """A configuration with num_warps, the warps of a program, and num_stages, those of its software pipeline."""
+
+    @property
+    def options(self):
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
 @dataclass(frozen=True)
-class LoopConfig:
-    """The sparse loop: query rows per program, warps, pipeline stages. converts: INT8 scores become float32 one by one."""
+class LoopConfig(Launchable):
+    """The sparse loop: query rows per program. converts: INT8 scores become float32 one by one (see sparse_attention.py)."""
 
     tile_m: int
     num_warps: int
@@ -14,8 +22,8 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class LinearConfig:
-    """The linear branch: query rows per program, warps, pipeline stages."""
+class LinearConfig(Launchable):
+    """The linear branch: query rows per program."""
 
     tile_m: int
     num_warps: int
@@ -23,8 +31,8 @@ class LinearConfig:
 
 
 @dataclass(frozen=True)
-class MassConfig:
-    """The unselected mass: query rows per program, key block means a step, warps, pipeline stages."""
+class MassConfig(Launchable):
+    """The unselected mass: query rows per program, key block means per step."""
 
     tile_m: int
     step: int
@@ -33,16 +41,16 @@ class MassConfig:
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """The sampled rows of a fitted ratio: warps, pipeline stages."""
+class FitConfig(Launchable):
+    """The sampled rows of a fitted ratio."""
 
     num_warps: int
     num_stages: int
 
 
 @dataclass(frozen=True)
-class ProductConfig:
-    """The masked sum: a tile_m x tile_n output tile walked in steps of tile_k."""
+class ProductConfig(Launchable):
+    """The masked sum: a tile_m x tile_n output tile, summed in steps of tile_k."""
 
     tile_m: int
     tile_n: int

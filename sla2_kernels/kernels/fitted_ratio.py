@@ -3,8 +3,8 @@
 Of each sampled row the ratio needs dense attention O, softmax attention over its selected key blocks O_s, and the linear
 branch O_l: least squares over the rows of a head give sum <O - O_l, O_s - O_l> / sum |O_s - O_l|^2.
 
-_row_sums: one program per (split of the key blocks, head), all sampled rows together. Each row stands in the tile twice,
-once over the key blocks that it selected and once over the others, which makes the 64 rows of Hopper's matrix unit.
+_row_sums: one program per (split of the key blocks, head), all sampled rows together. Each row is in the tile twice, once
+over the key blocks that it selected and once over the others, which makes the 64 rows of Hopper's matrix instructions.
 _row_products: one program per (sampled row, head) adds up the splits and takes O_l from the sums of the linear branch.
 _ratio: one program per head adds up the rows.
 """
@@ -15,50 +15,50 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
+from .numerics import NO_SCORE, phi_numerator, softmax_step
+from .pack import register_order_of_channels
+from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
-LOWEST = tl.constexpr(-1.0e30)  # finite, so that differences of maxima are
-PROGRAMS = 512  # of _row_sums, at most: their partial sums stay below 3% of Q where Q is large
-FEWEST_BLOCKS = 8  # key blocks of one: below that its partial sums outweigh what it reads
-PRODUCTS = 4  # numbers of a sampled row: two products, its selected mass, whether that is finite
+MAX_PROGRAMS = 512  # of _row_sums: their partial sums stay below 3% of Q where Q is large
+MIN_BLOCKS = 8  # key blocks of one program: below that its partial sums outweigh what it reads
+PRODUCTS = tl.constexpr(4)  # numbers of a sampled row: two products, its selected mass, whether that is finite
 
 
-@triton.jit(do_not_specialize=["heads", "k_tokens", "k_blocks", "per_split"])
+@triton.jit(do_not_specialize=["heads", "k_tokens", "per_split"])
 def _row_sums(
     q, k, v, unselected, rows, sums, weights,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_h, mask_stride_m,
-    heads, k_tokens, k_blocks, per_split, scale_log2,
-    D: tl.constexpr, ROWS: tl.constexpr, Q_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    heads, k_tokens, per_split, scale_log2, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    twice, d, in_block = tl.arange(0, 2 * ROWS), tl.arange(0, D), tl.arange(0, BLOCK)
+    twice, d = tl.arange(0, 2 * ROWS), tl.arange(0, D)
     over_selected = twice < ROWS
     row = tl.load(rows + twice % ROWS).to(tl.int64)  # [2 ROWS]
-    q_at = q + bh // heads * q_stride_b + bh % heads * q_stride_h + row[:, None] * q_stride_n + d * q_stride_d
-    queries = tl.load(q_at)  # [2 ROWS, D]
-    k += bh // heads * k_stride_b + bh % heads * k_stride_h
-    v += bh // heads * v_stride_b + bh % heads * v_stride_h
-    unselected += bh * mask_stride_h + row // Q_BLOCK * mask_stride_m  # [2 ROWS]
+    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
+    queries = tl.load(tile_at(q_plane, row, d, q_stride_n, q_stride_d))  # [2 ROWS, D]
+    keys = plane_of(k, bh, heads, k_stride_b, k_stride_h)
+    values = plane_of(v, bh, heads, v_stride_b, v_stride_h)
+    unselected += bh * mask_stride_h + row // QUERY_BLOCK * mask_stride_m  # [2 ROWS]
 
     acc = tl.zeros([2 * ROWS, D], dtype=tl.float32)
     row_sum = tl.zeros([2 * ROWS], dtype=tl.float32)
-    row_max = tl.full([2 * ROWS], LOWEST, dtype=tl.float32)
+    row_max = tl.full([2 * ROWS], NO_SCORE, dtype=tl.float32)
     first = split * per_split
-    for j in range(first, tl.minimum(first + per_split, k_blocks)):
-        tokens = (j * BLOCK + in_block).to(tl.int64)
-        live = tokens < k_tokens
-        keys = tl.load(k + tokens * k_stride_n + d[:, None] * k_stride_d, mask=live[None, :], other=0.0)  # [D, BLOCK]
-        values = tl.load(v + tokens[:, None] * v_stride_n + d * v_stride_d, mask=live[:, None], other=0.0)  # [BLOCK, D]
+    for j in range(first, tl.minimum(first + per_split, tl.cdiv(k_tokens, KEY_BLOCK))):
+        tokens = tile_rows(j, KEY_BLOCK)
+        valid = tokens < k_tokens
+        k_at = keys + tokens * k_stride_n + d[:, None] * k_stride_d
+        k_tile = tl.load(k_at, mask=valid[None, :], other=0.0)  # [D, KEY_BLOCK]
+        v_tile = load_tile(values, tokens, d, v_stride_n, v_stride_d, k_tokens)  # [KEY_BLOCK, D]
         counts = (tl.load(unselected + j) == 0) == over_selected  # [2 ROWS]
-        scores = tl.dot(queries, keys, input_precision="tf32x3") * scale_log2  # [2 ROWS, BLOCK]
-        scores = tl.where(counts[:, None] & live, scores, LOWEST)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # a row that has met none of its blocks has LOWEST for a maximum too
-        p = tl.where(scores > LOWEST, tl.exp2(scores - new_max[:, None]), 0.0)
-        correction = tl.exp2(row_max - new_max)
+        scores = tl.dot(queries, k_tile, input_precision="tf32x3") * scale_log2  # [2 ROWS, KEY_BLOCK]
+        scores = tl.where(counts[:, None] & valid, scores, NO_SCORE)
+        p, correction, row_max = softmax_step(scores, row_max)
+        # a row that has met none of its blocks yet has NO_SCORE for a maximum, and P would be 1
+        p = tl.where(scores > NO_SCORE, p, 0.0)
         row_sum = row_sum * correction + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(values.dtype), values, acc * correction[:, None], input_precision="tf32x3")
-        row_max = new_max
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision="tf32x3")
 
     at = (bh * tl.num_programs(0) + split) * (2 * ROWS) + twice
     tl.store(sums + at[:, None] * D + d, acc)
@@ -70,27 +70,32 @@ def _row_sums(
 def _merged(sums, weights, at, splits, D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
     """(sum of p V [D], sum of p, maximum) of one row over all splits; ``at`` is its place in the first one."""
     d, step = tl.arange(0, D), tl.arange(0, STEP)
-    highest = tl.full([STEP], LOWEST, dtype=tl.float32)
+    highest = tl.full([STEP], NO_SCORE, dtype=tl.float32)
     for start in range(0, splits, STEP):
         here = at + (start + step) * (2 * ROWS)
-        highest = tl.maximum(highest, tl.load(weights + here * 2, mask=start + step < splits, other=LOWEST))
+        highest = tl.maximum(highest, tl.load(weights + here * 2, mask=start + step < splits, other=NO_SCORE))
     row_max = tl.max(highest, axis=0)
     total = tl.zeros([D], dtype=tl.float32)
     norm = tl.zeros([STEP], dtype=tl.float32)
     for start in range(0, splits, STEP):
         here, inside = at + (start + step) * (2 * ROWS), start + step < splits
-        factor = tl.exp2(tl.load(weights + here * 2, mask=inside, other=LOWEST) - row_max)
+        factor = tl.exp2(tl.load(weights + here * 2, mask=inside, other=NO_SCORE) - row_max)  # [STEP]
         norm += tl.load(weights + here * 2 + 1, mask=inside, other=0.0) * factor
         part = tl.load(sums + here[:, None] * D + d, mask=inside[:, None], other=0.0)  # [STEP, D]
         total += tl.sum(part * factor[:, None], axis=0)
     return total, tl.sum(norm, axis=0), row_max
 
 
+@triton.jit
+def _is_finite(x):
+    return x - x == 0
+
+
 @triton.jit(do_not_specialize=["heads", "first_head", "splits", "q_blocks"])
 def _row_products(
     q, rows, sums, weights, query_sums, dense, products, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
     heads, first_head, splits, q_blocks,
-    D: tl.constexpr, ROWS: tl.constexpr, Q_BLOCK: tl.constexpr, STEP: tl.constexpr, REGISTER_ORDER: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, REGISTER_ORDER: tl.constexpr,
 ):  # fmt: skip
     sample, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -105,26 +110,23 @@ def _row_products(
     tl.store(dense + (bh * ROWS + sample) * D + d, out)
 
     row = tl.load(rows + sample).to(tl.int64)
-    q_at = q + bh // heads * q_stride_b + bh % heads * q_stride_h + row * q_stride_n + d * q_stride_d
-    wide = tl.load(q_at).to(tl.float32)
-    # phi's own denominator cancels between numerator and normaliser
-    phi_q = tl.exp(wide - tl.max(wide, axis=0))  # [D]
+    q_at = plane_of(q, bh, heads, q_stride_b, q_stride_h) + row * q_stride_n + d * q_stride_d
+    phi = phi_numerator(tl.load(q_at).to(tl.float32), 0)  # [D]
     column = d
     if REGISTER_ORDER:
-        # where pack.py puts each channel: in each 32, bits aabbc of its number become bbaac
-        column = (d & ~31) | (d & 1) | (d >> 1 & 3) << 3 | (d >> 3 & 3) << 1
-    query_sums += (slot * q_blocks + row // Q_BLOCK) * ((D + 1) * D)
+        column = register_order_of_channels(d)
+    query_sums += (slot * q_blocks + row // QUERY_BLOCK) * ((D + 1) * D)
     h = tl.load(query_sums + d[:, None] * D + column).to(tl.float32)  # [D, D]
     z = tl.load(query_sums + D * D + d).to(tl.float32)  # [D]
-    o_linear = tl.sum(phi_q[:, None] * h, axis=0) / tl.sum(phi_q * z, axis=0)
+    o_linear = tl.sum(phi[:, None] * h, axis=0) / tl.sum(phi * z, axis=0)  # [D]
     to_sparse = own / own_norm - o_linear
     cross = tl.sum((out - o_linear) * to_sparse, axis=0)
     square = tl.sum(to_sparse * to_sparse, axis=0)
-    # a row that is not finite says nothing about the ratio: x - x is 0 for finite x alone
-    sound = (cross - cross == 0) & (square - square == 0)
+    # a row that is not finite says nothing about the ratio
+    sound = _is_finite(cross) & _is_finite(square)
     mass = own_norm * own_share / norm
-    has_mass = mass - mass == 0
-    products += (bh * ROWS + sample) * 4
+    has_mass = _is_finite(mass)
+    products += (bh * ROWS + sample) * PRODUCTS
     tl.store(products, tl.where(sound, cross, 0.0))
     tl.store(products + 1, tl.where(sound, square, 0.0))
     tl.store(products + 2, tl.where(has_mass, mass, 0.0))
@@ -132,25 +134,25 @@ def _row_products(
 
 
 @triton.jit(do_not_specialize=["first_head", "fitted", "q_blocks"])
-def _ratio(products, ratios, first_head, fitted, q_blocks, ROWS: tl.constexpr, STEP: tl.constexpr):
+def _ratio(products, block_ratio, first_head, fitted, q_blocks, ROWS: tl.constexpr, STEP: tl.constexpr):
     bh = first_head + tl.program_id(0).to(tl.int64)
     r = tl.arange(0, ROWS)
-    at, taken = products + (bh * ROWS + r) * 4, r < fitted
+    at, taken = products + (bh * ROWS + r) * PRODUCTS, r < fitted
     cross = tl.sum(tl.load(at, mask=taken, other=0.0), axis=0)
     square = tl.sum(tl.load(at + 1, mask=taken, other=0.0), axis=0)
     mass = tl.sum(tl.load(at + 2, mask=taken, other=0.0), axis=0)
     finite = tl.sum(tl.load(at + 3, mask=taken, other=0.0), axis=0)
-    # where both branches agree any ratio is right: the rows' mean selected mass, which is what a ratio stands for
+    # where the branches agree any ratio is right: it is then the rows' mean selected mass, which is what a ratio stands for
     found = tl.where(square > 0, cross / square, mass / tl.maximum(finite, 1.0))
     found = tl.minimum(tl.maximum(found, 0.0), 1.0)
     for start in range(0, q_blocks, STEP):
         i = start + tl.arange(0, STEP)
-        tl.store(ratios + bh * q_blocks + i, tl.zeros([STEP], dtype=tl.float32) + found, mask=i < q_blocks)
+        tl.store(block_ratio + bh * q_blocks + i, tl.zeros([STEP], dtype=tl.float32) + found, mask=i < q_blocks)
 
 
 def _splits(batch_heads, blocks):
     """(programs per head, key blocks of each)."""
-    wanted = max(1, min(PROGRAMS // batch_heads, blocks // FEWEST_BLOCKS))
+    wanted = max(1, min(MAX_PROGRAMS // batch_heads, blocks // MIN_BLOCKS))
     per_split = block_count(blocks, wanted)
     return block_count(blocks, per_split), per_split
 
@@ -158,43 +160,38 @@ def _splits(batch_heads, blocks):
 class FittedRatio:
     """A ratio per video and head that is fitted while a call runs: first attend(), then fit() for each group of heads."""
 
-    def __init__(self, sample, ratios, q_block, plan=None):
-        """sample: a Sample. ratios: float32 (B * H, T_m), to be filled."""
-        self._sample, self._ratios, self._q_block, self._plan = sample, ratios, q_block, plan
+    def __init__(self, sample, block_ratio):
+        """sample: a Sample. block_ratio: float32 (B * H, T_m), to be filled."""
+        self._sample, self._block_ratio = sample, block_ratio
         self._sums = self._weights = self._products = None
 
-    def attend(self, q, k, v, unselected, *, scale_log2, block, config):
+    def attend(self, q, k, v, unselected, *, scale_log2, config):
         """The sampled rows over all keys, in two parts. q (B, H, N, D); k, v (B, H, M, D); unselected (B * H, T_m, T_n)."""
         (batch, heads, _, head_dim), rows = q.shape, self._sample.rows
         splits, per_split = _splits(batch * heads, unselected.shape[2])
         shape = batch * heads, splits, 2 * len(rows)
         self._sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
         self._weights = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
-        self._products = torch.empty(batch * heads, len(rows), PRODUCTS, dtype=torch.float32, device=q.device)
+        self._products = torch.empty(batch * heads, len(rows), PRODUCTS.value, dtype=torch.float32, device=q.device)
         launch(
-            self._plan, _row_sums, (splits, batch * heads), q, k, v, unselected, rows, self._sums, self._weights,
+            _row_sums, (splits, batch * heads), q, k, v, unselected, rows, self._sums, self._weights,
             *q.stride(), *k.stride(), *v.stride(), unselected.stride(0), unselected.stride(1),
-            heads, k.shape[2], unselected.shape[2], per_split, scale_log2,
-            D=head_dim, ROWS=len(rows), Q_BLOCK=self._q_block, BLOCK=block,
-            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), options=config.options,
         )  # fmt: skip
 
-    def fit(self, q, query_sums, heads_slice, *, register_order):
-        """Fills the ratios and the Sample's dense rows of ``heads_slice``.
+    def fit(self, q, query_sums, group, *, register_order):
+        """Fills the ratios and the Sample's dense rows of slice ``group``.
 
         query_sums: H_i and Z_i (G, T_m, (D + 1) * D).
         register_order: whether H_i's columns are in the order of pack().
         """
-        rows, group = self._sample.rows, heads_slice.stop - heads_slice.start
-        constants = {"D": q.shape[3], "ROWS": len(rows)}
+        rows, slots, q_blocks = self._sample.rows, group.stop - group.start, query_sums.shape[1]
         launch(
-            self._plan, _row_products, (len(rows), group), q, rows, self._sums, self._weights,
-            query_sums, self._sample.dense, self._products, *q.stride(),
-            q.shape[1], heads_slice.start, self._sums.shape[1], self._ratios.shape[1], **constants,
-            Q_BLOCK=self._q_block, STEP=16, REGISTER_ORDER=register_order,
-            options={"num_warps": 4},
+            _row_products, (len(rows), slots), q, rows, self._sums, self._weights, query_sums,
+            self._sample.dense, self._products, *q.stride(), q.shape[1], group.start, self._sums.shape[1], q_blocks,
+            D=q.shape[3], ROWS=len(rows), STEP=16, REGISTER_ORDER=register_order, options={"num_warps": 4},
         )  # fmt: skip
         launch(
-            self._plan, _ratio, (group,), self._products, self._ratios, heads_slice.start, self._sample.fitted,
-            self._ratios.shape[1], ROWS=len(rows), STEP=256, options={"num_warps": 1},
+            _ratio, (slots,), self._products, self._block_ratio, group.start, self._sample.fitted, q_blocks,
+            ROWS=len(rows), STEP=256, options={"num_warps": 1},
         )  # fmt: skip

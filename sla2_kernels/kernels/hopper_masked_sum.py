@@ -1,9 +1,9 @@
 """The masked sum of kernels/masked_sum.py for Hopper (sm_90) in Gluon, on FP8 matrix instructions: H_i of one head.
 
-FP8 matrix instructions want both operands along the sum, that is along the key blocks j, but h_j arrives feature by
-feature. So the product is taken transposed, H^T = h^T W^T, and h^T comes from registers, where four bytes of four key
-blocks change places. A producer warp brings tiles of h and of the weights W by TMA, two consumer warpgroups of 128
-features multiply them. W is the 0/1 mask times each block's power of two (kernels/weighted_mask.py).
+FP8 matrix instructions want both operands along the sum, that is along the key blocks j, but h_j is stored feature by
+feature. So the product is transposed, H^T = h^T W^T, and h^T comes from registers, where four bytes of four key blocks
+change places. A producer warp brings tiles of h and of the weights W by TMA; two consumer warpgroups of 128 features
+each multiply them. W is the 0/1 mask times each block's power of two (kernels/weighted_mask.py).
 """
 
 import torch
@@ -18,28 +18,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
-from .hopper_gluon import keep, load_async, programs
+from .hopper_gluon import keep, leave, load_async, new_barriers, programs, stage_of, wait_empty, wait_full
 from .launch import launch
 
-FEATURES, ROWS, STEP = 128, 128, 64
-STAGES = 7
+STAGES = 7  # tiles of h and W in flight: as many as the shared memory holds
+FEATURES = gl.constexpr(128)  # of a consumer
+ROWS = gl.constexpr(128)  # query blocks of a tile
+STEP = gl.constexpr(64)  # key blocks of a stage
 
 
 @gluon.jit
-def _produce(
-    h_desc, w_desc, h_smem, w_smem, full, empty, blocks, tiles_m, tiles_f, tiles,
-    FEATURES: gl.constexpr, ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _tile_of(tile, tiles_m, tiles_f):
+    """(head, row tile, pair of feature tiles): row tiles run fastest, so that neighbours share h in L2."""
+    return tile // (tiles_m * tiles_f), tile % tiles_m, tile // tiles_m % tiles_f
+
+
+@gluon.jit
+def _produce(h_desc, w_desc, ring, blocks, tiles_m, tiles_f, tiles):
     """One warp: fills a stage with the h of two feature tiles and the weights of one row tile, STEP key blocks."""
+    h_smem, w_smem, full, empty = ring
     BYTES: gl.constexpr = STEP * (2 * FEATURES + ROWS)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        slot = tile // (tiles_m * tiles_f)
-        m = tile % tiles_m
-        f = tile // tiles_m % tiles_f
+        slot, m, f = _tile_of(tile, tiles_m, tiles_f)
         for start in range(0, blocks, STEP):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            stage = wait_empty(empty, step)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
             load_async(h_desc, [slot, start, 2 * f * FEATURES], bar, h_smem.index(2 * stage))
@@ -81,30 +84,23 @@ def _along_key_blocks(h, layout: gl.constexpr):
 
 
 @gluon.jit
-def _operand(
-    h_smem, full, step, PART: gl.constexpr, load_layout: gl.constexpr, layout: gl.constexpr, STAGES: gl.constexpr
-):
+def _operand(h_smem, full, step, PART: gl.constexpr, load_layout: gl.constexpr, layout: gl.constexpr):
     """The left operand of a step, once it has come."""
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    h = h_smem.index(2 * stage + PART)
+    h = h_smem.index(2 * wait_full(full, step) + PART)
     return _along_key_blocks(h.reshape([h.shape[1], h.shape[2]]).load(load_layout), layout)
 
 
 @gluon.jit
-def _weights(w_smem, step, STAGES: gl.constexpr):
+def _weights(w_smem, full, step):
     """The right operand of a step."""
-    w = w_smem.index(step % STAGES)
+    w = w_smem.index(stage_of(full, step))
     return w.reshape([w.shape[1], w.shape[2]]).permute([1, 0])
 
 
 @gluon.jit
-def _consume(
-    PART: gl.constexpr, h_smem, w_smem, full, empty, scale, out, out_stride_g, out_stride_m,
-    rows, blocks, tiles_m, tiles_f, tiles,
-    FEATURES: gl.constexpr, ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _consume(PART: gl.constexpr, ring, scale, out, out_stride_g, out_stride_m, rows, blocks, tiles_m, tiles_f, tiles):
     """One warpgroup: features (2 f + PART) * 128 to + 127 of every tile of this program."""
+    h_smem, w_smem, full, empty = ring
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4)
     # lanes 0 1: key block bits 1 2, so that the four rows that a warp reads lie in different banks
@@ -119,32 +115,30 @@ def _consume(
     )  # fmt: skip
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        slot = tile // (tiles_m * tiles_f)
-        m = tile % tiles_m
-        f = tile // tiles_m % tiles_f
+        slot, m, f = _tile_of(tile, tiles_m, tiles_f)
         acc = gl.zeros([FEATURES, ROWS], gl.float32, SUMS)
-        # nothing is under way from one turn to the next: the compiler would wait after every matrix instruction, for want
-        # of registers. Two stages a turn, and the other warpgroup multiplies meanwhile.
+        # no product is under way from one turn to the next: short of registers, the compiler would then wait after every
+        # matrix instruction. Two stages a turn, and meanwhile the other warpgroup multiplies.
         pairs = blocks // (2 * STEP)
         for _ in range(pairs):
-            h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND, STAGES)
-            h1 = _operand(h_smem, full, step + 1, PART, LOAD, OPERAND, STAGES)
-            acc_t = warpgroup_mma(h0, _weights(w_smem, step, STAGES), acc, is_async=True)
-            acc_t = warpgroup_mma(h1, _weights(w_smem, step + 1, STAGES), acc_t, is_async=True)
+            h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND)
+            h1 = _operand(h_smem, full, step + 1, PART, LOAD, OPERAND)
+            acc_t = warpgroup_mma(h0, _weights(w_smem, full, step), acc, is_async=True)
+            acc_t = warpgroup_mma(h1, _weights(w_smem, full, step + 1), acc_t, is_async=True)
             acc = warpgroup_mma_wait(0, [acc_t])
-            keep(h0, True)
-            keep(h1, True)
-            mbarrier.arrive(empty.index(step % STAGES), count=1)
-            mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
+            keep(h0, 8)
+            keep(h1, 8)
+            leave(empty, step)
+            leave(empty, step + 1)
             step += 2
         for _ in range(2 * pairs * STEP, blocks, STEP):
-            h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND, STAGES)
-            acc_t = warpgroup_mma(h0, _weights(w_smem, step, STAGES), acc, is_async=True)
+            h0 = _operand(h_smem, full, step, PART, LOAD, OPERAND)
+            acc_t = warpgroup_mma(h0, _weights(w_smem, full, step), acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc_t])
-            keep(h0, True)
-            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            keep(h0, 8)
+            leave(empty, step)
             step += 1
-        acc = (acc * gl.load(scale + slot)).to(out.dtype.element_ty)
+        acc = (acc * gl.load(scale + slot)).to(out.dtype.element_ty)  # [FEATURES, ROWS], the features as in the operand
         acc = acc.reshape([2, 4, 2, 8, ROWS]).permute([4, 1, 3, 0, 2]).reshape([ROWS, FEATURES])
         acc = gl.convert_layout(acc, STORE)
         i = m * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
@@ -155,48 +149,42 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["rows", "blocks", "tiles_m", "tiles_f", "tiles"])
 def _hopper_masked_sum(
-    h_desc, w_desc, scale, out, out_stride_g, out_stride_m, rows, blocks, tiles_m, tiles_f, tiles,
-    FEATURES: gl.constexpr, ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    h_desc, w_desc, scale, out, out_stride_g, out_stride_m, rows, blocks, tiles_m, tiles_f, tiles, STAGES: gl.constexpr
+):
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
     h_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 1, STEP, FEATURES], h_desc.layout)
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 1, ROWS, STEP], w_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 2)
     fence_async_shared()
     # constants survive only in tuples written in the call itself
     gl.warp_specialize([
         (_consume, (
-            UPPER, h_smem, w_smem, full, empty, scale, out, out_stride_g, out_stride_m,
-            rows, blocks, tiles_m, tiles_f, tiles, FEATURES, ROWS, STEP, STAGES,
+            UPPER, (h_smem, w_smem, full, empty), scale, out, out_stride_g, out_stride_m,
+            rows, blocks, tiles_m, tiles_f, tiles,
         )),
         (_consume, (
-            LOWER, h_smem, w_smem, full, empty, scale, out, out_stride_g, out_stride_m,
-            rows, blocks, tiles_m, tiles_f, tiles, FEATURES, ROWS, STEP, STAGES,
+            LOWER, (h_smem, w_smem, full, empty), scale, out, out_stride_g, out_stride_m,
+            rows, blocks, tiles_m, tiles_f, tiles,
         )),
-        (_produce, (
-            h_desc, w_desc, h_smem, w_smem, full, empty, blocks, tiles_m, tiles_f, tiles,
-            FEATURES, ROWS, STEP, STAGES,
-        )),
+        (_produce, (h_desc, w_desc, (h_smem, w_smem, full, empty), blocks, tiles_m, tiles_f, tiles)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-def hopper_masked_sum(work, heads_slice, plan=None):
-    """H_i of work.query_sums for the heads of ``heads_slice``: weights_scale[g] * weights[g] @ sums[g], of ``work``."""
+def hopper_masked_sum(work, group):
+    """H_i of work.query_sums for the heads of slice ``group``: weights_scale[g] * weights[g] @ sums[g], of ``work``."""
     blocks, columns = work.sums.shape[1:]
-    rows = work.query_sums.shape[1]
-    tiles_m, tiles_f = block_count(rows, ROWS), columns // (2 * FEATURES)
-    tiles = (heads_slice.stop - heads_slice.start) * tiles_m * tiles_f
+    rows, features, step = ROWS.value, FEATURES.value, STEP.value
+    query_blocks = work.query_sums.shape[1]
+    tiles_m, tiles_f = block_count(query_blocks, rows), columns // (2 * features)
+    tiles = (group.stop - group.start) * tiles_m * tiles_f
     h_desc = TensorDescriptor.from_tensor(
-        work.sums.view(torch.int8), [1, STEP, FEATURES], gl.NVMMASharedLayout(128, 8, rank=3)
+        work.sums.view(torch.int8), [1, step, features], gl.NVMMASharedLayout(128, 8, rank=3)
     )
-    w_desc = TensorDescriptor.from_tensor(work.weights, [1, ROWS, STEP], gl.NVMMASharedLayout(64, 8, rank=3))
+    w_desc = TensorDescriptor.from_tensor(work.weights, [1, rows, step], gl.NVMMASharedLayout(64, 8, rank=3))
     launch(
-        plan, _hopper_masked_sum, (min(tiles, programs(work.sums.device)),), h_desc, w_desc,
-        work.weights_scale, work.query_sums, *work.query_sums.stride()[:2], rows, blocks, tiles_m, tiles_f, tiles,
-        FEATURES=FEATURES, ROWS=ROWS, STEP=STEP, STAGES=STAGES, options={"num_warps": 4},
+        _hopper_masked_sum, (min(tiles, programs(work.sums.device)),), h_desc, w_desc, work.weights_scale,
+        work.query_sums, *work.query_sums.stride()[:2], query_blocks, blocks, tiles_m, tiles_f, tiles,
+        STAGES=STAGES, options={"num_warps": 4},
     )  # fmt: skip

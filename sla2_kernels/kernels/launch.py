@@ -1,11 +1,12 @@
-"""Launching kernels, and launching all of a call's kernels again without the Python that led to them.
+"""Launching kernels, and a cache of launches: the second call of a kind skips the Python that prepared the first.
 
-What a call launches depends on its settings and on its tensors' dtypes, shapes, strides and 16-byte alignment alone; from
-call to call only addresses differ. The first call of a kind is recorded, later ones are played back with the addresses
-of their own tensors: at short lengths the host would otherwise take longer than the GPU.
+What a call launches depends only on its settings and on its tensors' dtypes, shapes, strides and 16-byte alignment; from
+call to call nothing but addresses differs. The first call of a kind is recorded and later ones are replayed with the
+addresses of their own tensors: at short lengths the host would otherwise take longer than the GPU.
 """
 
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,66 +15,79 @@ from triton.runtime.driver import driver
 
 from ..support import is_tested_triton
 
-MOST_PLANS = 256
-# The releases whose compiled kernels take every argument, constants included, in the order of Plan.play(): a private
-# interface, the same in their sources. With others every call goes through the front end.
+MAX_RECORDINGS = 256
+# The releases whose compiled kernels take every argument, constants included, in the order of Recording.replay(): a
+# private interface, the same in all their sources. With other releases every call goes through the front end.
 DIRECT_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
 DIRECT = is_tested_triton(DIRECT_RELEASES)
 
-_plans = {}  # oldest first
-_plans_change = threading.Lock()
+_recordings = {}  # oldest first
+_recordings_lock = threading.Lock()
+_thread = threading.local()  # .recording: what launches of this thread are added to
 
 
 def why_not_direct():
-    """None where calls are played back, or one sentence why each goes through Triton's front end."""
+    """None where calls are replayed, or one sentence why each goes through Triton's front end."""
     if DIRECT:
         return None
     first, last = (".".join(map(str, release)) for release in (DIRECT_RELEASES[0], DIRECT_RELEASES[-1]))
     return f"every launch goes through Triton's front end: what avoids it was tested with Triton {first} to {last}"
 
 
-def planned(tensors, settings, call):
-    """Does call(plan), in which every kernel goes through launch(plan, ...), or plays back what an equal call launched.
+def cached(tensors, settings, call):
+    """Runs call(), whose kernels all go through launch(), or replays what an equal call launched.
 
-    tensors: all that the call gets and what it returns, filled by kernels alone; None allowed. settings: hashable, all
-    else that decides what the call launches. What else the kernels read and write, the call makes by torch.empty() and
-    fills by kernels. On the CPU, where nothing is compiled, plan is None.
+    tensors: all that the call reads from outside and all that it returns, filled by kernels only; None allowed. settings:
+    hashable, everything else that decides what the call launches. Other buffers of its kernels the call must make with
+    torch.empty() and fill by kernels. On the CPU, where nothing is compiled, nothing is recorded.
     """
     if not (DIRECT and tensors[0].is_cuda):
-        call(None)
+        call()
         return
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    which_are_one = map(addresses.index, addresses)
-    key = torch.cuda.current_device(), settings, *map(_signature, tensors, addresses), *which_are_one
-    plan = _plans.get(key)
-    if plan is not None:
-        plan.play(addresses, tensors[0].device)
+    # two arguments that are the same tensor take other launches than two that are not
+    aliases = map(addresses.index, addresses)
+    key = torch.cuda.current_device(), settings, *map(_signature, tensors, addresses), *aliases
+    recording = _recordings.get(key)
+    if recording is not None:
+        recording.replay(addresses, tensors[0].device)
         return
-    plan = Plan(tensors)
-    call(plan)
-    plan.finish()
-    with _plans_change:
-        if len(_plans) >= MOST_PLANS:
-            del _plans[next(iter(_plans))]
-        _plans[key] = plan
+    recording = Recording(tensors)
+    with _added_to(recording):
+        call()
+    recording.finish()
+    with _recordings_lock:
+        if len(_recordings) >= MAX_RECORDINGS:
+            del _recordings[next(iter(_recordings))]
+        _recordings[key] = recording
+
+
+@contextmanager
+def _added_to(recording):
+    _thread.recording = recording
+    try:
+        yield
+    finally:
+        _thread.recording = None
 
 
 def _signature(tensor, address):
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16 == 0)
 
 
-def launch(plan, kernel, grid, *args, options, **constants):
-    """kernel[grid](*args, **constants, **options), which ``plan`` records, if there is one.
+def launch(kernel, grid, *args, options, **constants):
+    """kernel[grid](*args, **constants, **options); recorded where this thread is inside cached().
 
     options: num_warps and the like.
     """
     compiled = kernel[grid](*args, **constants, **options)
-    if plan is not None:
-        plan.add(compiled, grid, [*args, *(constants[name] for name in kernel.arg_names[len(args) :])])
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.add(compiled, grid, [*args, *(constants[name] for name in kernel.arg_names[len(args) :])])
 
 
 class _Address:
-    """What a TMA descriptor's base is asked for when a kernel is launched."""
+    """All that a launch asks of a TMA descriptor's base."""
 
     def __init__(self, address):
         self._address = address
@@ -84,7 +98,7 @@ class _Address:
 
 @dataclass
 class _Step:
-    """One launch. pointers, descriptors: (place among the arguments, slot, bytes behind its address)."""
+    """One launch. pointers, descriptors: (place among the arguments, slot, offset in bytes from the slot's address)."""
 
     compiled: object
     grid: tuple
@@ -98,15 +112,16 @@ class _Step:
         return {slot for _, slot, _ in (*self.pointers, *self.descriptors)}
 
 
-class Plan:
-    """The launches of one call. Slots are its tensors, then the buffers that it made, which live from first to last use."""
+class Recording:
+    """The launches of one call. Slots are its tensors, then the buffers that it made, alive from first to last use."""
 
     def __init__(self, tensors):
         """tensors: the call's own, None where there is none."""
         self._steps = []
         self._outside = tensors
         self._slots = {x.data_ptr(): slot for slot, x in reversed(list(enumerate(tensors))) if x is not None}
-        self._buffers = {}  # a weak reference tells a buffer from a later one at its address
+        # by weak reference: the allocator may give a later buffer the address of one that is gone
+        self._buffers = {}
         self._sizes = {}
         self._count = len(tensors)
 
@@ -123,10 +138,10 @@ class Plan:
         self._steps.append(step)
 
     def _slot(self, tensor):
-        """(slot, bytes behind its address) of one of the call's tensors, or of a view of a buffer.
+        """(slot, offset in bytes) of one of the call's tensors, or of a view of a buffer.
 
-        Raises ValueError for a view that begins inside one of the call's tensors: where it begins in the next call's
-        is not known, as tensors that share memory need not lie in it as these do.
+        Raises ValueError for a view that begins inside one of the call's tensors: the next call's tensors may share
+        memory in another way, so where the view would begin there is not known.
         """
         address = tensor.data_ptr()
         if address in self._slots:
@@ -150,8 +165,8 @@ class Plan:
             first[slot].first_uses.append(slot)
             last[slot].last_uses.append(slot)
 
-    def play(self, addresses, device):
-        """Launches all again on the current stream of ``device``, the current one, with other tensors' addresses."""
+    def replay(self, addresses, device):
+        """Launches everything again, with other tensors' addresses, on the current stream of the current device."""
         addresses = [*addresses, *[0] * len(self._sizes)]
         kept = {}
         stream = driver.active.get_current_stream(driver.active.get_current_device())

@@ -11,26 +11,28 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .score import HIGHEST, LOWEST, SCORES_STEP, ordered, unordered
+from .numerics import from_ordered_int, ordered_int
+from .score import INT32_MAX, INT32_MIN, SCORES_STEP
 
 CHUNK = SCORES_STEP
 MASK_STEP = 128
-# of the distance as numbers, 11 of which tell 2000 usual scores apart; then as integers, which comes to an end
+# So many steps halve the distance between two numbers: 11 tell 2,000 typical scores apart. Later ones halve that between
+# their integers, which ends whatever the scores are.
 HALVINGS = tl.constexpr(16)
 
 
 @triton.jit
 def _range(row, blocks, width, CHUNK: tl.constexpr):
-    """(least, largest but for HIGHEST, how many are HIGHEST) of a row's scores."""
-    least = tl.full([CHUNK], HIGHEST, dtype=tl.int32)
-    largest = tl.full([CHUNK], LOWEST, dtype=tl.int32)
+    """(smallest, largest below INT32_MAX, how many are INT32_MAX) of a row's scores."""
+    least = tl.full([CHUNK], INT32_MAX, dtype=tl.int32)
+    largest = tl.full([CHUNK], INT32_MIN, dtype=tl.int32)
     own = tl.zeros([CHUNK], dtype=tl.int32)
     for start in range(0, width, CHUNK):
         at = start + tl.arange(0, CHUNK)
-        scores = tl.load(row + at)
-        least = tl.minimum(least, tl.where(at < blocks, scores, HIGHEST))
-        largest = tl.maximum(largest, tl.where(scores == HIGHEST, LOWEST, scores))
-        own += (scores == HIGHEST).to(tl.int32)
+        scores = tl.load(row + at)  # [CHUNK]
+        least = tl.minimum(least, tl.where(at < blocks, scores, INT32_MAX))
+        largest = tl.maximum(largest, tl.where(scores == INT32_MAX, INT32_MIN, scores))
+        own += (scores == INT32_MAX).to(tl.int32)
     return tl.min(least, axis=0), tl.max(largest, axis=0), tl.sum(own, axis=0)
 
 
@@ -45,8 +47,8 @@ def _reaching(row, candidate, width, CHUNK: tl.constexpr):
 
 @triton.jit
 def _between(low, high, halvings):
-    """An integer above low and below high, which must not be neighbours: at first that of the number halfway."""
-    halfway = ordered(unordered(low) * 0.5 + unordered(high) * 0.5)
+    """An integer between low and high, which must not be neighbours: at first that of the number halfway."""
+    halfway = ordered_int(from_ordered_int(low) * 0.5 + from_ordered_int(high) * 0.5)
     middle = (low & high) + ((low ^ high) >> 1)
     return tl.minimum(tl.maximum(tl.where(halvings < HALVINGS, halfway, middle), low + 1), high - 1)
 
@@ -57,9 +59,9 @@ def _select(scores, selected, unselected, count, blocks, width, mask_stride, CHU
     scores += row * width
     least, largest, own = _range(scores, blocks, width, CHUNK)
     enough_own = own >= count
-    # count at least reach low, fewer reach high
-    low = tl.where(enough_own, HIGHEST, least)
-    high = tl.where(enough_own, HIGHEST, largest + 1)
+    # invariant: at least count scores reach low, fewer reach high
+    low = tl.where(enough_own, INT32_MAX, least)
+    high = tl.where(enough_own, INT32_MAX, largest + 1)
     reach_low = tl.where(enough_own, count, blocks)
     reach_high = own
     halvings = 0
@@ -70,24 +72,23 @@ def _select(scores, selected, unselected, count, blocks, width, mask_stride, CHU
         low, reach_low = tl.where(enough, candidate, low), tl.where(enough, reaching, reach_low)
         high, reach_high = tl.where(enough, high, candidate), tl.where(enough, reach_high, reaching)
         halvings += 1
-    # of the scores equal to low
+    # how many of the scores equal to low are taken
     ties_wanted = tl.where(reach_low == count, count, count - reach_high)
 
     written = tl.zeros([1], dtype=tl.int32)
     ties_seen = tl.zeros([1], dtype=tl.int32)
     for start in range(0, blocks, CHUNK):
         at = start + tl.arange(0, CHUNK)
-        row_scores = tl.load(scores + at)
+        row_scores = tl.load(scores + at)  # [CHUNK]
         tie = (row_scores == low).to(tl.int32)
         tie_rank = ties_seen + tl.cumsum(tie, axis=0) - tie
         chosen = (row_scores > low) | ((tie == 1) & (tie_rank < ties_wanted))
         position = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(selected + row * count + position, at, mask=chosen)
         if unselected is not None:
-            # zeros behind the last block too: a product walks the mask in whole steps
-            tl.store(
-                unselected + row * mask_stride + at, tl.where(chosen | (at >= blocks), 0.0, 1.0), mask=at < mask_stride
-            )
+            # zeros past the last block too, so that a product can walk the mask in whole steps
+            left_out = tl.where(chosen | (at >= blocks), 0.0, 1.0)
+            tl.store(unselected + row * mask_stride + at, left_out, mask=at < mask_stride)
         written += tl.sum(chosen.to(tl.int32), axis=0)
         ties_seen += tl.sum(tie, axis=0)
 
@@ -98,14 +99,14 @@ def mask_width(blocks):
 
 
 def new_mask(rows_shape, blocks, dtype, device, make=torch.zeros):
-    """A 1 - M_c to be filled in, (*rows_shape, T_n): a view of rows with zeros up to the next MASK_STEP.
+    """An empty 1 - M_c, (*rows_shape, T_n): a view of rows that have zeros up to the next MASK_STEP.
 
-    A product can then walk it in whole steps. make: torch.empty where the zeros are written later.
+    A product can then walk it in whole steps. make: torch.empty where a kernel writes those zeros.
     """
     return make(*rows_shape, mask_width(blocks), dtype=dtype, device=device)[..., :blocks]
 
 
-def select(scores, blocks, selected, mask_dtype, plan=None):
+def select(scores, blocks, selected, mask_dtype):
     """The top-k: fills selected, int32 (B * H, T_m, count), ascending; returns 1 - M_c (B * H, T_m, T_n).
 
     scores: of score.py, int32 (B * H, T_m, T_n padded to whole SCORES_STEPs). mask_dtype: None makes no mask, returns None.
@@ -115,7 +116,7 @@ def select(scores, blocks, selected, mask_dtype, plan=None):
     if mask_dtype is not None:
         unselected = new_mask((batch_heads, rows), blocks, mask_dtype, scores.device, torch.empty)
     launch(
-        plan, _select, (batch_heads * rows,), scores, selected, unselected, selected.shape[2], blocks, width,
+        _select, (batch_heads * rows,), scores, selected, unselected, selected.shape[2], blocks, width,
         0 if unselected is None else unselected.stride(1), CHUNK=CHUNK, options={"num_warps": 1},
     )  # fmt: skip
     return unselected

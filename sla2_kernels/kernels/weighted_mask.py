@@ -1,7 +1,8 @@
-"""What kernels/hopper_masked_sum.py multiplies h_j with, the 0/1 mask 1 - M_c times each key block's power of two; and Z_i.
+"""What hopper_masked_sum.py multiplies h_j with, the 0/1 mask 1 - M_c times each key block's power of two; and Z_i.
 
-h_j in FP8 is over a power of two per key block, which is given back here, as 2^8 over the largest of the head: blocks
-down to 2^-17 of it count. z_j is not in FP8: Z_i, its masked sum, is taken here. One program per (TILE query blocks, head).
+In FP8 h_j is over a power of two per key block, which the mask gives back, relative to the head's largest: that one counts
+as 2^8, and blocks down to 2^-17 of it count at all. z_j is not in FP8: Z_i, its masked sum, is taken here.
+One program per (TILE query blocks, head).
 """
 
 import triton
@@ -11,9 +12,9 @@ from ..router import block_count
 from .launch import launch
 
 TILE, STEP = 64, 128
-EXPONENTS = 1024
-HIGHEST_POWER = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
-LOWEST = tl.constexpr(-1.0e30)
+EXPONENTS = 1024  # read at a time
+LARGEST_WEIGHT_LOG2 = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
+NO_EXPONENT = tl.constexpr(-1.0e30)  # of a block that is not there: its weight is 0
 
 
 @triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
@@ -24,46 +25,45 @@ def _weighted_mask(
 ):  # fmt: skip
     slot = tl.program_id(1).to(tl.int64)
     i, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D)
-    live = i[:, None] < rows
+    valid = i[:, None] < rows
     exponents += slot * blocks
     norms += slot * blocks * D
     mask_rows = mask + (first_head + slot) * mask_stride_h + i[:, None].to(tl.int64) * mask_stride_m
     weight_rows = weights + (slot * rows + i[:, None]) * WIDTH
-    highest = tl.full([EXPONENTS], LOWEST, dtype=tl.float32)
+    highest = tl.full([EXPONENTS], NO_EXPONENT, dtype=tl.float32)
     for start in range(0, blocks, EXPONENTS):
         block = start + tl.arange(0, EXPONENTS)
-        highest = tl.maximum(highest, tl.load(exponents + block, mask=block < blocks, other=LOWEST))
+        highest = tl.maximum(highest, tl.load(exponents + block, mask=block < blocks, other=NO_EXPONENT))
     largest = tl.max(highest, axis=0)
 
     acc = tl.zeros([TILE, D], dtype=tl.float32)
     for start in range(0, blocks, STEP):
         j = start + tl.arange(0, STEP)
         inside = j < blocks
-        ones = tl.load(mask_rows + j[None, :], mask=live, other=0.0)  # zero behind the last block
-        z = tl.load(norms + j[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        ones = tl.load(mask_rows + j[None, :], mask=valid, other=0.0)  # [TILE, STEP], zero past the last block
+        z = tl.load(norms + j[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)  # [STEP, D]
         acc = tl.dot(ones, z, acc, input_precision="tf32x3")
-        power = tl.load(exponents + j, mask=inside, other=LOWEST) - largest + HIGHEST_POWER
+        power = tl.load(exponents + j, mask=inside, other=NO_EXPONENT) - largest + LARGEST_WEIGHT_LOG2
         weight = (ones.to(tl.float32) * tl.exp2(power)[None, :]).to(weights.dtype.element_ty)
         # bits 3 2 1 0 of a key block's number become 2 1 3 0: where hopper_masked_sum.py's registers have it
         weight = weight.reshape([TILE, STEP // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([TILE, STEP])
-        tl.store(weight_rows + j[None, :], weight, mask=live)
-    tl.store(
-        out + (slot * rows + i[:, None]) * OUT_STRIDE + d[None, :], (acc / blocks).to(out.dtype.element_ty), mask=live
-    )
+        tl.store(weight_rows + j[None, :], weight, mask=valid)
+    out_at = out + (slot * rows + i[:, None]) * OUT_STRIDE + d[None, :]
+    tl.store(out_at, (acc / blocks).to(out.dtype.element_ty), mask=valid)
     if tl.program_id(0) == 0:
-        tl.store(scale + slot, tl.exp2(largest - HIGHEST_POWER) / blocks)
+        tl.store(scale + slot, tl.exp2(largest - LARGEST_WEIGHT_LOG2) / blocks)
 
 
-def weighted_mask(unselected, work, heads_slice, plan=None):
-    """Fills work.weights, work.weights_scale and work.query_norms for the heads of ``heads_slice``.
+def weighted_mask(unselected, work, group):
+    """Fills work.weights, work.weights_scale and work.query_norms for the heads of slice ``group``.
 
     unselected: (B * H, T_m, T_n), rows with zeros up to the width of work.weights.
     """
     rows, blocks = unselected.shape[1:]
     launch(
-        plan, _weighted_mask, (block_count(rows, TILE), heads_slice.stop - heads_slice.start),
+        _weighted_mask, (block_count(rows, TILE), group.stop - group.start),
         unselected, work.sums_exponent, work.norms, work.weights, work.weights_scale, work.query_norms,
-        unselected.stride(0), unselected.stride(1), heads_slice.start, rows, blocks,
+        unselected.stride(0), unselected.stride(1), group.start, rows, blocks,
         WIDTH=work.weights.shape[2], OUT_STRIDE=work.query_norms.stride(1), D=work.norms.shape[2],
         TILE=TILE, STEP=STEP, EXPONENTS=EXPONENTS, options={"num_warps": 8, "num_stages": 3},
     )  # fmt: skip

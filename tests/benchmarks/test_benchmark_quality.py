@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import pooled_tail, quality, quality_report, sla_v1, sol, video_metrics
+from benchmarks import quality, quality_report, video_metrics
 from benchmarks import quality_variants as names
+from benchmarks.rivals import fitted_sla, pooled_tail, sol_attn
 from sla2_training.explore.captures import Capture, save_captures, synthetic_captures
 
 
@@ -96,30 +97,30 @@ def _qkv(tokens=320, heads=2, dim=32, seed=0):
 def test_sla_v1_keeps_all_blocks_exactly_and_adds_its_linear_branch_over_all_keys():
     q, k, v = _qkv()
     dense = names.dense(0, q, k, v)
-    torch.testing.assert_close(sla_v1.sparse_branch(q, k, v, 0.0), dense, atol=1e-5, rtol=1e-4)
-    linear = sla_v1.linear_branch(q, k, v)
+    torch.testing.assert_close(fitted_sla.sparse_branch(q, k, v, 0.0), dense, atol=1e-5, rtol=1e-4)
+    linear = fitted_sla.linear_branch(q, k, v)
     weights = q.softmax(-1).transpose(1, 2) @ k.softmax(-1).permute(0, 2, 3, 1)
     expected = (weights / weights.sum(-1, keepdim=True) @ v.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(linear, expected, atol=1e-5, rtol=1e-4)
-    out = sla_v1.attention(q, k, v, 0.0, sla_v1.identity_projection(32, "cpu"))
+    out = fitted_sla.attention(q, k, v, 0.0, fitted_sla.identity_projection(32, "cpu"))
     torch.testing.assert_close(out, dense + linear, atol=1e-5, rtol=1e-4)
 
 
 def test_the_fitted_projection_is_the_best_linear_one_on_its_captures():
     captures = [Capture(0, *(x.transpose(1, 2) for x in _qkv(seed=seed)), (2, 10, 16)) for seed in range(3)]
-    fitted = sla_v1.fit_projection(captures, 0.6)
+    fitted = fitted_sla.fit_projection(captures, 0.6)
 
     def error(projection):
         total = 0.0
         for c in captures:
             q, k, v = (x.transpose(1, 2) for x in (c.q, c.k, c.v))
-            total += float((sla_v1.attention(q, k, v, 0.6, projection) - names.dense(0, q, k, v)).square().sum())
+            total += float((fitted_sla.attention(q, k, v, 0.6, projection) - names.dense(0, q, k, v)).square().sum())
         return total
 
     best = error(fitted)
-    zero = sla_v1.Projection(torch.zeros(32, 32), torch.zeros(32))
+    zero = fitted_sla.Projection(torch.zeros(32, 32), torch.zeros(32))
     generator = torch.Generator().manual_seed(1)
-    moved = sla_v1.Projection(fitted.weight + 0.02 * torch.randn(32, 32, generator=generator), fitted.bias)
+    moved = fitted_sla.Projection(fitted.weight + 0.02 * torch.randn(32, 32, generator=generator), fitted.bias)
     assert best < error(zero) and best < error(moved)
 
 
@@ -138,10 +139,10 @@ def test_the_pooled_tail_with_nothing_unselected_is_dense():
 
 def test_sol_attn_counts_its_diagonal():
     q, k, _ = _qkv(tokens=1280, heads=1)
-    share = sol.kept_share(q, k, 2)
+    share = sol_attn.kept_share(q, k, 2)
     assert 3 / 20 - 2 / 400 <= share <= 5 / 20
-    assert sol.kept_share(q, k, sol.equal_count(q, k, 0.4)) <= 0.4
-    assert sol.equal_count(q, k, 0.01) == 1
+    assert sol_attn.kept_share(q, k, sol_attn.equal_count(q, k, 0.4)) <= 0.4
+    assert sol_attn.equal_count(q, k, 0.01) == 1
 
 
 def test_ssim_is_one_for_equal_videos_and_falls_with_noise():

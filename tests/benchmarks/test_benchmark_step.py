@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import collect_comfyui, comfyui_step, step_parts
+from benchmarks import breakdown, collect_comfyui, comfyui_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_nested_spans_become_parts_that_add_up():
     spent = {
-        "model call": 100.0, "self-attention block": 60.0, "self-attention": 40.0, "q, k, v and output projections": 10.0,
-        "q and k norms": 4.0, "cross-attention block": 12.0, "cross-attention": 5.0, "feed-forward": 20.0,
-    }  # fmt: skip
-    parts = step_parts.disjoint(spent)
+        "model call": 100.0,
+        "self-attention block": 60.0,
+        "self-attention": 40.0,
+        "q, k, v and output projections": 10.0,
+        "q and k norms": 4.0,
+        "cross-attention block": 12.0,
+        "cross-attention": 5.0,
+        "feed-forward": 20.0,
+    }
+    parts = breakdown.disjoint(spent)
     assert sum(parts.values()) == pytest.approx(100.0)
     assert parts["rotation of q and k, rest of the self-attention block"] == 6.0
     assert parts["norms, modulation, embeddings, head"] == 8.0

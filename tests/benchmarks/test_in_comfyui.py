@@ -1,27 +1,21 @@
 """The script that runs the miniature in ComfyUI: the presets at a few tokens."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks import presets
+from benchmarks import preset_quality
 from miniature.sample import WEIGHTS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(
     not (WEIGHTS / "wan_miniature_dit.safetensors").exists(), reason="the weights are not in miniature/weights"
 )
-def test_every_preset_is_measured_against_dense(comfyui_path, tmp_path):
+def test_every_preset_is_measured_against_dense(comfyui_path, comfy_scripts, tmp_path):
     out = tmp_path / "presets.json"
-    command = [sys.executable, "-m", "benchmarks.presets", "--comfyui", str(comfyui_path), "--tiny", "--prompts", "1"]
-    command += ["--device", "cpu", "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdin=subprocess.DEVNULL)
+    options = ["--comfyui", comfyui_path, "--tiny", "--prompts", "1", "--device", "cpu", "--out", out]
+    done = comfy_scripts.run("-m", "benchmarks.preset_quality", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads(out.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in content["rows"]}
     assert len(rows) == 6
@@ -29,5 +23,5 @@ def test_every_preset_is_measured_against_dense(comfyui_path, tmp_path):
         # 3 x 8 x 8 tokens are 3 key blocks, of which 1 is kept; dense steps count as 0
         assert 0.3 < row["skipped"] <= 0.67 and row["latent_error"] > 0.01
         assert 0 < row["psnr"] < 60 and 0 < row["ssim"] < 1
-        assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in presets.markdown(content)
+        assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in preset_quality.markdown(content)
     assert rows["quality"]["skipped"] <= rows["fast"]["skipped"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from comfy_scripts import ComfyScripts
 from comfy_server import PACK, PACK_FOLDER, ComfyServer, error_of
 from safetensors import safe_open
 from tiny_wan import break_metadata, save_router, save_wan
@@ -28,6 +29,14 @@ def comfy(comfyui_path, tmp_path_factory):
     server = ComfyServer(comfyui_path, base)
     yield Comfy(server, base)
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def comfy_scripts(comfyui_path, tmp_path_factory):
+    """comfy_scripts.run("script.py", ...): a script on ComfyUI's classes, without the seconds of importing them."""
+    scripts = ComfyScripts(comfyui_path, tmp_path_factory.mktemp("scripts"))
+    yield scripts
+    scripts.stop()
 
 
 def write_routers(folder):
@@ -109,9 +118,14 @@ class Prompt(dict):
         latent = self.add("EmptyHunyuanLatentVideo", width=size, height=size, length=frames, batch_size=1)
         settings = {"seed": seed, "steps": steps, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
         return self.add(
-            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, denoise=1.0,
+            "KSampler",
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
             **settings | changes,
-        )  # fmt: skip
+        )
 
     def save(self, latent):
         # a name of its own: an output node that ComfyUI serves from its cache is missing in the history of some versions

@@ -1,7 +1,7 @@
 """The real ComfyUI server of these tests, and what its history says."""
 
-from tooling.plan import PACK_FOLDER
-from tooling.plan import ROOT as PACK
+from tooling.paths import PACK_FOLDER
+from tooling.paths import ROOT as PACK
 from tooling.server import Server
 
 __all__ = ["PACK", "PACK_FOLDER", "ComfyServer", "error_of"]

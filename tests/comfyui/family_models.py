@@ -9,8 +9,13 @@ import inspect
 import torch
 
 WAN = {
-    "dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2, "freq_dim": 32, "text_dim": 32,
-}  # fmt: skip
+    "dim": 256,
+    "ffn_dim": 256,
+    "num_heads": 2,
+    "num_layers": 2,
+    "freq_dim": 32,
+    "text_dim": 32,
+}
 HUNYUAN = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 48, "hidden_size": 256, "mlp_ratio": 1.0,
     "num_heads": 2, "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 256, "patch_size": [1, 2, 2],
@@ -28,14 +33,21 @@ FLUX = {
     "qkv_bias": True, "guidance_embed": False,
 }  # fmt: skip
 LTX = {
-    "in_channels": 128, "cross_attention_dim": 128, "attention_head_dim": 64, "num_attention_heads": 2,
-    "caption_channels": 64, "num_layers": 2,
-}  # fmt: skip
+    "in_channels": 128,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "caption_channels": 64,
+    "num_layers": 2,
+}
 AUDIO = {
-    "audio_in_channels": 128, "audio_cross_attention_dim": 64, "audio_attention_head_dim": 32, "audio_num_attention_heads": 2,
+    "audio_in_channels": 128,
+    "audio_cross_attention_dim": 64,
+    "audio_attention_head_dim": 32,
+    "audio_num_attention_heads": 2,
     # of the connectors that make the text: no part of the model's call, and the default is 600 million weights
     "connector_num_attention_heads": 1,
-}  # fmt: skip
+}
 H3 = {
     "hidden_size": 256, "num_layers": 2, "token_refiner_num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128,
     "ffn_hidden_size": 128, "text_dim": 64, "timestep_input_dim": 32, "time_embed_hidden_size": 64, "time_embed_dim": 32,
@@ -68,9 +80,12 @@ def video_inputs(name="timestep", channels=16, text=32, **more):
 
 def ltx_inputs(guide_frames=0):
     inputs = {
-        "x": rand(1, 128, 4 + guide_frames, 8, 10), "timestep": torch.tensor([0.5]), "context": rand(1, 24, 64),
-        "attention_mask": None, "frame_rate": 25,
-    }  # fmt: skip
+        "x": rand(1, 128, 4 + guide_frames, 8, 10),
+        "timestep": torch.tensor([0.5]),
+        "context": rand(1, 24, 64),
+        "attention_mask": None,
+        "frame_rate": 25,
+    }
     if guide_frames:
         mask = torch.ones(1, 1, 4 + guide_frames, 8, 10)
         mask[:, :, 4:, :, 5:] = -1  # guide tokens that the model drops
@@ -248,19 +263,21 @@ def build(cls, arguments, operations):
     if cls.__name__ == "HunyuanVideo":
         names = cls.__init__.__globals__["HunyuanVideoParams"].__annotations__
         known = {name: value for name, value in arguments.items() if name in names}
-    model = cls(**known, device="cpu", dtype=torch.float32, operations=operations).eval().requires_grad_(False)
+    return fill(cls(**known, device="cpu", dtype=torch.float32, operations=operations))
+
+
+def fill(model):
+    """``model`` with small random weights, to be called without gradients."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
+        if not tensor.is_floating_point() or name.endswith(("seq", "freqs")) or 0 in tensor.stride():
+            continue  # the last two are made by the constructor, not loaded
         if tensor.dim() > 1:
             scale = tensor[0].numel() ** -0.5
-        elif "norm" in name and name.endswith("weight"):
+        elif ("norm" in name and name.endswith("weight")) or name.endswith("std-of-means"):
             tensor.data.fill_(1.0)
             continue
         else:
             scale = 0.1
-        if name.endswith(("seq", "freqs")):
-            continue  # made by the constructor, not loaded
         tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    return model
+    return model.eval().requires_grad_(False)

@@ -114,9 +114,14 @@ def two_sparse_nodes(model, sampling):
     stopping = core.place(sla2(model, stop_on_unsupported=True))
     twice = [stopped(lambda: sampling(stopping)) for _ in range(2)]
     return {
-        "ours last": first, "core last": second, "stop": stop, "core ran": core.calls, "ours stops": ours_stops,
-        "stopped runs": len(stopping.get_attachment("sla2").runs.finished()), "each": len(set(twice)) == 1,
-    }  # fmt: skip
+        "ours last": first,
+        "core last": second,
+        "stop": stop,
+        "core ran": core.calls,
+        "ours stops": ours_stops,
+        "stopped runs": len(stopping.get_attachment("sla2").runs.finished()),
+        "each": len(set(twice)) == 1,
+    }
 
 
 @case
@@ -290,11 +295,12 @@ def another_packs_self_attention():
 @case
 def what_another_model_put_into_the_live_one():
     results = {}
+    attention = "diffusion_model.blocks.0.self_attn"
     for name, make in (
         ("model", lambda live: ("diffusion_model", swapped_copy(live))),
         ("class", lambda live: ("diffusion_model.__class__", type("Swapped", (type(live),), {}))),
-        ("part", lambda live: ("diffusion_model.blocks.0.self_attn.__class__", swapped_class(live.blocks[0].self_attn))),
-    ):  # fmt: skip
+        ("part", lambda live: (f"{attention}.__class__", swapped_class(live.blocks[0].self_attn))),
+    ):
         model = wan()
         other = model.clone()
         other.add_object_patch(*make(model.model.diffusion_model))
@@ -354,9 +360,12 @@ def nothing_is_left_in_the_model():
     attention.__class__ = Later
     again = run(model)
     return {
-        "sparse": sparse, "same": same, "left": "forward" in vars(attention), "later class": len(reached),
+        "sparse": sparse,
+        "same": same,
+        "left": "forward" in vars(attention),
+        "later class": len(reached),
         "plain again": bool(torch.equal(plain, again)),
-    }  # fmt: skip
+    }
 
 
 @case

@@ -13,7 +13,7 @@ import pytest
 from family_models import FAMILIES, RECORDED
 
 from tooling.comfyui import find_comfyui
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 HERE = Path(__file__).parent
 REFERENCE = "the queries are those of the reference image"
@@ -25,14 +25,17 @@ def versions():
 
 
 @pytest.fixture(scope="session")
-def probe_of(comfyui_path):
+def probe_of(comfyui_path, comfy_scripts):
     """probe_of(path of a ComfyUI) is what family_probe.py found there."""
     found = {}
 
     def probe(path):
         if path not in found:
-            command = [sys.executable, str(HERE / "family_probe.py"), str(path), str(ROOT)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            arguments = [str(HERE / "family_probe.py"), str(path), str(ROOT)]
+            if path == comfyui_path:
+                done = comfy_scripts.run(*arguments, timeout=600)
+            else:
+                done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
             found[path] = json.loads(done.stdout.splitlines()[-1])
         return found[path]

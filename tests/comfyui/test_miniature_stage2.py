@@ -14,7 +14,7 @@ from miniature.vae import normalise_latents
 from tooling import graph
 from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE
 from tooling.comparison import read_video
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 LAYERS, STEPS = 6, 2
 SPARSITY = 0.97
@@ -41,8 +41,13 @@ def name_of_branch(prompt, node):
 
 
 def saved_video(comfy, entry):
-    (saved,) = (item for listed in entry.values() if isinstance(listed, list) for item in listed
-                if isinstance(item, dict) and "filename" in item)  # fmt: skip
+    (saved,) = (
+        item
+        for listed in entry.values()
+        if isinstance(listed, list)
+        for item in listed
+        if isinstance(item, dict) and "filename" in item
+    )
     return read_video(comfy.base / "output" / saved["subfolder"] / saved["filename"])
 
 

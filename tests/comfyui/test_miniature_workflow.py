@@ -7,7 +7,7 @@ import pytest
 from tooling import graph
 from tooling.checkpoint import DIT, TRAINED, VAE
 from tooling.comparison import read_video
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 LAYERS, STEPS = 6, 5
 pytestmark = pytest.mark.skipif(
@@ -34,8 +34,13 @@ def test_two_red_things_over_a_grey_floor_dense_and_sparse(comfy, prompt):
     # the first layer is dense
     assert (found["sparse_calls"], found["dense_calls"]) == (STEPS * (LAYERS - 1), STEPS) and found["notes"] == []
     for node in graph.of_class(prompt, "SaveVideo"):
-        (saved,) = (entry for listed in outputs[node].values() if isinstance(listed, list) for entry in listed
-                    if isinstance(entry, dict) and "filename" in entry)  # fmt: skip
+        (saved,) = (
+            entry
+            for listed in outputs[node].values()
+            if isinstance(listed, list)
+            for entry in listed
+            if isinstance(entry, dict) and "filename" in entry
+        )
         video = read_video(comfy.base / "output" / saved["subfolder"] / saved["filename"])
         assert video.shape == (3, 9, 192, 192)
         red = (video[0] - video[1].maximum(video[2]) > 0.4).float().mean().item()

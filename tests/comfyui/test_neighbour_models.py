@@ -5,14 +5,12 @@ self-attention or its classes, and of guiders that call a second model.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_wan import save_wan
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 HERE = Path(__file__).parent
 STEPS = 2
@@ -21,12 +19,11 @@ THEIRS = "ComfyUI's Model Sparse Attention was placed after SLA2 on this MODEL a
 
 
 @pytest.fixture(scope="module")
-def probe(comfyui_path, tmp_path_factory):
+def probe(comfyui_path, comfy_scripts, tmp_path_factory):
     """What neighbour_probe.py found, by case."""
     weights = tmp_path_factory.mktemp("weights") / "tiny_wan.safetensors"
     save_wan(weights)
-    command = [sys.executable, str(HERE / "neighbour_probe.py"), str(comfyui_path), str(ROOT), str(weights)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = comfy_scripts.run(HERE / "neighbour_probe.py", comfyui_path, ROOT, weights)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 
 def run_demo(folder, *options, **variables):

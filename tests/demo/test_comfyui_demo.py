@@ -3,7 +3,7 @@
 import pytest
 
 from tooling.comparison import read_video
-from tooling.plan import plan_for
+from tooling.demo_plan import plan_for
 
 pytestmark = pytest.mark.comfyui
 

@@ -16,7 +16,7 @@ from miniature.sample import load_models
 from miniature.vae import denormalise_latents
 from tooling import diffusers_demo
 from tooling.checkpoint import find_or_make
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tooling.checkpoint import Checkpoint
+from tooling.demo_plan import CAPTION, plan_for
 from tooling.graph import GraphError, branch_of, fit, samplers, to_prompt, upstream
-from tooling.plan import CAPTION, plan_for
 
 CHECKPOINT = Checkpoint(Path("dit.safetensors"), Path("vae.safetensors"), None, False)
 

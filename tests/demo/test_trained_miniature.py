@@ -8,7 +8,7 @@ from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE, Che
 from tooling.comfyui import find_comfyui
 from tooling.comfyui_demo import lay_out
 from tooling.comparison import read_video
-from tooling.plan import CAPTION, plan_for
+from tooling.demo_plan import CAPTION, plan_for
 
 # of the picture; drawn scenes lie well inside (checked below)
 LEAST, MOST = 0.02, 0.3

@@ -397,9 +397,15 @@ def test_a_processor_that_takes_no_attention_backend_is_passed_over_as_without_u
 def vace():
     torch.manual_seed(0)
     return WanVACETransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, text_dim=32, freq_dim=32, ffn_dim=64,
-        num_layers=LAYERS, vace_layers=[0], vace_in_channels=16,
-    ).eval()  # fmt: skip
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=LAYERS,
+        vace_layers=[0],
+        vace_in_channels=16,
+    ).eval()
 
 
 @pytest.fixture
@@ -434,9 +440,13 @@ def test_a_router_of_all_vace_layers_or_of_the_blocks_alone(vace, vace_inputs, m
         monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", spy)
     blocks = router(keep_diagonal=False)
     whole = RouterWeights(
-        (blocks.layers[0],) * (LAYERS + 1), model_family="wan-vace", num_heads=HEADS, head_dim=HEAD_DIM,
-        sparsities=(0.75,), keep_diagonal=False,
-    )  # fmt: skip
+        (blocks.layers[0],) * (LAYERS + 1),
+        model_family="wan-vace",
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        sparsities=(0.75,),
+        keep_diagonal=False,
+    )
     trained, untrained = (True, True, False), (False, False, True)
     for weights, expected in ((whole, [trained] * (LAYERS + 1)), (blocks, [untrained] + [trained] * LAYERS)):
         seen.clear()

@@ -61,7 +61,10 @@ CASES = {
     ),
     "no tokens": ({"q": torch.ones(2, 3, 0, 16)}, "q is empty: shape (2, 3, 0, 16)."),
     "no keys": ({"k": torch.ones(2, 3, 0, 16)}, "k is empty: shape (2, 3, 0, 16)."),
-    "integers": (tensors(dtype=torch.int32), "q, k and v must be float16, bfloat16, float32 or float64, got torch.int32."),
+    "integers": (
+        tensors(dtype=torch.int32),
+        "q, k and v must be float16, bfloat16, float32 or float64, got torch.int32.",
+    ),
     "FP8 inputs": (
         tensors(dtype=torch.float8_e4m3fn),
         "q, k and v must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn.",
@@ -144,7 +147,7 @@ CASES = {
         {"key_blocks": torch.ones(2, 3, 2, 2, dtype=torch.int64)},
         "key_blocks must not name a key block twice for one query block.",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "sentence"), CASES.values(), ids=CASES)
@@ -184,9 +187,10 @@ def test_the_fitted_ratio_refuses(change, sentence):
 
 
 SELECTION = {
-    name: case for name, case in CASES.items() if not set(case[0]) & {"precision", "scale", "alpha", "key_blocks"}
-    and set(case[0]) != {"v"}
-}  # fmt: skip
+    name: case
+    for name, case in CASES.items()
+    if not set(case[0]) & {"precision", "scale", "alpha", "key_blocks"} and set(case[0]) != {"v"}
+}
 
 
 @pytest.mark.parametrize(("change", "sentence"), SELECTION.values(), ids=SELECTION)
@@ -255,8 +259,10 @@ def test_video_attention_refuses(change, sentence):
 @pytest.mark.parametrize(("change", "sentence"), [FORCED["layout"], FORCED["q of 3 dimensions"]])
 def test_sla_attention_and_why_dense_refuse(change, sentence):
     arguments = {**tensors(), **change}
-    for call in (lambda: sla_attention(**arguments, proj_l=None),
-                 lambda: why_dense(arguments["q"], layout=change.get("layout", "BHND"))):  # fmt: skip
+    for call in (
+        lambda: sla_attention(**arguments, proj_l=None),
+        lambda: why_dense(arguments["q"], layout=change.get("layout", "BHND")),
+    ):
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == sentence

@@ -49,9 +49,14 @@ def test_float64_gradients_are_exact(generator, tokens, keys, sparsity, knots):
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "bar"),
-    [("16bit", torch.float32, 1e-5), ("16bit", torch.float16, 5e-3), ("16bit", torch.bfloat16, 3e-2),
-     ("int8", torch.float32, 1e-1), ("fp8", torch.float32, 1.5e-1)],
-)  # fmt: skip
+    [
+        ("16bit", torch.float32, 1e-5),
+        ("16bit", torch.float16, 5e-3),
+        ("16bit", torch.bfloat16, 3e-2),
+        ("int8", torch.float32, 1e-1),
+        ("fp8", torch.float32, 1.5e-1),
+    ],
+)
 def test_gradients_by_format(generator, precision, dtype, bar):
     inputs = attention_inputs(generator, tokens=200, keys=300, dtype=dtype, knots=2)
     key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)

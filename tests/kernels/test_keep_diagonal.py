@@ -79,8 +79,10 @@ def test_beside_forced_blocks_own_ones_are_counted_from_the_video(generator, fro
 
 def test_queries_that_are_not_the_keys_tokens_are_refused():
     q, k = torch.ones(1, 1, 130, 32), torch.ones(1, 1, 200, 32)
-    for call in (lambda: sla2_attention(q, k, k, keep_diagonal=True),
-                 lambda: select_key_blocks(q, k, sparsity=0.5, keep_diagonal=True)):  # fmt: skip
+    for call in (
+        lambda: sla2_attention(q, k, k, keep_diagonal=True),
+        lambda: select_key_blocks(q, k, sparsity=0.5, keep_diagonal=True),
+    ):
         with pytest.raises(ValueError, match="^keep_diagonal needs as many keys as queries, got "):
             call()
     with pytest.raises(ValueError, match="between front and back as queries, got 190 and 130.$"):

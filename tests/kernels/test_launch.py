@@ -1,4 +1,4 @@
-"""Recording a call's launches and playing them back: each kernel gets its own call's addresses, and memory for as long as it is used."""
+"""Recording a call's launches and replaying them: each kernel gets its own call's addresses, and memory for as long as it is used."""
 
 import importlib.util
 import weakref
@@ -60,7 +60,7 @@ class OnGpu:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module, "_recordings", {})
     monkeypatch.setattr(module, "DIRECT", True)
     active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: f"stream {device}")
     monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
@@ -70,7 +70,7 @@ def kernel(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Weak references to what is allocated while launches are played back."""
+    """Weak references to what is allocated while launches are replayed."""
     made, empty = [], torch.empty
 
     def watched(*args, **options):
@@ -83,35 +83,36 @@ def made(monkeypatch):
 
 
 def recorded(kernel, outside, call):
-    plan = module.Plan(outside)
-    call(plan)
-    plan.finish()
-    return plan
+    recording = module.Recording(outside)
+    with module._added_to(recording):
+        call()
+    recording.finish()
+    return recording
 
 
-def launch(plan, kernel, x, y, n=7, desc=None, grid=(5, 2)):
-    module.launch(plan, kernel, grid, x, y, n, desc, SIZE=64, options={"num_warps": 4})
+def launch(kernel, x, y, n=7, desc=None, grid=(5, 2)):
+    module.launch(kernel, grid, x, y, n, desc, SIZE=64, options={"num_warps": 4})
 
 
-def test_without_a_plan_the_front_end_launches(kernel):
+def test_outside_a_recording_the_front_end_launches(kernel):
     x = torch.zeros(3)
-    launch(None, kernel, x, None)
+    launch(kernel, x, None)
     assert kernel.recorded == [((5, 2), (x, None, 7, None), {"SIZE": 64})] and not kernel.launched
 
 
-def test_kernels_get_the_addresses_of_the_call_that_plays(kernel, made):
+def test_kernels_get_the_addresses_of_the_call_that_replays(kernel, made):
     q, out = torch.zeros(16), torch.zeros(16)
 
-    def call(plan):
+    def call():
         buffer = torch.empty(4, 100, dtype=torch.float32)
-        launch(plan, kernel, q, buffer)
-        launch(plan, kernel, buffer[2:], None, n=0.5, desc=Descriptor(buffer[1, 4:], [1, 8]), grid=(9,))
-        launch(plan, kernel, buffer, out, desc=Descriptor(q, [4]))
+        launch(kernel, q, buffer)
+        launch(kernel, buffer[2:], None, n=0.5, desc=Descriptor(buffer[1, 4:], [1, 8]), grid=(9,))
+        launch(kernel, buffer, out, desc=Descriptor(q, [4]))
 
-    plan = recorded(kernel, (q, out), call)
+    recording = recorded(kernel, (q, out), call)
     kernel.launched.clear()
     kernel.watch = lambda: [tensor() for tensor in made]
-    plan.play([1000, 2000], "cpu")
+    recording.replay([1000, 2000], "cpu")
     (buffer,) = kernel.launched[0][2]
     assert buffer.numel() * buffer.element_size() == 1600
     at = buffer.data_ptr()
@@ -125,23 +126,23 @@ def test_kernels_get_the_addresses_of_the_call_that_plays(kernel, made):
 def test_a_buffer_lives_from_its_first_to_its_last_use(kernel, made):
     q = torch.zeros(16)
 
-    def call(plan):
+    def call():
         first, second = torch.empty(10), torch.empty(20)
-        launch(plan, kernel, q, second)
-        launch(plan, kernel, q, first, desc=Descriptor(second[4:], [8]))
+        launch(kernel, q, second)
+        launch(kernel, q, first, desc=Descriptor(second[4:], [8]))
         del second
         third = torch.empty(20)
-        launch(plan, kernel, first, third)
-        launch(plan, kernel, third, q)
+        launch(kernel, first, third)
+        launch(kernel, third, q)
 
-    plan = recorded(kernel, (q,), call)
+    recording = recorded(kernel, (q,), call)
     sizes = []
 
     def watch():
         sizes.append([tensor().numel() for tensor in made if tensor() is not None])
 
     kernel.watch = watch
-    plan.play([1000], "cpu")
+    recording.replay([1000], "cpu")
     assert sizes == [[80], [80, 40], [40, 80], [80]]
     assert all(tensor() is None for tensor in made)
 
@@ -149,28 +150,28 @@ def test_a_buffer_lives_from_its_first_to_its_last_use(kernel, made):
 def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel, made):
     memory = torch.zeros(8)
 
-    def call(plan):
+    def call():
         for size in (10, 12):
             # the allocator may give out one address twice: here it surely does
             buffer = torch.frombuffer(memory.numpy(), dtype=torch.float32)[:8]
-            launch(plan, kernel, buffer, None, n=size)
+            launch(kernel, buffer, None, n=size)
 
-    plan = recorded(kernel, (), call)
+    recording = recorded(kernel, (), call)
     kernel.watch = lambda: sum(tensor() is not None for tensor in made)
-    plan.play([], "cpu")
+    recording.replay([], "cpu")
     assert len(made) == 2 and [alive for *_, alive in kernel.launched] == [1, 1]
 
 
 def test_a_view_that_begins_inside_a_caller_s_tensor_is_no_scratch(kernel):
-    """Played back as scratch, the kernel would read memory that nobody filled."""
+    """Replayed as scratch, the kernel would read memory that nobody filled."""
     qkv = torch.zeros(3, 64)
     q, k, v = qkv
     for view in (k[16:], qkv[1:, 8:]):
         with pytest.raises(ValueError, match="a view that begins inside one of the call's tensors"):
-            recorded(kernel, (q, None, k, v), lambda plan, view=view: launch(plan, kernel, q, view))
-    plan = recorded(kernel, (q, None, k, v), lambda plan: launch(plan, kernel, k, v[:8]))
+            recorded(kernel, (q, None, k, v), lambda view=view: launch(kernel, q, view))
+    recording = recorded(kernel, (q, None, k, v), lambda: launch(kernel, k, v[:8]))
     kernel.launched.clear()
-    plan.play([1000, None, 2000, 3000], "cpu")
+    recording.replay([1000, None, 2000, 3000], "cpu")
     assert kernel.launched[0][1][:2] == (2000, 3000), "views that begin where a tensor does are that tensor"
 
 
@@ -200,19 +201,19 @@ def test_tritons_own_descriptor_is_moved_and_stays_as_it_is():
 
 
 def calls(kernel, *tensors, settings=("int8",)):
-    """How many launches were recorded and how many played back for one call."""
+    """How many launches were recorded and how many replayed for one call."""
     before = len(kernel.recorded), len(kernel.launched)
 
-    def call(plan):
+    def call():
         for tensor in filter(None, tensors):
             kernel[(1,)](tensor, num_warps=4)
-            plan.add(kernel.compiled, (1,), [tensor.data_ptr()])
+            module._thread.recording.add(kernel.compiled, (1,), [tensor.data_ptr()])
 
-    module.planned(tensors, settings, call)
+    module.cached(tensors, settings, call)
     return len(kernel.recorded) - before[0], len(kernel.launched) - before[1]
 
 
-def test_what_decides_the_launches_decides_whether_they_are_played_back(kernel, monkeypatch):
+def test_what_decides_the_launches_decides_whether_they_are_replayed(kernel, monkeypatch):
     a, b = OnGpu(4096), OnGpu(8192)
     assert calls(kernel, a, b, None) == (2, 0)
     assert calls(kernel, OnGpu(512), OnGpu(1024), None) == (0, 2)
@@ -227,26 +228,27 @@ def test_what_decides_the_launches_decides_whether_they_are_played_back(kernel, 
     assert calls(kernel, a, b, None) == (2, 0)
 
 
-def test_a_call_that_fails_is_not_played_back(kernel):
-    def call(plan):
+def test_a_call_that_fails_is_not_replayed(kernel):
+    def call():
         raise MemoryError("while it is recorded")
 
     with pytest.raises(MemoryError):
-        module.planned((OnGpu(4096),), (), call)
+        module.cached((OnGpu(4096),), (), call)
+    assert module._thread.recording is None, "later launches are recorded no more"
     assert calls(kernel, OnGpu(4096), settings=()) == (1, 0)
 
 
 def test_the_number_of_kinds_that_are_remembered_has_a_limit(kernel, monkeypatch):
-    monkeypatch.setattr(module, "MOST_PLANS", 3)
+    monkeypatch.setattr(module, "MAX_RECORDINGS", 3)
     for number in range(7):
         assert calls(kernel, OnGpu(4096), settings=(number,)) == (1, 0)
-        assert 1 <= len(module._plans) <= 3
+        assert 1 <= len(module._recordings) <= 3
     for number in (4, 5, 6):
         assert calls(kernel, OnGpu(4096), settings=(number,)) == (0, 1), "the oldest goes, not all"
     assert calls(kernel, OnGpu(4096), settings=(3,)) == (1, 0)
 
 
 def test_on_the_cpu_nothing_is_recorded():
-    plans = []
-    module.planned((torch.zeros(3),), (), plans.append)
-    assert plans == [None]
+    recordings = []
+    module.cached((torch.zeros(3),), (), lambda: recordings.append(getattr(module._thread, "recording", None)))
+    assert recordings == [None]

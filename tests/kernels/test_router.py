@@ -15,7 +15,7 @@ from sla2_kernels.router import (
     selected_block_count,
     top_k_blocks,
     unselected_mask,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,13 @@ def test_a_version_that_is_no_number_is_named(monkeypatch):
     assert reason.startswith("Triton's version 'main' is no number; install a release with: ")
 
 
-@pytest.mark.parametrize("error", [
-    ImportError("DLL load failed while importing libtriton: The specified module could not be found."),
-    OSError("[WinError 126] The specified module could not be found"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("DLL load failed while importing libtriton: The specified module could not be found."),
+        OSError("[WinError 126] The specified module could not be found"),
+    ],
+)
 def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch, error):
     class Broken:
         def find_spec(self, name, path=None, target=None):
@@ -136,9 +139,14 @@ def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch, error):
 
 @pytest.mark.parametrize(
     ("torch_version", "platform", "package"),
-    [("2.6.0+cu124", "linux", '"triton==3.2.*"'), ("2.13.0", "linux", '"triton==3.7.*"'), ("2.99.0", "linux", "triton"),
-     ("2.8.0", "win32", '"triton-windows==3.4.*"'), ("2.15.0", "win32", "triton-windows")],
-)  # fmt: skip
+    [
+        ("2.6.0+cu124", "linux", '"triton==3.2.*"'),
+        ("2.13.0", "linux", '"triton==3.7.*"'),
+        ("2.99.0", "linux", "triton"),
+        ("2.8.0", "win32", '"triton-windows==3.4.*"'),
+        ("2.15.0", "win32", "triton-windows"),
+    ],
+)
 def test_install_command_pins_what_belongs_to_torch(monkeypatch, torch_version, platform, package):
     monkeypatch.setattr(torch, "__version__", torch_version)
     monkeypatch.setattr(sys, "platform", platform)
@@ -166,9 +174,15 @@ def test_the_interpreter_s_card(monkeypatch, told, capability):
     assert support.has_fp8(CPU) == (capability >= (8, 9))
 
 
-@pytest.mark.parametrize(("version", "card", "runs"), [
-    ((3, 2, 0), (12, 0), False), ((3, 3, 0), (10, 0), False), ((3, 3, 1), (12, 0), True), ((3, 2, 0), (9, 0), True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "card", "runs"),
+    [
+        ((3, 2, 0), (12, 0), False),
+        ((3, 3, 0), (10, 0), False),
+        ((3, 3, 1), (12, 0), True),
+        ((3, 2, 0), (9, 0), True),
+    ],
+)
 def test_blackwell_needs_a_triton_that_compiles_for_it(monkeypatch, version, card, runs):
     monkeypatch.setattr(support, "triton_version", lambda: version)
     monkeypatch.setattr(support, "_triton_reason", lambda: None)

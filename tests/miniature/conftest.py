@@ -10,8 +10,11 @@ TINY = ["--tiny", "--steps", "3", "--vae-dim", "8", "--layers", "2", "--small-cl
 
 # a quarter of what --tiny takes: the convolutions of larger pictures are most of a CPU's time here
 SMALLER = {
-    "world": (9, 32, 32), "vae_batches": [(5, 16, 2), (9, 16, 1)], "small": (5, 32, 32), "full": (9, 32, 32),
-}  # fmt: skip
+    "world": (9, 32, 32),
+    "vae_batches": [(5, 16, 2), (9, 16, 1)],
+    "small": (5, 32, 32),
+    "full": (9, 32, 32),
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,17 @@
 """The miniature against real ComfyUI: same keys, same numbers, same loaders, same sampling."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def probe(comfyui_path, tiny_weights):
+def probe(comfyui_path, comfy_scripts, tiny_weights):
     script = Path(__file__).with_name("comfy_probe.py")
-    command = [sys.executable, str(script), str(comfyui_path), str(ROOT), str(tiny_weights)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tiny_weights, env=environment, timeout=300, check=False
-    )
+    done = comfy_scripts.run(script, comfyui_path, ROOT, tiny_weights, cwd=tiny_weights)
     assert done.returncode == 0, done.stderr[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("PROBE "))
     return json.loads(line.removeprefix("PROBE "))

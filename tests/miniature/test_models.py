@@ -96,9 +96,11 @@ def test_folding_statistics_moves_latents_and_keeps_videos(stacked, monkeypatch)
     torch.testing.assert_close(vae.denormalise_latents(normal), after, atol=1e-5, rtol=1e-5)
     gain = torch.tensor(vae.LATENT_STD) / std
     torch.testing.assert_close(
-        new_log_variance - log_variance, (2 * gain.log()).view(1, -1, 1, 1, 1).expand_as(log_variance),
-        atol=1e-3, rtol=1e-3,
-    )  # fmt: skip
+        new_log_variance - log_variance,
+        (2 * gain.log()).view(1, -1, 1, 1, 1).expand_as(log_variance),
+        atol=1e-3,
+        rtol=1e-3,
+    )
 
 
 def test_schedule_is_comfyui_s_shifted_flow():

@@ -67,8 +67,10 @@ def test_objects_stay_inside_and_collide():
     assert (distance > world.radius.sum(1, keepdim=True) - 16).all()
 
 
-@pytest.mark.parametrize("change", [{"colour": "blue"}, {"shape": "stars"}, {"motion": "circle"},
-                                    {"background": "waves"}, {"camera": "right"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [{"colour": "blue"}, {"shape": "stars"}, {"motion": "circle"}, {"background": "waves"}, {"camera": "right"}],
+)
 def test_every_factor_of_a_caption_is_visible(change):
     base = videos.render(scenes(), frames=20, height=96, width=96)
     changed = videos.render(scenes(**change), frames=20, height=96, width=96)

@@ -78,7 +78,7 @@ class Bench:
         facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
         settings = make(**{"sparsity": 0.5, "bit_width": "16bit", "minimum_tokens": 0} | settings)
         self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling(), sla_weights)
-        self.override = self.hook_module.make_override(self.hook, None)
+        self.override = self.override_over(None)
         self.attention = wrapped(dense_attention)
         self.options = {}
 
@@ -90,6 +90,9 @@ class Bench:
     def attend(self, *args, layer=0, **kwargs):
         options = self.options if layer is None else self.options | {self.hook_module.LAYER: layer}
         return self.attention(*args, **kwargs, transformer_options=options)
+
+    def override_over(self, base):
+        return self._pack_module("nodes.attention.override").make_override(self.hook, base)
 
     @property
     def run(self):

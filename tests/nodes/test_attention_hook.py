@@ -81,7 +81,7 @@ def test_what_we_do_not_implement_goes_down_the_chain_untouched(bench, qkv, keyw
         seen.append((func, args, kwargs))
         return args[0]
 
-    b.override = b.hook_module.make_override(b.hook, previous)
+    b.override = b.override_over(previous)
     b.model_call()
     assert b.attend(*qkv, HEADS, **keywords) is qkv[0]
     (func, args, kwargs), *more = seen
@@ -132,7 +132,7 @@ def test_another_attention_inside_a_marked_one_runs_dense(bench, qkv, pack_modul
 @pytest.mark.parametrize(("change", "reason"), CALLS.values(), ids=CALLS)
 def test_calls_of_unlike_or_unexpected_tensors_have_a_reason(bench, qkv, change, reason):
     b = bench()
-    b.override = b.hook_module.make_override(b.hook, lambda func, *args, **kwargs: "from below")
+    b.override = b.override_over(lambda func, *args, **kwargs: "from below")
     b.model_call()
     tensors, keywords = change(qkv)
     assert b.attend(*tensors, heads=HEADS, **keywords) == "from below"
@@ -142,7 +142,7 @@ def test_calls_of_unlike_or_unexpected_tensors_have_a_reason(bench, qkv, change,
 
 def test_the_operators_own_reason_is_the_one_that_is_counted(bench, qkv, pack_module, monkeypatch):
     sentence = "the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has 7.5"
-    monkeypatch.setattr(pack_module("nodes.attention.hook"), "unsupported_reason", lambda *args: sentence)
+    monkeypatch.setattr(pack_module("nodes.attention.call"), "unsupported_reason", lambda *args: sentence)
     b = bench()
     b.model_call()
     assert torch.equal(b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS))
@@ -196,8 +196,10 @@ def test_minimum_tokens(bench, qkv, pack_module):
     b.model_call()
     b.attend(*qkv, heads=HEADS)
     assert b.run.layers[0].dense == {"the sequence has 300 tokens, minimum_tokens is 301": 1}
-    automatic = b.hook_module.automatic_minimum_tokens("cuda")
-    assert b.hook_module.automatic_minimum_tokens(torch.device("cuda", 1)) == automatic > 0
+    automatic = bench(minimum_tokens=-1)
+    automatic.model_call()
+    automatic.attend(*qkv, heads=HEADS)
+    assert automatic.run.layers[0].dense == {"the sequence has 300 tokens, minimum_tokens is 8192": 1}
 
 
 def test_every_run_starts_from_zero(bench, qkv):
@@ -285,7 +287,7 @@ def test_an_exception_below_is_not_swallowed_and_leaves_nothing_behind(bench, qk
     def failing(func, *args, **kwargs):
         raise KeyError("theirs")
 
-    b.override = b.hook_module.make_override(b.hook, failing)
+    b.override = b.override_over(failing)
     b.model_call()
     with pytest.raises(KeyError, match="theirs"):
         b.attend(*qkv, HEADS, mask=MASK)

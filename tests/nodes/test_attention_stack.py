@@ -60,7 +60,7 @@ def test_without_calls_it_is_comfyuis_default(stack, bench, monkeypatch):
 
 def test_other_overrides_are_named_by_module_and_function(stack, bench):
     b = bench()
-    ours = b.hook_module.make_override(b.hook, foreign)
+    ours = b.override_over(foreign)
     assert stack(patcher(ours), b.hook)["attention"] == f"SLA2; its dense calls run in {FOREIGN}"
     assert stack(patcher(functools.partial(foreign, 1)), b.hook)["attention"].endswith(f"run in {FOREIGN}")
     holding = functools.partial(foreign, ours)
@@ -105,7 +105,7 @@ def test_everything_else_on_the_model(stack, bench):
     lora, other = SimpleNamespace(name="lora"), Counter()
     compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     model = patcher(
-        b.hook_module.make_override(b.hook, foreign),
+        b.override_over(foreign),
         {"context_handler": object(), "model_function_wrapper": foreign},
         {
             "patches": {"attn1_patch": [foreign], "attn2_patch": [foreign]},

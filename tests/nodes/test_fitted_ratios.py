@@ -112,9 +112,10 @@ def shifted(fitted):
 
 
 @pytest.mark.parametrize(
-    ("bit_width", "is_sabotaged"), [("16bit", False), ("int8", False), ("16bit", True)],
+    ("bit_width", "is_sabotaged"),
+    [("16bit", False), ("int8", False), ("16bit", True)],
     ids=["16bit", "int8", "a wrong ratio"],
-)  # fmt: skip
+)
 def test_the_measured_error_is_that_over_all_rows(bench, pack_module, monkeypatch, bit_width, is_sabotaged):
     module = pack_module("nodes.attention.sparse_call")
     if is_sabotaged:
@@ -154,7 +155,7 @@ def test_training_estimates_the_ratio(bench, watched, reentrant):
 
 
 def test_a_call_in_a_cuda_graph_estimates_the_ratio(bench, watched, qkv, pack_module, monkeypatch):
-    monkeypatch.setattr(pack_module("nodes.attention.hook"), "capturing", lambda device: True)
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "capturing", lambda device: True)
     b = bench()
     b.model_call()
     b.attend(*qkv, heads=HEADS)

@@ -37,7 +37,7 @@ def run_with(bench, pack_module):
 
     def run_with(function, *calls, base=None, **settings):
         b = bench(minimum_tokens=10**6, **settings)
-        b.override = b.hook_module.make_override(b.hook, base)
+        b.override = b.override_over(base)
         b.hook.begin_run()
         b.model_call()
         for qkv, layer in calls:
@@ -77,9 +77,11 @@ def test_only_calls_that_went_there_count(inexact, run_with):
         return args[0]
 
     for function, base, count in (
-        (attention_sage, None, 1), (attention3_sage, None, 0), (attention_sage, elsewhere, 0),
+        (attention_sage, None, 1),
+        (attention3_sage, None, 0),
+        (attention_sage, elsewhere, 0),
         (attention3_sage, attention_override_sage, 1),
-    ):  # fmt: skip
+    ):
         _, run = run_with(function, (tensors(257), None), base=base)
         assert run.ragged_sage_calls.total() == count
 

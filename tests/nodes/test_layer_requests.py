@@ -55,9 +55,9 @@ def test_a_layer_that_was_trained_for_vsa_runs_dense_and_says_so(bench_of, qkv, 
     assert "VSA" in reason and "to_gate_compress" in reason
 
 
-def test_a_layer_that_was_trained_for_vsa_stops_where_that_is_asked(bench_of, qkv):
+def test_a_layer_that_was_trained_for_vsa_stops_where_that_is_asked(bench_of, qkv, pack_module):
     b = bench_of(Attention(gate()), stop_on_unsupported=True)
-    with pytest.raises(b.hook_module.UnsupportedCall, match="trained for VSA"):
+    with pytest.raises(pack_module("nodes.attention.run_dense").UnsupportedCall, match="trained for VSA"):
         b.attend(*qkv, heads=HEADS)
 
 

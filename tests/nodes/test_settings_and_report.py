@@ -11,7 +11,14 @@ HEADS = 2
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("", set()), ("0, 1, 28-29", {0, 1, 28, 29}), ("-1", {29}), (" 3 - 5 ,", {3, 4, 5}), ("-2--1", {28, 29})],
+    [
+        ("", set()),
+        ("0, 1, 28-29", {0, 1, 28, 29}),
+        ("-1", {29}),
+        (" 3 - 5 ,", {3, 4, 5}),
+        ("-2--1", {28, 29}),
+        ("0，1、28-29", {0, 1, 28, 29}),
+    ],
 )
 def test_layer_lists(pack_module, text, layers):
     assert pack_module("nodes.settings.values").parse_layers(text, 30) == layers
@@ -23,11 +30,28 @@ def test_wrong_layer_lists_are_one_sentence(pack_module, text):
         pack_module("nodes.settings.values").parse_layers(text, 30)
 
 
+@pytest.mark.parametrize("text", ["a", "1-", "5-3", "-1--3", "1;2", "1.5"])
+def test_layer_lists_of_no_model_are_refused_without_one(pack_module, text):
+    with pytest.raises(ValueError, match=r"^dense_layers [^\n]*\.$"):
+        pack_module("nodes.settings.values").check_layers(text)
+
+
+@pytest.mark.parametrize("text", ["", "0-99", "-31", "3--1", "-1-3", "0，1"])
+def test_layer_lists_that_some_model_has_are_not(pack_module, text):
+    pack_module("nodes.settings.values").check_layers(text)
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"sparsity": 1.0}, {"sparsity": float("nan")}, {"fixed_ratio": 1.1}, {"start_percent": 0.5, "end_percent": 0.5},
-     {"bit_width": "4bit"}, {"ratio_mode": "best"}],
-)  # fmt: skip
+    [
+        {"sparsity": 1.0},
+        {"sparsity": float("nan")},
+        {"fixed_ratio": 1.1},
+        {"start_percent": 0.5, "end_percent": 0.5},
+        {"bit_width": "4bit"},
+        {"ratio_mode": "best"},
+    ],
+)
 def test_wrong_settings_are_one_sentence(pack_module, wrong):
     with pytest.raises(ValueError, match=rf"^{next(iter(wrong))} [^\n]*\.$"):
         pack_module("nodes.settings.values").AttentionSettings(**wrong)
@@ -134,7 +158,7 @@ def test_a_module_that_takes_no_options_is_counted_and_said(pack_module, bench):
         assert module(7) == module(7) == 7
     run = b.run
     b.hook.end_run()
-    reason = pack_module("nodes.attention.hook").WITHOUT_OPTIONS
+    reason = pack_module("nodes.attention.unreached").WITHOUT_OPTIONS
     assert run.layers[2].dense == {reason: 2} and run.has_hidden_calls
     text = pack_module("nodes.runs.report_text").report_text(b.hook, run)
     assert f"2 dense ({reason})" in text

@@ -23,8 +23,12 @@ def suggest(pack_module):
 def test_a_layer_gets_the_highest_sparsity_within_the_tolerance(suggest):
     # the median at 0.95 is 0.2: layers 0 and 1 are within it at 0.97, layer 2 at 0.95, layers 3 and 4 nowhere
     errors = {
-        0: (0.2, 0.1, 0.05), 1: (0.15, 0.1, 0.05), 2: (0.3, 0.2, 0.1), 3: (0.5, 0.4, 0.3), 4: (0.5, 0.4, 0.15),
-    }  # fmt: skip
+        0: (0.2, 0.1, 0.05),
+        1: (0.15, 0.1, 0.05),
+        2: (0.3, 0.2, 0.1),
+        3: (0.5, 0.4, 0.3),
+        4: (0.5, 0.4, 0.15),
+    }
     text = suggest(report(errors, (0.97, 0.95, 0.90)))
     assert text == "layers 3-4: 0.9; layers 2: 0.95; layers 0-1: 0.97"
 

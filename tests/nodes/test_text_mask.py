@@ -32,8 +32,8 @@ def test_sparsity_0_equals_dense_under_a_text_mask(bench, front, kind):
 
 def test_the_mask_is_read_once_per_model_call(bench, monkeypatch, pack_module):
     b, reads = bench(grid=(5, 10, 10), front=TEXT), []
-    hook = pack_module("nodes.attention.hook")
-    monkeypatch.setattr(hook, "live_keys", lambda *args, read=hook.live_keys: reads.append(1) or read(*args))
+    calls = pack_module("nodes.attention.model_call")
+    monkeypatch.setattr(calls, "valid_keys", lambda *args, read=calls.valid_keys: reads.append(1) or read(*args))
     for _ in range(2):
         b.model_call()
         mask = text_mask()

@@ -33,8 +33,10 @@ def in_a_small_disk():
             pytest.skip("this system has no unshare")
         done = subprocess.run(
             [unshare, "--map-root-user", "--mount", "sh", "-c", script, str(folder), *command],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         if done.returncode == 77 or "unshare" in done.stderr[:10]:
             pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
         return done

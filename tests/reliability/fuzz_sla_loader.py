@@ -44,15 +44,20 @@ WRONG = {
     "not square": {NAME.format(0, "weight"): torch.ones(DIM, 3)},
     "another head_dim": {NAME.format(1, "weight"): torch.eye(8), NAME.format(1, "bias"): torch.zeros(8)},
     "a vector": {NAME.format(0, "weight"): torch.ones(DIM)},
-    "empty": {NAME.format(n, kind): torch.ones(*shape) for n in (0, 1) for kind, shape in (("weight", (0, 0)), ("bias", (0,)))},
+    "empty": {
+        NAME.format(n, kind): torch.ones(*shape) for n in (0, 1) for kind, shape in (("weight", (0, 0)), ("bias", (0,)))
+    },
     "integers": {NAME.format(0, "weight"): torch.eye(DIM, dtype=torch.int64)},
     "NaN": {NAME.format(0, "weight"): torch.full((DIM, DIM), torch.nan)},
     "infinity": {NAME.format(1, "bias"): torch.full((DIM,), torch.inf)},
-    "a layer twice": {NAME.format(0, "weight")[4:]: torch.eye(DIM), "a." + NAME.format(0, "weight")[4:]: torch.eye(DIM)},
+    "a layer twice": {
+        NAME.format(0, "weight")[4:]: torch.eye(DIM),
+        "a." + NAME.format(0, "weight")[4:]: torch.eye(DIM),
+    },
     "a number for a tensor": {NAME.format(0, "weight"): 3},
     "quantised": {"net.blocks.0.self_attn.q.int8_weight": torch.zeros(1, dtype=torch.int8)},
     "nothing of SLA's": {NAME.format(n, kind): None for n in (0, 1) for kind in ("weight", "bias")},
-}  # fmt: skip
+}
 NO_TABLE = {"a list": [torch.ones(2)], "a tensor": torch.ones(2), "a number": 3, "nothing": None, "an empty table": {},
             "a table of another kind": {"state_dict": [1]}, "names that are numbers": {1: torch.ones(1), 2: 3}}  # fmt: skip
 

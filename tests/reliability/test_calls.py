@@ -65,7 +65,7 @@ def test_fuzzed_attention_calls(bench):
             below.append((args, kwargs))
             return "from below"
 
-        b.override = b.hook_module.make_override(b.hook, chain)
+        b.override = b.override_over(chain)
         b.model_call()
         k, v = (q, q) if same else (k, v)
         args = () if by_name else (q, k, v, heads)
@@ -96,7 +96,7 @@ def masked_bench(bench, front):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float16, torch.float64, torch.bool])
 def test_a_mask_of_any_dtype_is_understood_or_handed_down(bench, dtype, qkv):
     b, below = masked_bench(bench, 100), []
-    b.override = b.hook_module.make_override(b.hook, lambda func, *args, **kwargs: below.append(1) or args[0])
+    b.override = b.override_over(lambda func, *args, **kwargs: below.append(1) or args[0])
     b.model_call()
     out = b.attend(*qkv, heads=HEADS, mask=torch.ones(1, 1, 1, 300, dtype=dtype))
     assert out.shape == qkv[0].shape and (below or b.run.layers[0].sparse)

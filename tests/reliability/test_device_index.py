@@ -113,8 +113,11 @@ def test_the_step_clock_waits_for_the_models_device(cards, pack_module):
 def test_peak_memory_is_that_of_the_named_device(cards):
     measure.peak_bytes(lambda: torch.zeros(4), "cuda:1")
     assert {name for name, _ in cards.asked} == {
-        "synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated",
-    }  # fmt: skip
+        "synchronize",
+        "reset_peak_memory_stats",
+        "memory_allocated",
+        "max_memory_allocated",
+    }
     assert {index for _, index in cards.asked} == {1}
 
 

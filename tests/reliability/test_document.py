@@ -28,7 +28,9 @@ def test_every_test_of_this_folder_has_its_row():
         (f"reliability/{path.name}", name) for path in TESTS.glob("reliability/test_*.py") for name in functions(path)
     }
     left_out = {
-        name for file, name in here - set(NAMED)
-        if file != "reliability/test_document.py" and not name.startswith(("test_an_unspoilt", "test_a_run_without_nan"))
-    }  # fmt: skip
+        name
+        for file, name in here - set(NAMED)
+        if file != "reliability/test_document.py"
+        and not name.startswith(("test_an_unspoilt", "test_a_run_without_nan"))
+    }
     assert left_out == set()

@@ -86,9 +86,9 @@ def test_nan_that_sparse_attention_makes_itself_is_told_from_nan_that_came_in(
         out[0, 0, 0, 0] = NAN
         return out, *rest
 
-    hook = pack_module("nodes.attention.hook")
-    sparse_video = hook.sparse_video
-    monkeypatch.setattr(hook, "sparse_video", broken)
+    way = pack_module("nodes.attention.self_attention")
+    sparse_video = way.sparse_video
+    monkeypatch.setattr(way, "sparse_video", broken)
     b = run_of()
     assert torch.equal(b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS))
     data, _ = end(b)
@@ -124,8 +124,8 @@ def test_a_run_without_nan_says_nothing_of_it(run_of, end, qkv):
 
 def failing_with(monkeypatch, pack_module, error, times=10**9):
     """sparse_video raises; the list of its attempts."""
-    hook, attempts = pack_module("nodes.attention.hook"), []
-    sparse_video = hook.sparse_video
+    way, attempts = pack_module("nodes.attention.self_attention"), []
+    sparse_video = way.sparse_video
 
     def fail(*args, **kwargs):
         attempts.append(1)
@@ -133,7 +133,7 @@ def failing_with(monkeypatch, pack_module, error, times=10**9):
             return sparse_video(*args, **kwargs)
         raise error() if isinstance(error, type) else error
 
-    monkeypatch.setattr(hook, "sparse_video", fail)
+    monkeypatch.setattr(way, "sparse_video", fail)
     return attempts
 
 
@@ -168,7 +168,9 @@ def test_out_of_memory_runs_dense_for_the_rest_of_the_step(
 def test_an_allocation_that_really_fails(run_of, end, failure, qkv, monkeypatch, pack_module):
     b = run_of()
     dense = b.attention(*qkv, heads=HEADS)
-    monkeypatch.setattr(pack_module("nodes.attention.hook"), "sparse_video", lambda *a, **k: torch.empty(2**60))
+    monkeypatch.setattr(
+        pack_module("nodes.attention.self_attention"), "sparse_video", lambda *a, **k: torch.empty(2**60)
+    )
     assert torch.equal(b.attend(*qkv, heads=HEADS), dense)
     data, _ = end(b)
     assert data["layers"][0]["dense"] == {failure.OUT_OF_MEMORY: 1}
@@ -186,9 +188,9 @@ def test_what_the_failed_attempt_held_is_free_before_dense_attention_runs(run_of
         assert held and held[0]() is None
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(pack_module("nodes.attention.hook"), "sparse_video", hold)
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "sparse_video", hold)
     b = run_of()
-    b.override = b.hook_module.make_override(b.hook, below)
+    b.override = b.override_over(below)
     b.model_call()
     b.attend(*qkv, heads=HEADS)
     assert len(held) == 1
@@ -308,7 +310,7 @@ def test_an_error_of_the_chain_below_is_its_own(bench, qkv, error):
 
     b = bench(grid=(2, 10, 10), front=100)
     b.hook.begin_run()
-    b.override = b.hook_module.make_override(b.hook, below)
+    b.override = b.override_over(below)
     b.model_call()
     with pytest.raises(error, match="theirs"):
         b.attend(*qkv, heads=HEADS)

@@ -21,7 +21,6 @@ from router_bytes import WAYS, good_router, joined, parts
 from sla2_kernels import weights, whole_file
 from sla2_kernels.router_format import MAX_FILE_BYTES, RouterFileError
 from sla2_kernels.weights import load_router
-from tooling.server import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 300  # per way of breaking a file
@@ -175,9 +174,12 @@ def test_links_folders_pipes_and_devices(good, tmp_path):
     unusual_files(tmp_path, good)
     assert load_router(tmp_path / "link.safetensors").num_layers == router_bytes.LAYERS
     for name, words in (
-        ("loop", "cannot be read"), ("dangling", "No such file"), ("folder", "must be a file"),
-        ("device", "must be a file"), ("pipe", "must be a file"),
-    ):  # fmt: skip
+        ("loop", "cannot be read"),
+        ("dangling", "No such file"),
+        ("folder", "must be a file"),
+        ("device", "must be a file"),
+        ("pipe", "must be a file"),
+    ):
         with pytest.raises(RouterFileError, match=words):
             load_router(tmp_path / f"{name}.safetensors")
 
@@ -275,8 +277,11 @@ def test_a_real_limit_of_the_system_half_way_through_a_file(good, tmp_path):
     # -B: the limit would cut compiled modules, too, which other processes read
     said = subprocess.run(
         [sys.executable, "-B", "-c", code, str(path), str(ROOT), str(Path(__file__).parent)],
-        preexec_fn=limit, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "cannot be written: File too large" in said.stdout, said
     assert path.read_bytes() == good and os.listdir(tmp_path) == [path.name]
 
@@ -475,11 +480,10 @@ def test_a_saved_file_that_is_gone_is_noticed_once(pack_module, tmp_path):
     assert saved.losses(None) == 2, "a name that comes over a wire is not known before the node runs"
 
 
-def test_fuzzed_sla_checkpoints(comfyui_path, tmp_path):
+def test_fuzzed_sla_checkpoints(comfyui_path, comfy_scripts, tmp_path):
     """SLA2 Load SLA Model with ComfyUI's own file reader: bent, cut, gapped and hostile checkpoints."""
     script = Path(__file__).with_name("fuzz_sla_loader.py")
-    command = [sys.executable, str(script), str(comfyui_path), str(ROOT), str(tmp_path), "1200"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean_environment(), timeout=300)
+    done = comfy_scripts.run(script, comfyui_path, ROOT, tmp_path, 1200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)

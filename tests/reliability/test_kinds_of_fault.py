@@ -11,10 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(
-    path
-    for folder in ("nodes", "sla2_kernels", "sla2_training")
-    for path in (ROOT / folder).rglob("*.py")
-) + [ROOT / "__init__.py", ROOT / "sla2_diffusers.py"]  # fmt: skip
+    path for folder in ("nodes", "sla2_kernels", "sla2_training") for path in (ROOT / folder).rglob("*.py")
+) + [ROOT / "__init__.py", ROOT / "sla2_diffusers.py"]
 HEADS = 2
 
 
@@ -67,10 +65,13 @@ def test_nothing_is_evaluated_fetched_or_unpickled():
         "shelve",
     }
     loads = [
-        (where, call) for where, call in nodes_of(ast.Call)
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "load"
-        and isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
-    ]  # fmt: skip
+        (where, call)
+        for where, call in nodes_of(ast.Call)
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr == "load"
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id == "torch"
+    ]
     for where, call in loads:
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         assert getattr(given.get("weights_only"), "value", None) is True, f"{where}:{call.lineno}"

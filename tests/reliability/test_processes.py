@@ -19,14 +19,20 @@ ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
 def printed(script, *arguments, cwd, timeout=120):
     done = subprocess.run(
         [sys.executable, str(HERE / script), *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=clean_environment(), timeout=timeout,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=clean_environment(),
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
 
 
-def test_beside_packs_that_own_our_modules_names(comfyui_path, tmp_path):
-    found = json.loads(printed("neighbourhood.py", ROOT, tmp_path, "beside", comfyui_path, cwd=tmp_path))
+def test_beside_packs_that_own_our_modules_names(comfyui_path, comfy_scripts, tmp_path):
+    done = comfy_scripts.run(HERE / "neighbourhood.py", ROOT, tmp_path, "beside", comfyui_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
     assert {"SLA2ApplyAttention", "SLA2LoadRouter", "SLA2TrainRouter"} <= set(found["nodes"])
     assert found["outside"] == [] and found["comfyui"]
 

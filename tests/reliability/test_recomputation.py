@@ -78,8 +78,8 @@ def outcome(training):
 
 def failing(monkeypatch, pack_module, *numbers):
     """Lets these attempts of the operator fail, counted from 1."""
-    hook = pack_module("nodes.attention.hook")
-    real, attempts = hook.sparse_video, []
+    way = pack_module("nodes.attention.self_attention")
+    real, attempts = way.sparse_video, []
 
     def sparse_video(*args, **kwargs):
         attempts.append(1)
@@ -87,7 +87,7 @@ def failing(monkeypatch, pack_module, *numbers):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hook, "sparse_video", sparse_video)
+    monkeypatch.setattr(way, "sparse_video", sparse_video)
     return attempts
 
 

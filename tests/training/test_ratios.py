@@ -50,11 +50,14 @@ def test_a_layer_that_nothing_was_trained_in_stays_as_it_was():
 @pytest.fixture
 def attend(pack_module):
     """attend(attention, layer, qkv): one marked call of a LoraAttention."""
-    calls, hook = pack_module("nodes.attention.video_tokens"), pack_module("nodes.attention.hook")
+    tokens, calls = pack_module("nodes.attention.video_tokens"), pack_module("nodes.attention.model_call")
+    read_call = pack_module("nodes.attention.call").read_call
 
     def run(attention, layer, qkv):
-        exact = SimpleNamespace(exact=lambda call, request: (request, calls.ExactTokens(), None))
-        options = {hook.CALL: SimpleNamespace(hook=exact, repeated=False), hook.LAYER: layer}
+        call = SimpleNamespace(
+            read=lambda args, kwargs: (read_call(args, kwargs), tokens.ExactTokens()), repeated=False
+        )
+        options = {calls.CALL: call, calls.LAYER: layer}
         override = attention._override(None)
         return override(lambda *_, **__: pytest.fail("ran dense"), *qkv, HEADS, transformer_options=options)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 FAMILIES = {"minimax-h3": "minimax-h3", "ltx-2": "ltx-2", "ltx-video guides": "ltx-video", "wan fun reference": "wan"}
 

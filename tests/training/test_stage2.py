@@ -297,8 +297,9 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
         return ["--config", str(config), *resume]
 
     def launch(processes, weights, *runs):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*start, str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
+        together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        script = [str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
+        command = [sys.executable, *(together if processes > 1 else ()), *script]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("| dense |") == len(runs)
@@ -316,8 +317,13 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
 
     launch(1, ["whole"], arguments("alone", False))
     resume = ("--resume", str(tmp_path / "alone" / "step-000002"))
-    launch(2, ["whole", "sharded", "sharded"], arguments("together", False), arguments("split", True),
-           arguments("gone on", True, *resume))  # fmt: skip
+    launch(
+        2,
+        ["whole", "sharded", "sharded"],
+        arguments("together", False),
+        arguments("split", True),
+        arguments("gone on", True, *resume),
+    )
     losses, end = log("alone")
     for name in ("together", "split"):
         shared_losses, shared_end = log(name)

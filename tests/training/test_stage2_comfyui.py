@@ -1,9 +1,6 @@
 """ComfyUI's own LoRA loader takes the file that stage 2 writes: every layer, and the very weights that were trained."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -46,7 +43,7 @@ def run(model, noisy, t, context, attend):
 
 @pytest.mark.slow
 @pytest.mark.comfyui
-def test_comfyui_loads_the_lora(tmp_path, comfyui_path):
+def test_comfyui_loads_the_lora(tmp_path, comfyui_path, comfy_scripts):
     torch.manual_seed(0)
     model = WanModel(WanConfig(dim=128, ffn_dim=128, num_layers=LAYERS))
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -67,9 +64,8 @@ def test_comfyui_loads_the_lora(tmp_path, comfyui_path):
     assert len(expected) == 10 * LAYERS
     safetensors.torch.save_file({n: t.detach() for n, t in expected.items()}, tmp_path / "expected.safetensors")
 
-    command = [sys.executable, "-c", PROBE, str(comfyui_path), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    (tmp_path / "probe.py").write_text(PROBE)
+    done = comfy_scripts.run(tmp_path / "probe.py", comfyui_path, tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rsplit("PROBE ", 1)[1])
     assert found["patches"] == 10 * LAYERS and found["untouched"] == []

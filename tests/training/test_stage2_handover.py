@@ -32,9 +32,12 @@ def test_a_lora_then_the_ratios_that_go_with_it(comfy, prompt):
     changes = {"steps": 3, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "existing_lora": "[None]"}
     changes |= {"learning_rate": 0.02}
     trained = prompt.add(
-        "TrainLoraNode", model=prompt.apply(model, router=router, sparsity=0.75), latents=latent, positive=positive,
+        "TrainLoraNode",
+        model=prompt.apply(model, router=router, sparsity=0.75),
+        latents=latent,
+        positive=positive,
         **defaults(node) | changes,
-    )  # fmt: skip
+    )
     lora = [trained[0], next(i for i, kind in enumerate(node["output"]) if kind == "LORA_MODEL")]
     with_lora = prompt.add("LoraModelLoader", model=model, lora=lora, strength_model=1.0, bypass=False)
     again = prompt.add(

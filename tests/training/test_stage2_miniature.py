@@ -16,9 +16,14 @@ def test_every_run_is_in_the_table(tmp_path, capsys):
     stage2_miniature.main(["--tiny", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["run"] for row in rows] == [
-        "stage 1", stage2_miniature.QAT, "stage 1, 16 bit", "stage 1 + 2, 16 bit", stage2_miniature.AFTERWARDS,
-        "heuristic router", stage2_miniature.HEURISTIC,
-    ]  # fmt: skip
+        "stage 1",
+        stage2_miniature.QAT,
+        "stage 1, 16 bit",
+        "stage 1 + 2, 16 bit",
+        stage2_miniature.AFTERWARDS,
+        "heuristic router",
+        stage2_miniature.HEURISTIC,
+    ]
     assert {row["precision"] for row in rows} == {"int8", "16bit"} and len({row["dense_flow"] for row in rows}) == 1
     assert rows[0]["distance"] > 0
     assert load_router(tmp_path / "97-0" / "router.safetensors").ratio(0, 0.97) is not None

@@ -161,9 +161,15 @@ def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
     RouterWeights(layers, "wan", 2, 128, sparsities=(0.9,)).save(path)
     model, router = prompt.model(), prompt.add("SLA2LoadRouter", router_name=path.name)
     node = train_and_save(
-        prompt, model, "flow", loss=FLOW, router=router, latents=prompt.sample(model, size=128, steps=2), training_steps=8,
+        prompt,
+        model,
+        "flow",
+        loss=FLOW,
+        router=router,
+        latents=prompt.sample(model, size=128, steps=2),
+        training_steps=8,
         learning_rate=0.01,
-    )  # fmt: skip
+    )
     before, after = errors(comfy.run(prompt)[node]["text"][0])
     assert 0 < after < before
     made = load_router(comfy.base / "models/sla2/flow_00001_.safetensors")
@@ -233,13 +239,14 @@ WRONG = {
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
     "no videos for flow matching": (lambda *_: {"loss": FLOW}, f'"{FLOW}" needs videos of yours: connect latents'),
     "too short": (
-        lambda *_: {"size": 64}, "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all"
+        lambda *_: {"size": 64},
+        "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
     ),
     "another rank": (
         lambda comfy, _: {"resume_lora": "wan_lora_autosave_00001_.safetensors", "rank": 3},
         "the file has shape (256, 4), and this training shape (256, 3) (rank 3)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -37,7 +37,7 @@ def assert_same_router(a, b, **tolerance):
 def test_training_beats_the_heuristic_router_on_unseen_inputs(per_head, keep_diagonal):
     synthetic = SyntheticLayer(0, grid=(8, 16, 32))  # 4,096 tokens: 64 key blocks, of which 1, 3 and 6 are kept
     trainer = make_trainer(per_head=per_head, keep_diagonal=keep_diagonal)
-    for step in range(40):
+    for step in range(24):
         trainer.observe(0, *synthetic.sample(1000 + step))
     for seed in HELD_OUT:
         trainer.evaluate(0, *synthetic.sample(seed))

@@ -7,9 +7,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from official_templates import missing_types, video_templates
+from official_templates import missing_types, sampled_models, video_templates
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 pytestmark = pytest.mark.web
 APPLY = "SLA2ApplyAttention"
@@ -39,27 +39,6 @@ THERE_AND_BACK = f"""(async () => {{
 @pytest.fixture(scope="module")
 def known(server):
     return server.get("/object_info")
-
-
-def samples(info):
-    """Whether a node, as the server describes it, samples or guides: steps or conditioning in, latents or a guider out."""
-    specs = info["input"].get("required", {}) | info["input"].get("optional", {})
-    takes = {spec[0] for spec in specs.values() if isinstance(spec[0], str)}
-    prepares = "MODEL" in info["output"] and "steps" not in specs
-    return {"MODEL", "CONDITIONING"} <= takes and bool({"LATENT", "GUIDER"} & set(info["output"])) and not prepares
-
-
-def sampled_models(prompt, known):
-    """[(node, source)] of every MODEL wire into a sampler or guider of an API prompt."""
-    names = {
-        name: [key for part in info["input"].values() for key, spec in part.items() if spec[0] == "MODEL"]
-        for name, info in known.items() if samples(info)
-    }  # fmt: skip
-    return [
-        (node_id, node["inputs"][key][0])
-        for node_id, node in prompt.items()
-        for key in names.get(node["class_type"], []) if key in node["inputs"]
-    ]  # fmt: skip
 
 
 def value(prompt, given):

@@ -3,7 +3,7 @@
 import pytest
 from canvas import Canvas
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 
 pytestmark = pytest.mark.web
 DOCS = ROOT / "web" / "docs"
@@ -35,4 +35,12 @@ def test_help_comes_in_the_browsers_language_and_else_in_english(foreign, node):
     canvas.picture(f"help_{node}_{language}")
     assert shown.locator("h1, h2").all_inner_texts() == headings
     assert "**" not in shown.inner_text() and "|---|" not in shown.inner_text()
+    assert canvas.errors == []
+
+
+def test_the_schedule_map_speaks_the_browsers_language(foreign):
+    canvas, language = foreign
+    canvas.load_prompt({"1": {"class_type": "SLA2ApplyAttention", "inputs": {}}})
+    words = {"zh": "时间表图"}.get(language, "Schedule as a map")
+    canvas.page.locator("summary", has_text=words).wait_for()
     assert canvas.errors == []

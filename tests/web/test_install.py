@@ -15,7 +15,7 @@ import pytest
 
 from tooling.archive import packed_files
 from tooling.locales import english
-from tooling.plan import PACK_FOLDER, ROOT
+from tooling.paths import PACK_FOLDER, ROOT
 from tooling.server import Server
 
 

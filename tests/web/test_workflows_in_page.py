@@ -5,7 +5,7 @@ import json
 import pytest
 from canvas import READY
 
-from tooling.plan import ROOT
+from tooling.paths import ROOT
 from tooling.thumbnails import LARGEST, picture
 
 pytestmark = pytest.mark.web
@@ -26,8 +26,10 @@ def saved_nodes(workflow):
     graphs = [(None, workflow), *((graph["id"], graph) for graph in inner)]
     return {
         (graph_id, str(node["id"])): node
-        for graph_id, graph in graphs for node in graph["nodes"] if node["type"].startswith("SLA2")
-    }  # fmt: skip
+        for graph_id, graph in graphs
+        for node in graph["nodes"]
+        if node["type"].startswith("SLA2")
+    }
 
 
 @pytest.fixture

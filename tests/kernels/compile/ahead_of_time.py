@@ -75,18 +75,18 @@ class AbsentCard:
 class Recorder:
     """Compiles what is launched while it is installed; ``kernels`` are the distinct ones, in order of launch.
 
-    compiling=False: only takes down ``launches``, the set of what would be compiled.
+    While ``compiling`` is False it only takes down ``launches``, the set of what would be compiled.
     """
 
     def __init__(self, monkeypatch, card, compiling=True):
-        self.kernels, self.launches, self._seen = [], set(), set()
+        self.kernels, self.launches, self._seen, self.compiling = [], set(), set(), compiling
         # Triton 3.2 keeps the driver in .active, later releases behind a property of that name
         monkeypatch.setattr(driver, "_active" if "_active" in vars(driver) else "active", AbsentCard(card.arch))
         compile_only = JITFunction.run
 
         def launch(function, *args, grid, warmup, **options):
             self.launches.add(_launch(function, args, options))
-            if not compiling:
+            if not self.compiling:
                 return None
             kernel = compile_only(function, *args, grid=grid, warmup=True, **options)
             if id(kernel) not in self._seen:
@@ -109,9 +109,15 @@ def _described(kernel, launch):
     registers, spilled = _usage(kernel.asm["cubin"])
     metadata = kernel.metadata
     return Compiled(
-        kernel.name, launch.constants, launch.dtypes, metadata.num_warps, metadata.num_stages, metadata.shared, registers,
+        kernel.name,
+        launch.constants,
+        launch.dtypes,
+        metadata.num_warps,
+        metadata.num_stages,
+        metadata.shared,
+        registers,
         spilled,
-    )  # fmt: skip
+    )
 
 
 def _usage(cubin):

@@ -63,9 +63,12 @@ def attend():
     def call(dtype, head_dim, precision, ratio, *, qkv=None, **options):
         qkv = qkv or [torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype) for _ in range(3)]
         return sla2_attention(
-            *qkv, *(torch.eye(head_dim) for _ in range(2)), torch.full((HEADS,), 0.5) if ratio == "learned" else None,
-            **({"sparsity": 0.0 if ratio == "none" else 0.5} | options), precision=precision,
+            *qkv,
+            *(torch.eye(head_dim) for _ in range(2)),
+            torch.full((HEADS,), 0.5) if ratio == "learned" else None,
+            **({"sparsity": 0.0 if ratio == "none" else 0.5} | options),
+            precision=precision,
             backend="triton",
-        )  # fmt: skip
+        )
 
     return call

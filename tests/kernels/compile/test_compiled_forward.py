@@ -72,10 +72,10 @@ def test_forward_fits(compile_for, attend, card, case):
     assert sum("_sparse_attention" in name for name in names) == 1
     linear, hopper = ratio != "none", "_hopper_sparse_attention" in names
     # the loop for Hopper takes the linear branch along, and has its sums in FP8 where V is
-    low_sums = linear and hopper and precision == "int8"
+    fp8_sums = linear and hopper and precision == "int8"
     assert ("_linear_attention" in names) == (linear and not hopper)
-    assert ("_masked_sum" in names) == (linear and not low_sums)
-    assert ("_hopper_masked_sum" in names) == ("_weighted_mask" in names) == low_sums
+    assert ("_masked_sum" in names) == (linear and not fp8_sums)
+    assert ("_hopper_masked_sum" in names) == ("_weighted_mask" in names) == fp8_sums
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, spill_bar(card, dtype))
@@ -152,9 +152,9 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     q, k, v = torch.zeros(3, 1, HEADS, TOKENS, 128, dtype=dtype)
     unselected = torch.ones(HEADS, TOKENS // 128, TOKENS // 64, dtype=dtype)
     sample = Sample(torch.zeros(32, dtype=torch.int32), 24, torch.zeros(1, HEADS, 32, 128))
-    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128), 128)
+    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128))
     config = fit_config(q.element_size())
-    fitted.attend(q, k, v, unselected, scale_log2=0.1, block=64, config=config)
+    fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
     fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
     assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio"]

@@ -52,11 +52,15 @@ def ratio_terms(inputs, grad, key_blocks):
     """
     high, low = (
         sla2_reference(
-            inputs.q, inputs.k, inputs.v, key_blocks=key_blocks, scale=inputs.options.get("scale"),
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            key_blocks=key_blocks,
+            scale=inputs.options.get("scale"),
             alpha=torch.full((inputs.q.shape[1],), ratio),
         )[0]
         for ratio in (0.75, 0.25)
-    )  # fmt: skip
+    )
     return (grad.double() * (high - low) * 2).norm()
 
 

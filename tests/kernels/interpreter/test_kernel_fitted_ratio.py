@@ -8,7 +8,7 @@ from operator_inputs import embedded, normal, relative_error
 
 from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.kernels.configs import fit_config
-from sla2_kernels.kernels.fitted_ratio import PROGRAMS, FittedRatio, _splits
+from sla2_kernels.kernels.fitted_ratio import MAX_PROGRAMS, FittedRatio, _splits
 from sla2_kernels.reference import fitted_ratio, phi, sla2_reference
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
 from sla2_kernels.triton_backend import Sample
@@ -22,16 +22,9 @@ def fit(q, k, v, selected, rows):
     unselected = unselected_mask(selected, blocks, torch.float32).flatten(0, 1)
     ratios = torch.full((batch * heads, block_count(tokens, 128)), torch.nan)
     dense = torch.full((batch, heads, len(rows), head_dim), torch.nan)
-    fitted = FittedRatio(Sample(rows, FITTED, dense), ratios, 128)
-    fitted.attend(
-        q,
-        k,
-        v,
-        unselected,
-        scale_log2=head_dim**-0.5 * math.log2(math.e),
-        block=64,
-        config=fit_config(q.element_size()),
-    )
+    fitted = FittedRatio(Sample(rows, FITTED, dense), ratios)
+    config = fit_config(q.element_size())
+    fitted.attend(q, k, v, unselected, scale_log2=head_dim**-0.5 * math.log2(math.e), config=config)
     sums = linear_sums(k, v, unselected)
     for heads_slice in (slice(0, 1), slice(1, batch * heads)):
         fitted.fit(q, sums[heads_slice].contiguous(), heads_slice, register_order=False)
@@ -85,7 +78,7 @@ def test_long_sequences_are_split_among_programs():
     for batch_heads, blocks in ((1, 512), (12, 512), (56, 657), (500, 30)):
         splits, per_split = _splits(batch_heads, blocks)
         assert (splits - 1) * per_split < blocks <= splits * per_split
-        assert splits == 1 or splits * batch_heads <= PROGRAMS
+        assert splits == 1 or splits * batch_heads <= MAX_PROGRAMS
 
 
 def test_rows_that_are_not_finite_are_left_out(generator):

@@ -12,13 +12,13 @@ BLOCK = 64
 
 
 def blocks_of(x):
-    """(G, M, D) -> (G, T, 64, D), dead rows zero."""
+    """(G, M, D) -> (G, T, 64, D), rows past the end zero."""
     count = -(-x.shape[1] // BLOCK)
     padded = torch.nn.functional.pad(x, (0, 0, 0, count * BLOCK - x.shape[1]))
     return padded.unflatten(1, (count, BLOCK))
 
 
-def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_order=False, low_sums=False):
+def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_order=False, fp8_sums=False):
     """The workspace of the heads in ``heads`` and K's float64 mean."""
     heads = heads or slice(0, k.shape[0] * k.shape[1])
     group, blocks, head_dim = heads.stop - heads.start, -(-k.shape[2] // BLOCK), k.shape[3]
@@ -30,16 +30,16 @@ def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_o
 
     square, rows = head_dim * head_dim, (head_dim + 1) * head_dim
     work = Workspace(
-        k_low=empty(qk != "16bit", BLOCK, head_dim, dtype=low.get(qk)),
+        packed_k=empty(qk != "16bit", BLOCK, head_dim, dtype=low.get(qk)),
         k_scale=empty(qk != "16bit", dtype=torch.float32),
-        v_low=empty(pv == "fp8", head_dim, BLOCK, dtype=torch.float8_e4m3fn),
+        packed_v=empty(pv == "fp8", head_dim, BLOCK, dtype=torch.float8_e4m3fn),
         v_exponent=empty(pv == "fp8", dtype=torch.float32),
-        sums=empty(linear, square if low_sums else rows, dtype=low["fp8"] if low_sums else k.dtype),
-        sums_exponent=empty(low_sums, dtype=torch.float32),
+        sums=empty(linear, square if fp8_sums else rows, dtype=low["fp8"] if fp8_sums else k.dtype),
+        sums_exponent=empty(fp8_sums, dtype=torch.float32),
     )
     if linear:
-        work.norms = empty(True, head_dim, dtype=k.dtype) if low_sums else work.sums[..., square:]
-    pack(k, v, mean.float(), work, heads, BLOCK, qk, pv, register_order=register_order)
+        work.norms = empty(True, head_dim, dtype=k.dtype) if fp8_sums else work.sums[..., square:]
+    pack(k, v, mean.float(), work, heads, qk, pv, register_order=register_order)
     return work, mean
 
 
@@ -48,7 +48,7 @@ def smoothed(k, mean):
 
 
 def decoded_keys(work):
-    return work.k_low.double() * work.k_scale.double()[..., None, None]
+    return work.packed_k.double() * work.k_scale.double()[..., None, None]
 
 
 def e4m3_tolerance(x):
@@ -86,12 +86,12 @@ def test_values_are_fp8_over_a_power_of_two_and_stored_transposed(generator, key
     wide = blocks_of(v.double().flatten(0, 1)) * torch.exp2(-exponent)[..., None, None]
     largest = wide.abs().amax(dim=(2, 3))
     assert (largest <= 448).all() and (largest > 223).all(), "the block does not fill E4M3's range"
-    assert ((work.v_low.double().transpose(2, 3) - wide).abs() <= e4m3_tolerance(wide)).all()
+    assert ((work.packed_v.double().transpose(2, 3) - wide).abs() <= e4m3_tolerance(wide)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("keys", "head_dim"), [(1, 64), (63, 128), (130, 32), (300, 64)])
-def test_linear_sums_of_live_keys(generator, keys, head_dim, dtype):
+def test_linear_sums_of_valid_keys(generator, keys, head_dim, dtype):
     k, v = (embedded(normal(generator, 2, 3, keys, head_dim, dtype=dtype) + 1) for _ in range(2))
     work, mean = packed(k, v, linear=True)
     sums = work.sums.double().unflatten(2, (head_dim + 1, head_dim)) * BLOCK
@@ -107,7 +107,7 @@ def test_a_group_of_heads_is_the_same_slice_of_all_heads(generator):
     options = {"qk": "int8", "pv": "fp8", "linear": True}
     everything, _ = packed(k, v, **options)
     group, _ = packed(k, v, heads=slice(2, 5), **options)
-    for name in ("k_low", "k_scale", "v_low", "v_exponent", "sums"):
+    for name in ("packed_k", "k_scale", "packed_v", "v_exponent", "sums"):
         part, whole = getattr(group, name), getattr(everything, name)[2:5]
         assert torch.equal(part.view(torch.int8), whole.view(torch.int8)), name
 
@@ -119,16 +119,16 @@ def test_equal_keys_and_zero_values_stay_finite(generator, qk):
     v[:, :, 64:128] = 0
     work, mean = packed(k, v, qk=qk, pv="fp8", linear=True)
     assert (decoded_keys(work) - blocks_of(smoothed(k, mean))).abs().max() < 1e-6
-    assert (work.v_low[:, 1].float() == 0).all() and torch.isfinite(work.v_exponent).all()
+    assert (work.packed_v[:, 1].float() == 0).all() and torch.isfinite(work.v_exponent).all()
     assert torch.isfinite(work.sums).all()
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
 @pytest.mark.parametrize("keys", [1, 65, 300])
-def test_low_sums_are_fp8_over_a_power_of_two(generator, keys, size):
+def test_fp8_sums_are_fp8_over_a_power_of_two(generator, keys, size):
     k = embedded(normal(generator, 1, 2, keys, 64))
     v = embedded(normal(generator, 1, 2, keys, 64) * size)
-    (plain, _), (low, _) = (packed(k, v, linear=True, low_sums=low_sums) for low_sums in (False, True))
+    (plain, _), (low, _) = (packed(k, v, linear=True, fp8_sums=fp8_sums) for fp8_sums in (False, True))
     unit = low.sums_exponent.double().exp2()[..., None]
     h = plain.sums[..., : 64 * 64].double() / unit
     # the power of two is the least for a bound on h_j, z_j max |V_j| and 1% more, instead of h_j itself
@@ -149,7 +149,7 @@ def test_register_order_moves_values_and_nothing_else(generator):
     k, v = (normal(generator, 1, 2, 150, 128) for _ in range(2))
     options = {"qk": "int8", "pv": "fp8", "linear": True}
     (plain, _), (ordered, _) = packed(k, v, **options), packed(k, v, **options, register_order=True)
-    for name in ("k_low", "k_scale", "v_exponent"):
+    for name in ("packed_k", "k_scale", "v_exponent"):
         assert torch.equal(getattr(plain, name), getattr(ordered, name)), name
     h, z = ordered.sums[..., : 128 * 128].unflatten(-1, (128, 128)), ordered.sums[..., 128 * 128 :]
     in_channel_order = h.unflatten(-1, (4, 4, 4, 2)).transpose(-3, -2).flatten(-4)
@@ -157,6 +157,6 @@ def test_register_order_moves_values_and_nothing_else(generator):
     # what hopper_loop.py's registers do to P's keys and to the output's channels
     p = torch.rand(2, 3, 5, 64, generator=generator, dtype=torch.float64)
     operand = p.reshape(2, 3, 5, 4, 2, 4, 2).transpose(-3, -2).reshape(p.shape)
-    out = operand @ ordered.v_low.double().transpose(2, 3)
+    out = operand @ ordered.packed_v.double().transpose(2, 3)
     out = out.reshape(2, 3, 5, 4, 4, 4, 2).transpose(-3, -2).reshape(out.shape)
-    torch.testing.assert_close(out, p @ plain.v_low.double().transpose(2, 3))
+    torch.testing.assert_close(out, p @ plain.packed_v.double().transpose(2, 3))

@@ -29,7 +29,7 @@ def test_heads_of_one_expanded_tensor_share_their_means(generator, head_dim):
 def test_smoothing_takes_the_mean_over_live_tokens_from_every_block_mean(generator, tokens):
     x = (normal(generator, 1, 2, tokens, 32) + 100).double()
     pooled = reference_pool(x, 64).flatten(0, 1).float()
-    mean = smooth(pooled, tokens, 64)
+    mean = smooth(pooled, tokens)
     assert relative_error(mean, x.mean(dim=2).flatten(0, 1)) < 1e-6
     expected = reference_pool(x - x.mean(dim=2, keepdim=True), 64).flatten(0, 1)
     # float32 around 100: each block mean is off by 4e-6 at most; the mean's own error is common to all, and moves no score

@@ -39,25 +39,25 @@ class Loop:
     def run(self, heads=slice(0, BATCH * HEADS), config=LOOP):
         """(out, ratio); out is a view between NaN."""
         out = embedded(torch.full_like(self.q, torch.nan).nan_to_num(7.0))
-        row_ratio = torch.full(self.q.shape[:3], torch.nan)
+        ratio_of_rows = torch.full(self.q.shape[:3], torch.nan)
         sums = None if self.sums is None else self.sums[heads].contiguous()
         work = Workspace(query_sums=sums)
-        sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e), "q_block": 128, "block": 64}
-        ratio = "none" if sums is None else "estimated" if self.ratios is None else "learned"
-        if ratio == "estimated":
+        sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e)}
+        kind = "none" if sums is None else "estimated" if self.ratios is None else "learned"
+        if kind == "estimated":
             config_of_mass = mass_config((8, 9), 4)
             unselected_mass(
-                self.q, self.routed, row_ratio, self.k.shape[2], smoothed=False, config=config_of_mass, **sizes
+                self.q, self.routed, ratio_of_rows, self.k.shape[2], smoothed=False, config=config_of_mass, **sizes
             )
         if sums is not None:
             branch = linear_config((8, 9), 4)
-            linear_attention(self.q, work, out, self.ratios, row_ratio, heads, q_block=128, config=branch)
+            linear_attention(self.q, work, out, self.ratios, ratio_of_rows, heads, config=branch)
         sparse_attention(
-            self.q, self.k, self.v, out, work, self.selected, row_ratio, heads,
-            ratio=ratio, qk="16bit", pv="16bit", config=config, **sizes,
+            self.q, self.k, self.v, out, work, self.selected, ratio_of_rows, heads,
+            ratio_kind=kind, qk="16bit", pv="16bit", config=config, **sizes,
         )  # fmt: skip
         assert out._base.isnan().sum() == out._base.numel() - out.numel(), "wrote between the output's elements"
-        return out, row_ratio
+        return out, ratio_of_rows
 
     def expected(self):
         """(out, ratio) in float64."""
@@ -76,9 +76,9 @@ class Loop:
         if self.ratios is not None:
             ratio = self.ratios.double().repeat_interleave(128, dim=1)[:, : q.shape[1]].repeat(BATCH, 1)
         else:
-            live = torch.full((self.routed.k_means.shape[1],), 64.0, dtype=torch.float64)
-            live[-1] = tokens - 64 * (len(live) - 1)
-            rest = q @ self.routed.k_means.double().transpose(1, 2) * q.shape[2] ** -0.5 + live.log()
+            valid = torch.full((self.routed.k_means.shape[1],), 64.0, dtype=torch.float64)
+            valid[-1] = tokens - 64 * (len(valid) - 1)
+            rest = q @ self.routed.k_means.double().transpose(1, 2) * q.shape[2] ** -0.5 + valid.log()
             mask = self.routed.unselected.bool().repeat_interleave(128, dim=1)[:, : q.shape[1]]
             rest = rest.masked_fill(~mask, -torch.inf).logsumexp(dim=-1)
             ratio = torch.sigmoid(selected_logits.logsumexp(dim=-1) - rest)

@@ -29,9 +29,12 @@ def one_channel(factor):
 
 
 LARGE = {
-    "logits of 11,000": gaussian(45), "logits of 35,000": gaussian(80), "logits of 200,000": gaussian(200),
-    "one channel times 400": one_channel(400), "one channel times 2,000": one_channel(2000),
-}  # fmt: skip
+    "logits of 11,000": gaussian(45),
+    "logits of 35,000": gaussian(80),
+    "logits of 200,000": gaussian(200),
+    "one channel times 400": one_channel(400),
+    "one channel times 2,000": one_channel(2000),
+}
 large = pytest.mark.parametrize("change", LARGE.values(), ids=LARGE)
 
 

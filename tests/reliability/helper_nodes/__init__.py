@@ -43,8 +43,8 @@ class SLA2TestFault:
         }
 
     def arm(self, model, kind, number, label):
-        hook = module_of_the_pack("attention.hook")
-        compute, count = getattr(hook.sparse_video, "computes", hook.sparse_video), [0]
+        way = module_of_the_pack("attention.self_attention")
+        compute, count = getattr(way.sparse_video, "computes", way.sparse_video), [0]
 
         def sparse_video(*args, **kwargs):
             count[0] += 1
@@ -52,7 +52,7 @@ class SLA2TestFault:
             return KINDS[kind](result) if count[0] == number else result
 
         sparse_video.computes = compute
-        hook.sparse_video = sparse_video
+        way.sparse_video = sparse_video
         return (model,)
 
 

@@ -1,0 +1,333 @@
+"""Train the miniature on to real length, in sittings: up to 81 frames of 832 x 480, 32,760 tokens.
+
+    python -m miniature.train_long --out one --minutes 6 --layers 9 --decoder-seconds 50 --mix image=2,short=4,low=4 low=1,full=1
+    python -m miniature.train_long --out two --from one --minutes 7 --mix low=1,full=4 --finish
+    python -m miniature.train_long --out tiny --tiny --steps 4 --minutes 0          a trial on a CPU, in seconds
+
+A sitting renders and encodes clips, trains until its minutes are over, and saves: live.safetensors (where the next sitting
+continues), the averaged weights and the VAE under their usual names, long_log.json. It begins with weights made by an earlier
+one (--from) or with those that are shipped, grown to --layers. The optimiser's state is not kept: its memory is some 50
+steps long, and each sitting warms up for 100. Several mixes share the sitting's time equally, one after the other. Seeds of clips and noise follow from --seed and the sitting's number, so
+that no sitting sees the clips of another. --finish lowers the learning rate to zero over the second half of a sitting.
+
+Sizes: image, 1 frame of 832 x 480; short, 17 frames of it; low, 81 frames of 416 x 256; full, 81 frames of 832 x 480.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .captions import embed, split_captions
+from .grow import grow
+from .optim import Average, Budget, Log, Optimiser, save_weights
+from .pool import Pool, fill_pool
+from .sample import WEIGHTS
+from .train_dit import ABOUT, DIT_FILE, EMPTY, flow_loss, is_block_matrix, noise_levels, validation_loss
+from .train_vae import ABOUT as VAE_ABOUT
+from .train_vae import VAE_FILE, compiled_norm
+from .tune_decoder import tune_decoder
+from .vae import Kernels, WanVAE
+from .wan import WanBlock, WanConfig, WanModel
+
+LIVE_FILE, LOG_FILE = "live.safetensors", "long_log.json"
+ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Clips of one size: extent in frames and pixels, how many are encoded and trained on at once, shift of the noise."""
+
+    frames: int
+    height: int
+    width: int
+    clips: int
+    batch: int
+    shift: float
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+
+# Token counts are multiples of 8: others make the compiler begin anew.
+REAL = {
+    "image": Size(1, 480, 832, 2400, 56, 3.0),
+    "short": Size(17, 480, 832, 300, 8, 5.0),
+    "low": Size(81, 256, 416, 500, 8, 5.0),
+    "full": Size(81, 480, 832, 250, 2, 8.0),
+}
+TINY = {
+    "image": Size(1, 32, 48, 4, 3, 5.0),
+    "short": Size(5, 32, 48, 3, 2, 5.0),
+    "low": Size(9, 16, 32, 3, 2, 5.0),
+    "full": Size(9, 32, 48, 2, 2, 8.0),
+}
+# (size, clips, latent frames, side of the window in latents or None) of the decoder's batches
+DECODER = {False: [("full", 4, 21, 12), ("low", 4, 21, 12), ("low", 2, 5, None), ("full", 4, 21, 12), ("full", 1, 3, None)],
+           True: [("full", 2, 3, 2), ("low", 1, 2, None)]}  # fmt: skip
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """ "image=2,full=1" -> share of the steps by size, which add up to 1.
+
+    Raises:
+        ValueError: not such a text, or a size that is not known.
+    """
+    shares = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            shares[name] = float(number)
+        except ValueError:
+            raise ValueError(f"mix {text!r}: {part!r} is not SIZE=NUMBER") from None
+        if name not in REAL or shares[name] < 0:
+            raise ValueError(f"mix {text!r}: {part!r}: sizes are {', '.join(REAL)}, numbers are not negative")
+    total = sum(shares.values())
+    if not total:
+        raise ValueError(f"mix {text!r} has no number above 0")
+    return {name: share / total for name, share in shares.items() if share}
+
+
+def draw_name(mix: dict[str, float], generator: torch.Generator) -> str:
+    """A size, by the shares of the mix."""
+    point = float(torch.rand((), generator=generator))
+    for name, share in mix.items():
+        point -= share
+        if point < 0:
+            return name
+    return name
+
+
+class Data:
+    """Pools by size, held-out pools for the validation loss, and the context of every caption (the last is the empty one)."""
+
+    def __init__(self, vae, sizes: dict[str, Size], names, *, seed: int, test_clips: int, log: Log, device):
+        train, held_out = split_captions()
+        captions = train + held_out
+        self.contexts = torch.cat([embed(str(caption)) for caption in [*captions, ""]]).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        self.pools: dict[str, Pool] = {}
+        for number, name in enumerate(names):
+            order = torch.randperm(len(train), generator=generator).tolist()
+            chosen = [order[i % len(order)] for i in range(sizes[name].clips)]
+            begin = time.monotonic()
+            self.pools[name] = fill_pool(
+                vae, captions, chosen, size=sizes[name].extent, seed=seed + number, device=device
+            )
+            seconds = time.monotonic() - begin
+            log.record(
+                stage="encode", size=name, clips=len(chosen), seconds=seconds, clips_per_second=len(chosen) / seconds
+            )
+        held = [len(train) + i * len(held_out) // test_clips for i in range(test_clips)]
+        self.test = {
+            name: fill_pool(vae, captions, held, size=sizes[name].extent, seed=11, device=device)
+            for name in ("low", "full")
+        }  # the same clips in every sitting
+
+
+def load_start(folder: Path | None, layers: int | None) -> tuple[dict[str, torch.Tensor], int]:
+    """(weights to begin with, number of the sitting): of an earlier sitting, or the shipped ones and 1.
+
+    Raises:
+        FileNotFoundError: the folder has no sitting.
+    """
+    if folder is None:
+        state, number = load_file(WEIGHTS / DIT_FILE), 1
+    elif (folder / LIVE_FILE).exists():
+        number = json.loads((folder / LOG_FILE).read_text())["run"]["sitting"] + 1
+        state = load_file(folder / LIVE_FILE)
+    else:
+        raise FileNotFoundError(f"no {LIVE_FILE} in {folder}: name the --out folder of an earlier sitting")
+    state = {key: value.float() for key, value in state.items()}
+    return (grow(state, layers) if layers else state), number
+
+
+def train(model, data: Data, sizes, mixes, args, *, budget: Budget, seed: int, log: Log, save, device) -> Average:
+    """Flow matching on the mixes in turn until the budget is used up; the model has the live weights, the result the averaged ones."""
+    generator = torch.Generator().manual_seed(seed)
+    # Without --finish the learning rate stays up: the next sitting goes on from there.
+    hold = 0.5 if args.finish else 1 - 1e-6
+    optimiser = Optimiser(model, is_block_matrix, muon_lr=args.muon_lr, adam_lr=args.adam_lr, hold=hold)
+    average = Average(model, 0.996)
+    step, seen, printed, saved = 0, {}, time.monotonic(), time.monotonic()
+    while (progress := budget.progress(step)) < 1:
+        name = draw_name(mixes[min(int(progress * len(mixes)), len(mixes) - 1)], generator)
+        size, pool = sizes[name], data.pools[name]
+        index = torch.randint(len(pool), (size.batch,), generator=generator).to(device)
+        dropped = (torch.rand(size.batch, generator=generator) < 0.1).to(device)
+        context = data.contexts[torch.where(dropped, EMPTY, pool.caption[index])]
+        clean = pool.latents[index].float()
+        t = noise_levels(size.batch, size.shift, generator).to(device)
+        loss = flow_loss(model, clean, torch.randn_like(clean), t, context).mean()
+        loss.backward()
+        factor = optimiser.step(progress)
+        average.update()
+        step += 1
+        seen.setdefault(name, []).append(loss.detach())
+        now = time.monotonic()
+        if now - printed > args.print_seconds or budget.progress(step) >= 1:
+            means = {f"loss_{key}": torch.stack(losses).mean().item() for key, losses in seen.items()}
+            counts = {f"steps_{key}": len(losses) for key, losses in seen.items()}
+            log.record(stage="train", seconds=budget.elapsed(), step=step, lr=factor, **means, **counts)
+            if not all(map(math.isfinite, means.values())):
+                raise FloatingPointError(f"training diverged at step {step}: lower --muon-lr and --adam-lr")
+            printed, seen = now, {}
+        if now - saved > args.save_seconds:
+            save(average)
+            saved = time.monotonic()
+    log.result(steps=step)
+    return average
+
+
+def prepare(args, device) -> None:
+    """Process-wide settings of a sitting."""
+    torch.backends.cudnn.benchmark = False  # sizes change from step to step
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if args.compile:
+        Kernels.norm = compiled_norm()
+
+
+def attention_backend(name: str, device):
+    """Context in which torch's attention runs by this backend, where it can; "any" leaves torch the choice."""
+    if name == "any" or device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([ATTENTION[name], SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)
+
+
+def build(state: dict[str, torch.Tensor], compile_: bool, device) -> WanModel:
+    """The transformer of a state dict, its blocks compiled once for all lengths if asked for."""
+    model = WanModel(WanConfig.from_state_dict(state))
+    model.load_state_dict(state)
+    if compile_:
+        model.run_block = torch.compile(WanBlock.forward, dynamic=True)
+    return model.to(device)
+
+
+def gradient_error(model: WanModel, state, size: Size, device) -> float:
+    """Relative difference between the gradients of the compiled model and those of plain torch, on one random batch.
+
+    Raises:
+        ArithmeticError: above 10%, where rounding to bfloat16 explains 2%.
+    """
+    torch.manual_seed(0)
+    shape = (size.batch, 16, (size.frames + 3) // 4, size.height // 8, size.width // 8)
+    clean, noise = torch.randn(2, *shape, device=device)
+    t = torch.linspace(0.2, 0.95, size.batch, device=device)
+    context = embed("two red balls").to(device).expand(size.batch, -1, -1)
+    plain = build(state, False, device).train()
+    gradients = []
+    for one, backend in ((model, contextlib.nullcontext()), (plain, attention_backend("flash", device))):
+        with backend:
+            flow_loss(one, clean, noise, t, context).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
+        one.zero_grad(set_to_none=True)
+    error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    if not error < 0.1:
+        raise ArithmeticError(f"gradients of the compiled blocks are off by {error:.0%}: try another --attention")
+    return error
+
+
+def sit(args) -> None:
+    """One sitting, from preparation to saved files."""
+    start = time.monotonic()
+    device, sizes = torch.device(args.device), TINY if args.tiny else REAL
+    prepare(args, device)
+    state, number = load_start(args.start, args.layers)
+    seed = args.seed + 1000 * number
+    torch.manual_seed(seed)
+    header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    header |= {"sitting": number, "torch": torch.__version__}
+    header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    log = Log(args.out / LOG_FILE, header)
+    print(header, flush=True)
+
+    vae = WanVAE.from_state_dict(load_file((args.start or WEIGHTS) / VAE_FILE)).to(device).eval().requires_grad_(False)
+    model = build(state, args.compile, device).train()
+    mixes = [parse_mix(text) for text in args.mix]
+    names = list(dict.fromkeys(name for mix in mixes for name in mix))
+    with attention_backend(args.attention, device):
+        for name in names if args.compile else ():
+            log.record(stage="check", size=name, gradient_error=gradient_error(model, state, sizes[name], device))
+    names += [name for name in ("low", "full") if args.decoder_seconds and name not in names]
+    data = Data(vae, sizes, names, seed=seed, test_clips=args.test_clips, log=log, device=device)
+    if args.decoder_seconds:
+        batches = [(data.pools[name], *rest) for name, *rest in DECODER[args.tiny]]
+        budget = Budget(args.decoder_seconds, args.steps)
+        steps = tune_decoder(vae, batches, budget=budget, lr=args.decoder_lr, log=log,
+                             generator=torch.Generator().manual_seed(seed), print_seconds=args.print_seconds)  # fmt: skip
+        log.result(decoder_steps=steps)
+    save_weights(args.out / VAE_FILE, vae.state_dict(), torch.float16, VAE_ABOUT)
+
+    def save(average: Average) -> None:
+        save_weights(args.out / DIT_FILE, average.state_dict(), torch.bfloat16, ABOUT)
+        save_weights(args.out / LIVE_FILE, model.state_dict(), torch.bfloat16, "live weights of a sitting")
+        log.write()
+
+    budget = Budget(args.minutes * 60, args.steps, start)
+    budget.restart()
+    judge = build(state, False, device).eval()
+    for name, pool in data.test.items():
+        log.result(**{f"validation_loss_{name}_before": validation_loss(judge, pool, data.contexts)})
+    with attention_backend(args.attention, device):
+        average = train(model, data, sizes, mixes, args, budget=budget, seed=seed, log=log, save=save, device=device)
+        save(average)
+    judge.load_state_dict({k: v.bfloat16().float() for k, v in average.state_dict().items()})
+    for name, pool in data.test.items():
+        log.result(**{f"validation_loss_{name}": validation_loss(judge, pool, data.contexts)})
+    if device.type == "cuda":
+        log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
+    log.result(seconds=time.monotonic() - start)
+    log.write()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for this sitting's files")
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="--out folder of the sitting before; default: shipped weights"
+    )
+    parser.add_argument("--minutes", type=float, required=True, help="of this sitting, from its start to the last step")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock")
+    parser.add_argument("--layers", type=int, help="grow the transformer to this many blocks first")
+    parser.add_argument(
+        "--mix", nargs="+", default=["image=2,short=4,low=4,full=1"], help="shares of the steps by size"
+    )
+    parser.add_argument("--finish", action="store_true", help="lower the learning rate to zero in this sitting")
+    parser.add_argument("--decoder-seconds", type=float, default=0.0, help="train the VAE's decoder this long first")
+    parser.add_argument("--decoder-lr", type=float, default=1e-3)
+    parser.add_argument("--muon-lr", type=float, default=3e-3)
+    parser.add_argument("--adam-lr", type=float, default=1e-3)
+    parser.add_argument("--attention", choices=("any", *ATTENTION), default="any", help="torch's attention backend")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--test-clips", type=int, default=6, help="held-out clips of the validation losses")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a trial of the code on a CPU, not for quality")
+    parser.add_argument("--print-seconds", type=float, default=5.0)
+    parser.add_argument("--save-seconds", type=float, default=60.0, help="files are also written this often")
+    args = parser.parse_args(argv)
+    try:
+        [parse_mix(text) for text in args.mix]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sit(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""One marked self-attention call, from ComfyUI's arguments to its output: sparse where it can be, else dense and counted.
+
+What stands in the way of a sparse call raises RunDense, at whatever depth it is found; attend() alone catches it.
+"""
+
+import torch
+
+from ...sla2_kernels import default_precision
+from ...sla2_kernels.loops import watch_loops
+from ..runs.record import capturing
+from .call import check_supported, read_call
+from .failures import attempt, check_attempted, check_output
+from .layer_requests import TRAINED_FOR_VSA
+from .run_dense import RunDense, say_once, stop_where_asked
+from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from .steps import check_length, planned_sparsity
+from .video_tokens import DENSE_BY_NATURE
+
+
+def attend(call, layer, below, args, kwargs):
+    """Output of one self-attention call of a ModelCall; ``below`` computes it densely from the arguments untouched."""
+    if call.repeated:
+        return _repeat(call, layer, below, args, kwargs)
+    call.counts["attended"] += 1
+    try:
+        return _attend_sparse(call, layer, below, args, kwargs)
+    except RunDense as found:
+        reason, by_setting, sparsity = found.reason, found.by_setting, found.sparsity
+    # only here is the traceback gone, and with it the tensors that its frames held
+    if not by_setting:
+        if reason not in DENSE_BY_NATURE:
+            stop_where_asked(call.hook.settings, reason, f" in layer {layer}")
+        say_once(call.run, layer, reason)
+    # autograd has saved tensors of a sparse output even where it is not used
+    call.decisions.take(layer, (sparsity, False))
+    return _attend_dense(call.run, layer, reason, below, args, kwargs)
+
+
+def _attend_sparse(call, layer, below, args, kwargs):
+    settings = call.hook.settings
+    sparsity = planned_sparsity(settings, layer, call.step)
+    request = read_call(args, kwargs)
+    check_length(settings, max(request.tokens, request.key_tokens))
+    if layer in call.requests.vsa:
+        raise RunDense(TRAINED_FOR_VSA)
+    request, exact = call.video_request(request)
+    precision = precision_on(settings, request.q.device)
+    check_supported(request, precision)
+    check_attempted(call, layer)
+    result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
+    out, ratio, kept, keys, judging, loops = result
+    check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
+    run = call.run
+    run.count_sparse(layer, ratio.shape, kept, keys, precision, ratio, request.tokens)
+    run.count_loops(loops)
+    if judging is not None:
+        run.count_squares(layer, judging.squares(out))
+    whole = _whole(out, request, exact, below, args, kwargs)
+    call.decisions.take(layer, (sparsity, True))
+    return whole
+
+
+def _attend_dense(run, layer, reason, below, args, kwargs):
+    run.count_dense(layer, reason)
+    tensor = args[0] if args else kwargs.get("q")
+    device = tensor.device if isinstance(tensor, torch.Tensor) else torch.device("cpu")
+    with run.timed(layer, "dense", device):
+        return below(*args, **kwargs)
+
+
+def _repeat(call, layer, below, args, kwargs):
+    """A call that gradient checkpointing recomputes, as it went the first time: if it fails now, it has no other way."""
+    sparsity, is_used = call.decisions.again(layer)
+    if sparsity is not None:
+        request, exact = call.read(args, kwargs)
+        weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
+        precision = precision_on(call.hook.settings, request.q.device)
+        part = video_part(request, exact)
+        out, *_ = sparse_video(
+            part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale, call_ratio=None
+        )
+        if is_used:
+            return _whole(out, request, exact, below, args, kwargs)
+    return below(*args, **kwargs)
+
+
+def _compute(call, layer, request, exact, sparsity, precision):
+    """(*sparse_video(), the loops that ran) of one call, timed."""
+    run, device = call.run, request.q.device
+    weights = call.hook.weights.on_device(layer, device, sparsity)
+    part = video_part(request, exact)
+    if run.maps is not None:
+        run.maps.see(layer, part, weights, sparsity)
+    call_ratio = _call_ratio(call, layer, request, weights, sparsity)
+    with run.timed(layer, "sparse", device), watch_loops() as loops:
+        found = sparse_video(
+            part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale, call_ratio=call_ratio
+        )
+        return *found, loops
+
+
+def _call_ratio(call, layer, request, weights, sparsity):
+    """CallRatio where this call's ratio is fitted. Training estimates it, whose recomputed calls must find it again, and
+    so does a call that a CUDA graph captures, in which the choice of rows may not be copied to the device."""
+    q, k, v = request.q, request.k, request.v
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    # the first pass of a checkpoint that enters its blocks without autograd
+    trains = trains or (call.has_autograd and not torch.is_grad_enabled())
+    if not weights.fits or trains or capturing(q.device):
+        return None
+    kind = layer, q.device, sparsity, call.halves
+    return call.run.fitted_ratios.of_call(kind, call.hook.facts.num_heads, call.steps)
+
+
+def _whole(out, request, exact, below, args, kwargs):
+    """The call's output: ``out`` of the video's queries, and the other rows as ``below`` computes them."""
+
+    def dense_rows(rows):
+        new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+        return below(*new_args, **new_kwargs)
+
+    return with_dense_rows(out, request, exact, dense_rows)
+
+
+def precision_on(settings, device):
+    """The operator's precision: that of the settings, or the one that suits the device."""
+    return default_precision(device) if settings.bit_width == "auto" else settings.bit_width

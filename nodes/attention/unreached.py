@@ -1,0 +1,57 @@
+"""Self-attention calls that no override can take over, and model calls that come to none: counted, each with what is known of why."""
+
+from .model_marks import has_layers, on_the_way
+from .run_dense import say_once, stop_where_asked
+from .steps import kept_dense_reason
+
+WITHOUT_OPTIONS = "this self-attention takes no transformer_options here, so that nothing can take its call over"
+PAST = "the model is called past SLA2's wrappers, so that nothing says where the video's tokens lie"
+OTHER_MODEL = "they were calls of a model that SLA2 was not applied to"
+NOT_KNOWN = "no node is known that stands in for them"
+CACHES = {"easycache", "lazycache"}  # keys of wrappers that answer model calls without the model
+
+
+def count_hidden(settings, run, layer, in_window, reason):
+    """A self-attention call that no override can take over."""
+    run.has_hidden_calls = True
+    kept = kept_dense_reason(settings, layer, in_window)
+    run.count_dense(layer, kept or reason)
+    if kept is None:
+        stop_where_asked(settings, reason, f" in layer {layer}")
+        say_once(run, layer, reason)
+
+
+def past_reason(facts, model, options):
+    """Why a call came past our wrappers, as far as the model shows it; model None: it is gone."""
+    way = None if model is None else in_the_way(facts, model, options)
+    return f"{PAST}; {way}" if way else PAST
+
+
+def count_unmet(settings, facts, run, frame):
+    """Counts a model call in which none of our marks was met; what is not known is not guessed."""
+    met_before = any(record.entered for record in run.layers.values())
+    wrappers = (frame.options.get("wrappers") or {}).values()
+    if met_before and any(CACHES & by_key.keys() for by_key in wrappers):
+        run.count_answered()
+    elif not has_layers(facts, frame.diffusion_model):
+        run.count_unmet(OTHER_MODEL)
+    else:
+        reason = in_the_way(facts, frame.diffusion_model, frame.options) or NOT_KNOWN
+        run.count_unmet(reason)
+        if not met_before:
+            stop_where_asked(
+                settings, f"this model call came to none of the self-attentions that SLA2 marked: {reason}"
+            )
+
+
+def require_met(settings, run):
+    """At the end of a sampling: stops, where asked, if no mark was met in any of its model calls."""
+    if run.unmet and not any(record.entered for record in run.layers.values()):
+        first = next(iter(run.unmet))
+        stop_where_asked(settings, f"no model call came to the self-attentions that SLA2 marked: {first}")
+
+
+def in_the_way(facts, diffusion_model, options):
+    """What other packs put between a model's call and its first layer, as a clause, or None."""
+    names = on_the_way(facts, diffusion_model, options)
+    return f"between the model's call and its layers there is {', '.join(names)}" if names else None

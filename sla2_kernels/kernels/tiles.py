@@ -1,0 +1,52 @@
+"""Where a tile of a (B, H, N, D) tensor of any strides lies, and reading and writing it.
+
+A "plane" is the (N, D) matrix of one (batch, head); ``bh`` is that pair's number, int64 because offsets in long videos
+do not fit 32 bits.
+"""
+
+import triton
+import triton.language as tl
+
+from ..router import K_BLOCK, Q_BLOCK
+from ..support import interpreting
+
+# Plain integers in Triton's interpreter, which knows no int % constexpr.
+QUERY_BLOCK = Q_BLOCK if interpreting() else tl.constexpr(Q_BLOCK)  # query rows that share a selection
+KEY_BLOCK = K_BLOCK if interpreting() else tl.constexpr(K_BLOCK)  # keys that are selected or left out together
+
+
+@triton.jit
+def plane_of(x, bh, heads, stride_b, stride_h):
+    """Where the plane of one (batch, head) begins."""
+    return x + bh // heads * stride_b + bh % heads * stride_h
+
+
+@triton.jit
+def tile_at(plane, rows, columns, stride_n, stride_d):
+    """Addresses of the elements [rows, columns] of a plane."""
+    return plane + rows[:, None] * stride_n + columns * stride_d
+
+
+@triton.jit
+def load_tile(plane, rows, columns, stride_n, stride_d, tokens):
+    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end."""
+    return tl.load(tile_at(plane, rows, columns, stride_n, stride_d), mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def store_tile(plane, rows, columns, stride_n, stride_d, tokens, values):
+    """Writes [rows, columns] of a plane that has ``tokens`` rows, in the plane's dtype."""
+    at = tile_at(plane, rows, columns, stride_n, stride_d)
+    tl.store(at, values.to(plane.dtype.element_ty), mask=rows[:, None] < tokens)
+
+
+@triton.jit
+def tile_rows(tile, ROWS: tl.constexpr):
+    """int64 numbers of a tile's rows."""
+    return (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+
+
+@triton.jit
+def valid_rows(blocks, tokens):
+    """How many rows of these key blocks hold keys, float32: KEY_BLOCK but for a ragged last block."""
+    return tl.minimum(tokens - blocks * KEY_BLOCK, KEY_BLOCK).to(tl.float32)

@@ -1,0 +1,57 @@
+"""The benchmark of whole model calls: one run on ComfyUI's classes at tiny size, and the table it prints."""
+
+import json
+
+import pytest
+
+from benchmarks import comfyui_calls, comfyui_models, table
+
+
+def test_every_variant_of_tiny_models_runs_whole(comfyui_path, comfy_scripts, tmp_path):
+    out = tmp_path / "calls.json"
+    options = ["--comfyui", comfyui_path, "--parts", "tiny-H3,tiny-LTX-2", "--weights", "16bit", "--device", "cpu"]
+    done = comfy_scripts.run("-m", "benchmarks.comfyui_calls", *options, "--calls", 1, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert not any(row.get("failed") for row in rows), rows
+    for part in ("tiny H3, 16 bit", "tiny LTX-2, 16 bit"):
+        of_part = [row for row in rows if row["part"] == part]
+        assert [row["variant"].split(",")[0] for row in of_part] == [comfyui_calls.BOUND, "dense", "SLA2", "SLA2"]
+        # 2 blocks, one call to warm up and one that counts
+        assert [(row["sparse_calls"], row["dense_calls"]) for row in of_part if "sparse_calls" in row] == [(4, 0)] * 2
+    assert f"| {comfyui_calls.BOUND} |" in done.stdout
+
+
+def test_real_sizes_have_the_tokens_that_they_name():
+    cases = comfyui_models.CASES
+    h3, ltx, wan = (cases[name] for name in ("MiniMax H3", "LTX-2, second stage", "Wan 2.2 14B, 720p"))
+    assert h3.tokens + sum(h3.prefix) == 42_000 and (h3.layers, h3.heads) == (50, 56)
+    assert (ltx.tokens, ltx.layers, ltx.heads) == (14_080, 48, 32)
+    assert (wan.tokens, wan.layers, wan.heads) == (75_600, 40, 40)
+    assert {case.tokens for case in comfyui_models.crossover_cases([1024, 2048]).values()} == {1024, 2048}
+
+
+def test_the_table_sets_each_variant_beside_the_default():
+    rows = [
+        {"part": "H3", "variant": comfyui_calls.BOUND, "seconds_per_step": 1.0, "attention_seconds": 0.0},
+        {
+            "part": "H3",
+            "variant": comfyui_calls.DENSE,
+            "seconds_per_step": 4.0,
+            "attention_seconds": 3.0,
+            "peak_bytes": 2**30,
+        },
+        {"part": "H3", "variant": "SLA2", "seconds_per_step": 1.25, "attention_seconds": 0.25, "peak_bytes": 2**31},
+        {"part": "H3", "variant": "rival", "seconds_per_step": None, "failed": "RuntimeError: no kernel"},
+    ]
+    facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
+    text = table.calls_markdown({"environment": facts, "parts": {"H3": {}, "crossover": {}}, "rows": rows})
+    assert "| dense, ComfyUI's default | 4 s (1.00x), 3 s |" in text
+    assert "| **SLA2** | 1.25 s (3.20x), 0.25 s |" in text and "at most 2.000 times dense" in text
+    assert "| rival | - |" in text and "Failed: rival at H3: RuntimeError: no kernel." in text
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        comfyui_calls.parse(["--parts", "H4"])
+    assert "'H4' is not one of H3" in capsys.readouterr().err
