@@ -11,6 +11,7 @@ from tiny_runs import make_images, stand_in
 from tooling import graph
 from tooling.plan import ROOT
 from tooling.recipes import RECIPES
+from tooling.recipes.cards import CARDS
 
 pytestmark = pytest.mark.web
 PROMPT = "(await app.graphToPrompt()).output"
@@ -110,6 +111,10 @@ def test_what_people_run_runs_with_sla2_and_dense(comfy, canvas, tiny_files, nam
     assert all(comfy.report(outputs, report)["sparse_calls"] > 0 for report in reports) and outputs[saver]["images"]
     outputs = comfy.run(dense(prompt))
     assert all("did not come through SLA2 Apply Attention" in outputs[report]["text"][0] for report in reports)
+
+
+def test_each_has_a_card():
+    assert set(CARDS) == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", OTHERS)
