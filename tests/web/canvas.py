@@ -3,10 +3,10 @@
 import json
 import time
 
-# the page goes on after its nodes are known: it loads a first workflow over whatever is shown, and listens to selections
+# the page goes on after its nodes are known: it loads a first workflow over whatever is shown, and a while later is at rest
 READY = (
     "window.app?.graph && window.app.canvas && Object.keys(LiteGraph.registered_node_types).length > 100"
-    " && window.app.extensionManager?.workflow?.activeWorkflow && !!window.app.canvas.onSelectionChange"
+    " && window.app.extensionManager?.workflow?.activeWorkflow && !window.app.extensionManager.spinner"
 )
 
 
@@ -48,8 +48,12 @@ class Canvas:
     def alerts(self):
         """Texts of the messages that the page shows; it shows them no longer."""
         shown = self.page.locator(".p-toast-message").all_inner_texts()
-        self.js("app.extensionManager.toast.removeAll()")
+        self.close_messages()
         return shown
+
+    def close_messages(self):
+        self.js("document.querySelectorAll('.p-toast-close-button').forEach((button) => button.click())")
+        self.page.wait_for_function("!document.querySelector('.p-toast-message')")
 
     def history(self):
         """The newest entries: other tests of this server leave hundreds."""

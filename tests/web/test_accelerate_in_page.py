@@ -127,8 +127,7 @@ def toasts(canvas):
 
 def execute(canvas, command):
     """What the page says of it."""
-    canvas.js("app.extensionManager.toast.removeAll()")
-    canvas.page.wait_for_timeout(100)
+    canvas.close_messages()
     canvas.js(f"{EXECUTE}(a)", command)
     canvas.page.wait_for_selector(".p-toast-message")
     return toasts(canvas)
