@@ -9,6 +9,9 @@ READY = (
     " && window.app.extensionManager?.workflow?.activeWorkflow && !window.app.extensionManager.spinner"
 )
 
+# what the page says in a corner, in the pinned frontend and in newer ones
+MESSAGE = ".p-toast-message, [data-testid='toast-viewport'] > li"
+
 
 class Canvas:
     """``page``: a Playwright page of a running ComfyUI."""
@@ -47,13 +50,13 @@ class Canvas:
 
     def alerts(self):
         """Texts of the messages that the page shows; it shows them no longer."""
-        shown = self.page.locator(".p-toast-message").all_inner_texts()
+        shown = self.page.locator(MESSAGE).all_inner_texts()
         self.close_messages()
         return shown
 
     def close_messages(self):
-        self.js("document.querySelectorAll('.p-toast-close-button').forEach((button) => button.click())")
-        self.page.wait_for_function("!document.querySelector('.p-toast-message')")
+        self.js("((toast) => (toast.dismissAll ?? toast.removeAll).call(toast))(app.extensionManager.toast)")
+        self.page.wait_for_function("(message) => !document.querySelector(message)", arg=MESSAGE)
 
     def history(self):
         """The newest entries: other tests of this server leave hundreds."""

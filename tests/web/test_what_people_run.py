@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from canvas import MESSAGE
 from tiny_runs import make_images, stand_in
 
 from tooling import graph
@@ -136,5 +137,5 @@ def test_the_menu_finds_sla2_behind_the_switch(canvas):
     before = canvas.js(PROMPT)
     canvas.alerts()
     canvas.js("app.extensionManager.command.execute('SLA2.Accelerate')")
-    canvas.page.wait_for_selector(".p-toast-message")
+    canvas.page.wait_for_selector(MESSAGE)
     assert "SLA2 is already on 2 models" in " ".join(canvas.alerts()) and canvas.js(PROMPT) == before
