@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from canvas import MESSAGE
 from official_templates import missing_types, sampled_models, video_templates
 
 from tooling.paths import ROOT
@@ -122,15 +123,14 @@ def test_every_official_video_template_is_accelerated_and_restored(canvas, serve
 
 
 def toasts(canvas):
-    return " ".join(canvas.page.locator(".p-toast-message").all_inner_texts())
+    return " ".join(canvas.page.locator(MESSAGE).all_inner_texts())
 
 
 def execute(canvas, command):
     """What the page says of it."""
-    canvas.js("app.extensionManager.toast.removeAll()")
-    canvas.page.wait_for_timeout(100)
+    canvas.close_messages()
     canvas.js(f"{EXECUTE}(a)", command)
-    canvas.page.wait_for_selector(".p-toast-message")
+    canvas.page.wait_for_selector(MESSAGE)
     return toasts(canvas)
 
 

@@ -6,11 +6,13 @@ import re
 import shutil
 
 import pytest
+from canvas import MESSAGE
 from tiny_runs import make_images, stand_in
 
 from tooling import graph
 from tooling.paths import ROOT
 from tooling.recipes import RECIPES
+from tooling.recipes.cards import CARDS
 
 pytestmark = pytest.mark.web
 PROMPT = "(await app.graphToPrompt()).output"
@@ -112,6 +114,10 @@ def test_what_people_run_runs_with_sla2_and_dense(comfy, canvas, tiny_files, nam
     assert all("did not come through SLA2 Apply Attention" in outputs[report]["text"][0] for report in reports)
 
 
+def test_each_has_a_card():
+    assert set(CARDS) == set(RECIPES)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_no_node_covers_another_when_it_loads(canvas, name):
     load(canvas, name)
@@ -131,5 +137,5 @@ def test_the_menu_finds_sla2_behind_the_switch(canvas):
     before = canvas.js(PROMPT)
     canvas.alerts()
     canvas.js("app.extensionManager.command.execute('SLA2.Accelerate')")
-    canvas.page.wait_for_selector(".p-toast-message")
+    canvas.page.wait_for_selector(MESSAGE)
     assert "SLA2 is already on 2 models" in " ".join(canvas.alerts()) and canvas.js(PROMPT) == before
