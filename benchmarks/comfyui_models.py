@@ -149,7 +149,9 @@ def fill(model, generator, dtype):
             if own == "inv_freq":
                 tensor.copy_(10000.0 ** -torch.linspace(0, 1, tensor.numel()))
             elif tensor.dim() > 1:
-                tensor.normal_(0, 0.02, generator=generator)
+                # some classes leave buffers on the CPU
+                numbers = torch.empty(tensor.shape, device=generator.device, dtype=tensor.dtype)
+                tensor.copy_(numbers.normal_(0, 0.02, generator=generator))
             else:
                 tensor.fill_(0.0 if own == "bias" else 1.0)
 

@@ -148,7 +148,9 @@ def _most_memory(table):
 
 
 def _dense_row(table, part):
-    return next(rows[part] for name, rows in table.items() if name.startswith("dense, ComfyUI") and part in rows)
+    return next(
+        (rows[part] for name, rows in table.items() if name.startswith("dense, ComfyUI") and part in rows), None
+    )
 
 
 def _call_cell(row, dense):
