@@ -142,7 +142,7 @@ class Run:
             blocks = -(-q.shape[1] // sol_attn.BLOCK)
             # its count rounds down, so a little more than the share of whole blocks
             ratio = (count + 0.01) / blocks
-            kept = sol.kept_share(q, k, count)
+            kept = sol_attn.kept_share(q, k, count)
             self._add(
                 shape,
                 "sol_attn",
