@@ -5,8 +5,8 @@ What stands in the way of a sparse call raises RunDense, at whatever depth it is
 
 import torch
 
-from ...sla2_kernels import default_precision
 from ...sla2_kernels.loops import watch_loops
+from ...sla2_kernels.support import resolve_precision
 from ..runs.record import capturing
 from .call import check_supported, read_call
 from .failures import attempt, check_attempted, check_output
@@ -124,4 +124,4 @@ def _whole(out, request, exact, below, args, kwargs):
 
 def precision_on(settings, device):
     """The operator's precision: that of the settings, or the one that suits the device."""
-    return default_precision(device) if settings.bit_width == "auto" else settings.bit_width
+    return resolve_precision(settings.bit_width, device)
