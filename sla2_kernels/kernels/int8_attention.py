@@ -26,9 +26,9 @@ from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_ro
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
-MOST_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
 LINEAR_ROWS = 64  # of the linear branch, at a time
-MOST_SHIFT = tl.constexpr(31.0)  # of INT32
+MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 LANES = tl.constexpr(4)  # threads that share a row's scores
 
 
@@ -91,7 +91,7 @@ def _attend_block(
     new_max = tl.ceil(block_max)
     if not RAGGED:
         new_max = tl.maximum(row_max, new_max)
-    slope = tl.minimum(factor, MOST_SLOPE)
+    slope = tl.minimum(factor, MAX_SLOPE)
     largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
     offset = largest_p - slope * highest
     correction = tl.exp2(largest_p - _fma(slope, highest, offset))
@@ -102,7 +102,7 @@ def _attend_block(
     if RAGGED:
         acc, row_sum = tl.dot(p, v, out_dtype=tl.int32), block_sum
     else:
-        shift = tl.minimum(new_max - row_max, MOST_SHIFT)
+        shift = tl.minimum(new_max - row_max, MAX_SHIFT)
         row_sum = row_sum * tl.exp2(-shift)[:, None] + block_sum
         acc = tl.dot(p, v, acc=acc >> shift.to(tl.int32)[:, None], out_dtype=tl.int32)
     return acc, new_max, row_sum

@@ -14,7 +14,7 @@ from .numerics import MIN_MAGNITUDE
 from .tiles import plane_of, tile_at
 
 SAMPLED, STEP = 256, 128
-LEAST_SHARE = tl.constexpr(2.0**-3)  # of the largest channel: what is small in the sample may be large elsewhere
+MIN_SHARE = tl.constexpr(2.0**-3)  # of the largest channel: what is small in the sample may be large elsewhere
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])
@@ -30,7 +30,7 @@ def _value_channels(
         rows = (start + tl.arange(0, STEP)).to(tl.int64) * tokens // SAMPLED
         tile = tl.load(tile_at(plane, rows, d, stride_n, stride_d))  # [STEP, D]
         largest = tl.maximum(largest, tl.max(tl.abs(tile.to(tl.float32)), axis=0))
-    size = tl.maximum(largest, tl.maximum(tl.max(largest, axis=0) * LEAST_SHARE, MIN_MAGNITUDE))
+    size = tl.maximum(largest, tl.maximum(tl.max(largest, axis=0) * MIN_SHARE, MIN_MAGNITUDE))
     # float32's exponent alone: the power of two at or below
     power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     tl.store(channel + bh * D + d, power)

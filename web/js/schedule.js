@@ -2,7 +2,7 @@
 // number. It knows no page.
 import { t } from "./texts.js";
 
-const MOST_CHARACTERS = 300; // of one rule
+const MAX_CHARACTERS = 300; // of one rule
 const NUMBER = String.raw`(\d+(?:\.\d+)?|\.\d+)`;
 const STEPS = new RegExp(String.raw`${NUMBER}\s*%\s*-\s*${NUMBER}\s*%`);
 const NUMBERED = /steps?\s+(\d{1,5})(?:\s*-\s*(\d{1,5}))?/;
@@ -31,7 +31,7 @@ function halfWidth(text) {
 }
 
 function parseRule(part, layerCount) {
-  if (part.length > MOST_CHARACTERS) throw new Error(t`a rule is longer than ${MOST_CHARACTERS} characters.`);
+  if (part.length > MAX_CHARACTERS) throw new Error(t`a rule is longer than ${MAX_CHARACTERS} characters.`);
   const colon = part.lastIndexOf(":");
   if (colon < 0) throw new Error(t`"${part}" has no colon.`);
   const where = part.slice(0, colon).trim();
