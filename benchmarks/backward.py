@@ -263,10 +263,11 @@ def print_phases(q, k, v, sparsity):
 
 
 def sweep(q, k, v, args):
-    """Time of the whole backward operator with other tiles for one kernel at a time."""
+    """Time of the whole backward operator with other tiles for one of Triton's walks at a time, on Hopper too."""
     from sla2_kernels import triton_backward
 
     shipped = triton_backward.backward_config
+    triton_backward.takes_hopper_walks = lambda *_: False
     run = _backward_call(q, k, v, args.sparsities[0])
     print(f"shipped tiles: {median_ms(run, args.device):.3f} ms", flush=True)
     tiles = [TileConfig(r, c, w, s) for r in (64, 128) for c in (32, 64) for w in (4, 8) for s in (1, 2, 3)]

@@ -64,8 +64,11 @@ def main(argv=None):
             try:
                 measure(part, int8, args, about, path)
             except FAILURES as error:
-                # of the model itself: the other parts are still measured
-                print(f"{part}, int8 weights {int8}: FAILED {in_a_line(error)}", flush=True)
+                # of the model itself: written down, and the other parts are still measured
+                name = shown_name(part, int8)
+                row = {"part": name, "variant": "every variant", "seconds_per_step": None, "failed": in_a_line(error)}
+                print(row, flush=True)
+                results.save(path, results.replace_part(results.load(path), name, [row], about))
                 free(args.device)
     print("\n" + calls_markdown(results.load(path)))
 
@@ -96,12 +99,10 @@ def measure(part, int8, args, about, path):
     """Rows of one model and one kind of weights, written down as they come."""
     name, blocks, compiled = PARTS[part]
     case, dtype = CASES[name], torch.bfloat16 if is_gpu(args.device) else torch.float32
-    run = blocks or case.layers
-    shown = f"{name}, {'int8 weights' if int8 else '16 bit'}"
-    shown += f" ({run} of {case.layers} blocks)" if run != case.layers else ""
+    run, shown = blocks or case.layers, shown_name(part, int8)
     model = make_patcher(case, args.device, dtype, int8=int8, layers=blocks)
     inputs, rows, bound = make_inputs(case, args.device, dtype), [], None
-    for variant, make in variants(case, args, compiled and int8):
+    for variant, make in variants(case, args, compiled):
         row = {"part": shown, "variant": variant, "tokens": case.tokens, "blocks": run}
         try:
             row |= time_calls(make(model), inputs, args, whole="compiled" in variant)
@@ -118,8 +119,15 @@ def measure(part, int8, args, about, path):
     free(args.device)
 
 
+def shown_name(part, int8):
+    name, blocks, _ = PARTS[part]
+    of_all = f" ({blocks} of {CASES[name].layers} blocks)" if blocks else ""
+    return f"{name}, {'int8 weights' if int8 else '16 bit'}{of_all}"
+
+
 def in_a_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """A failure as the table shows it; torch.compile names the cause in a later line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def variants(case, args, compiled):

@@ -16,7 +16,7 @@ ROTATED = 256  # features that are rotated together
 
 @dataclass(frozen=True)
 class Case:
-    """inputs(rand, layers): keyword arguments of a model call, where rand(*shape) makes numbers on the device.
+    """inputs(rand): keyword arguments of a model call, where rand(*shape) makes numbers on the device.
 
     tokens: of the video, in its self-attention. prefix: (text, sound) tokens before it in the same sequence.
     """
@@ -30,14 +30,14 @@ class Case:
     prefix: tuple = (0, 0)
 
 
-def wan(tokens_of, dim=5120, ffn_dim=13824, heads=40, layers=40):
+def wan(latents, dim=5120, ffn_dim=13824, heads=40, layers=40):
     """Wan 2.1 and 2.2 text to video: latents (frames, height, width), a token is 1 x 2 x 2 of them."""
-    frames, height, width = tokens_of
+    frames, height, width = latents
     sizes = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": heads, "num_layers": layers}
 
     def inputs(rand):
         context = 0.1 * rand(1, 512, 4096)
-        return {"x": rand(1, 16, *tokens_of), "timestep": torch.tensor([500.0]), "context": context}
+        return {"x": rand(1, 16, *latents), "timestep": torch.tensor([500.0]), "context": context}
 
     return Case("comfy.ldm.wan.model.WanModel", sizes, layers, heads, frames * height * width // 4, inputs)
 
@@ -149,7 +149,9 @@ def fill(model, generator, dtype):
             if own == "inv_freq":
                 tensor.copy_(10000.0 ** -torch.linspace(0, 1, tensor.numel()))
             elif tensor.dim() > 1:
-                tensor.normal_(0, 0.02, generator=generator)
+                # some classes leave buffers on the CPU
+                numbers = torch.empty(tensor.shape, device=generator.device, dtype=tensor.dtype)
+                tensor.copy_(numbers.normal_(0, 0.02, generator=generator))
             else:
                 tensor.fill_(0.0 if own == "bias" else 1.0)
 

@@ -1,18 +1,21 @@
-"""The README's measured part, written from benchmarks/results: python -m benchmarks.readme
+"""The README's measured parts, written from benchmarks/results: python -m benchmarks.readme
 
-No number is typed there: a test compares the README with what this module would write. Plots go to docs/.
+Three parts lie between marks: "steps", whole denoising steps, "measured", attention calls, and "cards", those in the
+instructions of RTX cards. No number is typed there: a
+test compares the README with what this module would write. Plots go to docs/.
 """
 
 import sys
 
 from tooling.paths import ROOT
 
+from .consumer_table import consumer_markdown
 from .plot import part_plot
 from .results import RESULTS, load
-from .table import markdown, step_markdown
+from .table import calls_markdown, markdown, step_markdown
 
-BEGIN, END = "<!-- measured begin -->", "<!-- measured end -->"
-PICTURE = "workflows/wan2.1_t2v_1.3b_sla2.jpg"
+NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
+NO_CALLS = "MiniMax H3, LTX-2, HunyuanVideo and others [run too](#supported-models); no full step of theirs has been timed yet."
 PLOTS = {
     "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",
     "length": "Time of one attention call against the number of tokens",
@@ -33,6 +36,16 @@ def steps(folder=RESULTS):
     return [content for content in contents if content["rows"]]
 
 
+def calls(folder=RESULTS):
+    """Contents of the results files of benchmarks.comfyui_calls."""
+    return [load(path) for path in sorted(folder.glob("comfyui-calls-*.json"))]
+
+
+def consumers(folder=RESULTS):
+    """Contents of the results files of benchmarks.consumer."""
+    return [load(path) for path in sorted(folder.glob("consumer-*.json"))]
+
+
 def plots(contents):
     """{file name: (SVG text, what it shows)} of the first card that has each part."""
     found = {}
@@ -43,21 +56,40 @@ def plots(contents):
     return found
 
 
-def block(contents, step_contents=()):
-    """What stands between the README's two marks."""
-    if not contents and not step_contents:
-        picture = f"![Dense and SLA2 side by side in one ComfyUI workflow]({PICTURE})"
-        return f"{picture}\n\nNothing has been measured on a GPU yet, so no number stands here."
+def marks(part):
+    return f"<!-- {part} begin -->", f"<!-- {part} end -->"
+
+
+def blocks():
+    """{part of the README: what stands between its two marks}"""
+    return {
+        "steps": first_screen(steps(), calls()),
+        "measured": details(measured(), steps(), calls()),
+        "cards": "\n\n".join(map(consumer_markdown, consumers())) or NOTHING,
+    }
+
+
+def first_screen(step_contents, call_contents):
+    """One table: the models that most people run where they were timed, else Wan alone."""
+    if call_contents:
+        return "\n\n".join(map(calls_markdown, call_contents))
+    return "\n\n".join([*map(step_markdown, step_contents), NO_CALLS]) if step_contents else NOTHING
+
+
+def details(contents, step_contents, call_contents):
+    """Pictures and tables of attention calls, and Wan's steps where the first screen has another table."""
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *map(step_markdown, step_contents), *pictures[1:]])
+    further = map(step_markdown, step_contents) if call_contents else ()
+    return "\n\n".join([*pictures[:1], *map(markdown, contents), *further, *pictures[1:]]) or NOTHING
 
 
-def insert(text, content):
-    """``text`` with the marked part replaced. Raises ValueError where a mark is missing or there twice."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README must hold {BEGIN} and {END} once each.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+def insert(text, part, content):
+    """``text`` with one marked part replaced. Raises ValueError where a mark is missing or there twice."""
+    begin, end = marks(part)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the README must hold {begin} and {end} once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def main():
@@ -68,7 +100,10 @@ def main():
     for name, (svg, _) in drawn.items():
         (ROOT / "docs" / name).write_text(svg, encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), block(contents, steps())), encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for part, content in blocks().items():
+        text = insert(text, part, content)
+    readme.write_text(text, encoding="utf-8")
     print(f"README.md: {len(contents)} measured cards; docs/: {', '.join(drawn) or 'no plots'}")
 
 

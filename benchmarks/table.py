@@ -5,6 +5,7 @@ from .results import timed
 from .rivals.packages import BASELINE
 
 GIB = 2**30
+MODELS = {"1.3B-480p": "Wan 2.1 1.3B, 832 x 480", "14B-720p": "Wan 14B, 1280 x 720"}
 
 
 def label(row):
@@ -92,7 +93,8 @@ def step_markdown(content):
     for row in content["rows"]:
         table.setdefault(row["variant"], {})[row["part"]] = row
     (dense, *_) = table
-    lines = ["| one denoising step in ComfyUI | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+    models = [MODELS.get(part, part) for part in parts]
+    lines = ["| one denoising step in ComfyUI | " + " | ".join(models) + " |", "|---" * (1 + len(parts)) + "|"]
     for name, rows in table.items():
         cells = [
             f"{rows[part]['seconds_per_step']:.2f} s ({_faster(table[dense], rows, part):.1f}x)"
@@ -126,15 +128,29 @@ def calls_markdown(content):
     lines += [
         "",
         f"{env['card']}, ComfyUI {env['comfyui']}, torch {env['torch']}: ComfyUI's own classes with random weights, one model "
-        "call, as a distilled model makes one per step; in brackets how many times faster than ComfyUI's default, then the "
-        "self-attention's part and the peak memory.",
+        "call, as a distilled model makes one per step; in brackets how many times faster than ComfyUI's default, then what "
+        f"the self-attention takes of it. Peak memory of SLA2: at most {_most_memory(table):.3f} times dense.",
     ]
     failed = [row for row in content["rows"] if row.get("failed")]
     return "\n".join([*lines, *(f"Failed: {row['variant']} at {row['part']}: {row['failed']}." for row in failed)])
 
 
+def _most_memory(table):
+    """Of SLA2 beside ComfyUI's default; compiled models have memory of their own."""
+    shares = [
+        row["peak_bytes"] / _dense_row(table, part)["peak_bytes"]
+        for name, rows in table.items()
+        if name.startswith("SLA2") and "compiled" not in name
+        for part, row in rows.items()
+        if "peak_bytes" in row
+    ]
+    return max(shares, default=float("nan"))
+
+
 def _dense_row(table, part):
-    return next(rows[part] for name, rows in table.items() if name.startswith("dense, ComfyUI") and part in rows)
+    return next(
+        (rows[part] for name, rows in table.items() if name.startswith("dense, ComfyUI") and part in rows), None
+    )
 
 
 def _call_cell(row, dense):
@@ -142,9 +158,7 @@ def _call_cell(row, dense):
         return "-"
     seconds = row["seconds_per_step"]
     cell = f"{seconds:.3g} s ({dense['seconds_per_step'] / seconds:.2f}x)"
-    if row.get("attention_seconds") is not None:
-        cell += f", {row['attention_seconds']:.3g} s"
-    return cell + (f", {row['peak_bytes'] / GIB:.1f} GiB" if "peak_bytes" in row else "")
+    return cell if row.get("attention_seconds") is None else f"{cell}, {row['attention_seconds']:.2g} s"
 
 
 def _faster(dense, rows, part):

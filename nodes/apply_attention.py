@@ -12,8 +12,17 @@ from .load_router import Router
 from .load_sla import SLAWeightsType
 from .runs.outcome import show_outcomes
 from .settings.presets import CUSTOM, NAMES, preset_named, preset_notes
-from .settings.schedule import parse_schedule
-from .settings.values import AUTOMATIC, BIT_WIDTHS, METHODS, RATIO_MODES, AttentionSettings, parse_layers
+from .settings.schedule import check_schedule, parse_schedule
+from .settings.values import (
+    AUTOMATIC,
+    BIT_WIDTHS,
+    METHODS,
+    RATIO_MODES,
+    AttentionSettings,
+    check_layers,
+    check_percents,
+    parse_layers,
+)
 
 RUN_DENSE, STOP = "run dense and say so", "stop"
 
@@ -27,34 +36,35 @@ class SLA2ApplyAttention(io.ComfyNode):
             display_name="SLA2 Apply Attention",
             category="model/sla2",
             description="Speeds up a video model: its self-attention computes the most relevant blocks exactly and the "
-            "rest by linear attention. Place it last on the MODEL wire.",
+            "rest with linear attention. Place it last on the MODEL wire.",
             hidden=[io.Hidden.unique_id],
+            # ComfyUI serves a node of another workflow from its cache otherwise, and that one tells the other's id of its runs
+            not_idempotent=True,
             **search_aliases("sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
                 io.Model.Input("model", tooltip="A video model after its LoRAs: Wan in all variants, HunyuanVideo, LTX, CogVideoX, Mochi, Cosmos, "
-                    "Kandinsky 5, MiniMax H3; Flux and Qwen-Image. Out of reach, and unchanged: SeedVR2, the audio and "
+                    "Kandinsky 5, MiniMax H3; Flux and Qwen-Image. Not supported, and unchanged: SeedVR2, the audio and "
                     "face branches of S2V, InfiniteTalk and Animate, Uni3C, Causal Wan with its cache.",),
                 Router.Input("router", optional=True, tooltip="From SLA2 Load Router. Not connected: untrained."),
                 io.Float.Input(
                     "sparsity", default=0.9, min=0.0, max=0.99, step=0.01, round=0.01,
-                    tooltip="Share of the attention that is skipped: 0.97 skips 97%, keeps 3%. Without a trained router "
-                    "stay at or below 0.90.",
+                    tooltip="Share of the attention that is skipped: 0.97 skips 97%, keeps 3%.",
                 ),
                 io.Combo.Input(
                     "bit_width", options=list(BIT_WIDTHS), default="auto",
-                    tooltip="Numbers inside the attention. auto: what is fastest on this card (int8; fp8 on B200). "
-                    "fp8 needs an RTX 40 or newer. 16bit is the most exact.",
+                    tooltip="Precision inside the attention. auto: the fastest on this card (int8; fp8 on B200). "
+                    "fp8 needs an RTX 40 or newer. 16bit is the most accurate.",
                 ),
                 io.Combo.Input(
                     "ratio_mode", options=list(RATIO_MODES), default="learned",
-                    tooltip="How the exact and the linear part are mixed. learned: by the router file (without one: "
-                    "fitted). fitted: to a few rows that the run computes exactly. estimated: from its attention mass. "
+                    tooltip="How the exact and the linear branch are mixed. learned: from the router file (without one: "
+                    "fitted). fitted: to a few rows computed exactly during the run. estimated: from the attention mass. "
                     "fixed: the value below.",
                 ),
                 io.Float.Input(
                     "fixed_ratio", default=0.9, min=0.0, max=1.0, step=0.01, round=0.01,
-                    tooltip="Share of the exact part in the mix. Counts only where ratio_mode is fixed.",
+                    tooltip="Share of the exact branch in the mix. Only used if ratio_mode is fixed.",
                 ),
                 io.Float.Input("start_percent", default=0.0, **percent, tooltip="Steps before this share run dense."),
                 io.Float.Input("end_percent", default=1.0, **percent, tooltip="Steps after this share run dense."),
@@ -69,7 +79,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "on_unsupported", options=[RUN_DENSE, STOP], default=RUN_DENSE,
-                    tooltip="What to do where SLA2 cannot run (other model family, no Triton, a mask, ...).",
+                    tooltip="What to do if SLA2 cannot run (unsupported model, no Triton, a mask, ...).",
                 ),
                 io.Combo.Input(
                     "method", optional=True, options=list(METHODS), default="automatic",
@@ -78,13 +88,13 @@ class SLA2ApplyAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", optional=True, options=list(NAMES), default=CUSTOM,
-                    tooltip="Fills in sparsity and schedule, in place of the widgets. custom: the widgets count. Those with "
+                    tooltip="Sets sparsity and schedule instead of the widgets. custom: the widgets are used. Presets with "
                     "4-8 steps are for distilled models. fast needs a trained router.",
                 ),
                 io.String.Input(
                     "schedule", optional=True, default="", multiline=True,
-                    tooltip='Other sparsities for some steps or layers; of several rules the last that fits counts: '
-                    '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85", or by number: "step 1: dense". Empty: sparsity everywhere.',
+                    tooltip='Other sparsities for some steps or layers; the last matching rule applies: '
+                    '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85", or by step number: "step 1: dense". Empty: the same sparsity everywhere.',
                 ),
                 SLAWeightsType.Input(
                     "sla_weights", optional=True,
@@ -98,6 +108,20 @@ class SLA2ApplyAttention(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, dense_layers=None, start_percent=None, end_percent=None, schedule=None, preset=CUSTOM):
+        """Refuses bad settings when the prompt is queued, before a model is loaded. None: a wire, whose value comes later.
+
+        ComfyUI shows a sentence that is raised once, on this node, and one that is returned for every input named here.
+        """
+        if dense_layers is not None:
+            check_layers(dense_layers)
+        if start_percent is not None and end_percent is not None:
+            check_percents(start_percent, end_percent)
+        if preset is not None and preset_named(preset) is None and schedule is not None:
+            check_schedule(schedule)
+        return True
 
     @classmethod
     def execute(

@@ -34,7 +34,7 @@ class SLA2Compare(io.ComfyNode):
             display_name="SLA2 Compare",
             category="model/sla2",
             description="Samples twice with the same noise, dense and with SLA2, and measures both: time per step, attention's "
-            "share of it, the speed-up that is possible at all, the latent error, peak memory, and from how many tokens on SLA2 "
+            "share of it, the maximum possible speed-up, the latent error, peak memory, and the number of tokens from which SLA2 "
             "is faster on this card.",
             is_output_node=True,
             **search_aliases("SLA2 benchmark", "speed test", "break-even", "A/B test", "is it faster", "minimum tokens"),
@@ -64,7 +64,7 @@ class SLA2Compare(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "find_break_even", default=True,
-                    tooltip="Also times both attentions at growing lengths (about 20 s) to find from how many tokens on "
+                    tooltip="Also times both attentions at growing lengths (about 20 s) to find the number of tokens from which "
                     "SLA2 is faster on this card.",
                 ),
                 io.Vae.Input(
@@ -73,8 +73,8 @@ class SLA2Compare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("dense", display_name="dense", tooltip="What dense attention makes."),
-                io.Latent.Output("sla2", display_name="sla2", tooltip="What SLA2 makes."),
+                io.Latent.Output("dense", display_name="dense", tooltip="The latent sampled with dense attention."),
+                io.Latent.Output("sla2", display_name="sla2", tooltip="The latent sampled with SLA2."),
                 io.String.Output("report", display_name="report", tooltip="The measured numbers as text."),
             ],
         )  # fmt: skip

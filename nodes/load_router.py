@@ -28,17 +28,19 @@ class SLA2LoadRouter(io.ComfyNode):
             node_id="SLA2LoadRouter",
             display_name="SLA2 Load Router",
             category="model/sla2",
-            description="Loads a trained SLA2 router (which key blocks to keep, and how to mix) from models/sla2.",
+            description="Loads a trained SLA2 router from models/sla2: which key blocks to keep, and the mixing ratios.",
             **search_aliases("SLA2 weights", "router loader", "load sparse attention weights"),
             inputs=[
                 io.Combo.Input(
                     "router_name",
                     options=[UNTRAINED, *folder_paths.get_filename_list(FOLDER)],
-                    tooltip="A router file made for this very model. Untrained: blocks are picked by their mean keys, "
+                    tooltip="A router file made for exactly this model. Untrained: blocks are selected by their mean keys, "
                     "and the mixing ratio is fitted while sampling.",
                 )
             ],
-            outputs=[Router.Output(display_name="router", tooltip="For SLA2 Apply Attention, or to go on training.")],
+            outputs=[
+                Router.Output(display_name="router", tooltip="For SLA2 Apply Attention, or to continue training.")
+            ],
         )
 
     @classmethod

@@ -35,7 +35,7 @@ class SLA2MiniatureCaption(io.ComfyNode):
             node_id="SLA2MiniatureCaption",
             display_name="SLA2 Miniature Caption",
             category="model/sla2/miniature",
-            description="What the miniature shall show. The miniature is a small trained video model that comes with a clone of "
+            description="Chooses what the miniature shows. The miniature is a small trained video model that comes with a clone of "
             "this pack: try everything here without a download, on any machine.",
             **search_aliases("miniature prompt", "demo caption", "SLA2 demo"),
             inputs=[

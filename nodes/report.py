@@ -21,15 +21,15 @@ class SLA2Report(io.ComfyNode):
             node_id="SLA2Report",
             display_name="SLA2 Report",
             category="model/sla2",
-            description="Says which attention calls of the sampling ran sparse, which dense and why. Connect the MODEL "
-            "that was sampled and the sampler's LATENT, so that the report comes after the sampling.",
+            description="Shows which attention calls of the sampling ran sparse, which ran dense, and why. Connect the MODEL "
+            "that was sampled and the sampler's LATENT, so that the report runs after the sampling.",
             is_output_node=True,
             **search_aliases("SLA2 statistics", "attention map", "routing map", "why is it slow", "dense reasons"),
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL from SLA2 Apply Attention that was sampled."),
                 io.MultiType.Input(
-                    "samples", types=[io.Latent, io.Image], tooltip="What the sampling made; passed through unchanged."
+                    "samples", types=[io.Latent, io.Image], tooltip="The sampler's output; passed through unchanged."
                 ),
             ],
             outputs=[

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from .compat.schema import search_aliases
 from .load_router import Router
 from .page.text import plain, show_on_node
-from .training.router_files import FOLDER, save_router, saved_files
+from .training.router_files import FOLDER, checked_prefix, router_folder, save_router, saved_files
 
 
 class SLA2SaveRouter(io.ComfyNode):
@@ -34,6 +34,17 @@ class SLA2SaveRouter(io.ComfyNode):
     def fingerprint_inputs(cls, filename_prefix, router=None):
         """New where a file is gone: "saved as ..." must not come from the cache then."""
         return saved_files.losses(filename_prefix)
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        """Refuses a bad name when the prompt is queued, before hours of training. None: a wire, whose value comes later."""
+        if filename_prefix is None:
+            return True
+        try:
+            checked_prefix(filename_prefix, router_folder())
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, router, filename_prefix) -> io.NodeOutput:

@@ -47,23 +47,23 @@ class SLA2TrainLora(io.ComfyNode):
             node_id="SLA2TrainLora",
             display_name="SLA2 Train LoRA",
             category="model/sla2",
-            description="Makes a LoRA with which the model keeps its quality at a higher sparsity, and trains the router's "
-            "mixing ratios along with it. Needs no videos: it learns from the same model run dense. Cancelling saves what "
-            "is trained so far in models/loras and models/sla2.",
+            description="Trains a LoRA that lets the model keep its quality at a higher sparsity, together with the router's "
+            "mixing ratios. Needs no videos: it learns from the same model run dense. Cancelling saves what has been "
+            "trained so far to models/loras and models/sla2.",
             hidden=[io.Hidden.unique_id],
             **search_aliases("train LoRA", "fine-tune sparse attention", "SLA2 stage 2", "QAT", "distillation"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
-                io.Model.Input("model", tooltip="The model as it is loaded, with LoRAs it will always be used with. It stays as it is: a copy is trained."),
-                io.Conditioning.Input("positive", tooltip="A prompt like those you will use; several joined by Conditioning (Combine): each video takes the next one."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used. Counts where cfg is above 1."),
-                io.Latent.Input("latent_image", tooltip="The size that is trained at; it decides time and memory. Not used where latents are connected."),
+                io.Model.Input("model", tooltip="The model as loaded, with the LoRAs it will always be used with. It is not changed: a copy is trained."),
+                io.Conditioning.Input("positive", tooltip="A prompt like those you will use; with several joined by Conditioning (Combine), each video uses the next one."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used. Only matters if cfg is above 1."),
+                io.Latent.Input("latent_image", tooltip="The size to train at; it determines time and memory. Not used if latents are connected."),
                 Router.Input("router", optional=True, tooltip="From SLA2 Train Router or SLA2 Load Router, for this model. Not connected: untrained, which needs more steps."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Noise of the first video, the LoRA's first values and what is drawn while training.",
+                    tooltip="Seed of the first video, the LoRA's initial values and the training.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"{as_sampler} For the videos that the dense model makes first."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"{as_sampler} For the videos that the dense model generates first."),
                 io.Float.Input(
                     "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
                     tooltip="As in the sampler node: 1 for distilled models, about 6 for others.",
@@ -72,42 +72,42 @@ class SLA2TrainLora(io.ComfyNode):
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip=as_sampler),
                 io.Float.Input(
                     "sparsity", default=0.97, min=0.1, max=0.99, step=0.01, round=0.01,
-                    tooltip="The sparsity that LoRA and ratios are trained for: 0.97 skips 97%, keeps 3%. Use them at this one.",
+                    tooltip="The sparsity that LoRA and ratios are trained for: 0.97 skips 97%, keeps 3%. Use them at this sparsity.",
                 ),
                 io.Combo.Input(
                     "bit_width", options=list(BIT_WIDTHS), default="auto",
-                    tooltip="Numbers inside the attention, as in SLA2 Apply Attention. Gradients are computed in 16 bit.",
+                    tooltip="Precision inside the attention, as in SLA2 Apply Attention. Gradients are computed in 16 bit.",
                 ),
                 io.Combo.Input(
                     "loss", options=[DISTILL, FLOW], default=DISTILL,
-                    tooltip=f"{DISTILL}: the distance to what the same model run dense computes, on its own videos or on your "
-                    f"latents. {FLOW}: as the model itself was trained, on videos of yours.",
+                    tooltip=f"{DISTILL}: the distance to the output of the same model run dense, on its own videos or on your "
+                    f"latents. {FLOW}: as the model itself was trained, on your own videos.",
                 ),
                 io.Int.Input(
                     "videos", default=4, min=1, max=1000,
-                    tooltip="Videos that the dense model makes first, to train on. Not used where latents are connected.",
+                    tooltip="Training videos that the dense model generates first. Not used if latents are connected.",
                 ),
-                io.Int.Input("rank", default=16, min=1, max=256, tooltip="Of the LoRA: its size, and how much it can learn."),
+                io.Int.Input("rank", default=16, min=1, max=256, tooltip="Rank of the LoRA: its size, and how much it can learn."),
                 io.Int.Input("training_steps", default=100, min=1, max=100_000, tooltip="Optimisation steps. 20 for a trial, 100 to 500 for use."),
                 io.Int.Input(
                     "batch_size", default=4, min=1, max=1024,
-                    tooltip="Videos per optimisation step, one after the other: more is steadier and slower, and takes no more memory.",
+                    tooltip="Videos per optimisation step, processed one by one: more is steadier and slower, but needs no more memory.",
                 ),
                 io.Float.Input(
                     "learning_rate", default=0.0005, min=1e-7, max=1.0, step=1e-7, round=1e-7,
-                    tooltip="Of the LoRA (AdamW). It means what it means in core's Train LoRA. Lower it where the loss jumps.",
+                    tooltip="Learning rate of the LoRA (AdamW), as in core's Train LoRA. Lower it if the loss jumps.",
                 ),
-                io.Latent.Input("latents", optional=True, tooltip="Videos of yours, encoded by the model's VAE, one batch of one size."),
+                io.Latent.Input("latents", optional=True, tooltip="Your own videos, encoded by the model's VAE, one batch of one size."),
                 io.Combo.Input(
                     "resume_lora", optional=True, options=[NEW, *folder_paths.get_filename_list("loras")], default=NEW,
-                    tooltip="A LoRA that this node made, to go on from. Connect the router that belongs to it.", **ADVANCED,
+                    tooltip="A LoRA made by this node, to continue training. Connect the matching router.", **ADVANCED,
                 ),
             ],
             outputs=[
                 io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="For Load LoRA Model, and Save LoRA Weights."),
-                Router.Output(display_name="router", tooltip="The router with the ratios that belong to this LoRA. Its projections are unchanged."),
+                Router.Output(display_name="router", tooltip="The router with the ratios for this LoRA. Its projections are unchanged."),
                 io.String.Output(display_name="report", tooltip="Error before and after, and what was trained."),
-                io.Int.Output(display_name="steps", tooltip="Optimisation steps, for the name that Save LoRA Weights gives."),
+                io.Int.Output(display_name="steps", tooltip="Number of optimisation steps, for the file name in Save LoRA Weights."),
             ],
         )  # fmt: skip
 

@@ -33,20 +33,20 @@ class SLA2TrainRouter(io.ComfyNode):
             node_id="SLA2TrainRouter",
             display_name="SLA2 Train Router",
             category="model/sla2",
-            description="Makes a router for this very model: samples with the dense model and trains, in every attention "
-            "layer, which key blocks to keep and how to mix. Takes one sampling more than it trains, to measure. "
-            "Cancelling saves what is trained so far in models/sla2.",
+            description="Trains a router for exactly this model: samples with the dense model and learns, in every attention "
+            "layer, which key blocks to keep and how to mix. One additional sampling measures the result. "
+            "Cancelling saves what has been trained so far to models/sla2.",
             hidden=[io.Hidden.unique_id],
             **search_aliases("train sparse attention", "fine-tune router", "SLA2 training", "calibrate"),
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
                 io.Model.Input("model", tooltip="The model, with the LoRAs it will be used with, before SLA2 Apply Attention."),
                 io.Conditioning.Input("positive", tooltip="A prompt like those the router will be used for."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used. Counts where cfg is above 1."),
-                io.Latent.Input("latent_image", tooltip="Its size is the size that is trained on; larger ones work too."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt that will be used. Only matters if cfg is above 1."),
+                io.Latent.Input("latent_image", tooltip="Training uses its size; the router also works at larger sizes."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Noise of the first sampling and what is drawn while training; each sampling takes the next one.",
+                    tooltip="Seed of the first sampling and of the training; each further sampling uses the next seed.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps, as in the sampler node."),
                 io.Float.Input(
@@ -57,21 +57,21 @@ class SLA2TrainRouter(io.ComfyNode):
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in the sampler node."),
                 io.String.Input(
                     "sparsities", default="0.97, 0.95, 0.90",
-                    tooltip="Sparsities to train for: 0.97 skips 97%, keeps 3%. Between them ratios are interpolated.",
+                    tooltip="Sparsities to train for: 0.97 skips 97%, keeps 3%. Ratios in between are interpolated.",
                 ),
                 io.Int.Input(
                     "training_steps", default=120, min=1, max=100_000,
                     tooltip="Optimisation steps per layer. At most 4 fit into one sampling step, so 120 take two "
                     "samplings of 20 steps, and one more to measure.",
                 ),
-                Router.Input("resume", optional=True, tooltip="A router of this model to go on from."),
+                Router.Input("resume", optional=True, tooltip="A router of this model to continue training."),
                 io.Float.Input(
                     "learning_rate", default=TrainerOptions.learning_rate, min=1e-6, max=1.0, step=1e-6, round=1e-6,
-                    tooltip="Of the router's projections (Adam).", **ADVANCED,
+                    tooltip="Learning rate of the router's projections (Adam).", **ADVANCED,
                 ),
                 io.Int.Input(
                     "query_blocks", default=TrainerOptions.query_blocks, min=1, max=1024,
-                    tooltip="Query blocks of 128 tokens drawn per head and step. Halved by itself where memory runs out.",
+                    tooltip="Query blocks of 128 tokens drawn per head and step. Halved automatically if memory runs out.",
                     **ADVANCED,
                 ),
             ],
@@ -82,11 +82,17 @@ class SLA2TrainRouter(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model):
-        """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
-        if hasattr(comfy.model_management, "in_training"):
+    def validate_inputs(cls, sparsities=None):
+        """Refuses the prompt before anything of it runs. sparsities: None where a wire brings them."""
+        if not hasattr(comfy.model_management, "in_training"):
+            return needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
+        if sparsities is None:
             return True
-        return needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
+        try:
+            parse_sparsities(sparsities)
+        except ValueError as error:
+            return str(error)  # ComfyUI shows it beside the one input that is named here
+        return True
 
     @classmethod
     def execute(

@@ -52,7 +52,7 @@ def sla2_attention(
         alpha: share of the softmax branch, 0 to 1: (H,), or (H, A) knots resampled linearly along the query blocks.
             None estimates it per query row from the run.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1. Ignored with ``key_blocks``.
-        precision: "16bit" (the dtype of q), "int8" (INT8 QK^T, FP8 PV; 16-bit PV below sm_89) or "fp8" (sm_89 and up).
+        precision: "16bit" (the dtype of q), "int8" (INT8 QK^T; PV in INT8 on RTX cards and A100, in FP8 on Hopper and B200) or "fp8" (sm_89 and up).
         layout: "BHND" or "BNHD".
         scale: softmax scale, > 0; None is D ** -0.5.
         key_blocks: integers (B, H, T_m, n), distinct key blocks per query block, instead of routing. On a GPU what is out

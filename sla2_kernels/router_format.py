@@ -11,7 +11,8 @@ from .router import K_BLOCK, Q_BLOCK
 from .support import PRECISIONS
 
 FORMAT = "sla2_router"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FLOAT32_VERSION = 1  # what is written where every tensor is float32: earlier releases read that
 TOKEN_ORDERS = ("raster",)
 KINDS = ("proj_q", "proj_k", "alpha_logits")
 MAX_HEADER_BYTES = 4 * 2**20
@@ -148,16 +149,18 @@ def _entry(name, entry):
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         lists = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (shape, offsets))
         if isinstance(dtype, str) and lists and len(offsets) == 2:
-            return {"F32": "float32"}.get(dtype, dtype), shape, offsets[1]
+            return {"F32": "float32", "F16": "float16"}.get(dtype, dtype), shape, offsets[1]
     raise RouterFileError(f"tensor {name} must have a dtype, a shape and two offsets in the safetensors header.")
 
 
 def check_tensor(name, dtype, shape, heads, dim, sparsity_count):
     """One tensor of a router against what its name promises; shape and dtype only."""
     shape = tuple(shape)
-    if dtype != "float32":
-        raise RouterFileError(f"tensor {name} must be float32, got {printable(dtype)}.")
-    if name.endswith("alpha_logits"):
+    is_ratio = name.endswith("alpha_logits")
+    if dtype != "float32" and (is_ratio or dtype != "float16"):
+        expected = "float32" if is_ratio else "float32 or float16"
+        raise RouterFileError(f"tensor {name} must be {expected}, got {printable(dtype)}.")
+    if is_ratio:
         if len(shape) != 3 or shape[:2] != (sparsity_count, heads) or shape[0] == 0 or shape[2] == 0:
             raise RouterFileError(
                 f"tensor {name} must have shape ({sparsity_count} sparsities, {heads} heads, 1 or more knots), got {printable(shape)}."

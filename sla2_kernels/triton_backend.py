@@ -12,6 +12,7 @@ import torch
 from .kernels import configs
 from .kernels.fitted_ratio import FittedRatio
 from .kernels.hopper import why_not_hopper_loop
+from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
@@ -21,6 +22,7 @@ from .kernels.score import project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
+from .kernels.value_channels import value_channels
 from .kernels.weighted_mask import weighted_mask
 from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
@@ -48,7 +50,7 @@ class Workspace:
 
     packed_k: torch.Tensor | None = None  # K in 8 bit, (G, T_n, 64, D)
     k_scale: torch.Tensor | None = None  # float32 (G, T_n)
-    packed_v: torch.Tensor | None = None  # V in FP8, transposed, (G, T_n, D, 64)
+    packed_v: torch.Tensor | None = None  # V in 8 bit, transposed, (G, T_n, D, 64)
     v_exponent: torch.Tensor | None = None  # float32 (G, T_n)
     sums: torch.Tensor | None = None  # h_j: the first D * D of (G, T_n, >= D * D)
     norms: torch.Tensor | None = None  # z_j: (G, T_n, D), where h_j is not in FP8 the last row of sums
@@ -104,7 +106,7 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
 
 def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
-    packed = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv == "fp8"))
+    packed = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv != "16bit"))
     if not linear:
         return packed
     sum_bytes = (head_dim + 1) * head_dim * q.element_size()
@@ -131,8 +133,8 @@ def _allocate(q, k, group, qk, pv, linear, sums_dtype, fp8_sums):
     work = Workspace(
         packed_k=empty(qk != "16bit", blocks, K_BLOCK, head_dim, dtype=torch.int8 if qk == "int8" else fp8),
         k_scale=empty(qk != "16bit", blocks),
-        packed_v=empty(pv == "fp8", blocks, head_dim, K_BLOCK, dtype=fp8),
-        v_exponent=empty(pv == "fp8", blocks),
+        packed_v=empty(pv != "16bit", blocks, head_dim, K_BLOCK, dtype=torch.int8 if pv == "int8" else fp8),
+        v_exponent=empty(pv != "16bit", blocks),
         query_sums=empty(linear, q_blocks, rows, dtype=sums_dtype),
     )
     if fp8_sums:
@@ -252,6 +254,7 @@ def _attend(t, s):
     groups = _head_groups(t.q, per_head)
     work = _allocate(t.q, t.k, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
     scale_log2, fit = s.scale * math.log2(math.e), None
+    v_channel = value_channels(t.v) if s.pv == "int8" else None
     if t.rows is not None:
         fit = FittedRatio(Sample(t.rows, s.fitted, t.dense), t.block_ratio)
         config = configs.fit_config(t.q.element_size())
@@ -263,12 +266,12 @@ def _attend(t, s):
             t.q, routed, t.ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
         )
     for group in groups:
-        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, register_order=s.register_order)
+        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, v_channel, register_order=s.register_order)
         if s.linear:
             _sum_unselected(routed.unselected, work, group, s, t.q)
         if fit is not None:
             fit.fit(t.q, work.query_sums, group, register_order=s.register_order)
-        _loop(t, s, work, group, scale_log2)
+        _loop(t, s, work, group, scale_log2, v_channel)
 
 
 def _routing(t, s):
@@ -292,7 +295,7 @@ def _sum_unselected(unselected, work, group, s, q):
         masked_sum(unselected, work.sums, work.query_sums, group, config)
 
 
-def _loop(t, s, work, group, scale_log2):
+def _loop(t, s, work, group, scale_log2, v_channel):
     """The sparse loop of a group of heads, and its linear branch."""
     kind = "none" if not s.linear else "estimated" if t.block_ratio is None else "learned"
     if s.hopper:
@@ -304,10 +307,17 @@ def _loop(t, s, work, group, scale_log2):
         )  # fmt: skip
         return
     card, element_size = capability(t.q.device), t.q.element_size()
-    if s.linear:
+    if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
         linear_attention(t.q, work, t.out, t.block_ratio, t.ratio, group, config=config)
+    config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
+    if s.pv == "int8":
+        int8_sparse_attention(
+            t.q, t.k.shape[2], t.out, work, v_channel, t.selected, t.block_ratio, t.ratio, group,
+            ratio_kind=kind, scale_log2=scale_log2, config=config,
+        )  # fmt: skip
+        return
     sparse_attention(
         t.q, t.k, t.v, t.out, work, t.selected, t.ratio, group, ratio_kind=kind, scale_log2=scale_log2,
-        qk=s.qk, pv=s.pv, config=configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size),
+        qk=s.qk, pv=s.pv, config=config,
     )  # fmt: skip

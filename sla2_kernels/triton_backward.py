@@ -7,6 +7,7 @@ h_j's place); then one walk by key block gives dK and dV.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .kernels.backward_keys import key_gradients, selecting_blocks
 from .kernels.backward_linear import linear_keys, linear_queries
 from .kernels.backward_queries import query_gradient
 from .kernels.configs import product_config
+from .kernels.hopper import takes_hopper_walks
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
@@ -40,9 +42,8 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, gra
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e)}
         k_mean = smooth(pool(k, K_BLOCK), k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        query_gradient(
-            q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales, config=config.queries
-        )
+        walk_queries, walk_keys = _walks(q, k, v, grad_out, config)
+        walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales)
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
@@ -51,11 +52,18 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, gra
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
             rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
             grad_ratio = rows.unflatten(1, (-1, Q_BLOCK)).sum(dim=2)
-        key_gradients(
-            q, k, v, grad_out, grad_k, grad_v, selecting_blocks(selected, blocks), shift, delta, correction,
-            **scales, config=config.keys,
-        )  # fmt: skip
+        transposed = selecting_blocks(selected, blocks)
+        walk_keys(q, k, v, grad_out, grad_k, grad_v, transposed, shift, delta, correction, **scales)
     return grad_ratio.unflatten(0, q.shape[:2])
+
+
+def _walks(q, k, v, grad_out, config):
+    """The two walks over selected pairs that such tensors take."""
+    if takes_hopper_walks(capability(q.device), q, k, v, grad_out):
+        from .kernels.hopper_backward import hopper_key_gradients, hopper_query_gradient
+
+        return hopper_query_gradient, hopper_key_gradients
+    return partial(query_gradient, config=config.queries), partial(key_gradients, config=config.keys)
 
 
 def _workspace_dtype(dtype):

@@ -17,6 +17,7 @@ from torch import Tensor
 from .arguments import checked_count, checked_sparsity
 from .router import K_BLOCK, Q_BLOCK
 from .router_format import (
+    FLOAT32_VERSION,
     FORMAT,
     FORMAT_VERSION,
     KINDS,
@@ -29,6 +30,8 @@ from .router_format import (
 )
 from .whole_file import write_whole
 
+STORAGES = ("auto", "float32", "float16")
+MAX_FLOAT32_BYTES = 128 * 2**20  # of projections: "auto" stores more than that in float16
 MAX_LOGIT = 16.0  # the sigmoid of anything larger is 1 in float32
 
 
@@ -36,7 +39,8 @@ MAX_LOGIT = 16.0  # the sigmoid of anything larger is 1 in float32
 class RouterLayer:
     """Router of one attention layer.
 
-    proj_q, proj_k: float32 (D, D), shared by the heads, or (H, D, D), applied as x @ W^T; None is the identity.
+    proj_q, proj_k: (D, D), shared by the heads, or (H, D, D), applied as x @ W^T; None is the identity. float32, or float16 as
+    a large router is stored: the operator computes in float32 either way.
     alpha_logits: float32 (S, H, A), S trained sparsities, A knots along the query axis; None estimates the ratio.
     """
 
@@ -131,12 +135,22 @@ class RouterWeights:
     def _name(self):
         return f"Router file {self.source}" if self.source else "This router"
 
-    def save(self, path, *, overwrite=True):
+    def save(self, path, *, overwrite=True, storage="auto"):
         """Writes the router to ``path`` whole or not at all.
+
+        storage: "float32", "float16" (projections alone), or "auto": float16 where the projections have more than 128 MiB
+        in float32, as those of MiniMax H3 (350 MiB) and Wan 14B (200 MiB) do. Projections that do not fit float16's range stay.
 
         Raises RouterFileError; FileExistsError where ``overwrite`` is False and there is such a file, which stays.
         """
-        data = safetensors.torch.save(self._tensors(), metadata=self._metadata())
+        if storage not in STORAGES:
+            raise ValueError(f'storage must be "auto", "float32" or "float16", got {storage!r}.')
+        tensors = self._tensors()
+        if storage == "float32":
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        elif storage == "float16" or (storage == "auto" and _projection_bytes(tensors) > MAX_FLOAT32_BYTES):
+            tensors = {name: _stored_in_half(name, tensor) for name, tensor in tensors.items()}
+        data = safetensors.torch.save(tensors, metadata=self._metadata(tensors))
 
         def write(draft):
             with open(draft, "xb") as file:
@@ -159,10 +173,11 @@ class RouterWeights:
             if tensor is not None
         }
 
-    def _metadata(self):
+    def _metadata(self, tensors):
+        whole = all(tensor.dtype == torch.float32 for tensor in tensors.values())
         metadata = {
             "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
+            "format_version": str(FLOAT32_VERSION if whole else FORMAT_VERSION),
             "model_family": self.model_family,
             "num_layers": str(self.num_layers),
             "num_heads": str(self.num_heads),
@@ -173,11 +188,24 @@ class RouterWeights:
             "sparsities": json.dumps(self.sparsities),
             "keep_diagonal": json.dumps(self.keep_diagonal),
             # an absent tensor means identity or an estimated ratio: the list tells that from a tensor that was lost
-            "tensors": json.dumps(sorted(self._tensors())),
+            "tensors": json.dumps(sorted(tensors)),
         }
         if self.precision is not None:
             metadata["precision"] = self.precision
         return metadata
+
+
+def _projection_bytes(tensors):
+    """What the projections take in float32."""
+    return sum(4 * tensor.numel() for name, tensor in tensors.items() if not name.endswith("alpha_logits"))
+
+
+def _stored_in_half(name, tensor):
+    """A projection in float16, where that holds its largest entry; ratios stay float32."""
+    if name.endswith("alpha_logits"):
+        return tensor
+    half = tensor.to(torch.float16)
+    return half if bool(half.isfinite().all()) else tensor
 
 
 def identity_router(model_family, num_layers, num_heads, head_dim):
@@ -186,7 +214,7 @@ def identity_router(model_family, num_layers, num_heads, head_dim):
 
 
 def load_router(path):
-    """Reads a router file into memory (CPU, float32; the file is closed again) and checks it.
+    """Reads a router file into memory (CPU, in the dtypes that it stores; the file is closed again) and checks it.
 
     Raises RouterFileError: one sentence with the file, the tensor and what was expected of it.
     """

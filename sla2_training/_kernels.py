@@ -1,6 +1,7 @@
 """The operator's names. Inside ComfyUI both packages are parts of the pack; alone they lie side by side on the path."""
 
 if "." in __package__:
+    from ..sla2_kernels.forced_blocks import forced_block_counts
     from ..sla2_kernels.router import (
         K_BLOCK,
         MIN_LINEAR_WEIGHT,
@@ -17,6 +18,7 @@ if "." in __package__:
     )
     from ..sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router
 else:
+    from sla2_kernels.forced_blocks import forced_block_counts
     from sla2_kernels.router import (
         K_BLOCK,
         MIN_LINEAR_WEIGHT,
@@ -41,6 +43,7 @@ __all__ = [
     "RouterLayer",
     "RouterWeights",
     "block_count",
+    "forced_block_counts",
     "identity_router",
     "mean_from_pools",
     "own_key_blocks",

@@ -2,21 +2,35 @@
 
 import torch
 
-from ._kernels import K_BLOCK, Q_BLOCK, block_count, mean_from_pools, own_key_blocks, pool_blocks, project
+from ._kernels import (
+    K_BLOCK,
+    Q_BLOCK,
+    block_count,
+    forced_block_counts,
+    mean_from_pools,
+    own_key_blocks,
+    pool_blocks,
+    project,
+)
 from .block_sums import block_sums, memory_of
 from .errors import TrainingError
 
 
 class LiveLayer:
-    """One layer's tensors as BHND views, their block means (k smoothed) and what follows from their shape."""
+    """One layer's tensors as BHND views, their block means (k smoothed) and what follows from their shape.
 
-    def __init__(self, layer, q, k, v, layout, scale):
+    prefix, suffix: keys before and after the video's, which every query attends: forced (ForcedBlocks) counts their blocks.
+    """
+
+    def __init__(self, layer, q, k, v, layout, scale, prefix=0, suffix=0):
         if layout not in ("BHND", "BNHD"):
             raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
         tensors = (q, k, v) if layout == "BHND" else (x.transpose(1, 2) for x in (q, k, v))
         self.layer = layer
         self.q, self.k, self.v = (x.detach() for x in tensors)
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.prefix, self.suffix = prefix, suffix
+        self.forced = forced_block_counts(self.k.shape[2], prefix, suffix)
         self.query_block_count = block_count(self.q.shape[2], Q_BLOCK)
         with torch.no_grad():
             self.q_pooled = pool_blocks(self.q, Q_BLOCK).float()
@@ -30,8 +44,9 @@ class LiveLayer:
 
     def own(self, blocks):
         """Which key blocks hold the query blocks' own tokens, (B, H, R, T_n); none where queries are not the keys' tokens."""
-        own = own_key_blocks(blocks, self.k_pooled.shape[2])
-        return own if self.q.shape[2] == self.k.shape[2] else torch.zeros_like(own)
+        own = own_key_blocks(blocks, self.k_pooled.shape[2], self.prefix)
+        queries_are_keys = self.q.shape[2] == self.k.shape[2] - self.prefix - self.suffix
+        return own if queries_are_keys else torch.zeros_like(own)
 
     def check(self, heads, head_dim):
         """Raises ValueError for another model's shape, TrainingError for NaN or infinity."""

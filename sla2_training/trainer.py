@@ -7,6 +7,7 @@ computes their dense rows exactly, and takes an optimisation step. No N x N tens
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ._kernels import (
     RouterWeights,
@@ -94,26 +95,28 @@ class RouterTrainer:
         self.errors = {}
         self.notes = []
 
-    def observe(self, layer, q, k, v, *, layout="BHND", scale=None, steps=None):
+    def observe(self, layer, q, k, v, *, layout="BHND", scale=None, steps=None, prefix=0, suffix=0):
         """Trains ``layer`` on live tensors; returns the relative squared error of its soft masks, before the last step.
 
         Args:
             layer: 0 to num_layers - 1. q: (B, H, N, D) or (B, N, H, D) by ``layout``, any float dtype; k, v may have
             another token count. Inference tensors are fine. scale: softmax scale, None is D ** -0.5.
             steps: optimisation steps on these tensors, each with new query blocks; None takes the options'.
+            prefix, suffix: keys before and after the video's (text, sound, references), which every query attends: the
+            router picks among the blocks of video alone, as in sla2_kernels.forced_blocks. q has the video's queries alone.
 
         Raises:
             TrainingError: NaN or infinity in the tensors, or no memory even for one head and query block.
         """
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-            return self.observe_live(LiveLayer(layer, q, k, v, layout, scale), steps)
+            return self.observe_live(LiveLayer(layer, q, k, v, layout, scale, prefix, suffix), steps)
 
     def observe_live(self, live, steps=None):
         """observe() of a LiveLayer, outside inference mode and autocast."""
         live.check(self.start.num_heads, self.start.head_dim)
         layer, state = live.layer, self.layer_state(live.layer).on(live.q.device)
-        if live.k_pooled.shape[2] == 1:
-            # a single key block is always selected, so there is nothing to learn
+        if live.forced.free <= 1:
+            # a single key block of video is always selected, so there is nothing to learn
             return 0.0
         for _ in range(self.options.steps_per_observation if steps is None else steps):
             loss = self._within_memory(live, lambda: self._step(state, live))
@@ -121,13 +124,13 @@ class RouterTrainer:
             self.losses.setdefault(layer, []).append(loss)
         return loss
 
-    def evaluate(self, layer, q, k, v, *, layout="BHND", scale=None):
+    def evaluate(self, layer, q, k, v, *, layout="BHND", scale=None, prefix=0, suffix=0):
         """Output error of hard top-k attention on a random subset of query blocks; trains nothing. Arguments as observe().
 
         Returns LayerErrors of this call; the report sums those of all calls.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return self.evaluate_live(LiveLayer(layer, q, k, v, layout, scale))
+            return self.evaluate_live(LiveLayer(layer, q, k, v, layout, scale, prefix, suffix))
 
     @torch.no_grad()
     def evaluate_live(self, live, variants=VARIANTS):
@@ -195,20 +198,26 @@ class RouterTrainer:
         """bool (B, H, R, T_n): key blocks that the query blocks (B, H, R) take whatever their score, or None."""
         return live.own(blocks) if self.keep_diagonal else None
 
-    def hard_masks(self, scores, always=None):
-        """(B, H, R, T_n) scores -> the hard top-k masks at all sparsities, (B * H, R, S, T_n) of 0 and 1."""
+    def hard_masks(self, scores, always=None, forced=None):
+        """(B, H, R, T_n) scores -> the hard top-k masks at all sparsities, (B * H, R, S, T_n) of 0 and 1.
+
+        forced: ForcedBlocks, whose ends are 1 in every mask; None where every block is free.
+        """
         scores = scores if always is None else scores.masked_fill(always, torch.inf)
+        scores = _free_part(scores, forced)
         counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
         masks = [1 - unselected_mask(top_k_blocks(scores, n), scores.shape[-1], scores.dtype) for n in counts]
-        return torch.stack(masks, dim=3).flatten(0, 1)
+        return _with_forced(torch.stack(masks, dim=3).flatten(0, 1), forced)
 
-    def _soft_masks(self, scores, always):
+    def _soft_masks(self, scores, always, forced):
+        scores, always = _free_part(scores, forced), None if always is None else _free_part(always, forced)
         if self.options.normalise_scores and scores.shape[-1] > 1:
             scores = (scores - scores.mean(dim=-1, keepdim=True)) / scores.std(dim=-1, keepdim=True).clamp_min(1e-6)
         if always is not None:
             scores = torch.where(always, scores.detach().amax(dim=-1, keepdim=True) + SURE * self.tau, scores)
         counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
-        return torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
+        masks = torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
+        return _with_forced(masks, forced)
 
     def _ratios(self, alpha_logits, live, blocks):
         """The ratios of the drawn query blocks by logits (S, H, A), (B * H, R, S)."""
@@ -243,16 +252,17 @@ class RouterTrainer:
         return solved_ratios(gram, right)
 
     def _step(self, state, live):
+        # what a step that ran out of memory left
         state.optimizer.zero_grad()
         blocks = live.draw(self.query_blocks, self.generator)
         scores = live.scores(state.proj_q, state.proj_k, blocks)
         with torch.no_grad():
             always = self.always_selected(live, blocks)
-            hard = self.hard_masks(scores, always)
+            hard = self.hard_masks(scores, always, live.forced)
             logits = state.alpha_logits
             logits = self._first_ratio(live, blocks, hard) if logits is None else logits
             ratios = self._ratios(logits, live, blocks)
-        soft = self._soft_masks(scores, always)
+        soft = self._soft_masks(scores, always, live.forced)
         # gradients are collected at the masks: a chunk's tensors are freed before the next chunk is computed
         leaf = soft.detach().requires_grad_(True)
         loss = energy = gram = right = 0.0
@@ -272,6 +282,8 @@ class RouterTrainer:
         if not all(bool(torch.isfinite(x).all()) for x in finite):
             raise TrainingError(f"Training stopped at layer {live.layer}: the gradient of its router is not finite.")
         state.optimizer.step()
+        # as large as the projections themselves, and kept for every layer otherwise
+        state.optimizer.zero_grad()
         state.learn_ratio(gram, right)
         return loss
 
@@ -279,7 +291,9 @@ class RouterTrainer:
         blocks = live.draw(self.query_blocks, self.generator)
         routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
         always = self.always_selected(live, blocks)
-        masks = {name: self.hard_masks(live.scores(*proj, blocks), always) for name, proj in routers.items()}
+        masks = {
+            name: self.hard_masks(live.scores(*proj, blocks), always, live.forced) for name, proj in routers.items()
+        }
         ratios = None if state.alpha_logits is None else self._ratios(state.alpha_logits, live, blocks)
         squared, energy = dict.fromkeys(variants, 0.0), 0.0
         for chunk in live.chunks(blocks, self.memory_bytes):
@@ -292,3 +306,13 @@ class RouterTrainer:
             energy += sums.energy().sum()
             del sums
         return LayerErrors(self.sparsities, {v: tuple(e.tolist()) for v, e in squared.items()}, float(energy))
+
+
+def _free_part(scores, forced):
+    """Of (..., T_n), the key blocks that the router picks from."""
+    return scores if forced is None else scores[..., forced.prefix : forced.prefix + forced.free]
+
+
+def _with_forced(masks, forced):
+    """Masks (..., free blocks) -> (..., T_n), 1 at the forced blocks of both ends."""
+    return masks if forced is None else F.pad(masks, (forced.prefix, forced.suffix), value=1.0)

@@ -102,7 +102,9 @@ def fit(prompt, plan, checkpoint, router_name):
         elif kind == "SLA2LoadRouter":
             inputs.update(router_name=router_name)
         elif kind == "SLA2ApplyAttention":
-            inputs.update(sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens, start_percent=0.0)
+            inputs.update(
+                preset="custom", sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens, start_percent=0.0
+            )
             inputs.update(dense_layers=", ".join(map(str, plan.dense_layers)), on_unsupported="stop")
         elif {"width", "height", "length"} <= set(inputs):
             inputs.update(width=plan.width, height=plan.height, length=plan.frames, batch_size=1)

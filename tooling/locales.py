@@ -1,6 +1,7 @@
 """Writes locales/en/nodeDefs.json from what a real ComfyUI says about our nodes: python -m tooling.locales
 
-The nodes' own texts are the source; translations in locales/<language>/ must name the same keys (tests/web holds that).
+Also copies each help page to en.md: an English page asks for docs/NODE/en.md first, every other language falls back on
+docs/NODE.md. The nodes' own texts are the source; translations in locales/<language>/ must name the same keys (tests/web holds that).
 """
 
 import json
@@ -10,6 +11,7 @@ from .pack_server import pack_server
 from .paths import PACK_FOLDER, ROOT
 
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
+HELP = ROOT / "web" / "docs"
 
 
 def english(object_info):
@@ -41,7 +43,13 @@ def _filled(**texts):
     return {key: text for key, text in texts.items() if text}
 
 
+def copy_help():
+    for page in HELP.glob("*.md"):
+        (HELP / page.stem / "en.md").write_bytes(page.read_bytes())
+
+
 def main():
+    copy_help()
     with pack_server() as server:
         texts = english(server.get("/object_info"))
     if not texts:

@@ -1,5 +1,6 @@
 """Takes the pictures of the bundled workflows that the template browser shows: python -m tooling.thumbnails [NAME ...]
 
+Those of tooling/recipes get a drawn card, the others a picture of their graph.
 Needs ComfyUI, Playwright, Chromium, and fonts for every script that a workflow holds (on Debian fonts-noto-cjk for the
 default negative prompt of Wan, which is Chinese): where a font is missing, its letters are empty boxes.
 """
@@ -15,6 +16,7 @@ from .browser import find_chromium, open_chromium
 from .environment import say
 from .pack_server import pack_server
 from .paths import ROOT
+from .recipes.cards import CARDS, SIZE, card
 
 WORKFLOWS = ROOT / "workflows"
 WIDTH, MARGIN = 1430, 30
@@ -64,7 +66,19 @@ def picture(page, workflow, path):
     page.wait_for_timeout(300)
     page.evaluate(PLACE, [left, top, scale, MARGIN])
     page.wait_for_timeout(700)
-    for quality in (88, 80, 70, 60):
+    shoot(page, path)
+
+
+def draw_card(browser, name, path):
+    """Writes the JPEG of a workflow's card."""
+    page = browser.new_page(viewport=SIZE)
+    page.set_content(card(name))
+    shoot(page, path)
+    page.close()
+
+
+def shoot(page, path):
+    for quality in (88, 80, 70, 60, 50, 40):
         page.screenshot(path=path, type="jpeg", quality=quality)
         if path.stat().st_size <= LARGEST:
             break
@@ -87,7 +101,11 @@ def main():
         page.wait_for_function(READY, timeout=60_000)
         page.add_style_tag(content=BARE)
         for name, workflow in workflows.items():
-            picture(page, workflow, WORKFLOWS / f"{name}.jpg")
+            path = WORKFLOWS / f"{name}.jpg"
+            if name in CARDS:
+                draw_card(browser, name, path)
+            else:
+                picture(page, workflow, path)
             say(f"workflows/{name}.jpg")
         browser.close()
 

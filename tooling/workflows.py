@@ -1,5 +1,6 @@
 """Writes workflows/ and subgraphs/ as ComfyUI's page saves them: python -m tooling.workflows [FILE ...]
 
+Those of tooling/recipes are built anew; the others are loaded from their files.
 Run it after a workflow was changed, and at a release, whose version every node of ours carries. Needs ComfyUI, Playwright and
 Chromium. The page turns its graph into text itself: handed through the browser driver, an object has null wherever the page
 has undefined, and the page's own schema refuses that.
@@ -8,19 +9,23 @@ has undefined, and the page's own schema refuses that.
 import argparse
 import json
 import re
+import uuid
 from pathlib import Path
 
 from .browser import find_chromium, open_chromium
 from .environment import say
 from .pack_server import pack_server
 from .paths import PACK_FOLDER, ROOT
+from .recipes import RECIPES
+from .recipes.in_page import build
 from .thumbnails import READY
 
-SHIPPED = [*sorted((ROOT / "workflows").glob("*.json")), *sorted((ROOT / "subgraphs").glob("*.json"))]
+BUILT = {ROOT / "workflows" / f"{name}.json": recipe for name, recipe in RECIPES.items()}
+SHIPPED = sorted({*(ROOT / "workflows").glob("*.json"), *BUILT}) + sorted((ROOT / "subgraphs").glob("*.json"))
 # where the page itself writes null: nothing is connected
 NULL_IS_A_VALUE = ("link", "links")
-SAVED = "async (w) => { await app.loadGraphData(w); return JSON.stringify(app.rootGraph.serialize()); }"
-NO_ID = "00000000-0000-0000-0000-000000000000"
+LOAD = "(w) => app.loadGraphData(w)"
+SAVED = "() => JSON.stringify(app.rootGraph.serialize())"
 
 
 def project_field(name):
@@ -75,11 +80,17 @@ def main():
         page = browser.new_page()
         page.goto(server.url)
         page.wait_for_function(READY, timeout=60_000)
-        for file in files:
-            workflow = without_nulls(json.loads(file.read_text(encoding="utf-8")))
+        for file in map(Path.absolute, files):
+            if file in BUILT:
+                build(page, BUILT[file])
+                workflow = json.loads(page.evaluate(SAVED))
+            else:
+                workflow = without_nulls(json.loads(file.read_text(encoding="utf-8")))
             name_origins(workflow, server.get("/object_info"))
-            saved = json.loads(page.evaluate(SAVED, workflow))
-            saved["id"] = NO_ID  # the page's is new each time, as is where it looked
+            page.evaluate(LOAD, workflow)
+            saved = json.loads(page.evaluate(SAVED))
+            # the page's is new each time, as is where it looked; it keeps by id what a run told of a workflow
+            saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, file.name))
             saved["extra"].pop("ds", None)
             file.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             say(file.name)

@@ -116,16 +116,8 @@ def check_sizes(facts, call):
         )
 
 
-def check_trainable(call, precision, grid):
-    """Raises RunDense where a router cannot be trained on this call. grid: (t, h, w) of the video tokens, or None."""
-    if call.mask is not None:
-        raise RunDense(HAS_MASK)
-    if call.tokens != call.key_tokens:
-        raise RunDense(f"the call has {call.tokens} query tokens and {call.key_tokens} key tokens")
-    if grid is not None and call.tokens != math.prod(grid):
-        raise RunDense(
-            f"the sequence holds {call.tokens} tokens, and only {math.prod(grid)} of them are the video's grid"
-        )
+def check_supported(call, precision):
+    """Raises RunDense where the operator cannot run this call at this precision."""
     reason = unsupported_reason(call.q.device, call.q.dtype, call.q.shape[3], precision)
     if reason is not None:
         raise RunDense(reason)

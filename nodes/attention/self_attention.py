@@ -5,10 +5,10 @@ What stands in the way of a sparse call raises RunDense, at whatever depth it is
 
 import torch
 
-from ...sla2_kernels import default_precision, unsupported_reason
 from ...sla2_kernels.loops import watch_loops
+from ...sla2_kernels.support import resolve_precision
 from ..runs.record import capturing
-from .call import read_call
+from .call import check_supported, read_call
 from .failures import attempt, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
@@ -44,7 +44,8 @@ def _attend_sparse(call, layer, below, args, kwargs):
     if layer in call.requests.vsa:
         raise RunDense(TRAINED_FOR_VSA)
     request, exact = call.video_request(request)
-    precision = _checked_precision(settings, request.q)
+    precision = precision_on(settings, request.q.device)
+    check_supported(request, precision)
     check_attempted(call, layer)
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
     out, ratio, kept, keys, judging, loops = result
@@ -124,13 +125,4 @@ def _whole(out, request, exact, below, args, kwargs):
 
 def precision_on(settings, device):
     """The operator's precision: that of the settings, or the one that suits the device."""
-    return default_precision(device) if settings.bit_width == "auto" else settings.bit_width
-
-
-def _checked_precision(settings, q):
-    """precision_on(); raises RunDense where the operator cannot run there."""
-    precision = precision_on(settings, q.device)
-    reason = unsupported_reason(q.device, q.dtype, q.shape[3], precision)
-    if reason is not None:
-        raise RunDense(reason)
-    return precision
+    return resolve_precision(settings.bit_width, device)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from ...sla2_kernels.support import MINIMUM_TOKENS
 from ..runs.error_target import MIN_SPARSITY, Choice
 from ..runs.record import capturing
 from ..settings.schedule import RunProgress, StepNumbers, goes_on, needs_numbers, needs_progress, sparsity_of
@@ -11,7 +12,6 @@ from .run_dense import RunDense
 NO_NUMBER = "the sampler does not say which step this is: the schedule's rules for numbered steps do not count"
 NO_STEP = "the sampler does not say which step this is: target_error keeps the sparsity that it starts with"
 GOES_ON = "this sampler goes on with what another one began: the schedule's rules for numbered steps do not count in it"
-MINIMUM_TOKENS = 8192  # below this, routing costs more than it saves (measured on an H100)
 
 
 class Step(NamedTuple):

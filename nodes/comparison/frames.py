@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import ui
 
-MOST_FRAMES = 8  # two PNG files each
+MAX_FRAMES = 8  # two PNG files each
 
 
 def check_vae(vae, latent_format):
@@ -30,5 +30,5 @@ def saved_frames(vae, latents, cls):
 
 
 def spread(count):
-    """At most MOST_FRAMES of 0 ... count - 1, evenly spread, both ends among them."""
-    return torch.linspace(0, count - 1, min(count, MOST_FRAMES)).round().int().tolist()
+    """At most MAX_FRAMES of 0 ... count - 1, evenly spread, both ends among them."""
+    return torch.linspace(0, count - 1, min(count, MAX_FRAMES)).round().int().tolist()

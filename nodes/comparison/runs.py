@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-MOST_CEILING = 100  # above it only measuring errors speak
+MAX_CEILING = 100  # above it only measuring errors speak
 NOT_MEASURED = "not measured"
 
 
@@ -73,7 +73,7 @@ def relative_error(latent, reference):
 
 def amdahl_ceiling(share):
     """Speed-up of a step if ``share`` of it cost nothing; None where that is beyond all measuring."""
-    return 1 / (1 - share) if share < 1 - 1 / MOST_CEILING else None
+    return 1 / (1 - share) if share < 1 - 1 / MAX_CEILING else None
 
 
 def comparison_data(dense, sla2, device_name, setting, found):
@@ -112,7 +112,7 @@ def _speed_rows(dense, sla2):
         spent = min(1.0, dense.attention_s / dense.step_s)
         highest = amdahl_ceiling(spent)
         share = f"{100 * spent:.0f}%"
-        ceiling = f"{highest:.2f}x" if highest else f"above {MOST_CEILING}x"
+        ceiling = f"{highest:.2f}x" if highest else f"above {MAX_CEILING}x"
         if sla2.attention_s:
             alone = f"{dense.attention_s / sla2.attention_s:.2f}x as fast"
     return [

@@ -8,7 +8,7 @@ import types
 import torch
 
 MARK = "sla2_hook"
-MOST_OBJECTS = 500
+MAX_OBJECTS = 500
 SET_BY_COMFY = "comfy.model_patcher.ModelPatcher.set_model_optimized_attention.optimized_attention_override"
 
 
@@ -20,7 +20,7 @@ def ours_in(override, hook):
 def find_in(override, is_wanted):
     """The first function that calling ``override`` can reach and is_wanted: closures, partials, defaults, attributes."""
     queue, seen = [override], set()
-    while queue and len(seen) < MOST_OBJECTS:
+    while queue and len(seen) < MAX_OBJECTS:
         thing = queue.pop(0)
         if id(thing) in seen:
             continue

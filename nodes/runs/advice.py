@@ -6,6 +6,8 @@ from .inexact_dense import sage_warning
 
 SMALL_SHARE = 0.2  # of the sampling time: below it even free attention saves little
 LITTLE_GAIN = 1.15  # times faster per call
+# (tokens, highest sparsity without a trained router): about the same attention error at each, docs/QUALITY.md
+UNTRAINED_LIMITS = ((75_000, 0.98), (32_000, 0.97), (14_000, 0.93), (0, 0.9))
 
 
 def advice(hook, run):
@@ -104,9 +106,15 @@ def _other_dense(run):
 def _untrained(hook, run):
     high = max(hook.settings.sparsities, default=0)
     trained = hook.router is not None or hook.sla_weights is not None or hook.settings.method == "top-k only"
-    if trained or high <= 0.9 or not _sparse(run):
+    if trained or not _sparse(run):
         return None
-    return f"sparsity {high:g} without a trained router costs quality: stay at or below 0.9, or train one (SLA2 Train Router)"
+    limit = next(limit for tokens, limit in UNTRAINED_LIMITS if run.shortest >= tokens)
+    if high <= limit:
+        return None
+    return (
+        f"sparsity {high:g} without a trained router costs quality at {run.shortest:,} tokens: stay at or below {limit:g}, "
+        "or train one (SLA2 Train Router)"
+    )
 
 
 def _sixteen_bit(hook, run):

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-MOST_PENDING = 64  # pairs of events; a call that would be one more is not measured
+MAX_PENDING = 64  # pairs of events; a call that would be one more is not measured
 
 
 class CallTimes:
@@ -24,7 +24,7 @@ class CallTimes:
         """Whether one more pair of events may wait; those that the device has passed are summed up. Not while it captures."""
         while self._pending and self._pending[0][1].query():
             self._sum_up()
-        return len(self._pending) < MOST_PENDING
+        return len(self._pending) < MAX_PENDING
 
     def mean(self):
         """Milliseconds, or None where nothing was measured. Waits for the device."""

@@ -7,7 +7,7 @@ from ..page.text import plain
 from ..settings.values import skips_keeps
 from .report_text import error_in_words, how_it_ran, report_data
 
-MOST_REASONS = 4
+MAX_REASONS = 4
 
 
 def show_outcomes(hook, node_id):
@@ -30,9 +30,9 @@ def outcome(hook, run):
         f"{count} {'call' if count == 1 else 'calls'} ran {how_it_ran(reason)}: {reason}"
         for reason, count in dense.most_common()
     ]
-    if len(sentences) > MOST_REASONS:
-        left = len(sentences) - MOST_REASONS + 1
-        sentences = [*sentences[: MOST_REASONS - 1], f"{left} more reasons: SLA2 Report names them all"]
+    if len(sentences) > MAX_REASONS:
+        left = len(sentences) - MAX_REASONS + 1
+        sentences = [*sentences[: MAX_REASONS - 1], f"{left} more reasons: SLA2 Report names them all"]
     return {
         "headline": plain(" · ".join(parts)),
         "reasons": [plain(sentence) for sentence in [*sentences, *data["notes"]]],

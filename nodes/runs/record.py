@@ -66,6 +66,7 @@ class RunRecord:
         self.precisions = set()
         self.loops = Counter()  # Loop -> sparse calls that took it
         self.devices = set()  # that sparse calls ran on
+        self.shortest = None  # keys of the shortest sequence that ran sparse
         self.backends = set()  # attention functions of ComfyUI that our calls came from
         self.ragged_sage_calls = Counter()  # number of keys -> calls handed to SageAttention, see inexact_dense.py
         self.notes = {}
@@ -159,6 +160,7 @@ class RunRecord:
             record.all_pairs += batch * heads * queries * keys
             self.precisions.add(precision)
             self.devices.add(ratio.device)
+            self.shortest = keys if self.shortest is None else min(self.shortest, keys)
             self._on_devices.add_ratio(layer, ratio)
 
     def count_squares(self, layer, squares):

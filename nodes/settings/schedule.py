@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .values import FULL_WIDTH, check_layers
+
 FORM = '"0%-20%: dense; 20%-100%: 0.8 -> 0.97; layers 0-3: 0.85"'
 NUMBER = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)"  # no digits of other scripts: web/js/schedule.js reads the same
-MOST_CHARACTERS = 300  # of one rule
+MAX_CHARACTERS = 300  # of one rule
 STEPS = re.compile(rf"{NUMBER}\s*%\s*-\s*{NUMBER}\s*%")
 NUMBERED = re.compile(r"steps?\s+([0-9]{1,5})(?:\s*-\s*([0-9]{1,5}))?")
 LAYERS = re.compile(r"layers?\s+(.+)")
@@ -71,13 +73,19 @@ def needs_numbers(rules):
 
 def parse_schedule(text, num_layers, parse_layers):
     """Rules separated by ";" or line ends, in order; raises ValueError with one sentence. parse_layers: see settings.py."""
-    parts = [part.strip() for part in re.split(r"[;\n]", text.replace("\ufeff", " "))]
+    text = text.replace("\ufeff", " ").translate(FULL_WIDTH)
+    parts = [part.strip() for part in re.split(r"[;\n]", text)]
     return tuple(_parse_rule(part, num_layers, parse_layers) for part in parts if part)
 
 
+def check_schedule(text):
+    """Raises the sentence of parse_schedule for a text that no model can have, whatever its number of layers."""
+    parse_schedule(text, None, lambda layers, _: check_layers(layers))
+
+
 def _parse_rule(part, num_layers, parse_layers):
-    if len(part) > MOST_CHARACTERS:
-        raise ValueError(f"schedule holds a rule of {len(part)} characters: {MOST_CHARACTERS} are the most.")
+    if len(part) > MAX_CHARACTERS:
+        raise ValueError(f"schedule holds a rule of {len(part)} characters: {MAX_CHARACTERS} are the most.")
     where, colon, what = part.rpartition(":")
     if not colon:
         raise ValueError(f"schedule must look like {FORM}, but {part!r} has no colon.")

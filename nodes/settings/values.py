@@ -8,6 +8,7 @@ RATIO_MODES = ("learned", "estimated", "fixed", "fitted")
 MEASURING_RATIO_MODES = ("learned", "fitted")  # target_error takes fitted for learned
 METHODS = ("automatic", "sla2", "top-k only")
 AUTOMATIC = -1
+FULL_WIDTH = str.maketrans("，、；：％", ",,;:%")  # as Chinese keyboards type them; web/js/schedule.js reads the same
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,7 @@ class AttentionSettings:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}.")
         if not 0 <= self.fixed_ratio <= 1:
             raise ValueError(f"fixed_ratio must lie between 0 and 1, got {self.fixed_ratio}.")
-        if not 0 <= self.start_percent < self.end_percent <= 1:
-            raise ValueError(
-                f"start_percent must be below end_percent, both between 0 and 1, got {self.start_percent} and "
-                f"{self.end_percent}."
-            )
+        check_percents(self.start_percent, self.end_percent)
         if self.bit_width not in BIT_WIDTHS:
             raise ValueError(f"bit_width must be one of {', '.join(BIT_WIDTHS)}, got {self.bit_width!r}.")
         if self.ratio_mode not in RATIO_MODES:
@@ -71,24 +68,46 @@ def skips_keeps(sparsity):
     return f"skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%"
 
 
+def check_percents(start, end):
+    """Raises ValueError with one sentence unless the range of steps is one."""
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"start_percent must be below end_percent, both between 0 and 1, got {start} and {end}.")
+
+
 def parse_layers(text, num_layers):
     """ "0, 1, 28-29" -> {0, 1, 28, 29}; -1 is the last layer. Raises ValueError with one sentence."""
     layers = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part, first, last in _layer_ranges(text):
+        for layer in (first, last):
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {num_layers - 1}.")
+        first, last = first % num_layers, last % num_layers
+        _check_order(part, first, last)
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
+
+
+def check_layers(text):
+    """Raises the sentence of parse_layers for a text that no model can have, whatever its number of layers."""
+    for part, first, last in _layer_ranges(text):
+        if (first < 0) == (last < 0):  # -1 may be any layer
+            _check_order(part, first, last)
+
+
+def _layer_ranges(text):
+    """(part of the text, first, last layer as written) of each part."""
+    for part in filter(None, (part.strip() for part in text.translate(FULL_WIDTH).split(","))):
         match = re.fullmatch(r"(-?[0-9]{1,6})(?:\s*-\s*(-?[0-9]{1,6}))?", part)
         if match is None:
             raise ValueError(
                 f'dense_layers must look like "0, 1, 28-29", but {part[:100]!r} is no layer or range of layers.'
             )
-        first, last = (int(n) for n in (match[1], match[2] or match[1]))
-        for layer in (first, last):
-            if not -num_layers <= layer < num_layers:
-                raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {num_layers - 1}.")
-        first, last = first % num_layers, last % num_layers
-        if first > last:
-            raise ValueError(f"dense_layers holds the range {part!r}, which ends before it starts.")
-        layers.update(range(first, last + 1))
-    return frozenset(layers)
+        yield part, int(match[1]), int(match[2] or match[1])
+
+
+def _check_order(part, first, last):
+    if first > last:
+        raise ValueError(f"dense_layers holds the range {part!r}, which ends before it starts.")
 
 
 def layers_text(layers):

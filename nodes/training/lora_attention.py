@@ -5,8 +5,8 @@ from collections import Counter
 
 import torch
 
-from ...sla2_kernels import unsupported_reason
 from ...sla2_training.ratios import logits_of_estimates, start_logits
+from ..attention.call import check_supported
 from ..attention.layer_weights import CallWeights
 from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
@@ -109,6 +109,4 @@ class LoraAttention:
         if forced.selected(self.sparsity) >= sum(forced):
             keys = part.k.shape[part.token_axis]
             raise RunDense(f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it")
-        reason = unsupported_reason(request.q.device, request.q.dtype, request.q.shape[3], self.precision)
-        if reason is not None:
-            raise RunDense(reason)
+        check_supported(request, self.precision)

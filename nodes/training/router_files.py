@@ -13,9 +13,14 @@ FOLDER = "sla2"
 saved_files = SavedFiles()
 
 
+def router_folder():
+    """Where new router files go."""
+    return folder_paths.get_folder_paths(FOLDER)[0]
+
+
 def save_router(router, prefix):
     """Saves under ``prefix`` and the next free number; the file's name relative to models/sla2. Raises ValueError, RouterFileError."""
-    folder = folder_paths.get_folder_paths(FOLDER)[0]
+    folder = router_folder()
     target = checked_prefix(prefix, folder)
     directory, stem = os.path.split(target)
     try:

@@ -7,12 +7,14 @@ import threading
 from collections import Counter
 
 from ...sla2_training import RouterTrainer
-from ..attention.call import check_sizes, check_trainable, read_call
+from ..attention.call import check_supported
 from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
 from ..attention.run_dense import RunDense
+from ..attention.sparse_call import video_part
+from ..attention.video_tokens import DENSE_BY_NATURE
 from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
+from ..settings.values import FULL_WIDTH, AttentionSettings
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
@@ -109,31 +111,32 @@ class RouterTraining:
     def _meet(self, call, layer, args, kwargs):
         """One self-attention call that has run dense: the router is trained or measured on it."""
         try:
-            request = read_call(args, kwargs)
-            check_sizes(self.facts, request)
-            check_trainable(request, "16bit", call.grid)
+            request, exact = call.read(args, kwargs)
+            check_supported(request, "16bit")
         except RunDense as found:
-            with self.lock:
-                self.untrained[found.reason] += 1
+            if found.reason not in DENSE_BY_NATURE:
+                with self.lock:
+                    self.untrained[found.reason] += 1
             return
+        part = video_part(request, exact)
         with self.lock:
             if self._is_turn(layer):
                 with training_mode():
-                    self._learn(layer, request)
+                    self._learn(layer, request.scale, exact, part)
 
     def _is_turn(self, layer):
         """One call per layer and step; where guidance makes several, they take turns from step to step."""
         count = self.calls[layer] = self.calls.get(layer, 0) + 1
         return count == self.step % self.last_calls.get(layer, 1) + 1
 
-    def _learn(self, layer, request):
-        tensors = request.q, request.k, request.v
+    def _learn(self, layer, scale, exact, part):
+        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_front, "suffix": exact.key_back}
         if self.measuring:
-            self.trainer.evaluate(layer, *tensors, layout="BNHD", scale=request.scale)
+            self.trainer.evaluate(layer, part.q, part.k, part.v, **options)
             return
         due = self.schedule.due(self.trainer.steps.get(layer, 0), self.number, self.step)
         if due:
-            self.trainer.observe(layer, *tensors, layout="BNHD", scale=request.scale, steps=due)
+            self.trainer.observe(layer, part.q, part.k, part.v, steps=due, **options)
 
     def _why_nothing(self):
         if self.untrained:
@@ -170,7 +173,9 @@ def make_trainer(facts, sparsities, options, resume):
 def parse_sparsities(text):
     """ "0.97, 0.95, 0.90" -> (0.97, 0.95, 0.9). Raises ValueError with one sentence."""
     try:
-        sparsities = tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+        sparsities = tuple(
+            float(part) for part in text.translate(FULL_WIDTH).replace(";", ",").split(",") if part.strip()
+        )
     except ValueError:
         sparsities = ()
     if not sparsities or not all(0 < s < 1 for s in sparsities) or len(set(sparsities)) < len(sparsities):

@@ -42,7 +42,10 @@ def backward_config(capability, element_size, workspace_size):
     """
     if element_size == 4:
         walks = (TileConfig(32, 32, 4, 1),) * 2
-    elif capability[0] in (9, 10):
+    elif capability[0] == 9:
+        # one warpgroup and 64 rows a program, so that two programs fit a multiprocessor: one multiplies, one takes exponentials
+        walks = TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2)
+    elif capability[0] == 10:
         walks = TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
     else:
         walks = TileConfig(64, 64, 8, 2), TileConfig(64, 64, 8, 2)

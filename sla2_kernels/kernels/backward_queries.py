@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .numerics import NO_SCORE
+from .numerics import NO_SCORE, softmax_step
 from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
 MIN_RATIO = tl.constexpr(1.0e-30)  # of a row that softmax attention has no part in: its log2 stays finite
@@ -52,10 +52,7 @@ def _query_gradient(
         dp = tl.dot(g_tile, tl.trans(v_tile), input_precision="tf32x3")  # [ROWS, KEYS]
         # twice: below the running maximum of rows that have met no key yet
         scores = tl.where((keys < k_tokens)[None, :], scores * scale_log2, 2 * NO_SCORE)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_max[:, None])
-        correction = tl.exp2(row_max - new_max)
-        row_max = new_max
+        p, correction, row_max = softmax_step(scores, row_max)
         row_sum = row_sum * correction + tl.sum(p, axis=1)
         product_sum = product_sum * correction + tl.sum(p * dp, axis=1)
         new_delta = product_sum / row_sum

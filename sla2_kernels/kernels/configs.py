@@ -49,6 +49,15 @@ class FitConfig(Launchable):
 
 
 @dataclass(frozen=True)
+class PackConfig(Launchable):
+    """Packing a key block. parts: in how many parts V's channels are taken, one after the other."""
+
+    parts: int
+    num_warps: int
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
 class ProductConfig(Launchable):
     """The masked sum: a tile_m x tile_n output tile, summed in steps of tile_k."""
 
@@ -65,7 +74,12 @@ def loop_formats(precision, capability):
         return "16bit", "16bit"
     if precision == "fp8":
         return "fp8", "fp8"
-    return "int8", "fp8" if capability >= (8, 9) else "16bit"
+    return "int8", "int8" if multiplies_by_mma_sync(capability) else "fp8"
+
+
+def multiplies_by_mma_sync(capability):
+    """Cards whose fastest matrix instructions are mma.sync: A100, RTX 30, 40 and 50. Hopper and B200 have others."""
+    return capability[0] in (8, 12)
 
 
 def _large_shared_memory(capability):
@@ -81,8 +95,9 @@ def loop_config(capability, qk, pv, head_dim, element_size):
             return LoopConfig(64, 4, 2)
         # more rows of float32 spill kilobytes per thread, or do not fit 99 KB with Triton 3.2
         return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
-    if pv == "16bit" and element_size == 4:
-        return LoopConfig(128, 8, 2)
+    if pv == "int8":
+        # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that
+        return LoopConfig(128, 4, 2)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":
@@ -105,6 +120,14 @@ def mass_config(capability, element_size):
     return MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
 
 
+def pack_config(pv, register_order, element_size):
+    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
+    if register_order:
+        # 4 warps that take h_j in two parts need 168 registers a thread, so three such programs run at a time
+        return PackConfig(2, 4)
+    return PackConfig(1, 4 if pv == "int8" and element_size == 2 else 8)
+
+
 def fit_config(element_size):
     """The sampled rows' configuration; element_size is that of q in bytes."""
     return FitConfig(4, 3 if element_size == 2 else 1)
@@ -118,4 +141,4 @@ def product_config(capability, element_size):
         return ProductConfig(128, 256, 64, 8, 3)
     if _large_shared_memory(capability):
         return ProductConfig(128, 128, 64, 8, 3)
-    return ProductConfig(128, 128, 32, 4, 3)
+    return ProductConfig(128, 128, 32, 4, 4)

@@ -23,6 +23,11 @@ def takes_hopper_loop(card, qk, pv, q, k, v):
     return why_not_hopper_loop(card, qk, pv, q, k, v) is None
 
 
+def takes_hopper_walks(card, q, k, v, grad_out):
+    """True where the backward's walks in Gluon (hopper_backward.py) take these tensors, (B, H, N, D) all."""
+    return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and _can_be_copied(grad_out)
+
+
 def why_not_hopper_loop(card, qk, pv, q, k, v):
     """None where the loop in Gluon takes such a call, else one sentence why Triton's does; arguments as above."""
     if interpreting():

@@ -1,7 +1,8 @@
 """The linear branch of one query tile, O_l = phi(Q_i) H_i / (phi(Q_i) Z_i), and the ratio of rows where it has no weight.
 
-One program per (query tile, head). Apart from the sparse loop because that one has no register to spare: O_l waits in
-the output until the loop mixes the two, and what decides the ratio waits where the ratio goes.
+One program per (query tile, head). Before the sparse loop because that one has no register to spare: O_l waits in the
+output until the loop mixes the two, and what decides the ratio waits where the ratio goes. The INT8 loop's programs do
+their own rows first (linear_rows).
 """
 
 import triton
@@ -9,8 +10,39 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .numerics import MIN_LINEAR_WEIGHT, phi_numerator
+from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 from .tiles import QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
+
+
+@triton.jit
+def linear_rows(
+    q_plane, out_plane, ratio, h, z, of_block, rows, q_stride_n, q_stride_d, out_stride_n, out_stride_d, tokens,
+    D: tl.constexpr, ESTIMATED: tl.constexpr,
+):  # fmt: skip
+    """O_l of some rows of one query block into out_plane, and what decides their ratio into ``ratio``, that of the plane's
+    first row. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is ESTIMATED."""
+    queries = load_tile(q_plane, rows, tl.arange(0, D), q_stride_n, q_stride_d, tokens)  # [TILE, D]
+    wide = queries.to(tl.float32)
+    # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
+    phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
+    norm = tl.sum(phi * z, axis=1)  # [TILE]
+    product = tl.dot(phi.to(h.dtype), h, input_precision="tf32x3")  # [TILE, D]
+    weightless = norm < MIN_LINEAR_WEIGHT
+    o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
+    store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
+    if ESTIMATED:
+        # the log2 of an unselected mass of 0: the ratio becomes 1
+        tl.store(ratio + rows, tl.full(norm.shape, float("-inf"), tl.float32), mask=weightless & (rows < tokens))
+    else:
+        tl.store(ratio + rows, tl.where(weightless, 1.0, of_block), mask=rows < tokens)
+
+
+@triton.jit
+def query_sums_of(sums, block, D: tl.constexpr):
+    """(H_i [D, D], Z_i [D] in float32) of a query block."""
+    d = tl.arange(0, D)
+    at = sums + block * ((D + 1) * D)
+    return tl.load(at + d[:, None] * D + d), tl.load(at + D * D + d).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -22,28 +54,12 @@ def _linear_attention(
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
     q_blocks, q_block = tl.cdiv(tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
-    rows, d = tile_rows(tile, TILE), tl.arange(0, D)
-    h_at = sums + (slot * q_blocks + q_block) * ((D + 1) * D)
-    h = tl.load(h_at + d[:, None] * D + d)  # [D, D]
-    z = tl.load(h_at + D * D + d).to(tl.float32)  # [D]
-    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
-    queries = load_tile(q_plane, rows, d, q_stride_n, q_stride_d, tokens)  # [TILE, D]
-
-    phi = phi_numerator(queries.to(tl.float32), 1)
-    norm = tl.sum(phi * z, axis=1)  # [TILE]
-    product = tl.dot(phi.to(h.dtype), h, input_precision="tf32x3")  # [TILE, D]
-    weightless = norm < MIN_LINEAR_WEIGHT
-    o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
-    store_tile(
-        plane_of(out, bh, heads, out_stride_b, out_stride_h), rows, d, out_stride_n, out_stride_d, tokens, o_linear
-    )
-    ratio_at = ratio + bh * tokens + rows
-    if block_ratio is None:
-        # the log2 of an unselected mass of 0: the ratio becomes 1
-        tl.store(ratio_at, tl.full([TILE], float("-inf"), tl.float32), mask=weightless & (rows < tokens))
-    else:
-        of_block = tl.load(block_ratio + bh * q_blocks + q_block)
-        tl.store(ratio_at, tl.where(weightless, 1.0, of_block), mask=rows < tokens)
+    h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
+    linear_rows(
+        plane_of(q, bh, heads, q_stride_b, q_stride_h), plane_of(out, bh, heads, out_stride_b, out_stride_h),
+        ratio + bh * tokens, h, z, 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
+        tile_rows(tile, TILE), q_stride_n, q_stride_d, out_stride_n, out_stride_d, tokens, D, block_ratio is None,
+    )  # fmt: skip
 
 
 def linear_attention(q, work, out, block_ratio, ratio, group, *, config):

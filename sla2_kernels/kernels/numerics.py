@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..router import LEAST_LINEAR_WEIGHT
+from .. import router
 from ..support import interpreting
 
 # exp(x) = 2^(x log2 e): GPUs have an instruction for powers of two only.
@@ -14,7 +14,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NO_SCORE = tl.constexpr(-1.0e30)
 
 # Below this phi(Q) Z_i the linear branch has no output, and the ratio becomes 1.
-MIN_LINEAR_WEIGHT = tl.constexpr(LEAST_LINEAR_WEIGHT)
+MIN_LINEAR_WEIGHT = tl.constexpr(router.MIN_LINEAR_WEIGHT)
 
 # The float32 whose last mantissa bit is worth 1: adding it to a number rounds that number to an integer, which the low
 # bits of the sum then hold.

@@ -1,7 +1,8 @@
 """One pass over K and V: what the sparse loop and the linear branch need of each key block.
 
 One program per (key block, head). 8 bit: K smoothed, INT8 or FP8 with one scale per block; V in FP8 over a power of two
-per block, stored transposed because FP8 matrix instructions want it along the keys. Linear branch: h_j = phi(K_j)^T V_j
+per block, or in INT8 over one per channel and one scale per block, stored transposed because 8-bit matrix instructions
+want it along the keys. Linear branch: h_j = phi(K_j)^T V_j
 and z_j, the column sums of phi(K_j), both divided by the block's 64 tokens so that float16 holds them. Where
 hopper_masked_sum.py adds them up, h_j is in FP8 over a power of two per block, that of the bound z_j max |V_j|: it is
 known before h_j is, so that h_j can leave in parts.
@@ -11,14 +12,15 @@ import triton
 import triton.language as tl
 
 from ..router import K_BLOCK, block_count
+from . import configs
 from .launch import launch
-from .numerics import FP8_MAX, INT8_BIAS, INT8_MAX, LOG2_E, MIN_MAGNITUDE, fp8_exponent, to_fp8
+from .numerics import FP8_MAX, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE, fp8_exponent, to_fp8
 from .tiles import KEY_BLOCK, plane_of, tile_at
 
 
 @triton.jit
 def register_order_of_keys(key):
-    """Where a key goes so that P's registers are an FP8 operand: in each 16, bits abbc of its number become bbac."""
+    """Where a key goes so that P's registers are an 8-bit operand: in each 16, bits abbc of its number become bbac."""
     return (key & ~15) | (key & 1) | (key >> 1 & 1) << 3 | (key >> 2 & 3) << 1
 
 
@@ -28,9 +30,15 @@ def register_order_of_channels(channel):
     return (channel & ~31) | (channel & 1) | (channel >> 1 & 3) << 3 | (channel >> 3 & 3) << 1
 
 
+@triton.jit
+def int8_exponent(largest):
+    """log2 of a scale that brings magnitudes up to ``largest`` within INT8, and a little more for its own rounding."""
+    return tl.maximum(tl.log2(tl.maximum(largest, 1e-30) * (1.001 / INT8_MAX)), MIN_EXPONENT)
+
+
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
 def _pack(
-    k, v, k_mean, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
+    k, v, k_mean, v_channel, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
     D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, FP8_SUMS: tl.constexpr,
@@ -45,6 +53,8 @@ def _pack(
     key, channel = place, part  # what stands at each place
     if REGISTER_ORDER:
         key, channel = register_order_of_keys(place), register_order_of_channels(part)
+    elif PV == "int8":
+        key = register_order_of_keys(place)
     rows = block * KEY_BLOCK + key
     valid = rows[:, None] < tokens
 
@@ -70,9 +80,17 @@ def _pack(
             tl.store(k_out, to_fp8(k_smooth * (FP8_MAX / largest)))
             tl.store(k_scale + tile, largest / FP8_MAX)
 
-    v_largest = tl.maximum(tl.max(tl.abs(v_first.to(tl.float32))), tl.max(tl.abs(v_last.to(tl.float32))))
+    even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
+    if PV == "int8":
+        # powers of two: a division without rounding
+        even_first *= (1.0 / tl.load(v_channel + bh * D + part))[None, :]
+        even_last *= (1.0 / tl.load(v_channel + bh * D + (D - PART) + part))[None, :]
+    v_largest = tl.maximum(tl.max(tl.abs(even_first)), tl.max(tl.abs(even_last)))
     if PV == "fp8":
         exponent = fp8_exponent(v_largest)
+        tl.store(v_exponent + tile, exponent)
+    elif PV == "int8":
+        exponent = int8_exponent(v_largest)
         tl.store(v_exponent + tile, exponent)
 
     if LINEAR:
@@ -93,6 +111,10 @@ def _pack(
             v_scaled = to_fp8(v_raw.to(tl.float32) * tl.exp2(-exponent))
             v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + channel)[:, None] * KEY_BLOCK + place
             tl.store(v_out, tl.trans(v_scaled))  # [PART, KEY_BLOCK]
+        elif PV == "int8":
+            biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
+            v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + part)[:, None] * KEY_BLOCK + place
+            tl.store(v_out, tl.trans(biased.to(tl.int32, bitcast=True).to(tl.int8)))  # [PART, KEY_BLOCK]
         if LINEAR:
             h = tl.dot(tl.trans(phi), v_raw.to(phi.dtype), input_precision="tf32x3")  # [D, PART]
             if REGISTER_ORDER:
@@ -102,23 +124,22 @@ def _pack(
             tl.store(h_out, to_fp8(h) if FP8_SUMS else h.to(phi.dtype))
 
 
-def pack(k, v, k_mean, work, group, qk, pv, *, register_order=False):
+def pack(k, v, k_mean, work, group, qk, pv, v_channel=None, *, register_order=False):
     """Fills ``work`` (a Workspace) for the heads of slice ``group`` of k and v (B, H, M, D), any stride.
 
     register_order: FP8 V as the registers of hopper_loop.py want it, instead of key after key and channel after channel;
-    likewise h_j's columns, which are V's channels.
+    likewise h_j's columns, which are V's channels. v_channel: of INT8 V, float32 (B * H, D), see value_channels.py.
     """
     heads, tokens, head_dim = k.shape[1:]
     linear = work.sums is not None
     if qk == "16bit" and not linear:
         return
+    config = configs.pack_config(pv, register_order, v.element_size())
     launch(
         _pack, (block_count(tokens, K_BLOCK), group.stop - group.start),
-        k, v, k_mean, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
+        k, v, k_mean, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
         *k.stride(), *v.stride(), heads, group.start, tokens,
         D=head_dim, QK=qk, PV=pv, LINEAR=linear, FP8_SUMS=work.sums_exponent is not None,
         SUM_STRIDE=work.sums.stride(1) if linear else 0, NORM_STRIDE=work.norms.stride(1) if linear else 0,
-        REGISTER_ORDER=register_order, PARTS=2 if register_order else 1,
-        # 4 warps that take h_j in two parts need 168 registers a thread, so three such programs run at a time
-        options={"num_warps": 4 if register_order else 8},
+        REGISTER_ORDER=register_order, PARTS=config.parts, options=config.options,
     )  # fmt: skip

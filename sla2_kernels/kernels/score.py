@@ -1,7 +1,8 @@
 """Products of pooled tensors to float32 precision: the router's projections and its scores.
 
 One program per TILE x TILE tile of A B^T. Each product is three TF32 ones, whatever torch's flags say: one TF32 product
-would change the selection, and float32 units are slower. Scores leave as integers in the same order, because the top-k
+would change the selection, and float32 units are slower. Cards with mma.sync take three float16 ones instead, of operands
+that _halves() has taken apart: splitting inside the product spills there. Scores leave as integers in the same order, because the top-k
 (select.py) finds its threshold by counting.
 """
 
@@ -10,14 +11,20 @@ import triton
 import triton.language as tl
 
 from ..router import K_BLOCK, block_count
+from ..support import capability
+from .configs import multiplies_by_mma_sync
 from .launch import launch
-from .numerics import ordered_int
+from .numerics import MIN_MAGNITUDE, ordered_int
 from .tiles import QUERY_BLOCK
 
 TILE = 64
+HALVES_ROWS = 32
 SCORES_STEP = 128  # the length of a row of scores is a multiple of it, so that the top-k reads without masks
 INT32_MIN = tl.constexpr(-(2**31))  # the padding, and below every score
 INT32_MAX = tl.constexpr(2**31 - 1)  # a query's own key blocks, above every score
+# parts of a float32 as an integer
+FLOAT32_EXPONENT, FLOAT32_ONE = tl.constexpr(0x7F800000), tl.constexpr(127 << 23)
+TEN_OCTAVES = tl.constexpr(10 << 23)
 KEY_BLOCK_LOG2 = tl.constexpr(K_BLOCK.bit_length() - 1)
 
 
@@ -35,6 +42,12 @@ def _product(
     right = tl.load(right_at, mask=j[None, :] < cols, other=0.0)  # [D, TILE]
     # in steps along D, which need less shared memory, the same product takes three times as long
     tile = tl.dot(left, right, input_precision="tf32x3")  # [TILE, TILE]
+    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED)
+
+
+@triton.jit
+def _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED: tl.constexpr):
+    """Writes a [TILE, TILE] product. ORDERED: as scores()."""
     out_at = out + (bh * rows + i[:, None]) * out_stride + j[None, :]
     inside = (i[:, None] < rows) & (j[None, :] < out_stride)
     if ORDERED:
@@ -48,9 +61,65 @@ def _product(
         tl.store(out_at, tile, mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _halves(x, high, low, power, rows, D: tl.constexpr, TILE: tl.constexpr):
+    """x = power * (high + low) to 22 bits, high and low float16, one power of two per row."""
+    i, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    inside = i < rows
+    at = i[:, None].to(tl.int64) * D + d[None, :]
+    tile = tl.load(x + at, mask=inside[:, None], other=0.0)  # [TILE, D]
+    # float32's exponent, so that the row's largest becomes 2^10 to 2^11: what float16 loses then is below 2^-35 of it
+    exponent = tl.maximum(tl.max(tl.abs(tile), axis=1), MIN_MAGNITUDE).to(tl.int32, bitcast=True) & FLOAT32_EXPONENT
+    up = (-exponent + 2 * FLOAT32_ONE + TEN_OCTAVES).to(tl.float32, bitcast=True)
+    scaled = tile * up[:, None]
+    top = scaled.to(tl.float16)
+    tl.store(high + at, top, mask=inside[:, None])
+    tl.store(low + at, (scaled - top.to(tl.float32)).to(tl.float16), mask=inside[:, None])
+    tl.store(power + i, (exponent - TEN_OCTAVES).to(tl.float32, bitcast=True), mask=inside)
+
+
+@triton.jit(do_not_specialize=["b_heads", "rows", "cols", "diagonal"])
+def _product_of_halves(
+    a_high, a_low, a_power, b_high, b_low, b_power, out, b_heads, rows, cols, out_stride, diagonal,
+    D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    bh = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, D)
+    a_row, b_row = bh * rows + i, bh % b_heads * cols + j
+    a_at, b_at = a_row[:, None] * D + d[None, :], b_row[None, :] * D + d[:, None]
+    a_inside, b_inside = i < rows, j < cols
+    left = tl.load(a_high + a_at, mask=a_inside[:, None], other=0.0)  # [TILE, D]
+    right = tl.load(b_high + b_at, mask=b_inside[None, :], other=0.0)  # [D, TILE]
+    # the small products first; that of both low halves is below float32's precision
+    tile = tl.dot(tl.load(a_low + a_at, mask=a_inside[:, None], other=0.0), right)
+    tile = tl.dot(left, tl.load(b_low + b_at, mask=b_inside[None, :], other=0.0), tile)
+    tile = tl.dot(left, right, tile)
+    tile *= tl.load(a_power + a_row, mask=a_inside, other=0.0)[:, None]
+    tile *= tl.load(b_power + b_row, mask=b_inside, other=0.0)[None, :]
+    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED)
+
+
+def _in_halves(x):
+    """(high, low, power) of float32 x (..., D), contiguous."""
+    rows, head_dim = x.numel() // x.shape[-1], x.shape[-1]
+    high, low = (torch.empty(x.shape, dtype=torch.float16, device=x.device) for _ in range(2))
+    power = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    grid = (block_count(rows, HALVES_ROWS),)
+    launch(_halves, grid, x, high, low, power, rows, D=head_dim, TILE=HALVES_ROWS, options={"num_warps": 4})
+    return high, low, power
+
+
 def _launch(a, b, out, b_heads, b_stride_h, cols, diagonal=0):
     batch_heads, rows, head_dim = a.shape
     grid = (block_count(rows, TILE), block_count(out.shape[-1], TILE), batch_heads)
+    if multiplies_by_mma_sync(capability(a.device)):
+        launch(
+            _product_of_halves, grid, *_in_halves(a), *_in_halves(b), out, b_heads, rows, cols, out.shape[-1], diagonal,
+            D=head_dim, TILE=TILE, ORDERED=out.dtype == torch.int32, options={"num_warps": 4},
+        )  # fmt: skip
+        return out
     launch(
         _product, grid, a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1], diagonal,
         D=head_dim, TILE=TILE, ORDERED=out.dtype == torch.int32, options={"num_warps": 4},

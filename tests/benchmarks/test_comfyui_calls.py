@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import comfyui_calls, comfyui_models, table
 
@@ -34,15 +35,36 @@ def test_real_sizes_have_the_tokens_that_they_name():
 def test_the_table_sets_each_variant_beside_the_default():
     rows = [
         {"part": "H3", "variant": comfyui_calls.BOUND, "seconds_per_step": 1.0, "attention_seconds": 0.0},
-        {"part": "H3", "variant": comfyui_calls.DENSE, "seconds_per_step": 4.0, "attention_seconds": 3.0},
+        {
+            "part": "H3",
+            "variant": comfyui_calls.DENSE,
+            "seconds_per_step": 4.0,
+            "attention_seconds": 3.0,
+            "peak_bytes": 2**30,
+        },
         {"part": "H3", "variant": "SLA2", "seconds_per_step": 1.25, "attention_seconds": 0.25, "peak_bytes": 2**31},
         {"part": "H3", "variant": "rival", "seconds_per_step": None, "failed": "RuntimeError: no kernel"},
     ]
     facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
     text = table.calls_markdown({"environment": facts, "parts": {"H3": {}, "crossover": {}}, "rows": rows})
     assert "| dense, ComfyUI's default | 4 s (1.00x), 3 s |" in text
-    assert "| **SLA2** | 1.25 s (3.20x), 0.25 s, 2.0 GiB |" in text
+    assert "| **SLA2** | 1.25 s (3.20x), 0.25 s |" in text and "at most 2.000 times dense" in text
     assert "| rival | - |" in text and "Failed: rival at H3: RuntimeError: no kernel." in text
+
+
+def test_a_buffer_that_a_class_leaves_on_another_device_is_filled_too():
+    """As those of MiniMax H3: numbers are drawn on the generator's device, whatever the tensor's."""
+    model = torch.nn.Linear(4, 4)
+    model.register_buffer("table", torch.empty(8, 4, device="meta"))
+    comfyui_models.fill(model, torch.Generator().manual_seed(0), torch.float32)
+    assert model.table.shape == (8, 4) and 0 < model.weight.std() < 0.1 and not model.bias.any()
+
+
+def test_a_part_that_failed_as_a_whole_is_in_the_table():
+    failed = {"part": "H3", "variant": "every variant", "seconds_per_step": None, "failed": "RuntimeError: no memory"}
+    facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
+    text = table.calls_markdown({"environment": facts, "parts": {"H3": {}}, "rows": [failed]})
+    assert "| every variant | - |" in text and "Failed: every variant at H3: RuntimeError: no memory." in text
 
 
 def test_an_unknown_part_is_refused(capsys):

@@ -1,5 +1,7 @@
 """The real ComfyUI server of these tests, and what its history says."""
 
+import os
+
 from tooling.paths import PACK_FOLDER
 from tooling.paths import ROOT as PACK
 from tooling.server import Server
@@ -8,11 +10,17 @@ __all__ = ["PACK", "PACK_FOLDER", "ComfyServer", "error_of"]
 
 
 class ComfyServer(Server):
-    """Starts on construction, on the CPU. ``base`` holds models/, custom_nodes/, output/."""
+    """Starts on construction, on the CPU. ``base`` holds models/, custom_nodes/, output/.
+
+    The page is the one that this ComfyUI pins, or that of the folder in COMFYUI_FRONTEND: of an unpacked
+    comfyui-frontend-package the folder comfyui_frontend_package/static.
+    """
 
     def __init__(self, comfyui_path, base, wait_s=120):
         # threads that wait for a busy core cost far more than they bring
         super().__init__(comfyui_path, base, "cpu", wait_s, OMP_NUM_THREADS="1")
+        if frontend := os.environ.get("COMFYUI_FRONTEND"):
+            self.command += ["--front-end-root", frontend]
         self.start()
 
 

@@ -263,19 +263,21 @@ def build(cls, arguments, operations):
     if cls.__name__ == "HunyuanVideo":
         names = cls.__init__.__globals__["HunyuanVideoParams"].__annotations__
         known = {name: value for name, value in arguments.items() if name in names}
-    model = cls(**known, device="cpu", dtype=torch.float32, operations=operations).eval().requires_grad_(False)
+    return fill(cls(**known, device="cpu", dtype=torch.float32, operations=operations))
+
+
+def fill(model):
+    """``model`` with small random weights, to be called without gradients."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
+        if not tensor.is_floating_point() or name.endswith(("seq", "freqs")) or 0 in tensor.stride():
+            continue  # the last two are made by the constructor, not loaded
         if tensor.dim() > 1:
             scale = tensor[0].numel() ** -0.5
-        elif "norm" in name and name.endswith("weight"):
+        elif ("norm" in name and name.endswith("weight")) or name.endswith("std-of-means"):
             tensor.data.fill_(1.0)
             continue
         else:
             scale = 0.1
-        if name.endswith(("seq", "freqs")):
-            continue  # made by the constructor, not loaded
         tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    return model
+    return model.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from comfy_server import PACK, PACK_FOLDER
@@ -19,7 +20,7 @@ def test_there_are_workflows():
 def test_the_template_browser_lists_them_with_thumbnails(comfy):
     assert sorted(comfy.server.get("/workflow_templates")[PACK_FOLDER]) == [path.stem for path in WORKFLOWS]
     for path in WORKFLOWS:
-        served = comfy.server.get(f"/api/workflow_templates/{PACK_FOLDER}/{path.name}")
+        served = comfy.server.get(f"/api/workflow_templates/{PACK_FOLDER}/{quote(path.name)}")
         assert served == json.loads(path.read_text(encoding="utf-8"))
         assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
 

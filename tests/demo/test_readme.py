@@ -20,11 +20,10 @@ def results(tmp_path_factory):
     return folder
 
 
-def test_the_readme_is_what_the_results_say():
+@pytest.mark.parametrize("part", ["steps", "measured", "cards"])
+def test_the_readme_is_what_the_results_say(part):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.insert(text, readme.block(readme.measured(), readme.steps())) == text, (
-        "run: python -m benchmarks.readme"
-    )
+    assert readme.insert(text, part, readme.blocks()[part]) == text, "run: python -m benchmarks.readme"
 
 
 def test_the_plots_are_what_the_results_say():
@@ -37,19 +36,20 @@ def test_every_picture_of_the_readme_exists():
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
 
 
-def test_the_first_screen_is_a_sentence_a_picture_and_two_commands():
+def test_the_first_screen_is_a_sentence_a_picture_a_table_and_two_commands():
     first, _ = (ROOT / "README.md").read_text(encoding="utf-8").split("```\n\n", 1)
     paragraphs = [part for part in first.split("\n\n") if not part.startswith("|")]
     assert paragraphs[0].startswith("# ") and paragraphs[1].count(". ") == 0 and "![" in paragraphs[2]
+    assert first.count("![") == 1 and readme.blocks()["steps"] in first
     assert first.endswith("```\npython demo.py\npython run_tests.py\n")
 
 
 def test_measured_results_become_picture_and_table(results):
     contents = readme.measured(results)
     assert contents == [load(results / "cpu.json")]
-    text = readme.block(contents)
+    text = readme.details(contents, [], [])
     assert text.startswith("![Time of one attention call against the number of tokens](docs/length.svg)\n\n| method |")
-    assert "skips 75%" in text and "Nothing has been measured" not in text
+    assert "skips 75%" in text and readme.NOTHING not in text
     assert list(readme.plots(contents)) == ["length.svg"]
 
 
@@ -61,12 +61,14 @@ def test_measured_steps_become_a_table(tmp_path):
     facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
     save(tmp_path / "comfyui-step-a.json", {"environment": facts, "parts": {"tiny": {}}, "rows": rows})
     (content,) = readme.steps(tmp_path)
-    text = readme.block([], [content])
+    text = readme.first_screen([content], [])
     assert (
         "| dense | 3.00 s (1.0x) |\n| **SLA2**, skips 97% | 1.00 s (3.0x) |" in text and "at most 1.010 times" in text
     )
 
 
-def test_the_marks_must_be_there_once():
+@pytest.mark.parametrize("text", ["", "{begin}{begin}{end}", "{begin}{end}{end}"])
+def test_the_marks_must_be_there_once(text):
+    begin, end = readme.marks("steps")
     with pytest.raises(ValueError, match="once each"):
-        readme.insert(f"{readme.BEGIN}{readme.BEGIN}{readme.END}", "x")
+        readme.insert(text.format(begin=begin, end=end), "steps", "x")

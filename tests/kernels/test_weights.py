@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sla2_kernels import weights
+from sla2_kernels import sla2_attention, weights
 from sla2_kernels.router_format import RouterFileError
 from sla2_kernels.weights import RouterLayer, RouterWeights, identity_router, load_router
 
@@ -244,8 +244,8 @@ def test_require_model_names_the_first_mismatch():
         ({"precision": "int4"}, "precision must be"),
         ({"model_family": ""}, "model_family must be"),
         (
-            {"layers": (RouterLayer(proj_q=torch.eye(DIM).half()),)},
-            "tensor layers.0.proj_q must be float32, got float16",
+            {"layers": (RouterLayer(proj_q=torch.eye(DIM).bfloat16()),)},
+            "tensor layers.0.proj_q must be float32 or float16, got bfloat16",
         ),
         ({"layers": (RouterLayer(proj_k=torch.full((DIM, DIM), torch.nan)),)}, "layers.0.proj_k must hold finite"),
     ],
@@ -253,6 +253,49 @@ def test_require_model_names_the_first_mismatch():
 def test_a_router_checks_itself(change, words):
     with pytest.raises(RouterFileError, match=words):
         make_router(**change)
+
+
+def written(path, router, **options):
+    """(dtype of each stored tensor, format version) of a router saved to ``path``."""
+    router.save(path, **options)
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).dtype for name in file.keys()}, file.metadata()["format_version"]
+
+
+def test_a_large_router_is_stored_in_16_bit(tmp_path, monkeypatch):
+    """The projections of MiniMax H3 (50 layers, 56 heads of 128) take 350 MiB in float32. Earlier releases read the small ones."""
+    path, router = tmp_path / "r.safetensors", make_router()
+    whole, version = written(path, router)
+    assert set(whole.values()) == {torch.float32} and version == "1"
+    monkeypatch.setattr(weights, "MAX_FLOAT32_BYTES", 4 * (DIM * DIM + HEADS * DIM * DIM) - 1)
+    stored, version = written(path, router)
+    assert {name.split(".")[2]: str(dtype) for name, dtype in stored.items()} == {
+        "proj_q": "torch.float16", "proj_k": "torch.float16", "alpha_logits": "torch.float32",
+    }  # fmt: skip
+    assert version == "2"
+    loaded = load_router(path)
+    assert torch.equal(loaded.layers[0].proj_k, router.layers[0].proj_k.half())
+    assert torch.equal(loaded.layers[0].alpha_logits, router.layers[0].alpha_logits)
+    assert written(path, loaded) == (stored, "2")
+    assert_same(load_router(path), loaded)
+    assert set(written(path, loaded, storage="float32")[0].values()) == {torch.float32}
+    with pytest.raises(ValueError, match='storage must be "auto", "float32" or "float16", got \'int8\''):
+        router.save(path, storage="int8")
+
+
+def test_a_projection_outside_float16_keeps_its_precision(tmp_path):
+    layer = RouterLayer(proj_q=torch.eye(DIM) * 1e5, proj_k=torch.eye(DIM))
+    stored, _ = written(tmp_path / "r.safetensors", make_router(layers=(layer,)), storage="float16")
+    assert stored == {"layers.0.proj_q": torch.float32, "layers.0.proj_k": torch.float16}
+
+
+@pytest.mark.parametrize("shape", [(DIM, DIM), (HEADS, DIM, DIM)])
+def test_stored_projections_give_the_output_of_their_float32_values(shape):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, HEADS, 300, DIM, generator=generator) for _ in range(3))
+    proj = (torch.eye(DIM) + 0.3 * torch.randn(shape, generator=generator)).half()
+    outs = [sla2_attention(q, k, v, p, p, sparsity=0.5, precision="16bit") for p in (proj, proj.float())]
+    assert torch.equal(*outs)
 
 
 def test_files_that_are_something_else(tmp_path):
@@ -298,7 +341,7 @@ def test_every_cut_is_noticed(tmp_path):
     ("name", "value", "words"),
     [
         ("format", "lora", "not a router made by"),
-        ("format_version", "2", "update the pack"),
+        ("format_version", "3", "update the pack"),
         ("format_version", "one", "format_version must be a whole number"),
         ("num_layers", "1", "tensor layers.1.proj_q does not belong"),
         ("num_layers", "9" * 5000, "num_layers must be a whole number"),
@@ -337,10 +380,15 @@ def test_metadata_that_does_not_fit(tmp_path, name, value, words):
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("layers.0.proj_q", torch.eye(DIM).half(), "layers.0.proj_q must be float32, got F16"),
-        ("layers.0.proj_q", torch.eye(DIM, dtype=torch.int64), "layers.0.proj_q must be float32, got I64"),
+        ("layers.0.proj_q", torch.eye(DIM).bfloat16(), "layers.0.proj_q must be float32 or float16, got BF16"),
+        ("layers.0.proj_q", torch.eye(DIM, dtype=torch.int64), "layers.0.proj_q must be float32 or float16, got I64"),
         ("layers.0.proj_k", torch.eye(DIM + 1), "layers.0.proj_k must have shape (8, 8) or (3, 8, 8), got (9, 9)"),
         ("layers.0.proj_k", torch.full((DIM, DIM), torch.inf), "layers.0.proj_k must hold finite numbers"),
+        (
+            "layers.0.alpha_logits",
+            torch.zeros(2, HEADS, 1).half(),
+            "layers.0.alpha_logits must be float32, got float16",
+        ),
         ("layers.0.alpha_logits", torch.zeros(2, HEADS, 0), "1 or more knots"),
         ("layers.0.alpha_logits", torch.full((2, HEADS, 1), torch.nan), "layers.0.alpha_logits must hold finite"),
         ("layers.0.alpha_logits", None, "layers.0.alpha_logits is missing"),

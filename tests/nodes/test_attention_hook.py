@@ -142,7 +142,7 @@ def test_calls_of_unlike_or_unexpected_tensors_have_a_reason(bench, qkv, change,
 
 def test_the_operators_own_reason_is_the_one_that_is_counted(bench, qkv, pack_module, monkeypatch):
     sentence = "the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has 7.5"
-    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "unsupported_reason", lambda *args: sentence)
+    monkeypatch.setattr(pack_module("nodes.attention.call"), "unsupported_reason", lambda *args: sentence)
     b = bench()
     b.model_call()
     assert torch.equal(b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS))

@@ -80,7 +80,7 @@ def test_weights_of_another_model_are_refused(pack_module, monkeypatch, layers, 
         checks.check_sla_weights(weights, facts, method)
 
 
-def finished(seconds=10.0, **records):
+def finished(seconds=10.0, shortest=8400, **records):
     """A closed run: layers given as {"sparse", "dense", "ms", "entered"}."""
     layers = {}
     for number, record in enumerate(records.values()):
@@ -89,7 +89,9 @@ def finished(seconds=10.0, **records):
         layers[number] = SimpleNamespace(
             sparse=sparse, dense=dense, milliseconds=record.get("ms", {}), unreached=unreached
         )
-    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"}, ragged_sage_calls=Counter())
+    return SimpleNamespace(
+        layers=layers, started=0.0, ended=seconds, precisions={"int8"}, ragged_sage_calls=Counter(), shortest=shortest
+    )
 
 
 TRAINED = SimpleNamespace(
@@ -112,7 +114,12 @@ ADVICE = {
     ),
     "masks": (TRAINED, finished(a={"dense": {"the call has an attention mask": 4}}), ["most calls could not run sparse: the call has"]),
     "another node": (TRAINED, finished(a={"entered": 9}), ["most calls went to another node's attention"]),
-    "untrained": (UNTRAINED, finished(a={"sparse": 9}), ["sparsity 0.97 without a trained router costs quality"]),
+    "untrained": (
+        UNTRAINED, finished(a={"sparse": 9}),
+        ["sparsity 0.97 without a trained router costs quality at 8,400 tokens: stay at or below 0.9, or"],
+    ),
+    "untrained, longer": (UNTRAINED, finished(shortest=14_080, a={"sparse": 9}), ["sparsity 0.97 without a trained router costs quality at 14,080 tokens: stay at or below 0.93, or"]),
+    "untrained, long enough": (UNTRAINED, finished(shortest=32_760, a={"sparse": 9}), []),
 }  # fmt: skip
 
 

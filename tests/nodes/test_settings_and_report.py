@@ -11,7 +11,14 @@ HEADS = 2
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("", set()), ("0, 1, 28-29", {0, 1, 28, 29}), ("-1", {29}), (" 3 - 5 ,", {3, 4, 5}), ("-2--1", {28, 29})],
+    [
+        ("", set()),
+        ("0, 1, 28-29", {0, 1, 28, 29}),
+        ("-1", {29}),
+        (" 3 - 5 ,", {3, 4, 5}),
+        ("-2--1", {28, 29}),
+        ("0，1、28-29", {0, 1, 28, 29}),
+    ],
 )
 def test_layer_lists(pack_module, text, layers):
     assert pack_module("nodes.settings.values").parse_layers(text, 30) == layers
@@ -21,6 +28,17 @@ def test_layer_lists(pack_module, text, layers):
 def test_wrong_layer_lists_are_one_sentence(pack_module, text):
     with pytest.raises(ValueError, match=r"^dense_layers [^\n]*\.$"):
         pack_module("nodes.settings.values").parse_layers(text, 30)
+
+
+@pytest.mark.parametrize("text", ["a", "1-", "5-3", "-1--3", "1;2", "1.5"])
+def test_layer_lists_of_no_model_are_refused_without_one(pack_module, text):
+    with pytest.raises(ValueError, match=r"^dense_layers [^\n]*\.$"):
+        pack_module("nodes.settings.values").check_layers(text)
+
+
+@pytest.mark.parametrize("text", ["", "0-99", "-31", "3--1", "-1-3", "0，1"])
+def test_layer_lists_that_some_model_has_are_not(pack_module, text):
+    pack_module("nodes.settings.values").check_layers(text)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 import json
 import time
 
-# the page goes on after its nodes are known: it loads a first workflow over whatever is shown, and listens to selections
+# the page goes on after its nodes are known: it loads a first workflow over whatever is shown, and a while later is at rest
 READY = (
     "window.app?.graph && window.app.canvas && Object.keys(LiteGraph.registered_node_types).length > 100"
-    " && window.app.extensionManager?.workflow?.activeWorkflow && !!window.app.canvas.onSelectionChange"
+    " && window.app.extensionManager?.workflow?.activeWorkflow && !window.app.extensionManager.spinner"
 )
+
+# what the page says in a corner, in the pinned frontend and in newer ones
+MESSAGE = ".p-toast-message, [data-testid='toast-viewport'] > li"
 
 
 class Canvas:
@@ -47,9 +50,13 @@ class Canvas:
 
     def alerts(self):
         """Texts of the messages that the page shows; it shows them no longer."""
-        shown = self.page.locator(".p-toast-message").all_inner_texts()
-        self.js("app.extensionManager.toast.removeAll()")
+        shown = self.page.locator(MESSAGE).all_inner_texts()
+        self.close_messages()
         return shown
+
+    def close_messages(self):
+        self.js("((toast) => (toast.dismissAll ?? toast.removeAll).call(toast))(app.extensionManager.toast)")
+        self.page.wait_for_function("(message) => !document.querySelector(message)", arg=MESSAGE)
 
     def history(self):
         """The newest entries: other tests of this server leave hundreds."""

@@ -1,9 +1,13 @@
 """One Chromium with the page of the tests' ComfyUI server, for all tests of this folder."""
 
+import subprocess
+import sys
+
 import pytest
 from canvas import Canvas
 
 from tooling.browser import find_chromium, open_chromium
+from tooling.paths import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +41,16 @@ def canvas(server, browser, pictures):
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     yield Canvas(context.new_page(), server.url, pictures)
     context.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_files(comfy, comfyui_path):
+    """Tiny files under the names of what people run, in the server's folders."""
+    comfy.skip_before(0, 32, "a checkpoint in int8_convrot")
+    script = ROOT / "tests/comfyui/template_files.py"
+    command = [sys.executable, str(script), str(comfyui_path), str(comfy.base / "models")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 SAMPLER = {"seed": 5, "steps": 3, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}

@@ -40,3 +40,24 @@ def missing_types(workflow, known):
     inner = (workflow.get("definitions") or {}).get("subgraphs", [])
     own = {graph["id"] for graph in inner} | {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
     return sorted({node["type"] for graph in [workflow, *inner] for node in graph["nodes"]} - own - set(known))
+
+
+def samples(info):
+    """Whether a node, as the server describes it, samples or guides: steps or conditioning in, latents or a guider out."""
+    specs = info["input"].get("required", {}) | info["input"].get("optional", {})
+    takes = {spec[0] for spec in specs.values() if isinstance(spec[0], str)}
+    prepares = "MODEL" in info["output"] and "steps" not in specs
+    return {"MODEL", "CONDITIONING"} <= takes and bool({"LATENT", "GUIDER"} & set(info["output"])) and not prepares
+
+
+def sampled_models(prompt, known):
+    """[(node, source)] of every MODEL wire into a sampler or guider of an API prompt."""
+    names = {
+        name: [key for part in info["input"].values() for key, spec in part.items() if spec[0] == "MODEL"]
+        for name, info in known.items() if samples(info)
+    }  # fmt: skip
+    return [
+        (node_id, node["inputs"][key][0])
+        for node_id, node in prompt.items()
+        for key in names.get(node["class_type"], []) if key in node["inputs"]
+    ]  # fmt: skip

@@ -7,7 +7,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from official_templates import missing_types, video_templates
+from canvas import MESSAGE
+from official_templates import missing_types, sampled_models, video_templates
 
 from tooling.paths import ROOT
 
@@ -39,29 +40,6 @@ THERE_AND_BACK = f"""(async () => {{
 @pytest.fixture(scope="module")
 def known(server):
     return server.get("/object_info")
-
-
-def samples(info):
-    """Whether a node, as the server describes it, samples or guides: steps or conditioning in, latents or a guider out."""
-    specs = info["input"].get("required", {}) | info["input"].get("optional", {})
-    takes = {spec[0] for spec in specs.values() if isinstance(spec[0], str)}
-    prepares = "MODEL" in info["output"] and "steps" not in specs
-    return {"MODEL", "CONDITIONING"} <= takes and bool({"LATENT", "GUIDER"} & set(info["output"])) and not prepares
-
-
-def sampled_models(prompt, known):
-    """[(node, source)] of every MODEL wire into a sampler or guider of an API prompt."""
-    names = {
-        name: [key for part in info["input"].values() for key, spec in part.items() if spec[0] == "MODEL"]
-        for name, info in known.items()
-        if samples(info)
-    }
-    return [
-        (node_id, node["inputs"][key][0])
-        for node_id, node in prompt.items()
-        for key in names.get(node["class_type"], [])
-        if key in node["inputs"]
-    ]
 
 
 def value(prompt, given):
@@ -145,15 +123,14 @@ def test_every_official_video_template_is_accelerated_and_restored(canvas, serve
 
 
 def toasts(canvas):
-    return " ".join(canvas.page.locator(".p-toast-message").all_inner_texts())
+    return " ".join(canvas.page.locator(MESSAGE).all_inner_texts())
 
 
 def execute(canvas, command):
     """What the page says of it."""
-    canvas.js("app.extensionManager.toast.removeAll()")
-    canvas.page.wait_for_timeout(100)
+    canvas.close_messages()
     canvas.js(f"{EXECUTE}(a)", command)
-    canvas.page.wait_for_selector(".p-toast-message")
+    canvas.page.wait_for_selector(MESSAGE)
     return toasts(canvas)
 
 

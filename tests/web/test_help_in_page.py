@@ -36,3 +36,11 @@ def test_help_comes_in_the_browsers_language_and_else_in_english(foreign, node):
     assert shown.locator("h1, h2").all_inner_texts() == headings
     assert "**" not in shown.inner_text() and "|---|" not in shown.inner_text()
     assert canvas.errors == []
+
+
+def test_the_schedule_map_speaks_the_browsers_language(foreign):
+    canvas, language = foreign
+    canvas.load_prompt({"1": {"class_type": "SLA2ApplyAttention", "inputs": {}}})
+    words = {"zh": "时间表图"}.get(language, "Schedule as a map")
+    canvas.page.locator("summary", has_text=words).wait_for()
+    assert canvas.errors == []

@@ -1,6 +1,7 @@
 """What our nodes show and hide in the page, in the classic canvas and as Vue nodes, light and dark."""
 
 import itertools
+import json
 import time
 
 import pytest
@@ -69,6 +70,19 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
     ]
     assert colours(canvas, REPORT_CANVAS) >= 2
     choose_by_keyboard(canvas)
+
+
+def test_another_workflow_with_the_same_settings_is_told_on_its_own_node(canvas, sampling_prompt):
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    canvas.queue()
+    other = json.loads(json.dumps(sampling_prompt).replace('["2", 0]', '["20", 0]'))
+    other["20"], other["2"] = other["2"], other.pop("5")
+    other["6"]["inputs"] |= {"latent_image": ["2", 0], "seed": next(seeds)}
+    canvas.load_prompt(other)
+    canvas.queue()
+    assert "6 of 9 attention calls accelerated" in (canvas.panel("SLA2ApplyAttention") or "")
+    assert canvas.panel("EmptyHunyuanLatentVideo") is None
 
 
 def choose_by_keyboard(canvas):
@@ -155,6 +169,32 @@ def test_hidden_values_survive_undo(canvas, renderer, sampling_prompt):
     canvas.page.wait_for_timeout(400)
     assert canvas.value(kind, "ratio_mode") == "learned" and canvas.value(kind, "fixed_ratio") == 0.4
     assert is_shown(canvas, renderer, "fixed_ratio", False)
+
+
+def test_after_an_undo_the_page_shows_the_panels_of_the_new_node(canvas, renderer, sampling_prompt):
+    sampling_prompt["6"]["inputs"]["seed"] = next(seeds)
+    canvas.load_prompt(sampling_prompt)
+    canvas.load(canvas.save())  # which gives it the id that a saved workflow has
+    canvas.queue()
+    kind, tracker = "SLA2ApplyAttention", "app.extensionManager.workflow.activeWorkflow.changeTracker"
+    capture = f"({tracker}.captureCanvasState ?? {tracker}.checkState).call({tracker})"
+    canvas.js(f"({capture}, {canvas.node(kind)}.isOld = true)")
+    canvas.page.wait_for_timeout(150)  # changes within 50 ms become one step of the undo
+    canvas.set(kind, "fixed_ratio", 0.4)
+    canvas.js(capture)
+    canvas.page.wait_for_timeout(150)
+    canvas.js(f"{tracker}.undo()")
+    canvas.page.wait_for_timeout(400)
+    assert not canvas.js(f"{canvas.node(kind)}.isOld")
+    canvas.js(f"(app.canvas.ds.scale = 0.7, app.canvas.centerOnNode({canvas.node(kind)}))")
+    canvas.page.wait_for_timeout(300)
+    panels = canvas.js(f"{canvas.node(kind)}.widgets.filter((w) => w.element?.dataset.panel).map((w) => w.name)")
+    shown = canvas.js(
+        f"{canvas.node(kind)}.widgets.filter((w) => w.element?.getBoundingClientRect().height > 9"
+        " && w.element.isConnected).map((w) => w.name)"
+    )
+    assert set(panels) == {"sla2_schedule", "sla2_panel"} <= set(shown)
+    assert canvas.page.locator(".sla2", has_text="6 of 9 attention calls accelerated").count() == 1
 
 
 def test_in_a_subgraph_modes_and_outcome_work(canvas, renderer, sampling_prompt):

@@ -19,6 +19,7 @@ def editor(canvas, renderer, sampling_prompt):
     # what a prompt leaves out keeps the value of the graph before it
     sampling_prompt["2"]["inputs"].update(preset="custom", schedule="")
     canvas.load_prompt(sampling_prompt)
+    canvas.load(canvas.save())  # which gives it the id that a saved workflow has
     return Editor(canvas)
 
 
@@ -215,3 +216,16 @@ def test_the_training_suggests_a_schedule(editor, renderer):
     )
     editor.undo()
     assert editor.text == "0%-10%: dense; layers 0: 0.5; step 1: dense"
+
+
+def test_an_open_map_is_one_workflows_alone(editor, canvas):
+    is_open = (
+        f"{canvas.node(KIND)}.widgets.find((w) => w.name === 'sla2_schedule').element.querySelector('details').open"
+    )
+    editor.open()
+    saved = canvas.save()
+    found = [canvas.js(is_open)]
+    for other in ({"id": "11111111-2222-4333-8444-555555555555"}, {}):
+        canvas.load(saved | other)
+        found.append(canvas.js(is_open))
+    assert found == [True, False, True]

@@ -35,6 +35,9 @@ READABLE = [
     "step 00003: 0.8 -> 0.9",
     "steps\u30001-2 , layers 3: 0.9",
     "steps 1-99999: 0.25->0.75",
+    "0%-50%\uff1a 0.9",
+    "0\uff05-20\uff05\uff1adense\uff1blayers 0-3\uff0c5\u30014\uff1a0.85",
+    "step 1\uff0clayers 0-2\uff1adense",
 ]
 UNREADABLE = [
     "0.9",
@@ -52,7 +55,6 @@ UNREADABLE = [
     "0%-50%: 0.5 -> 0.6 -> 0.7",
     "0%-50%: 0.",
     "0%-50%:",
-    "0%-50%\uff1a 0.9",
     "\uff10%-50%: 0.9",
     "layers \uff13: 0.9",
     "layers \u0663: 0.9",

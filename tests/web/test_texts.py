@@ -84,7 +84,12 @@ def test_translated_help_is_served_and_says_the_same(server, nodes, language, no
     assert mentioned(page, titles) == mentioned(original, english_titles)
 
 
-@pytest.mark.parametrize("language", TRANSLATED)
+@pytest.mark.parametrize("node", NODES)
+def test_an_english_page_gets_the_same_help_as_every_other(server, node):
+    assert served_help(server, f"{node}/en") == served_help(server, node), "run python -m tooling.locales"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_no_translation_is_left_of_a_page_that_is_gone(language):
     translated = {path.parent.name for path in (ROOT / "web" / "docs").glob(f"*/{language}.md")}
     assert translated == set(NODES)
@@ -122,3 +127,20 @@ def test_every_language_names_every_node_input_and_output(server, nodes, languag
         assert entry["display_name"] and entry["description"], name
         texts = [text for kind in ("inputs", "outputs") for text in entry.get(kind, {}).values()]
         assert all(text["name"].strip() and text["tooltip"].strip() for text in texts), name
+
+
+def shown_by_the_page():
+    """Texts of t`...` in web/js, with {0}, {1} ... for their values."""
+    for file in sorted((ROOT / "web/js").glob("*.js")):
+        for text in re.findall(r"(?<![\w$])t`((?:\$\{[^{}]*\}|[^`$])*)`", file.read_text(encoding="utf-8")):
+            pieces = re.split(r"\$\{[^{}]*\}", text)
+            yield pieces[0] + "".join(f"{{{number}}}{piece}" for number, piece in enumerate(pieces[1:]))
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_every_text_of_the_page_is_translated_with_all_its_values(language):
+    table = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["sla2"]
+    example = "{0} of {1} layers"  # in the comment of texts.js
+    texts = set(shown_by_the_page()) - {example}
+    assert len(texts) > 50 and texts == set(table)
+    assert [text for text in texts if set(re.findall(r"{\d}", text)) != set(re.findall(r"{\d}", table[text]))] == []

@@ -2,8 +2,9 @@
 import { app } from "../../../scripts/app.js";
 import { accelerate, removeAccelerated } from "./accelerate.js";
 import { rootOf } from "./graph.js";
+import { t } from "./texts.js";
 
-const models = (count) => `${count} ${count === 1 ? "model" : "models"}`;
+const models = (count) => (count === 1 ? t`${count} model` : t`${count} models`);
 
 // whatever `change` does is one step of the undo
 function asOneStep(root, change) {
@@ -27,18 +28,18 @@ function accelerateAll() {
   const { added, present, switchedOn } = asOneStep(root, () =>
     accelerate(root, (kind) => window.LiteGraph.createNode(kind)),
   );
-  const before = present ? `it was already on ${models(present)}` : undefined;
-  if (added) say(`SLA2 on ${models(added)}`, "success", before);
-  else if (switchedOn) say(`SLA2 was bypassed, and is on again`);
-  else if (present) say("Nothing to do", "info", `SLA2 is already on ${models(present)}`);
-  else say("Nothing to accelerate", "warn", "no MODEL wire reaches a sampler here");
+  const before = present ? t`it was already on ${models(present)}` : undefined;
+  if (added) say(t`SLA2 on ${models(added)}`, "success", before);
+  else if (switchedOn) say(t`SLA2 was bypassed and is on again`);
+  else if (present) say(t`Nothing to do`, "info", t`SLA2 is already on ${models(present)}`);
+  else say(t`Nothing to accelerate`, "warn", t`no MODEL wire reaches a sampler here`);
 }
 
 function removeAll() {
   const root = rootOf(app);
   const removed = asOneStep(root, () => removeAccelerated(root));
-  if (removed) say(`SLA2 removed from ${models(removed)}`);
-  else say("Nothing to remove", "info", '"Accelerate with SLA2" put nothing into this workflow');
+  if (removed) say(t`SLA2 removed from ${models(removed)}`);
+  else say(t`Nothing to remove`, "info", t`"Accelerate with SLA2" added nothing to this workflow`);
 }
 
 app.registerExtension({

@@ -3,6 +3,7 @@ import { frameSlider } from "./frame_slider.js";
 import { el, panelOf } from "./panel.js";
 import { upstream } from "./graph.js";
 import { setByUser, widgetOf } from "./widgets.js";
+import { t } from "./texts.js";
 
 export function showComparison(node, output) {
   const data = output.sla2_comparison?.[0];
@@ -20,16 +21,16 @@ export function showComparison(node, output) {
 }
 
 function takeOver(node, tokens, said) {
-  const button = el("button", { type: "button", text: `Set minimum_tokens to ${tokens}` });
+  const button = el("button", { type: "button", text: t`Set minimum_tokens to ${tokens}` });
   button.addEventListener("click", () => {
     const target = upstream(node, "SLA2ApplyAttention");
     const widget = widgetOf(target, "minimum_tokens");
     if (!widget) {
-      said.textContent = "There is no SLA2 Apply Attention on this node's MODEL wire in this graph.";
+      said.textContent = t`There is no SLA2 Apply Attention on this node's MODEL wire in this graph.`;
       return;
     }
     setByUser(target, widget, tokens);
-    said.textContent = `minimum_tokens of ${target.title} is ${tokens} now.`;
+    said.textContent = t`minimum_tokens of ${target.title} is now ${tokens}.`;
   });
   return el("div", { class: "sla2-row" }, button);
 }

@@ -68,7 +68,8 @@ function before(graph, link, graphs) {
   return { own: null, wires: [{ graph: node.subgraph, link: inner }] };
 }
 
-// the nodes of a class that a MODEL wire has passed; null where one of its branches has passed none
+// The nodes of a class that a MODEL wire has passed; null where one of its branches has passed none. A branch that takes the
+// MODEL from where such a node takes it is the other side of a switch that somebody built on purpose.
 export function passed(graph, link, comfyClass, graphs, seen = new Set()) {
   if (!link || seen.has(link)) return null;
   const path = new Set([...seen, link]); // not shared: two branches of a switch may meet again
@@ -76,8 +77,13 @@ export function passed(graph, link, comfyClass, graphs, seen = new Set()) {
   if (own?.comfyClass === comfyClass) return [own];
   const sources = own ? modelLinks(graph, own).map((source) => ({ graph, link: source })) : wires;
   const found = sources.map((source) => passed(source.graph, source.link, comfyClass, graphs, path));
-  return found.length && found.every(Boolean) ? found.flat() : null;
+  const nodes = found.flat().filter(Boolean);
+  const around = ({ graph, link }) =>
+    nodes.some((node) => graph.nodes.includes(node) && modelLinks(graph, node).some((before) => sameOrigin(before, link)));
+  return nodes.length && sources.every((source, index) => found[index] || around(source)) ? nodes : null;
 }
+
+const sameOrigin = (one, other) => one.origin_id === other?.origin_id && one.origin_slot === other.origin_slot;
 
 // a switch has inputs of any type: the wires tell
 function modelLinks(graph, node) {

@@ -79,7 +79,7 @@ export function panelOf(node, width) {
 export function makePanel(node, name, width, margin = 8) {
   addStyle();
   const content = el("div");
-  const element = el("div", { class: "sla2" }, content);
+  const element = el("div", { class: "sla2", "data-panel": name }, content);
   element.addEventListener("keydown", (event) => {
     // undo and the like are the page's also from here
     if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
@@ -106,4 +106,12 @@ export function makePanel(node, name, width, margin = 8) {
     node.setDirtyCanvas?.(true, true);
   }).observe(content);
   return { element, show: (...children) => content.replaceChildren(...children) };
+}
+
+// Nodes 2.0 goes on to show the panels of the node before, where one is made anew under its id: an undo does that.
+export function takePlaces(node) {
+  for (const { name, element } of node.widgets ?? []) {
+    const old = element?.dataset?.panel && document.querySelector(`[data-node-id="${node.id}"] [data-panel="${name}"]`);
+    if (old && old !== element) old.replaceWith(element);
+  }
 }

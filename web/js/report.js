@@ -1,6 +1,7 @@
 // SLA2 Report: a bar per layer, and the routing map of a layer and a step.
 import { fileURL } from "./files.js";
 import { el, panelOf, svg } from "./panel.js";
+import { t } from "./texts.js";
 
 const WIDTH = 320;
 const BARS = 70;
@@ -19,10 +20,10 @@ export function showReport(node, output) {
   const choice = maps ? mapChooser(node, maps) : null;
   panel.show(
     head,
-    el("p", { class: "sla2-quiet", text: "accelerated calls per layer" }),
+    el("p", { class: "sla2-quiet", text: t`accelerated calls per layer` }),
     layerBars(data.layers, choice),
     ...(choice ? [choice.controls, choice.picture, choice.caption] : []),
-    el("details", {}, el("summary", { text: "every layer as text" }), el("pre", { text: text.join("\n") })),
+    el("details", {}, el("summary", { text: t`every layer as text` }), el("pre", { text: text.join("\n") })),
   );
 }
 
@@ -30,7 +31,7 @@ function layerBars(layers, choice) {
   const picture = svg("svg", {
     viewBox: `0 0 ${WIDTH} ${BARS + 14}`,
     role: "img",
-    "aria-label": "accelerated and dense calls per layer",
+    "aria-label": t`accelerated and dense calls per layer`,
   });
   const step = WIDTH / Math.max(1, layers.length);
   layers.forEach((row, number) => {
@@ -50,18 +51,18 @@ function layerBars(layers, choice) {
   });
   if (layers.length) {
     picture.append(
-      svg("text", { x: 2, y: BARS + 11, text: `layer ${layers[0].layer}` }),
-      svg("text", { x: WIDTH - 2, y: BARS + 11, "text-anchor": "end", text: `layer ${layers.at(-1).layer}` }),
+      svg("text", { x: 2, y: BARS + 11, text: t`layer ${layers[0].layer}` }),
+      svg("text", { x: WIDTH - 2, y: BARS + 11, "text-anchor": "end", text: t`layer ${layers.at(-1).layer}` }),
     );
   }
   return picture;
 }
 
 function sentence(row, dense) {
-  const parts = [`layer ${row.layer}: ${row.sparse} accelerated, ${dense} dense`];
-  if (row.sparsity !== null) parts.push(`skips ${(100 * row.sparsity).toFixed(1)}%`);
-  if (typeof row.attention_error === "number") parts.push(`attention error ${row.attention_error.toFixed(3)}`);
-  for (const [kind, value] of Object.entries(row.milliseconds)) parts.push(`${value.toFixed(2)} ms per ${kind} call`);
+  const parts = [t`layer ${row.layer}: ${row.sparse} accelerated, ${dense} dense`];
+  if (row.sparsity !== null) parts.push(t`skips ${(100 * row.sparsity).toFixed(1)}%`);
+  if (typeof row.attention_error === "number") parts.push(t`attention error ${row.attention_error.toFixed(3)}`);
+  for (const [kind, value] of Object.entries(row.milliseconds)) parts.push(kind === "sparse" ? t`${value.toFixed(2)} ms per sparse call` : t`${value.toFixed(2)} ms per dense call`);
   for (const [reason, count] of Object.entries(row.dense)) parts.push(`${count} x ${reason}`);
   return parts.join("\n");
 }
@@ -75,19 +76,19 @@ function mapChooser(node, maps) {
   const caption = el("p", { class: "sla2-quiet" });
   const image = new Image();
   const draw = () => drawMap(picture, image, maps, chosen);
-  const layer = chooser("layer", maps.layers, chosen, "layer", (value) => `${value}`, draw);
-  const step = chooser("step", maps.steps, chosen, "step", (value) => `${value + 1}`, draw);
-  const size = `${maps.tokens} tokens` + (maps.frames ? `, ${maps.frames} latent frames (lines)` : "");
-  caption.textContent = `down: query blocks, across: key blocks; bright: computed exactly by most heads. ${size}`;
+  const layer = chooser(t`layer`, maps.layers, chosen, "layer", (value) => `${value}`, draw);
+  const step = chooser(t`step`, maps.steps, chosen, "step", (value) => `${value + 1}`, draw);
+  const size = maps.frames ? t`${maps.tokens} tokens, ${maps.frames} latent frames (lines)` : t`${maps.tokens} tokens`;
+  caption.textContent = t`down: query blocks, across: key blocks; bright: computed exactly by most heads. ${size}`;
   image.addEventListener("load", draw);
   image.addEventListener("error", () => {
-    caption.textContent = "the map's file is gone (ComfyUI empties its temporary folder at start): run again";
+    caption.textContent = t`the map's file is gone (ComfyUI empties its temporary folder at start): run again`;
   });
   image.src = fileURL(maps.file);
   return {
     picture,
     caption,
-    controls: el("div", { class: "sla2-row" }, el("span", { text: "routing map of" }), layer.label, step.label),
+    controls: el("div", { class: "sla2-row" }, el("span", { text: t`routing map of` }), layer.label, step.label),
     chooseLayer(value) {
       if (!maps.layers.includes(value)) return;
       layer.select.value = value;
@@ -115,7 +116,7 @@ function drawMap(canvas, image, maps, { layer, step }) {
   pen.imageSmoothingEnabled = false;
   const from = [maps.steps.indexOf(step) * width, maps.layers.indexOf(layer) * height];
   pen.drawImage(image, ...from, width, height, 0, 0, canvas.width, canvas.height);
-  canvas.setAttribute("aria-label", `routing map of layer ${layer}, step ${step + 1}`);
+  canvas.setAttribute("aria-label", t`routing map of layer ${layer}, step ${step + 1}`);
   canvas.dataset.shown = `${layer}/${step}`;
   if (!maps.frames || maps.frames > 60) return;
   pen.strokeStyle = "rgba(80, 160, 255, 0.55)";

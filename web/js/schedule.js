@@ -1,7 +1,8 @@
 // The grammar of nodes/settings/schedule.py in the page: which sparsity a text gives a layer at a share of the run, or in a step by its
 // number. It knows no page.
+import { t } from "./texts.js";
 
-const MOST_CHARACTERS = 300; // of one rule
+const MAX_CHARACTERS = 300; // of one rule
 const NUMBER = String.raw`(\d+(?:\.\d+)?|\.\d+)`;
 const STEPS = new RegExp(String.raw`${NUMBER}\s*%\s*-\s*${NUMBER}\s*%`);
 const NUMBERED = /steps?\s+(\d{1,5})(?:\s*-\s*(\d{1,5}))?/;
@@ -9,13 +10,14 @@ const LAYERS = /^layers?\s+(.+)$/s;
 const VALUE = new RegExp(String.raw`^${NUMBER}(?:\s*->\s*${NUMBER})?$`);
 const LAYER_RANGE = /^(-?\d{1,6})(?:\s*-\s*(-?\d{1,6}))?$/;
 const BLANKS_OF_PYTHON = /[\x1c-\x1f\x85]/g; // which JavaScript does not count as blank
+const FULL_WIDTH = { "，": ",", "、": ",", "；": ";", "：": ":", "％": "%" }; // as Chinese keyboards type them
 const SEPARATOR = /([^\S\n]*[;\n][;\s]*)/;
 
 // [{text, steps: [from, to], numbers: [first, last] step in place of steps or null, layers: Set or null,
 // sparsity: [at the first step, at the last] or null (dense), after}]
 // after: what stood between it and the next rule. Throws an Error of one sentence.
 export function parseSchedule(text, layerCount) {
-  const pieces = text.replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
+  const pieces = halfWidth(text).replace(BLANKS_OF_PYTHON, " ").split(SEPARATOR);
   const rules = [];
   for (let n = 0; n < pieces.length; n += 2) {
     const part = pieces[n].trim();
@@ -24,10 +26,14 @@ export function parseSchedule(text, layerCount) {
   return rules;
 }
 
+function halfWidth(text) {
+  return text.replace(/[，、；：％]/g, (mark) => FULL_WIDTH[mark]);
+}
+
 function parseRule(part, layerCount) {
-  if (part.length > MOST_CHARACTERS) throw new Error(`a rule is longer than ${MOST_CHARACTERS} characters.`);
+  if (part.length > MAX_CHARACTERS) throw new Error(t`a rule is longer than ${MAX_CHARACTERS} characters.`);
   const colon = part.lastIndexOf(":");
-  if (colon < 0) throw new Error(`"${part}" has no colon.`);
+  if (colon < 0) throw new Error(t`"${part}" has no colon.`);
   const where = part.slice(0, colon).trim();
   let [rest, steps, numbers, layers] = [where, [0, 1], null, null];
   const byShare = STEPS.exec(rest);
@@ -39,12 +45,12 @@ function parseRule(part, layerCount) {
   }
   const named = LAYERS.exec(rest);
   if (named) [layers, rest] = [parseLayers(named[1], layerCount), ""];
-  if (rest || !where) throw new Error(`"${where}" is no range of steps or layers.`);
+  if (rest || !where) throw new Error(t`"${where}" is no range of steps or layers.`);
   if (!(steps[0] < steps[1] && steps[1] <= 1)) {
-    throw new Error(`the steps of "${where}" must rise and lie between 0% and 100%.`);
+    throw new Error(t`the steps of "${where}" must rise and lie between 0% and 100%.`);
   }
   if (numbers && !(1 <= numbers[0] && numbers[0] <= numbers[1])) {
-    throw new Error(`the steps of "${where}" count from 1 and must rise.`);
+    throw new Error(t`the steps of "${where}" count from 1 and must rise.`);
   }
   return { steps, numbers, layers, sparsity: parseValue(part.slice(colon + 1).trim()) };
 }
@@ -54,7 +60,7 @@ function parseValue(text) {
   const found = VALUE.exec(text);
   const values = found ? [Number(found[1]), Number(found[2] ?? found[1])] : [];
   if (!values.length || values.some((value) => value >= 1)) {
-    throw new Error(`"${text}" is neither "dense" nor a sparsity of at least 0 and below 1.`);
+    throw new Error(t`"${text}" is neither "dense" nor a sparsity of at least 0 and below 1.`);
   }
   return values;
 }
@@ -62,17 +68,17 @@ function parseValue(text) {
 // "0, 1, 28-29" -> Set {0, 1, 28, 29}; -1 is the last layer. As parse_layers of nodes/settings/values.py
 export function parseLayers(text, layerCount) {
   const layers = new Set();
-  for (const part of text.split(",").map((piece) => piece.trim()).filter(Boolean)) {
+  for (const part of halfWidth(text).split(",").map((piece) => piece.trim()).filter(Boolean)) {
     const found = LAYER_RANGE.exec(part);
-    if (!found) throw new Error(`"${part}" is no layer or range of layers.`);
+    if (!found) throw new Error(t`"${part}" is no layer or range of layers.`);
     const ends = [Number(found[1]), Number(found[2] ?? found[1])];
     for (const layer of ends) {
       if (layer < -layerCount || layer >= layerCount) {
-        throw new Error(`there is no layer ${layer}: the layers are 0 to ${layerCount - 1}.`);
+        throw new Error(t`there is no layer ${layer}: the layers are 0 to ${layerCount - 1}.`);
       }
     }
     const [first, last] = ends.map((layer) => (layer < 0 ? layer + layerCount : layer));
-    if (first > last) throw new Error(`the range "${part}" ends before it starts.`);
+    if (first > last) throw new Error(t`the range "${part}" ends before it starts.`);
     for (let layer = first; layer <= last; layer++) layers.add(layer);
   }
   return layers;

@@ -2,6 +2,7 @@
 import { el } from "./panel.js";
 import { COLUMNS } from "./painting.js";
 import { sparsityOf } from "./schedule.js";
+import { t } from "./texts.js";
 
 const WIDTH = 300;
 const SLICES = 10; // of a column, so that ramps and borders inside it are seen
@@ -17,9 +18,9 @@ export function colourOf(sparsity) {
 
 // {element, draw(rules, layerCount, otherwise)}. onChosen({columns: [first, last], rows: [first, last]}), onPoint(column, row)
 export function scheduleMap({ onChosen, onPoint }) {
-  const canvas = el("canvas", { tabindex: 0, role: "application", "aria-label": "sparsity by step and layer" });
+  const canvas = el("canvas", { tabindex: 0, role: "application", "aria-label": t`sparsity by step and layer` });
   const [first, last] = [el("span"), el("span")];
-  const marks = ["0%", "steps", "100%"].map((text) => el("span", { text }));
+  const marks = ["0%", t`steps`, "100%"].map((text) => el("span", { text }));
   const element = el("div", { class: "sla2-map" }, el("div", {}, first, last), canvas, el("div", {}, ...marks));
   let drawn = null;
   let [anchor, cursor, isDragging] = [[0, 0], [0, 0], false];
@@ -27,8 +28,8 @@ export function scheduleMap({ onChosen, onPoint }) {
   function draw(rules, layerCount, otherwise) {
     drawn = { rules, layerCount, otherwise };
     [anchor, cursor] = [anchor, cursor].map(([column, row]) => [column, Math.min(row, layerCount - 1)]);
-    first.textContent = "layer 0";
-    last.textContent = `layer ${layerCount - 1}`;
+    first.textContent = t`layer ${0}`;
+    last.textContent = t`layer ${layerCount - 1}`;
     const height = Math.min(12, Math.max(4, Math.round(240 / layerCount)));
     canvas.width = WIDTH;
     canvas.height = height * layerCount;

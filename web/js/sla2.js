@@ -8,6 +8,8 @@ import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
 import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered } from "./graph.js";
+import { takePlaces } from "./panel.js";
+import { setTranslations } from "./texts.js";
 import { chain } from "./widgets.js";
 
 // what an output of an executed node is drawn by
@@ -26,7 +28,7 @@ const HIDDEN_BY_MODE = {
 function onEvent(kind, detail) {
   remember(kind, detail);
   const node = nodeOfExecution(app, detail.workflow, detail.node);
-  if (node) DRAWN_EVENTS[kind](node, detail);
+  if (node?.comfyClass?.startsWith("SLA2")) DRAWN_EVENTS[kind](node, detail);
 }
 
 function restore(node) {
@@ -38,8 +40,15 @@ function restore(node) {
   if (output && !node.graph?.isSubgraph) DRAWN_OUTPUTS[node.comfyClass]?.(node, output);
 }
 
+async function loadTranslations() {
+  const language = app.extensionManager.setting.get("Comfy.Locale");
+  const answer = await api.fetchApi("/i18n");
+  if (answer.ok) setTranslations((await answer.json())[language]?.sla2 ?? {});
+}
+
 app.registerExtension({
   name: "SLA2.Nodes",
+  init: loadTranslations, // the page waits for it before it makes nodes
   setup() {
     for (const kind of Object.keys(DRAWN_EVENTS)) {
       api.addEventListener(`sla2.${kind}`, ({ detail }) => onEvent(kind, detail));
@@ -53,6 +62,8 @@ app.registerExtension({
     if (draw) chain(node, "onExecuted", (output) => draw(node, output));
   },
   loadedGraphNode(node) {
-    if (node.comfyClass?.startsWith("SLA2")) restore(node);
+    if (!node.comfyClass?.startsWith("SLA2")) return;
+    restore(node);
+    if (node.graph === app.canvas?.graph) takePlaces(node); // of a graph that is not shown nothing has a place
   },
 });

@@ -1,6 +1,7 @@
 // SLA2 Train Router and SLA2 Train LoRA: the loss while they train. Where there are several layers, their mean is a line, and
 // the best and the worst layer are a band.
 import { el, panelOf, svg } from "./panel.js";
+import { t } from "./texts.js";
 
 const WIDTH = 320;
 const HEIGHT = 130;
@@ -11,7 +12,7 @@ const TOP = 6;
 export function showTraining(node, { headline, curves, caption }) {
   const panel = panelOf(node, 340);
   const last = curves.mean.at(-1);
-  const words = last === undefined ? "no step yet" : `${last.toPrecision(3)} ${caption}`;
+  const words = last === undefined ? t`no step yet` : `${last.toPrecision(3)} ${caption}`;
   panel.show(
     el("p", { class: "sla2-head", text: headline, role: "status" }),
     lossChart(curves),
@@ -20,7 +21,7 @@ export function showTraining(node, { headline, curves, caption }) {
 }
 
 function lossChart({ at, steps, mean, low, high }) {
-  const label = mean.length ? `loss from ${mean[0].toPrecision(3)} to ${mean.at(-1).toPrecision(3)}` : "no loss yet";
+  const label = mean.length ? t`loss from ${mean[0].toPrecision(3)} to ${mean.at(-1).toPrecision(3)}` : t`no loss yet`;
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
   const positive = [...low, ...high].filter((value) => value > 0);
   if (!positive.length) return picture;
@@ -48,8 +49,8 @@ function lossChart({ at, steps, mean, low, high }) {
       stroke: "var(--sla2-main)",
       "stroke-width": 2,
     }),
-    svg("text", { x: LEFT, y: HEIGHT - 4, text: "step 1" }),
-    svg("text", { x: WIDTH - 6, y: HEIGHT - 4, "text-anchor": "end", text: `step ${steps}` }),
+    svg("text", { x: LEFT, y: HEIGHT - 4, text: t`step ${1}` }),
+    svg("text", { x: WIDTH - 6, y: HEIGHT - 4, "text-anchor": "end", text: t`step ${steps}` }),
   );
   return picture;
 }

@@ -6,7 +6,8 @@ export function widgetOf(node, name) {
 }
 
 export function isLinked(node, name) {
-  return (node.inputs ?? []).some((input) => input.widget?.name === name && input.link != null);
+  const slot = node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
+  return slot >= 0 && node.isInputConnected(slot);
 }
 
 // as if the user had typed it: one step of the undo

@@ -6,6 +6,8 @@ import types
 
 import torch
 
+from .stand_ins import CLASSES as STAND_INS
+
 OVERRIDE = "optimized_attention_override"
 
 
@@ -168,5 +170,6 @@ NODE_CLASS_MAPPINGS = {
         SLA2TestOlderComfyUI,
         SLA2TestQuantisedLoader,
         SLA2TestUnknownModel,
+        *STAND_INS,
     )
 }

@@ -97,6 +97,13 @@ def test_float16_gradients(generator):
     check(inputs, normal(generator, *inputs.q.shape, dtype=torch.float16), 1e-3)
 
 
+def test_rows_that_a_few_keys_decide(generator):
+    """There dP is close to delta, so that dS must be rounded after the subtraction, although delta is known last."""
+    inputs = attention_inputs(generator, tokens=130, keys=400, head_dim=32, sparsity=0.3, dtype=torch.float16)
+    inputs.q *= 16
+    check(inputs, normal(generator, *inputs.q.shape, dtype=torch.float16), 1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_keys_with_a_large_mean(generator, dtype):
     """Softmax does not see it, so the gradients must not either, whatever rounding does to a row of dS."""

@@ -8,8 +8,8 @@ from sla2_kernels import select_key_blocks, sla2_attention
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
 
-# P in 16 bit; P in FP8; the loop that converts its scores one by one
-CAPABILITIES = ["8.0", "8.9", "9.0"]
+# P in INT8, twice; P in FP8, in the loop that converts its scores one by one
+CAPABILITIES = ["8.0", "12.0", "9.0"]
 
 
 def gaussian(factor):
@@ -52,8 +52,8 @@ def test_int8_loses_no_mass(generator, monkeypatch, change, capability):
     inputs.v.fill_(1)
     inputs.alpha = torch.ones(1)
     out = sla2_attention(*inputs.tensors(), sparsity=0.5, precision="int8", backend="triton")
-    # FP8 rounds a P by 1/16 at most
-    assert (out - 1).abs().max() < (0.07 if capability != "8.0" else 1e-3)
+    # FP8 rounds a P by 1/16 at most, INT8 the largest of a row by less
+    assert (out - 1).abs().max() < 0.07
 
 
 @large

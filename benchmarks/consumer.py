@@ -1,0 +1,271 @@
+"""SLA2 in the instructions of the cards most users own (RTX 30, 40, 50, A100, L40), beside comfy-kitchen's sol_attn: timed on
+an H100 or H200, because no such card is at hand.
+
+    python -m benchmarks.consumer --peers FOLDER         all shapes in sm_89's instructions, 97% also in sm_80's and 86's
+    python -m benchmarks.consumer --archs 89 --shapes LTX-2
+    python -m benchmarks.consumer --table                the table of the results file, nothing is measured
+    python -m benchmarks.consumer --roofline             by data sheet, on any machine
+
+What it is: see consumer_imitation.py. Each setting is first checked against float64. A time is the GPU's, by CUDA graph; the
+host's time and the launches stand beside it. "fitted" is one call in eight that fits the ratio and seven that use it.
+A kernel whose matrix instructions are not those that the card itself would run marks its row.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from . import results
+from .consumer_imitation import CARDS, Imitation
+from .consumer_roofline import SHEETS, milliseconds, sla2_work, sol_work
+from .consumer_table import consumer_markdown
+from .inputs import Shape, make_inputs
+from .measure import environment, launch_ms
+from .rivals import sol_attn
+from .rivals.packages import add_peer_folders
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("14B-720p", 40, (21, 45, 80)),
+        Shape("H3", 56, (1, 1, 42000)),  # MiniMax H3, 1344x768x124
+        Shape("1.3B-480p", 12, (21, 30, 52)),
+        Shape("LTX-2", 32, (16, 22, 40)),
+        Shape("14B-480p", 40, (21, 30, 52)),
+    )
+}
+CHECKED = Shape("checked", 3, (5, 20, 31))
+FORMATS = {"pv": "int8", "sums": "16bit", "scores": "16bit"}
+TOLERANCE = 0.06  # of the output against float64, Gaussian inputs
+STEPS_PER_FIT = 8
+REPLAYS = 3
+HOPPER = 90  # as shipped, nothing imitated
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.roofline:
+        print(roofline_table(args.sparsities))
+    elif args.table:
+        print(consumer_markdown(results.load(args.out)))
+    elif args.child:
+        measure_arch(args)
+    else:
+        for arch in args.archs:
+            measure_apart(args, arch)
+        print(consumer_markdown(results.load(args.out)))
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", type=lambda text: [int(arch) for arch in text.split(",")], default=[89, 80, 86])
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
+    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
+    parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
+    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
+    parser.add_argument("--table", action="store_true", help="print the table of the results file")
+    parser.add_argument("--roofline", action="store_true", help="print the estimate by data sheet")
+    parser.add_argument("--child", type=int, metavar="ARCH", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.shapes if name not in SHAPES]:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(SHAPES)}")
+    if unknown := [arch for arch in args.archs if arch not in (*CARDS, HOPPER)]:
+        parser.error(f"sm_{unknown[0]} is not one of {', '.join(map(str, (*CARDS, HOPPER)))}")
+    if not args.roofline and not (args.table and args.out) and not torch.cuda.is_available():
+        parser.error(
+            "this times kernels on an H100 or H200, and there is no GPU; --roofline and --table --out FILE need none"
+        )
+    if args.out is None and not args.roofline:
+        card = results.card_file(environment("cuda")["card"])
+        args.out = card.with_name(f"consumer-{card.name}")
+    return args
+
+
+def measure_apart(args, arch):
+    """One architecture in a process and a Triton cache of its own; its rows replace those of an earlier run."""
+    with tempfile.TemporaryDirectory() as cache:
+        words = [
+            sys.executable, "-m", "benchmarks.consumer", "--child", str(arch), "--shapes", ",".join(args.shapes),
+            "--sparsities", ",".join(map(str, args.sparsities)), "--out", str(args.out),
+        ]  # fmt: skip
+        peers = ["--peers", args.peers] if args.peers else []
+        subprocess.run([*words, *peers], env={**os.environ, "TRITON_CACHE_DIR": cache}, check=True)
+
+
+def measure_arch(args):
+    """Measures in this process, which from now on compiles for the architecture imitated, and writes after each shape."""
+    imitation = Imitation(CARDS[args.child]) if args.child != HOPPER else None
+    if imitation is not None:
+        imitation.begin()
+    add_peer_folders(args.peers)
+    run = Run(args.child, imitation)
+    about = {"environment": environment("cuda")}
+    for name in args.shapes:
+        for sparsity in args.sparsities:
+            run.time(SHAPES[name], sparsity, peers=bool(args.peers))
+            about["kernels"] = [vars(kernel) for kernel in imitation.kernels] if imitation else []
+            content = results.load(args.out)
+            results.save(args.out, results.replace_part(content, f"sm_{args.child}", run.rows, about))
+
+
+class Run:
+    """Rows of one architecture. imitation: an Imitation that began, or None on Hopper as shipped."""
+
+    def __init__(self, arch, imitation):
+        self.arch, self.imitation, self.rows = arch, imitation, []
+        self._errors = {}
+
+    def time(self, shape, sparsity, peers):
+        q, k, v = make_inputs(shape)
+        if sparsity not in self._errors:
+            self._errors[sparsity] = output_error(sparsity)
+        error = self._errors[sparsity]
+        fixed, fitting = sla2_calls(q, k, v, sparsity)
+        for setting, call in (("a ratio per head", fixed), ("a call that fits", fitting)):
+            self._add(shape, "sla2", setting, sparsity, call, relative_error=error, passed=error <= TOLERANCE)
+        one, eighth = self.rows[-2], self.rows[-1]
+        ms = ((STEPS_PER_FIT - 1) * one["ms"] + eighth["ms"]) / STEPS_PER_FIT
+        self.rows.append(
+            one | {"setting": "fitted", "ms": ms, "kernels": {}, "host_ms": max(one["host_ms"], eighth["host_ms"])}
+        )
+        print(line(self.rows[-1]), flush=True)
+        if peers:
+            import comfy_kitchen
+
+            count = sol_attn.equal_count(q, k, 1 - sparsity)
+            blocks = -(-q.shape[1] // sol_attn.BLOCK)
+            # its count rounds down, so a little more than the share of whole blocks
+            ratio = (count + 0.01) / blocks
+            kept = sol_attn.kept_share(q, k, count)
+            self._add(
+                shape,
+                "sol_attn",
+                "equal share",
+                sparsity,
+                lambda: comfy_kitchen.sol_attn(q, k, v, topk_ratio=ratio),
+                kept=kept,
+            )
+            if not any(row["setting"] == "tau 1.3" and row["shape"] == shape.name for row in self.rows):
+                self._add(shape, "sol_attn", "tau 1.3", None, lambda: comfy_kitchen.sol_attn(q, k, v, tau=1.3))
+
+    def _add(self, shape, method, setting, sparsity, call, **fields):
+        kernels = kernel_times(call)
+        # sol_attn copies a number from the host where the last block is ragged, which no graph can hold
+        graph = method == "sla2" or shape.tokens % sol_attn.BLOCK == 0
+        row = {
+            "part": f"sm_{self.arch}", "method": method, "setting": setting, "shape": shape.name, "tokens": shape.tokens,
+            "heads": shape.heads, "sparsity": sparsity, "graph": graph, "ms": graph_ms(call) if graph else event_ms(call),
+            "host_ms": launch_ms(call),
+            "launches": sum(count for _, count in kernels.values()),
+            "kernels": {name: round(ms, 4) for name, (ms, _) in kernels.items()},
+            "other_instructions": self._unlike(kernels) if method == "sla2" else [],
+        }  # fmt: skip
+        self.rows.append(row | fields)
+        print(line(self.rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+
+    def _unlike(self, ran):
+        """Names of the kernels that ran and whose matrix instructions are not the card's own."""
+        if self.imitation is None:
+            return []
+        return sorted({kernel.name for kernel in self.imitation.kernels if not kernel.faithful and kernel.name in ran})
+
+
+def sla2_calls(q, k, v, sparsity):
+    """(a call with a ratio per head, a call that fits it), as the untrained mode makes them: (B, N, H, D), own key blocks kept."""
+    from sla2_kernels import sla2_attention
+    from sla2_kernels.fitted_attention import fitted_attention, sample_rows
+
+    ratio = torch.linspace(0.6, 0.95, q.shape[2], device=q.device)
+    rows = sample_rows(q.shape[1], 0, q.device)
+    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True}
+    return (
+        lambda: sla2_attention(q, k, v, alpha=ratio, **settings),
+        lambda: fitted_attention(q, k, v, rows=rows, **settings).out,
+    )
+
+
+def output_error(sparsity):
+    """Relative error of the output on a few thousand tokens against the float64 definition, given the selection."""
+    from sla2_kernels import select_key_blocks
+    from sla2_kernels.reference import sla2_reference
+
+    q, k, v = make_inputs(CHECKED)
+    out = sla2_calls(q, k, v, sparsity)[0]()
+    blocks = select_key_blocks(q, k, sparsity=sparsity, layout="BNHD", keep_diagonal=True)
+    ratio = torch.linspace(0.6, 0.95, q.shape[2], device=q.device)
+    expected, _ = sla2_reference(*(x.transpose(1, 2) for x in (q, k, v)), alpha=ratio, key_blocks=blocks)
+    return float((out.transpose(1, 2).double() - expected).norm() / expected.norm())
+
+
+def graph_ms(call):
+    """Median GPU milliseconds of ``call()``, launched by a CUDA graph of three calls."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPLAYS):
+            call()
+    return event_ms(graph.replay, repeats=1) / REPLAYS
+
+
+def event_ms(call, repeats=REPLAYS):
+    """Median milliseconds of ``call()`` between two events of the GPU, ``repeats`` calls one right after the other."""
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / repeats)
+    return statistics.median(times)
+
+
+def kernel_times(call):
+    """{kernel: (ms, launches)} of one call, by torch.profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    ran = [event for event in profiled.key_averages() if event.self_device_time_total > 0]
+    return {event.key: (event.self_device_time_total / 1000, event.count) for event in ran}
+
+
+def line(row):
+    """One row as a line of the log."""
+    skips = "" if row["sparsity"] is None else f"skips {100 * row['sparsity']:g}%"
+    start = f"{row['part']} {row['shape']:10s} {skips:10s} {row['method']:9s} {row['setting']:17s}"
+    error = f" error {row['relative_error']:.4f}" if "relative_error" in row else ""
+    unlike = f" other instructions: {', '.join(row['other_instructions'])}" if row["other_instructions"] else ""
+    return f"{start} {row['ms']:8.3f} ms, host {row['host_ms']:.3f} ms, {row['launches']} launches{error}{unlike}"
+
+
+def roofline_table(sparsities):
+    """Markdown of the estimate for each card and shape: SLA2 and, in brackets, sol_attn at an equal share, ms."""
+    columns = [(sheet, sparsity) for sheet in SHEETS for sparsity in sparsities]
+    lines = [
+        "| at least, by data sheet, ms | " + " | ".join(f"{sheet.name}, {100 * s:g}%" for sheet, s in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for shape in SHAPES.values():
+        cells = [
+            f"{milliseconds(sla2_work(shape, s, FORMATS), sheet):.2f} ({milliseconds(sol_work(shape, 1 - s), sheet):.2f})"
+            for sheet, s in columns
+        ]
+        lines.append(f"| {shape.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The table of benchmarks.consumer's results: another card's instructions, timed on an H100 or H200."""
+
+from .consumer_imitation import CARDS
+
+SETTINGS = (("sla2", "fitted"), ("sla2", "a ratio per head"), ("sol_attn", "equal share"), ("sol_attn", "tau 1.3"))
+TIMES = "fitted"  # the setting whose times are compared with sol_attn's
+
+
+def consumer_markdown(content):
+    """GPU time per call in ms per architecture, method, shape and sparsity; raises ValueError where nothing was measured."""
+    rows = [row for row in content["rows"] if row["part"].startswith("sm_")]
+    if not rows:
+        raise ValueError(
+            "the results hold no row of another card's instructions: measure (python -m benchmarks.consumer)."
+        )
+    columns = list(dict.fromkeys((row["shape"], row["sparsity"]) for row in rows if row["sparsity"] is not None))
+    heads = [f"{shape}, {100 * sparsity:g}%" for shape, sparsity in columns]
+    lines = ["| instructions of | method | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(columns)]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        of_part = [row for row in rows if row["part"] == part]
+        for method, setting in SETTINGS:
+            found = [row for row in of_part if (row["method"], row["setting"]) == (method, setting)]
+            if found:
+                cells = " | ".join(_cell(found, of_part, *column) for column in columns)
+                lines.append(f"| {part} | {_label(method, setting)} | {cells} |")
+    return "\n".join([*lines, "", *_notes(content, rows)])
+
+
+def _label(method, setting):
+    return f"**SLA2**, int8, {setting}" if method == "sla2" else f"{method}, {setting}"
+
+
+def _at(rows, shape, sparsity):
+    return next((row for row in rows if row["shape"] == shape and row["sparsity"] in (sparsity, None)), None)
+
+
+def _cell(found, of_part, shape, sparsity):
+    row = _at(found, shape, sparsity)
+    if row is None:
+        return "-"
+    mark = "*" if row["other_instructions"] else ""
+    if not row.get("passed", True):
+        return "wrong"
+    rivals = [other for other in of_part if other["method"] == "sol_attn" and other["setting"] == "equal share"]
+    rival = _at(rivals, shape, sparsity)
+    times = f" ({rival['ms'] / row['ms']:.2f}x)" if row["setting"] == TIMES and rival else ""
+    return f"{row['ms']:.2f}{mark}{times}"
+
+
+def _notes(content, rows):
+    env = content["environment"]
+    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "triton", "driver") if env.get(name))
+    lines = [
+        f"Another card's instructions, timed on one {env['card']} ({versions}): Triton's PTX for sm_80 (A100), sm_86 (RTX 30) or "
+        "sm_89 (RTX 40, L40), assembled for this card, no more programs at a time than there. GPU time of the whole call in ms, by "
+        "CUDA graph. No RTX card was timed. In brackets: times faster than sol_attn with as many key blocks in all, its own block and "
+        "neighbours counted. Fitted: one call in eight fits the ratio."
+    ]
+    ours = [row for row in rows if row["method"] == "sla2"]
+    if ours:
+        most = max(ours, key=lambda row: row["host_ms"])
+        launches = [row["launches"] for row in ours]
+        errors = [row["relative_error"] for row in ours if "relative_error" in row]
+        lines.append(
+            f"A call of SLA2 takes {min(launches)} to {max(launches)} launches, the host at most {most['host_ms']:.2f} ms; its error against float64 on Gaussian inputs is at most {max(errors):.3f}."
+        )
+    absent = [
+        f"sm_{arch} ({CARDS[arch].models})"
+        for arch in (80, 86, 89)
+        if f"sm_{arch}" not in {row["part"] for row in rows}
+    ]
+    if absent:
+        lines.append(f"Not timed with this build: the instructions of {' and '.join(absent)}.")
+    unlike = sorted({name for row in rows for name in row["other_instructions"]})
+    if not all(row["graph"] for row in rows):
+        lines.append(
+            "sol_attn is timed without a CUDA graph where its last block is ragged: none can be made of it there."
+        )
+    if unlike:
+        lines.append(f"*: the card itself would run other matrix instructions in {', '.join(unlike)}.")
+    return lines

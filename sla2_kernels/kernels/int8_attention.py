@@ -1,0 +1,213 @@
+"""The sparse loop of cards with mma.sync (compute capability 8 and 12) in INT8: Q K^T and P V, sums in INT32.
+
+RTX cards multiply INT8 at full rate, FP8 and 16 bit that are summed in float32 at half of theirs. What an INT32 sum cannot
+do is shrink by a factor when a row's maximum grows, so P is taken below a whole power of two, at or above the maximum:
+when that grows, the sums shift right. They stay where the matrix instructions put them from the first block to the last.
+
+V is over a power of two per channel and head (value_channels.py), which the output gets back, and over 2^exponent per
+block, which joins the scores: p V is what must fit. A row's sum is that of P before it is rounded: blocks of small values
+may hold much of the mass.
+
+Scores arrive as float32 INT8_BIAS + S, exactly (see sparse_attention.py). The row's maximum leaves with the multiply-add
+before exp2, whose addend is rounded at the size of INT8_BIAS * factor; what that rounds away joins the multiply-add that
+rounds P.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..router import K_BLOCK, block_count
+from .launch import launch
+from .linear_attention import linear_rows, query_sums_of
+from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE
+from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+
+P_LOG2_RANGE = 7.0
+P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
+MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+LINEAR_ROWS = 64  # of the linear branch, at a time
+MAX_SHIFT = tl.constexpr(31.0)  # of INT32
+LANES = tl.constexpr(4)  # threads that share a row's scores
+
+
+@triton.jit
+def _quantize_queries(q):
+    """A query tile in INT8 and its one scale."""
+    wide = q.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(wide)), MIN_MAGNITUDE)
+    biased = wide * (INT8_MAX / largest) + INT8_BIAS
+    return biased.to(tl.int32, bitcast=True).to(tl.int8), largest / INT8_MAX
+
+
+@triton.jit
+def _scores(q, k_at):
+    """INT8_BIAS + Q K^T, [rows, keys]."""
+    k = tl.load(k_at)  # [D, keys]
+    start = tl.full([q.shape[0], k.shape[1]], INT8_BIAS_BITS, dtype=tl.int32)
+    return tl.dot(q, k, acc=start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fma(x, y, z):
+    """x * y + z, rounded once; in float64 in Triton's interpreter, which rounds twice."""
+    if INTERPRETED:
+        found = (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        found = tl.fma(x, y, z)
+    return found
+
+
+@triton.jit
+def _probabilities(scores, factor, offset, correction, valid, RAGGED: tl.constexpr):
+    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, LANES]."""
+    ROWS: tl.constexpr = scores.shape[0]
+    KEYS: tl.constexpr = scores.shape[1]
+    p = tl.exp2(_fma(scores, factor, offset[:, None]))
+    if RAGGED:
+        p = tl.where(valid[None, :], p, 0.0)
+    # over what one thread holds of a row; the lanes are added up once, behind the loop
+    sums = tl.sum(tl.sum(p.reshape([ROWS, KEYS // 8, LANES, 2]), axis=3), axis=1)
+    biased = tl.fma(p, correction[:, None], INT8_BIAS).to(tl.int32, bitcast=True)
+    ordered = biased.to(tl.int8).reshape([ROWS, KEYS // 16, 2, LANES, 2]).permute([0, 1, 3, 2, 4])
+    return ordered.reshape([ROWS, KEYS]), sums
+
+
+@triton.jit
+def _attend_block(
+    j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
+    D: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """One key block. RAGGED: the first block of a row, which may end before its 64 keys do."""
+    key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
+    scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
+    factor = q_scale * tl.load(k_scale + j)
+    exponent = tl.load(v_exponent + j)
+    valid = j * KEY_BLOCK + key < tokens
+    # any INT8_BIAS + S is above zero
+    highest = tl.max(tl.where(valid[None, :], scores, 0.0) if RAGGED else scores, axis=1)  # [rows]
+    block_max = (highest - INT8_BIAS) * factor + exponent
+    new_max = tl.ceil(block_max)
+    if not RAGGED:
+        new_max = tl.maximum(row_max, new_max)
+    slope = tl.minimum(factor, MAX_SLOPE)
+    largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
+    offset = largest_p - slope * highest
+    correction = tl.exp2(largest_p - _fma(slope, highest, offset))
+    p, block_sum = _probabilities(scores, slope, offset, correction, valid, RAGGED)
+    block_sum *= (correction * tl.exp2(-exponent))[:, None]
+
+    v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
+    if RAGGED:
+        acc, row_sum = tl.dot(p, v, out_dtype=tl.int32), block_sum
+    else:
+        shift = tl.minimum(new_max - row_max, MAX_SHIFT)
+        row_sum = row_sum * tl.exp2(-shift)[:, None] + block_sum
+        acc = tl.dot(p, v, acc=acc >> shift.to(tl.int32)[:, None], out_dtype=tl.int32)
+    return acc, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "count"])
+def _int8_sparse_attention(
+    q, out, packed_k, k_scale, packed_v, v_exponent, v_channel, selected, sums, block_ratio, ratio,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
+    heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
+    D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr, LINEAR_ROWS: tl.constexpr,
+):  # fmt: skip
+    tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bh = first_head + slot
+    rows, d = tile_rows(tile, TILE), tl.arange(0, D)
+    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
+    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h)
+    q_blocks, q_block = tl.cdiv(q_tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
+    if LINEAR_ROWS > 0:
+        # first, while the registers of the loop are free
+        h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
+        of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
+        for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
+            linear_rows(
+                q_plane, out_plane, ratio + bh * q_tokens, h, z, of_block,
+                tile_rows(tile * (TILE // LINEAR_ROWS) + part, LINEAR_ROWS),
+                q_stride_n, q_stride_d, out_stride_n, out_stride_d, q_tokens, D, block_ratio is None,
+            )  # fmt: skip
+        # other threads read it back
+        tl.debug_barrier()
+    q_tile, q_scale = _quantize_queries(load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens))  # [TILE, D]
+    q_scale = q_scale * scale_log2
+    k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
+    packed_k += slot * k_blocks * (KEY_BLOCK * D)
+    packed_v += slot * k_blocks * (KEY_BLOCK * D)
+    k_scale += slot * k_blocks
+    v_exponent += slot * k_blocks
+
+    acc = tl.zeros([TILE, D], dtype=tl.int32)
+    row_max = tl.zeros([TILE], dtype=tl.float32)
+    row_sum = tl.zeros([TILE, LANES], dtype=tl.float32)
+    selected += (bh * q_blocks + q_block) * count
+    # the list ascends, so only its last block can be the ragged one: it comes first, and the loop needs no masks
+    j = tl.load(selected + count - 1).to(tl.int64)
+    acc, row_max, row_sum = _attend_block(
+        j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
+        D, True,
+    )  # fmt: skip
+    if SEVERAL:
+        # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
+        for i in range(1, tl.maximum(count, 2)):
+            j = tl.load(selected + i - 1).to(tl.int64)
+            acc, row_max, row_sum = _attend_block(
+                j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
+                D, False,
+            )  # fmt: skip
+
+    norm = tl.sum(row_sum, axis=1)
+    o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
+    inside = rows < q_tokens
+    ratio_at = ratio + bh * q_tokens + rows
+    out_at = tile_at(out_plane, rows, d, out_stride_n, out_stride_d)
+    if RATIO_KIND == "none":
+        row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
+        mixed = o_sparse / norm[:, None]
+    else:
+        if RATIO_KIND == "estimated":
+            # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
+            selected_mass = row_max + tl.log2(norm) - log2_range
+            row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
+        else:
+            row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
+        o_linear = tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)  # [TILE, D]
+        mixed = o_sparse * (row_ratio / norm)[:, None] + o_linear * (1.0 - row_ratio)[:, None]
+    tl.store(out_at, mixed.to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(ratio_at, row_ratio, mask=inside)
+
+
+def p_log2_range(count):
+    """log2 of P's range with ``count`` key blocks per query block: 7, or less where INT32 could not hold the sums."""
+    bits = 2 * P_LOG2_RANGE + math.log2(K_BLOCK * count)
+    return P_LOG2_RANGE - max(0, math.ceil(bits - 31))
+
+
+def takes_linear_branch(q):
+    """Whether the loop's programs compute the linear branch too: in 16 bit; float32's does not fit beside the loop."""
+    return q.element_size() == 2
+
+
+def int8_sparse_attention(
+    q, k_tokens, out, work, v_channel, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, config
+):
+    """Writes out (B, H, N, D) and ratio (B, H, N) for the heads of slice ``group``.
+
+    work: the packed key blocks (Workspace), V in INT8. v_channel: float32 (B * H, D), see value_channels.py. selected,
+    ratio_kind: as in sparse_attention(). block_ratio: as in linear_attention(), which must run before where
+    takes_linear_branch() is False.
+    """
+    heads, tokens, head_dim = q.shape[1:]
+    count = selected.shape[2]
+    launch(
+        _int8_sparse_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
+        q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, v_channel, selected,
+        work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
+        heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
+        D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
+        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
+    )  # fmt: skip
