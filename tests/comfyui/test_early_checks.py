@@ -8,7 +8,7 @@ import pytest
 from tooling.server import PromptFailed
 
 BAD = [
-    ({"dense_layers": "0, first"}, "dense_layers must look like"),
+    ({"dense_layers": "0, first"}, "'first' is no layer or range of layers."),
     ({"dense_layers": "3-1"}, "ends before it starts"),
     ({"schedule": "0%-20% dense"}, "has no colon"),
     ({"schedule": "layers 0-x: dense"}, "is no layer or range of layers"),
