@@ -81,6 +81,19 @@ def test_settings_that_keep_calls_dense_are_counted_by_reason(comfy, prompt):
     assert 1 <= early <= 3 and found["layers"][1]["sparse"] == 4 - early
 
 
+def test_a_target_error_chooses_the_sparsity_step_by_step(comfy, prompt):
+    model = prompt.model()
+    patched = [prompt.apply(model, target_error=target, bit_width="16bit") for target in (0.3, 1e-6)]
+    found, _ = sampled(comfy, prompt, model, patched[0], steps=4)
+    target = found["target_error"]
+    low, high = target["sparsities"]
+    assert target["error"] == 0.3 and 0.1 <= low < high <= 0.99 and not target["is_out_of_reach"]
+    assert found["sparse_calls"] == 4 * LAYERS and 0 < found["attention_error"] < 0.3
+    assert found["ratio"] == "fitted (target_error measures with it)"
+    found, _ = sampled(comfy, prompt, model, patched[1], steps=4)
+    assert found["target_error"]["is_out_of_reach"] and found["dense_calls"] == 3 * LAYERS
+
+
 def test_short_sequences_run_dense_and_equal_the_plain_model(comfy, prompt):
     model = prompt.model()
     plain = prompt.save(prompt.sample(model))
@@ -186,12 +199,12 @@ def test_vace_runs_its_control_blocks_sparse_too(comfy, prompt):
     assert torch.isfinite(latent).all()
 
 
+# what no model can have is refused as the prompt is queued: test_early_checks.py
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"dense_layers": "0, 3"}, "dense_layers names layer 3, but this model has layers 0 to 2."),
-        ({"dense_layers": "first"}, "'first' is no layer or range of layers."),
-        ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent must be below end_percent"),
+        ({"target_error": 0.1, "ratio_mode": "fixed"}, "target_error needs calls that measure their error"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_sentence(comfy, prompt, changes, sentence):

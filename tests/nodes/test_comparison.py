@@ -40,6 +40,14 @@ def test_data_says_speed_up_share_ceiling_and_error(comparison):
     assert rows["self-attention alone"] == "5.00x as fast" and rows["latent error, relative to dense"] == "0.1000"
     assert rows["seconds per step, SLA2"] == "0.800 (90 of 90 calls accelerated)"
     assert data["break_even"] == 5376 and rows["break-even on card"] == "5376 tokens"
+    assert rows["attention error per call"] == "not measured"
+
+
+def test_the_attention_error_is_in_the_runs_own_words(comparison):
+    words = "target error 0.12, measured 0.117, sparsity 0.93 chosen"
+    sla2 = measured(comparison, sparse_calls=90, error_words=words)
+    data = comparison.comparison_data(measured(comparison), sla2, "card", "skips 93%", None)
+    assert dict(data["rows"])["attention error per call"] == words
 
 
 def test_slower_is_said_and_peaks_are_in_gib(comparison):
