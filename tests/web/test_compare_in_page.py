@@ -24,7 +24,7 @@ def test_the_numbers_are_shown_and_the_break_even_can_be_set_and_undone(canvas, 
     data = entry["outputs"]["6"]["sla2_comparison"][0]
     text = canvas.panel("SLA2Compare")
     assert data["headline"] in text and "6 of 9 calls accelerated" in text
-    assert canvas.page.locator(".sla2 tr").count() == len(data["rows"]) == 7
+    assert canvas.page.locator(".sla2 tr").count() == len(data["rows"]) == 8
     # as on a card where the search found one
     found = {"text": [""], "sla2_comparison": [data | {"break_even": 6144}]}
     canvas.js(f"{canvas.node('SLA2Compare')}.onExecuted(a)", found)
