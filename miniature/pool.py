@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 
 import torch
 
 from . import videos
 from .captions import Caption
-from .vae import WanVAE, normalise_latents
+from .clips import encode_scenes, simulate_clips
+from .vae import WanVAE
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,7 @@ def fill_pool(
         size: (frames, height, width).
         until: time.monotonic() after which no further batch begins; at least one is made.
     """
-    frames, height, width = size
-    scenes = videos.simulate([captions[i] for i in chosen], frames=frames, height=height, width=width, seed=seed)
-    scenes = scenes.to(device)
-    batch = max(1, pixels // (frames * height * width))
-    parts = []
-    for first in range(0, len(chosen), batch):
-        index = torch.arange(first, min(first + batch, len(chosen)), device=device)
-        clip = videos.render(scenes.select(index), frames=frames, height=height, width=width)
-        with torch.autocast(device.type, torch.bfloat16):
-            code = vae.encode(clip)
-        parts.append(normalise_latents(code.float()).bfloat16())
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if time.monotonic() > until:
-            break
-    latents = torch.cat(parts)
+    scenes = simulate_clips(captions, chosen, size, seed, device)
+    latents = encode_scenes(vae, scenes, size=size, batch=max(1, pixels // math.prod(size)), until=until)
     made = torch.arange(len(latents), device=device)
     return Pool(latents, scenes.select(made), torch.tensor(chosen[: len(latents)], device=device))

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from . import images, videos
+from . import images
 from .captions import Caption, embed, split_captions
+from .clips import encode_scenes, simulate_clips
 from .optim import Average, Budget, Log, Optimiser, save_weights
 from .sample import sample_latents
-from .vae import WanVAE, denormalise_latents, normalise_latents
+from .vae import WanVAE, denormalise_latents
 from .wan import WanBlock, WanConfig, WanModel
 
 ABOUT = "Wan2.1-shaped text-to-video transformer, trained on procedural videos (miniature/README.md)"
@@ -45,21 +46,8 @@ def encode_clips(
     vae: WanVAE, captions: list[Caption], chosen: list[int], *, size, seed: int, batch: int, device, until: float
 ) -> LatentSet:
     """Render and encode one clip per chosen caption number; stops early (with at least a batch) when `until` passes."""
-    frames, height, width = size
-    wanted = [captions[i] for i in chosen]
-    scenes = videos.simulate(wanted, frames=frames, height=height, width=width, seed=seed).to(device)
-    parts = []
-    for first in range(0, len(chosen), batch):
-        index = torch.arange(first, min(first + batch, len(chosen)), device=device)
-        clip = videos.render(scenes.select(index), frames=frames, height=height, width=width)
-        with torch.autocast(device.type, torch.bfloat16):
-            code = vae.encode(clip)
-        parts.append(normalise_latents(code.float()).bfloat16())
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if time.monotonic() > until:
-            break
-    latents = torch.cat(parts)
+    scenes = simulate_clips(captions, chosen, size, seed, device)
+    latents = encode_scenes(vae, scenes, size=size, batch=batch, until=until)
     return LatentSet(latents, torch.tensor(chosen[: len(latents)], device=device))
 
 
