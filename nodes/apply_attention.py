@@ -7,7 +7,6 @@ from .attention.layer_requests import trained_for_vsa_reason
 from .attention.layouts import facts_of, unsupported_reason_of
 from .attention.patching import install
 from .attention.weight_checks import check_router, check_sla_weights
-from .compat.schema import search_aliases
 from .load_router import Router
 from .load_sla import SLAWeightsType
 from .runs.outcome import show_outcomes
@@ -40,7 +39,7 @@ class SLA2ApplyAttention(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             # ComfyUI serves a node of another workflow from its cache otherwise, and that one tells the other's id of its runs
             not_idempotent=True,
-            **search_aliases("sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"),
+            search_aliases=["sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"],
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
                 io.Model.Input("model", tooltip="A video model after its LoRAs: Wan in all variants, HunyuanVideo, LTX, CogVideoX, Mochi, Cosmos, "

@@ -17,7 +17,6 @@ from .comparison.break_even import attend_as, break_even, time_lengths
 from .comparison.frames import check_vae, saved_frames
 from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text
 from .compat.sampling import sample_once
-from .compat.schema import search_aliases
 from .page.text import plain, show_on_node
 from .runs.report_text import error_in_words, report_data
 from .settings.values import AttentionSettings, skips_keeps
@@ -37,7 +36,7 @@ class SLA2Compare(io.ComfyNode):
             "share of it, the maximum possible speed-up, the latent error, peak memory, and the number of tokens from which SLA2 "
             "is faster on this card.",
             is_output_node=True,
-            **search_aliases("SLA2 benchmark", "speed test", "break-even", "A/B test", "is it faster", "minimum tokens"),
+            search_aliases=["SLA2 benchmark", "speed test", "break-even", "A/B test", "is it faster", "minimum tokens"],
             hidden=[io.Hidden.unique_id],
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[

@@ -6,7 +6,6 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..sla2_kernels.weights import load_router
-from .compat.schema import search_aliases
 from .training.router_files import FOLDER
 
 UNTRAINED = "none (untrained)"
@@ -29,7 +28,7 @@ class SLA2LoadRouter(io.ComfyNode):
             display_name="SLA2 Load Router",
             category="model/sla2",
             description="Loads a trained SLA2 router from models/sla2: which key blocks to keep, and the mixing ratios.",
-            **search_aliases("SLA2 weights", "router loader", "load sparse attention weights"),
+            search_aliases=["SLA2 weights", "router loader", "load sparse attention weights"],
             inputs=[
                 io.Combo.Input(
                     "router_name",

@@ -6,7 +6,6 @@ from comfy_api.latest import io
 
 from ..sla2_kernels.router_format import printable
 from ..sla2_kernels.sla_v1 import take_sla_weights
-from .compat.schema import search_aliases
 
 SLAWeightsType = io.Custom("SLA2_SLA_WEIGHTS")
 
@@ -20,7 +19,7 @@ class SLA2LoadSLAModel(io.ComfyNode):
             category="model/sla2",
             description="Loads a TurboDiffusion checkpoint (TurboWan2.1, TurboWan2.2) from models/diffusion_models: the "
             "model, and the SLA weights that it was trained with. Use the files without -quant in their names.",
-            **search_aliases("TurboDiffusion", "TurboWan", "SLA checkpoint", "rCM", "4 steps"),
+            search_aliases=["TurboDiffusion", "TurboWan", "SLA checkpoint", "rCM", "4 steps"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

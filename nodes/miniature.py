@@ -6,7 +6,6 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from .compat.schema import search_aliases
 from .training.router_files import FOLDER
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
@@ -37,7 +36,7 @@ class SLA2MiniatureCaption(io.ComfyNode):
             category="model/sla2/miniature",
             description="Chooses what the miniature shows. The miniature is a small trained video model that comes with a clone of "
             "this pack: try everything here without a download, on any machine.",
-            **search_aliases("miniature prompt", "demo caption", "SLA2 demo"),
+            search_aliases=["miniature prompt", "demo caption", "SLA2 demo"],
             inputs=[
                 choice("colour", COLOURS, "Colour of the two objects."),
                 choice("shape", SHAPES, "What the two objects are."),

@@ -8,7 +8,6 @@ from comfy_api.latest import io
 from .attention.hook import KEY
 from .attention.neighbours import attention_stack, stack_lines
 from .compat.executing import executing_context
-from .compat.schema import search_aliases
 from .page.text import plain
 from .runs.report_text import report_data, report_text
 from .runs.run_of_samples import find_run, makers_of
@@ -24,7 +23,7 @@ class SLA2Report(io.ComfyNode):
             description="Shows which attention calls of the sampling ran sparse, which ran dense, and why. Connect the MODEL "
             "that was sampled and the sampler's LATENT, so that the report runs after the sampling.",
             is_output_node=True,
-            **search_aliases("SLA2 statistics", "attention map", "routing map", "why is it slow", "dense reasons"),
+            search_aliases=["SLA2 statistics", "attention map", "routing map", "why is it slow", "dense reasons"],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL from SLA2 Apply Attention that was sampled."),

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from .compat.schema import search_aliases
 from .load_router import Router
 from .page.text import plain, show_on_node
 from .training.router_files import FOLDER, checked_prefix, router_folder, save_router, saved_files
@@ -18,7 +17,7 @@ class SLA2SaveRouter(io.ComfyNode):
             description="Saves a trained router as safetensors in models/sla2, where SLA2 Load Router finds it "
             "(refresh the page's node definitions with R). Files are never overwritten: a number is appended.",
             is_output_node=True,
-            **search_aliases("save sparse attention weights", "SLA2 weights"),
+            search_aliases=["save sparse attention weights", "SLA2 weights"],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 Router.Input("router", tooltip="From SLA2 Train Router."),

@@ -17,7 +17,6 @@ from .attention.failures import is_out_of_memory
 from .attention.layer_requests import trained_for_vsa_reason
 from .attention.layouts import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
-from .compat.schema import ADVANCED, search_aliases
 from .load_router import Router
 from .page.events import send_event
 from .page.text import plain, show_on_node
@@ -51,7 +50,7 @@ class SLA2TrainLora(io.ComfyNode):
             "mixing ratios. Needs no videos: it learns from the same model run dense. Cancelling saves what has been "
             "trained so far to models/loras and models/sla2.",
             hidden=[io.Hidden.unique_id],
-            **search_aliases("train LoRA", "fine-tune sparse attention", "SLA2 stage 2", "QAT", "distillation"),
+            search_aliases=["train LoRA", "fine-tune sparse attention", "SLA2 stage 2", "QAT", "distillation"],
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
                 io.Model.Input("model", tooltip="The model as loaded, with the LoRAs it will always be used with. It is not changed: a copy is trained."),
@@ -100,7 +99,7 @@ class SLA2TrainLora(io.ComfyNode):
                 io.Latent.Input("latents", optional=True, tooltip="Your own videos, encoded by the model's VAE, one batch of one size."),
                 io.Combo.Input(
                     "resume_lora", optional=True, options=[NEW, *folder_paths.get_filename_list("loras")], default=NEW,
-                    tooltip="A LoRA made by this node, to continue training. Connect the matching router.", **ADVANCED,
+                    tooltip="A LoRA made by this node, to continue training. Connect the matching router.", advanced=True,
                 ),
             ],
             outputs=[

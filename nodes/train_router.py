@@ -12,7 +12,6 @@ from .attention.layer_requests import trained_for_vsa_reason
 from .attention.layouts import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
 from .compat.sampling import sample_once
-from .compat.schema import ADVANCED, search_aliases
 from .load_router import Router
 from .page.events import send_event
 from .page.text import plain, show_on_node
@@ -37,7 +36,7 @@ class SLA2TrainRouter(io.ComfyNode):
             "layer, which key blocks to keep and how to mix. One additional sampling measures the result. "
             "Cancelling saves what has been trained so far to models/sla2.",
             hidden=[io.Hidden.unique_id],
-            **search_aliases("train sparse attention", "fine-tune router", "SLA2 training", "calibrate"),
+            search_aliases=["train sparse attention", "fine-tune router", "SLA2 training", "calibrate"],
             # saved workflows store widget values by position: new inputs go to the end
             inputs=[
                 io.Model.Input("model", tooltip="The model, with the LoRAs it will be used with, before SLA2 Apply Attention."),
@@ -67,12 +66,12 @@ class SLA2TrainRouter(io.ComfyNode):
                 Router.Input("resume", optional=True, tooltip="A router of this model to continue training."),
                 io.Float.Input(
                     "learning_rate", default=TrainerOptions.learning_rate, min=1e-6, max=1.0, step=1e-6, round=1e-6,
-                    tooltip="Learning rate of the router's projections (Adam).", **ADVANCED,
+                    tooltip="Learning rate of the router's projections (Adam).", advanced=True,
                 ),
                 io.Int.Input(
                     "query_blocks", default=TrainerOptions.query_blocks, min=1, max=1024,
                     tooltip="Query blocks of 128 tokens drawn per head and step. Halved automatically if memory runs out.",
-                    **ADVANCED,
+                    advanced=True,
                 ),
             ],
             outputs=[

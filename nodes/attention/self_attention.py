@@ -44,7 +44,7 @@ def _attend_sparse(call, layer, below, args, kwargs):
     if layer in call.requests.vsa:
         raise RunDense(TRAINED_FOR_VSA)
     request, exact = call.video_request(request)
-    precision = precision_on(settings, request.q.device)
+    precision = resolve_precision(settings.bit_width, request.q.device)
     check_supported(request, precision)
     check_attempted(call, layer)
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
@@ -74,11 +74,9 @@ def _repeat(call, layer, below, args, kwargs):
     if sparsity is not None:
         request, exact = call.read(args, kwargs)
         weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
-        precision = precision_on(call.hook.settings, request.q.device)
+        precision = resolve_precision(call.hook.settings.bit_width, request.q.device)
         part = video_part(request, exact)
-        out, *_ = sparse_video(
-            part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale, call_ratio=None
-        )
+        out, *_ = sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
         if is_used:
             return _whole(out, request, exact, below, args, kwargs)
     return below(*args, **kwargs)
@@ -121,8 +119,3 @@ def _whole(out, request, exact, below, args, kwargs):
         return below(*new_args, **new_kwargs)
 
     return with_dense_rows(out, request, exact, dense_rows)
-
-
-def precision_on(settings, device):
-    """The operator's precision: that of the settings, or the one that suits the device."""
-    return resolve_precision(settings.bit_width, device)

@@ -95,11 +95,7 @@ class RunSteps:
         return Step(run.window is None or run.is_inside(sigma), progress, None if self._numbers.goes_on else number)
 
     def _is_planned(self, step):
-        return any(
-            kept_dense_reason(self._settings, layer, step.in_window) is None
-            and not scheduled_dense(self._settings, layer, step)
-            for layer in range(self._layers)
-        )
+        return any(planned_dense_reason(self._settings, layer, step) is None for layer in range(self._layers))
 
     def _sampling(self, patcher):
         return self._model_sampling if patcher is None else patcher.get_model_object("model_sampling")
@@ -124,21 +120,28 @@ def kept_dense_reason(settings, layer, in_window):
     return None
 
 
+def planned_dense_reason(settings, layer, step):
+    """The same for a Step, the schedule's rules included; what target_error chose does not count."""
+    reason = kept_dense_reason(settings, layer, step.in_window)
+    if reason is None and _scheduled(settings, layer, step, settings.sparsity) is None:
+        reason = "the schedule keeps this step or layer dense"
+    return reason
+
+
 def planned_sparsity(settings, layer, step):
     """Sparsity of a layer's calls in a Step; raises RunDense where a setting keeps them dense."""
-    reason = kept_dense_reason(settings, layer, step.in_window)
-    if reason is None:
-        otherwise = settings.sparsity if step.choice is None else step.choice.sparsity
-        sparsity = sparsity_of(settings.schedule, layer, step.progress, otherwise, step.number)
-        if sparsity is not None:
-            return sparsity
-        is_scheduled = scheduled_dense(settings, layer, step)
-        reason = "the schedule keeps this step or layer dense" if is_scheduled else out_of_reach(settings)
-    raise RunDense(reason, by_setting=True)
+    reason = planned_dense_reason(settings, layer, step)
+    if reason is not None:
+        raise RunDense(reason, by_setting=True)
+    chosen = settings.sparsity if step.choice is None else step.choice.sparsity
+    sparsity = _scheduled(settings, layer, step, chosen)
+    if sparsity is None:
+        raise RunDense(out_of_reach(settings), by_setting=True)
+    return sparsity
 
 
-def scheduled_dense(settings, layer, step):
-    return sparsity_of(settings.schedule, layer, step.progress, settings.sparsity, step.number) is None
+def _scheduled(settings, layer, step, otherwise):
+    return sparsity_of(settings.schedule, layer, step.progress, otherwise, step.number)
 
 
 def out_of_reach(settings):

@@ -23,10 +23,10 @@ DRIFT = 0.05**2  # variance of the level's change from one step to the next
 TREND = 0.5  # share of the level's last change that is taken to go on
 MIN_SPARSITY, MAX_SPARSITY = 0.1, 0.99
 DIGITS = 4  # of a sparsity: a key block of 1,000 is 0.001
-FIRST_DECISIONS = (
-    3  # steps at the start of a long run that each decide anew; later every EVERY-th does, at the end twice as many
-)
-AIM = 0.94  # share of the target; in long runs most calls take a ratio of an earlier step, whose extra 2% to 4% is not measured
+# steps at the start of a long run that each decide anew; later every EVERY-th does, at the end twice as many
+FIRST_DECISIONS = 3
+# share of the target; in long runs most calls take a ratio of an earlier step, whose extra 2% to 4% is not measured
+AIM = 0.94
 MAX_COMPENSATION = 1.5  # times more, or less, than the target that one step may aim at
 SAME_ENOUGH = 0.02  # relative error of a prediction that is no reason for another sparsity in a long run
 HORIZON = 4  # steps that are left, where the sampler does not say
@@ -141,9 +141,8 @@ class ErrorTarget:
         slope = self._slope()
         first, *rest = self._points
         level, trend, variance, last = first.log_error - slope * first.log_odds, 0.0, first.noise, first.step
-        for (
-            point
-        ) in rest:  # a Kalman filter of one state, which follows as fast as the noise of the measurements allows
+        # a Kalman filter of one state, which follows as fast as the noise of the measurements allows
+        for point in rest:
             steps, last = point.step - last, point.step
             variance += DRIFT * steps
             gain = variance / (variance + point.noise)

@@ -88,7 +88,6 @@ class LoraAttention:
         return below(*args, **kwargs)
 
     def _attend_sparse(self, call, layer, request, exact, part, below, args, kwargs):
-
         def dense_rows(rows):
             new_args, new_kwargs = rows_of_call(args, kwargs, rows)
             return below(*new_args, **new_kwargs)
