@@ -89,6 +89,17 @@ def test_low_bit_loses_no_more_than_its_emulation(generator, change, precision):
     assert relative_error(*run(inputs, precision, "triton")) < 1.2 * emulated + 5e-3
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
+def test_an_empty_value_block_counts_wherever_it_stands_in_the_selection(generator, precision, empty):
+    """The last one is the first that the loop meets: what it leaves in a row's sum must shrink with the row's reference."""
+    inputs = attention_inputs(generator, heads=1, tokens=130, keys=420, knots=None)
+    inputs.v[:, :, 64 * empty : 64 * empty + 64] = 0
+    key_blocks = torch.arange(3, dtype=torch.int32).expand(1, 1, 2, 3)
+    out = sla2_attention(*inputs.tensors(), key_blocks=key_blocks, precision=precision, backend="triton")
+    assert relative_error(out, inputs.reference(key_blocks)[0]) < 0.06
+
+
 @pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
 def test_equal_keys_and_equal_values_come_back(generator, precision):
     inputs = attention_inputs(generator, heads=1, tokens=130, keys=300, knots=None)
