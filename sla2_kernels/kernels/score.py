@@ -111,19 +111,16 @@ def _in_halves(x):
     return high, low, power
 
 
-def _launch(a, b, out, b_heads, b_stride_h, cols, diagonal=0):
+def _launch(a, b, out, b_heads, cols, diagonal=0):
+    """Fills out with A B^T of a (B * H, rows, D) and b (b_heads, cols, D), contiguous; b's heads repeat."""
     batch_heads, rows, head_dim = a.shape
     grid = (block_count(rows, TILE), block_count(out.shape[-1], TILE), batch_heads)
+    sizes = rows, cols, out.shape[-1], diagonal
+    constants = {"D": head_dim, "TILE": TILE, "ORDERED": out.dtype == torch.int32, "options": {"num_warps": 4}}
     if multiplies_by_mma_sync(capability(a.device)):
-        launch(
-            _product_of_halves, grid, *_in_halves(a), *_in_halves(b), out, b_heads, rows, cols, out.shape[-1], diagonal,
-            D=head_dim, TILE=TILE, ORDERED=out.dtype == torch.int32, options={"num_warps": 4},
-        )  # fmt: skip
-        return out
-    launch(
-        _product, grid, a, b, out, b_heads, b_stride_h, rows, cols, out.shape[-1], diagonal,
-        D=head_dim, TILE=TILE, ORDERED=out.dtype == torch.int32, options={"num_warps": 4},
-    )  # fmt: skip
+        launch(_product_of_halves, grid, *_in_halves(a), *_in_halves(b), out, b_heads, *sizes, **constants)
+    else:
+        launch(_product, grid, a, b, out, b_heads, cols * head_dim, *sizes, **constants)
     return out
 
 
@@ -132,7 +129,7 @@ def project(pooled, proj):
     if proj is None:
         return pooled
     heads = 1 if proj.dim() == 2 else proj.shape[0]
-    return _launch(pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1] ** 2, proj.shape[-1])
+    return _launch(pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1])
 
 
 def scores(q_pooled, k_pooled, diagonal=None):
@@ -141,9 +138,9 @@ def scores(q_pooled, k_pooled, diagonal=None):
     They are in the order of the float32 scores, up to a positive factor, and the padding is below all. diagonal: which key
     is the first query's own; each query's own key blocks then are above all. None leaves the scores alone.
     """
-    batch_heads, key_blocks, head_dim = k_pooled.shape
+    batch_heads, key_blocks, _ = k_pooled.shape
     width = block_count(key_blocks, SCORES_STEP) * SCORES_STEP
     out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
     nowhere = width * K_BLOCK
     own = nowhere if diagonal is None else diagonal
-    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks * head_dim, key_blocks, own)
+    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks, own)

@@ -109,7 +109,7 @@ def _attend_block(
     if PV == "fp8":
         acc = tl.dot(to_fp8(p), v_tile, acc)  # [rows, D]
     else:
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="tf32x3" if QK == "16bit" else "tf32")
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="tf32x3")
     return acc, new_max, row_sum
 
 
