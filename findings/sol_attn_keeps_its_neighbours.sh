@@ -8,9 +8,10 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy==2.3.5 packaging==25.0
-"$folder/venv/bin/pip" install -q --no-deps comfy-kitchen==0.2.40
-"$folder/venv/bin/python" - <<'PY'
+pip() { "$folder/venv/bin/python" -m pip "$@"; }
+pip install -q torch==2.13.0 numpy==2.3.5 packaging==25.0
+pip install -q --no-deps comfy-kitchen==0.2.40
+"$folder/venv/bin/python" - <<'PY' || { echo "sol_attn no longer behaves as described"; exit 1; }
 import torch
 from comfy_kitchen.backends.eager.sol_attn import sol_attn
 
