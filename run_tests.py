@@ -16,10 +16,11 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET  # noqa: S405  reads the report that our own pytest just wrote
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tooling.audit import audit
+from tooling.audit import audit, install_audit
 from tooling.browser import find_chromium
 from tooling.comfyui import find_comfyui, install_comfyui, install_manager
 from tooling.environment import Environment, SetupError, say
@@ -37,9 +38,20 @@ OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
 INTERPRETER, COMPILE, WEB = (ROOT / "tests" / name for name in ("kernels/interpreter", "kernels/compile", "web"))
 
 
-def prepare(environment, comfyui):
-    """Installs what the tests need; torch first, so that nothing else brings another one."""
+def set_up(environment, comfyui, everything):
+    """Installs what the tests need. everything: also what only a run of all suites needs, and at the same time."""
     environment.create()
+    with ThreadPoolExecutor(1) as beside:
+        # into a folder of its own, so that the two do not disturb each other
+        apart = beside.submit(oldest_triton, environment) if everything else None
+        prepare(environment, comfyui)
+    if apart is not None:
+        apart.result()
+        install_audit(environment)
+
+
+def prepare(environment, comfyui):
+    """Installs what most tests need; torch first, so that nothing else brings another one."""
     environment.install_torch()
     environment.install("test packages", PACKAGES)
     if TRITON_HAS_WHEELS and not environment.imports("triton"):
@@ -206,8 +218,10 @@ def run_all(environment, counts):
     """Every suite, several at a time; sentences on what did not run, and on what pip-audit found."""
     folder, why_not = oldest_triton(environment)
     notes = [f"!! Kernels were NOT compiled with Triton {OLDEST_TRITON}: {why_not}."] if folder is None else []
-    notes += run_suites(environment, counts, suites(folder), at_once())
-    found, vulnerable = audit(environment)
+    with ThreadPoolExecutor(1) as beside:
+        auditing = beside.submit(audit, environment)  # it mostly waits for its index
+        notes += run_suites(environment, counts, suites(folder), at_once())
+    found, vulnerable = auditing.result()
     counts.broken |= bool(vulnerable)
     return [*notes, found]
 
@@ -230,7 +244,7 @@ def main():
     comfyui, looked = find_comfyui()
     say(f"ComfyUI: {comfyui}" if comfyui else f"ComfyUI: none at {looked}; its tests will not run")
     try:
-        prepare(environment, comfyui)
+        set_up(environment, comfyui, everything=not arguments)
         counts = Counts()
         if arguments:
             run_chosen(environment, counts, arguments)

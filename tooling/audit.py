@@ -9,13 +9,19 @@ from .paths import ROOT
 LIMIT_S = 180
 
 
+def install_audit(environment):
+    """None, or a sentence why pip-audit could not be installed."""
+    try:
+        environment.install("pip-audit", ["pip-audit"])
+    except SetupError as error:
+        return f"pip-audit could NOT run: {error}"
+    return None
+
+
 def audit(environment, requirements=ROOT / "requirements.txt"):
     """(what was found in one sentence, the vulnerable packages); the list is None where nothing could be audited."""
-    if environment.installs:
-        try:
-            environment.install("pip-audit", ["pip-audit"])
-        except SetupError as error:
-            return f"pip-audit could NOT run: {error}", None
+    if why_not := install_audit(environment):
+        return why_not, None
     command = [
         environment.python,
         "-m",

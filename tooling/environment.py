@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 TORCH = "2.13.0"
@@ -47,6 +48,7 @@ class Environment:
 
     def __init__(self, folder, bytecode=True):
         self.folder = None if folder is None else Path(folder).resolve()
+        self._recording = threading.Lock()  # run_tests.py installs two things at a time
         self._install = ["install", "-qq", *([] if bytecode else ["--no-compile"])]
         if self.folder is None:
             self.python = sys.executable
@@ -158,10 +160,12 @@ class Environment:
         self._record.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def _done(self, name, what):
-        return self._read().get(name) == _fingerprint(what)
+        with self._recording:
+            return self._read().get(name) == _fingerprint(what)
 
     def _mark(self, name, what):
-        self._write(self._read() | {name: _fingerprint(what)})
+        with self._recording:
+            self._write(self._read() | {name: _fingerprint(what)})
 
 
 def _fingerprint(what):
