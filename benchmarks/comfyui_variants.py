@@ -47,9 +47,13 @@ def with_sla2(model, sparsity, args, ratio="fitted"):
 
 
 def with_compiling(patched):
+    """As ComfyUI's node TorchCompileModel does it: no guard looks into transformer_options."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    set_torch_compile_wrapper(patched, backend="inductor")
+    def kept(guards):
+        return ["transformer_options" not in guard.name for guard in guards]
+
+    set_torch_compile_wrapper(patched, backend="inductor", options={"guard_filter_fn": kept})
     return patched
 
 
