@@ -4,11 +4,12 @@
     python -m benchmarks.comfyui_calls --comfyui PATH --parts H3        one of them
     python -m benchmarks.comfyui_calls --comfyui PATH --parts tiny-H3 --device cpu  tries the script
 
-ComfyUI's own classes at real sizes, random weights, in 16 bit and with the large layers in ComfyUI's int8 format, Wan in its
-fp8 format, too. Variants: ComfyUI's default attention, comfy-kitchen's dense INT8 attention, comfy-kitchen's sol_attn as core's
-node Model Sparse Attention calls it by default (every step; core's own projection for H3, which feeds it, is not in ComfyUI
-0.33), SLA2 with a ratio fitted in every call, and "no self-attention", whose output is V: what is left is the bound of any
-faster attention, and the difference to it is what a variant's self-attention takes. The bound's costliest kernels are listed.
+ComfyUI's own classes at real sizes, random weights, in 16 bit and with the large layers in ComfyUI's int8 format; Wan in its
+fp8 format and compiled, too. Variants: ComfyUI's default attention, comfy-kitchen's dense INT8 attention, comfy-kitchen's
+sol_attn as core's node Model Sparse Attention calls it by default (every step; core's own projection for H3, which feeds it, is
+not in ComfyUI 0.33), SLA2 with a ratio fitted in every call, and "no self-attention", whose output is V: what is left is the
+bound of any faster attention, and the difference to it is what a variant's self-attention takes. The costliest kernels are
+listed.
 Part "memory" is comfyui_memory.py. Writes benchmarks/results/comfyui-calls-<card>.json.
 """
 
@@ -57,7 +58,7 @@ DEFAULT = ("H3", "LTX-2", "crossover", "Wan 2.2", "memory")
 LENGTHS = (1024, 2048, 4096, 6144, 8192, 12288, 16384)
 SHOWN = {"16bit": "16 bit", "int8": "int8 weights", "fp8": "fp8 weights"}
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, KeyError)
-KERNELS = 16  # of the bound that are listed
+KERNELS = 24  # that are listed, of the bound and of the highest sparsity
 
 
 def main(argv=None):
@@ -73,7 +74,7 @@ def main(argv=None):
         elif part.endswith("memory"):
             measure_memory("tiny H3" if part.startswith("tiny") else "MiniMax H3", args, about, path)
         else:
-            for weights in PARTS[part].weights if args.weights is None else args.weights:
+            for weights in filter(args.weights.__contains__, PARTS[part].weights):
                 measure_or_say(part, weights, args, about, path)
     print("\n" + calls_markdown(results.load(path)) + "\n\n" + memory_markdown(results.load(path)))
 
@@ -83,7 +84,10 @@ def parse(argv=None):
     parser.add_argument("--comfyui", default=find_comfyui()[1])
     known = (*PARTS, *OTHERS)
     parser.add_argument("--parts", type=_chosen(known), default=list(DEFAULT), help=f"of {', '.join(known)}")
-    parser.add_argument("--weights", type=_chosen(WEIGHTS), help=f"these alone, of {', '.join(WEIGHTS)}")
+    parser.add_argument("--weights", type=_chosen(WEIGHTS), default=list(WEIGHTS), help=f"of {', '.join(WEIGHTS)}")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], help="texts: what holds one of them is left out of WEIGHTS: VARIANT"
+    )
     parser.add_argument("--blocks", type=int, help="how many blocks run, in all parts")
     parser.add_argument("--calls", type=int, default=2, help="most timed calls; a short one warms up")
     parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.9, 0.97])
@@ -124,9 +128,11 @@ def measure(part, weights, args, about, path):
     model = make_patcher(case, args.device, dtype, weights=weights, layers=blocks)
     inputs, rows, bound = make_inputs(case, args.device, dtype), [], None
     for variant, make in variants(case, args, PARTS[part].compiled):
+        if any(text in f"{weights}: {variant}" for text in args.skip):
+            continue
         row = {"part": shown, "variant": variant, "tokens": case.tokens, "blocks": blocks}
         try:
-            listed = KERNELS if variant == BOUND else 0
+            listed = KERNELS if variant in (BOUND, sla2_name(max(args.sparsities))) else 0
             row |= time_calls(make(model), inputs, args, whole="compiled" in variant, kernels=listed)
         except FAILURES as error:
             # written down and shown: a backend that refuses a model must not end the run

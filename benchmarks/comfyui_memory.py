@@ -49,7 +49,7 @@ def measure_memory(name, args, about, path):
 def attention_rows(case, args, save):
     dtype = torch.bfloat16 if is_gpu(args.device) else torch.float32
     model, inputs = make_patcher(case, args.device, dtype, layers=2), make_inputs(case, args.device, dtype)
-    for variant, make in variants(case, args, compiled=False)[1:]:
+    for variant, make in variants(case, args)[1:]:
         patched, seen = make(model), []
         options = patched.model_options.setdefault("transformer_options", {})
         options[OVERRIDE] = watched(options.get(OVERRIDE), case, args.device, seen)

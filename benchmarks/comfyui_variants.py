@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from .breakdown import costliest_kernels
-from .comfyui_models import call
+from .comfyui_models import FORMATS, call
 from .comfyui_step import install_sla2
 from .measure import is_gpu
 from .wan_in_comfyui import use_backend
@@ -21,7 +21,7 @@ PROFILED = 4  # blocks
 ENOUGH_S = 3  # a variant that took as long is not called again
 
 
-def variants(case, args, compiled):
+def variants(case, args, compiled=False):
     """[(name, function that makes the patched clone of a model)], the bound first."""
     found = [(BOUND, lambda model: with_override(model, case, value_alone)), (DENSE, lambda model: model.clone())]
     if is_gpu(args.device):
@@ -47,14 +47,31 @@ def with_sla2(model, sparsity, args, ratio="fitted"):
 
 
 def with_compiling(patched):
-    """As ComfyUI's node TorchCompileModel does it: no guard looks into transformer_options."""
+    """As ComfyUI's node TorchCompileModel does it, but around layers with 8-bit weights, at which that node fails."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     def kept(guards):
         return ["transformer_options" not in guard.name for guard in guards]
 
+    around_8bit_layers(patched.model.diffusion_model)
     set_torch_compile_wrapper(patched, backend="inductor", options={"guard_filter_fn": kept})
     return patched
+
+
+def around_8bit_layers(model):
+    """torch.compile runs the model's layers with 8-bit weights as they are, from now on.
+
+    ComfyUI 0.33 cannot trace them: int8's feed-forward hands fake tensors to a CUDA kernel, fp8 makes a tensor subclass anew.
+    """
+    import comfy.ops
+
+    quantised = {
+        type(module): module.quant_format for module in model.modules() if getattr(module, "quant_format", None)
+    }
+    for cls in quantised:
+        cls.forward = torch.compiler.disable(cls.forward)
+    if FORMATS["int8"][0] in quantised.values():
+        comfy.ops.linear_input_act = torch.compiler.disable(comfy.ops.linear_input_act)
 
 
 def with_override(model, case, attend):
