@@ -33,6 +33,11 @@ TOOLS = ["pytest>=8", "hypothesis", RUFF, IMPORT_GUARD]
 PACKAGES = [*TOOLS, "numpy", "safetensors", "diffusers>=0.35", "peft", "accelerate", "Pillow"]
 OLDEST_TRITON = "3.2.0"
 TEMPLATES = "comfyui-workflow-templates-json==0.1.123"  # newer than what the tested ComfyUI brings
+NEWEST_PAGE = "comfyui-frontend-package==1.58.1"  # likewise
+# what differed between pages: menus, links, subgraphs, the undo, both renderers
+IN_THE_NEWEST_PAGE = (
+    "subgraph or menu or user_placed or stroke_is_one or say_what_happened and (classic_dark or vue_light)"
+)
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
 INTERPRETER, COMPILE, WEB = (ROOT / "tests" / name for name in ("kernels/interpreter", "kernels/compile", "web"))
@@ -63,6 +68,7 @@ def prepare(environment, comfyui):
         environment.install("Playwright", ["playwright"])
         if environment.installs:
             install_apart(environment, "ComfyUI's newest templates", TEMPLATES, templates_folder(environment.folder))
+            install_apart(environment, "ComfyUI's newest page", NEWEST_PAGE, environment.folder / "newest-page")
 
 
 def install_apart(environment, what, package, folder):
@@ -74,6 +80,12 @@ def install_apart(environment, what, package, folder):
 def templates_folder(environment=sys.prefix):
     """Where prepare() puts the templates: in the environment's folder, where its interpreter finds them."""
     return Path(environment) / "official-templates"
+
+
+def newest_page(environment):
+    """Folder of the page that prepare() put apart, for COMFYUI_FRONTEND; None where there is none."""
+    page = environment.folder / "newest-page" / "comfyui_frontend_package" / "static" if environment.installs else None
+    return page if page is not None and page.is_dir() else None
 
 
 def keep_bytecode(environment):
@@ -151,14 +163,17 @@ class Suite:
     kernels: str | None = None
 
 
-def suites(old_triton):
-    """Triton's interpreter, and another Triton, need processes of their own; the longest suites come first."""
+def suites(old_triton, page=None):
+    """Triton's interpreter, another Triton and another page need processes of their own; the longest suites come first."""
     others = [str(ROOT / "tests"), *(f"--ignore={folder}" for folder in (INTERPRETER, COMPILE, WEB))]
     yield Suite("What needs ComfyUI", [*others, "-m", "comfyui"])
     yield kernel_suite(COMPILE, "compiled with the installed Triton")
     yield Suite("Everything else", [*others, "-m", "not comfyui"])
     yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
+    if page is not None and WEB.is_dir():
+        chosen = [str(WEB / f"test_{name}.py") for name in ("accelerate_in_page", "on_the_nodes", "schedule_editor")]
+        yield Suite("The newest page", [*chosen, "-k", IN_THE_NEWEST_PAGE], {"COMFYUI_FRONTEND": str(page)})
     if old_triton is not None:
         path = os.pathsep.join(filter(None, (str(old_triton), os.environ.get("PYTHONPATH"))))
         # of the dtypes, the one that video models have; without sm_86, which has the formats of sm_80 and the memory of
@@ -220,7 +235,7 @@ def run_all(environment, counts):
     notes = [f"!! Kernels were NOT compiled with Triton {OLDEST_TRITON}: {why_not}."] if folder is None else []
     with ThreadPoolExecutor(1) as beside:
         auditing = beside.submit(audit, environment)  # it mostly waits for its index
-        notes += run_suites(environment, counts, suites(folder), at_once())
+        notes += run_suites(environment, counts, suites(folder, newest_page(environment)), at_once())
     found, vulnerable = auditing.result()
     counts.broken |= bool(vulnerable)
     return [*notes, found]

@@ -1,22 +1,23 @@
 """Time per model call, which is a step of a distilled model, of the classes that people run in ComfyUI: dense against sparse.
 
-    python -m benchmarks.comfyui_calls --comfyui PATH                   MiniMax H3, LTX-2, crossover, Wan 2.2
+    python -m benchmarks.comfyui_calls --comfyui PATH                   MiniMax H3, LTX-2, crossover, Wan 2.2, memory
     python -m benchmarks.comfyui_calls --comfyui PATH --parts H3        one of them
     python -m benchmarks.comfyui_calls --comfyui PATH --parts tiny-H3 --device cpu  tries the script
 
-ComfyUI's own classes at real sizes, random weights, in 16 bit and with the large layers in ComfyUI's int8 format. Variants:
-ComfyUI's default attention, comfy-kitchen's dense INT8 attention, comfy-kitchen's sol_attn as core's node Model Sparse
-Attention calls it by default (every step; core's own projection for H3, which feeds it, is not in ComfyUI 0.33), SLA2 with a
-ratio fitted in every call, and "no self-attention", whose output is V: what is left is the bound of any faster attention,
-and the difference to it is what a variant's self-attention takes. Writes benchmarks/results/comfyui-calls-<card>.json.
+ComfyUI's own classes at real sizes, random weights, in 16 bit and with the large layers in ComfyUI's int8 format; Wan in its
+fp8 format and compiled, too. Variants: ComfyUI's default attention, comfy-kitchen's dense INT8 attention, comfy-kitchen's
+sol_attn as core's node Model Sparse Attention calls it by default (every step; core's own projection for H3, which feeds it, is
+not in ComfyUI 0.33), SLA2 with a ratio fitted in every call, and "no self-attention", whose output is V: what is left is the
+bound of any faster attention, and the difference to it is what a variant's self-attention takes. The costliest kernels are
+listed.
+Part "memory" is comfyui_memory.py. Writes benchmarks/results/comfyui-calls-<card>.json.
 """
 
 import argparse
-import gc
 import statistics
 import sys
-import time
-from contextlib import contextmanager, nullcontext
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,29 +25,40 @@ import torch
 from tooling.comfyui import find_comfyui
 
 from . import results
-from .comfyui_models import CASES, call, crossover_cases, make_inputs, make_patcher
-from .comfyui_step import comfyui_version, install_sla2
+from .comfyui_memory import measure_memory
+from .comfyui_models import CASES, WEIGHTS, crossover_cases, make_inputs, make_patcher
+from .comfyui_step import comfyui_version
+from .comfyui_variants import BOUND, DENSE, at_work, free, sla2_name, time_calls, timed, variants, with_sla2
 from .measure import environment, is_gpu
 from .rivals.packages import add_peer_folders
-from .table import calls_markdown
-from .wan_in_comfyui import default_backend, import_comfyui, use_backend
+from .table import calls_markdown, memory_markdown
+from .wan_in_comfyui import default_backend, import_comfyui
 
-OVERRIDE = "optimized_attention_override"
-BOUND, DENSE = "no self-attention (bound)", "dense, ComfyUI's default"
-# part: (case, blocks that run or None for all, whether it is compiled as well)
+
+@dataclass(frozen=True)
+class Part:
+    """A case and what is measured of it. blocks: how many run, None for all. weights: of WEIGHTS. compiled: as well."""
+
+    case: str
+    blocks: int | None = None
+    weights: tuple = ("16bit", "int8")
+    compiled: bool = False
+
+
 PARTS = {
-    "H3": ("MiniMax H3", None, False),
-    "LTX-2": ("LTX-2, second stage", None, False),
-    "Wan 2.2": ("Wan 2.2 14B, 720p", 10, True),
-    "tiny-H3": ("tiny H3", None, False),
-    "tiny-LTX-2": ("tiny LTX-2", None, False),
-    "tiny-Wan": ("tiny Wan", None, True),
+    "H3": Part("MiniMax H3"),
+    "LTX-2": Part("LTX-2, second stage"),
+    "Wan 2.2": Part("Wan 2.2 14B, 720p", blocks=10, weights=WEIGHTS, compiled=True),
+    "tiny-H3": Part("tiny H3"),
+    "tiny-LTX-2": Part("tiny LTX-2"),
+    "tiny-Wan": Part("tiny Wan", weights=WEIGHTS, compiled=True),
 }
-DEFAULT = ("H3", "LTX-2", "crossover", "Wan 2.2")
+OTHERS = ("crossover", "memory", "tiny-memory")
+DEFAULT = ("H3", "LTX-2", "crossover", "Wan 2.2", "memory")
 LENGTHS = (1024, 2048, 4096, 6144, 8192, 12288, 16384)
+SHOWN = {"16bit": "16 bit", "int8": "int8 weights", "fp8": "fp8 weights"}
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, KeyError)
-ENOUGH_S = 3  # a variant that took as long is not called again
-SOL_TAU, SOL_EXTRA, SOL_BLOCK = 1.3, 256, 64  # the node's defaults, and the kernel's block
+KERNELS = 24  # that are listed, of the bound and of the highest sparsity
 
 
 def main(argv=None):
@@ -59,25 +71,24 @@ def main(argv=None):
     for part in args.parts:
         if part == "crossover":
             measure_crossover(args, about, path)
-            continue
-        for int8 in (False, True) if args.weights is None else (args.weights == "int8",):
-            try:
-                measure(part, int8, args, about, path)
-            except FAILURES as error:
-                # of the model itself: written down, and the other parts are still measured
-                name = shown_name(part, int8)
-                row = {"part": name, "variant": "every variant", "seconds_per_step": None, "failed": in_a_line(error)}
-                print(row, flush=True)
-                results.save(path, results.replace_part(results.load(path), name, [row], about))
-                free(args.device)
-    print("\n" + calls_markdown(results.load(path)))
+        elif part.endswith("memory"):
+            measure_memory("tiny H3" if part.startswith("tiny") else "MiniMax H3", args, about, path)
+        else:
+            for weights in filter(args.weights.__contains__, PARTS[part].weights):
+                measure_or_say(part, weights, args, about, path)
+    print("\n" + calls_markdown(results.load(path)) + "\n\n" + memory_markdown(results.load(path)))
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", default=find_comfyui()[1])
-    parser.add_argument("--parts", type=_parts, default=list(DEFAULT), help=f"of {', '.join((*PARTS, 'crossover'))}")
-    parser.add_argument("--weights", choices=("16bit", "int8"), help="one of them alone")
+    known = (*PARTS, *OTHERS)
+    parser.add_argument("--parts", type=_chosen(known), default=list(DEFAULT), help=f"of {', '.join(known)}")
+    parser.add_argument("--weights", type=_chosen(WEIGHTS), default=list(WEIGHTS), help=f"of {', '.join(WEIGHTS)}")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], help="texts: what holds one of them is left out of WEIGHTS: VARIANT"
+    )
+    parser.add_argument("--blocks", type=int, help="how many blocks run, in all parts")
     parser.add_argument("--calls", type=int, default=2, help="most timed calls; a short one warms up")
     parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.9, 0.97])
     parser.add_argument("--lengths", type=lambda text: [int(x) for x in text.split(",")], default=list(LENGTHS))
@@ -87,172 +98,69 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def _parts(text):
-    parts = text.split(",")
-    unknown = sorted(set(parts) - {*PARTS, "crossover"})
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join((*PARTS, 'crossover'))}")
-    return parts
+def _chosen(known):
+    def read(text):
+        chosen = text.split(",")
+        unknown = sorted(set(chosen) - set(known))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return chosen
+
+    return read
 
 
-def measure(part, int8, args, about, path):
+def measure_or_say(part, weights, args, about, path):
+    """Rows of one model and one kind of weights; a failure of the model itself is written down, and the run goes on."""
+    try:
+        measure(part, weights, args, about, path)
+    except FAILURES as error:
+        name = shown_name(part, weights, args)
+        row = {"part": name, "variant": "every variant", "seconds_per_step": None, "failed": in_a_line(error)}
+        print(row, flush=True)
+        results.save(path, results.replace_part(results.load(path), name, [row], about))
+        free(args.device)
+
+
+def measure(part, weights, args, about, path):
     """Rows of one model and one kind of weights, written down as they come."""
-    name, blocks, compiled = PARTS[part]
-    case, dtype = CASES[name], torch.bfloat16 if is_gpu(args.device) else torch.float32
-    run, shown = blocks or case.layers, shown_name(part, int8)
-    model = make_patcher(case, args.device, dtype, int8=int8, layers=blocks)
+    case, dtype = CASES[PARTS[part].case], torch.bfloat16 if is_gpu(args.device) else torch.float32
+    blocks, shown = blocks_of(part, args), shown_name(part, weights, args)
+    model = make_patcher(case, args.device, dtype, weights=weights, layers=blocks)
     inputs, rows, bound = make_inputs(case, args.device, dtype), [], None
-    for variant, make in variants(case, args, compiled):
-        row = {"part": shown, "variant": variant, "tokens": case.tokens, "blocks": run}
+    for variant, make in variants(case, args, PARTS[part].compiled):
+        if any(text in f"{weights}: {variant}" for text in args.skip):
+            continue
+        row = {"part": shown, "variant": variant, "tokens": case.tokens, "blocks": blocks}
         try:
-            row |= time_calls(make(model), inputs, args, whole="compiled" in variant)
+            listed = KERNELS if variant in (BOUND, sla2_name(max(args.sparsities))) else 0
+            row |= time_calls(make(model), inputs, args, whole="compiled" in variant, kernels=listed)
         except FAILURES as error:
             # written down and shown: a backend that refuses a model must not end the run
+            traceback.print_exc()
             row |= {"seconds_per_step": None, "failed": in_a_line(error)}
         else:
             bound = row["seconds_per_step"] if variant == BOUND else bound
             row["attention_seconds"] = row["seconds_per_step"] - bound if "compiled" not in variant else None
         rows.append(row)
-        print({key: value for key, value in row.items() if key != "seconds"}, flush=True)
+        print({key: value for key, value in row.items() if key not in ("seconds", "kernels")}, flush=True)
         results.save(path, results.replace_part(results.load(path), shown, rows, about))
     del model, inputs
     free(args.device)
 
 
-def shown_name(part, int8):
-    name, blocks, _ = PARTS[part]
-    of_all = f" ({blocks} of {CASES[name].layers} blocks)" if blocks else ""
-    return f"{name}, {'int8 weights' if int8 else '16 bit'}{of_all}"
+def blocks_of(part, args):
+    return args.blocks or PARTS[part].blocks or CASES[PARTS[part].case].layers
+
+
+def shown_name(part, weights, args):
+    blocks, case = blocks_of(part, args), PARTS[part].case
+    of_all = f" ({blocks} of {CASES[case].layers} blocks)" if blocks < CASES[case].layers else ""
+    return f"{case}, {SHOWN[weights]}{of_all}"
 
 
 def in_a_line(error):
     """A failure as the table shows it; torch.compile names the cause in a later line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def variants(case, args, compiled):
-    """[(name, function that makes the patched clone of a model)], the bound first."""
-    found = [(BOUND, lambda model: with_override(model, case, value_alone)), (DENSE, lambda model: model.clone())]
-    if is_gpu(args.device):
-        found.append(("dense, comfy-kitchen's INT8", lambda model: use_backend(model, "comfy_kitchen_int8")))
-        found.append((f"core's sol-attn, tau {SOL_TAU}", lambda model: with_override(model, case, sol_attn)))
-    for sparsity in args.sparsities:
-        name = f"SLA2, skips {100 * sparsity:g}%, fitted ratio"
-        found.append((name, lambda model, sparsity=sparsity: with_sla2(model, sparsity, args)))
-    if compiled:
-        most = max(args.sparsities)
-        found.append(("dense, compiled", lambda model: with_compiling(model.clone())))
-        found.append(
-            (f"SLA2, skips {100 * most:g}%, compiled", lambda model: with_compiling(with_sla2(model, most, args)))
-        )
-    return found
-
-
-def with_sla2(model, sparsity, args, ratio="fitted"):
-    return install_sla2(model, args.device, sparsity=sparsity, ratio_mode=ratio, minimum_tokens=0)
-
-
-def with_compiling(patched):
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    set_torch_compile_wrapper(patched, backend="inductor")
-    return patched
-
-
-def with_override(model, case, attend):
-    """A clone whose video self-attention is attend(q, k, v, case), all (B, N, H, D); other calls stay as they are."""
-
-    def override(func, q, k, v, heads, *args, skip_reshape=False, **kwargs):
-        tokens = q.shape[2] if skip_reshape else q.shape[1]
-        if q.shape != k.shape or tokens != case.tokens + sum(case.prefix):
-            return func(q, k, v, heads, *args, skip_reshape=skip_reshape, **kwargs)
-        views = [x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v)]
-        return attend(*views, case).flatten(2)
-
-    patched = model.clone()
-    patched.model_options.setdefault("transformer_options", {})[OVERRIDE] = override
-    return patched
-
-
-def value_alone(q, k, v, case):
-    return v
-
-
-def sol_attn(q, k, v, case):
-    """As the node calls it: what stands before the video is exact as keys, the sound before it as queries, too."""
-    import comfy_kitchen
-
-    if not comfy_kitchen.sol_attn_is_available(q.device):
-        raise RuntimeError("comfy_kitchen's compiled sol_attn does not run on this device")
-    text, end = case.prefix[0] // SOL_BLOCK, -(-sum(case.prefix) // SOL_BLOCK)
-    exact = {"sink_blocks": [0, end], "sink_q": [text, end]} if end else {}
-    return comfy_kitchen.sol_attn(q, k, v, tau=SOL_TAU, token_aug=SOL_EXTRA, **exact)
-
-
-def time_calls(patched, inputs, args, whole=False):
-    """Seconds per model call (the lower median) and peak memory, weights included. whole: the warming call has all blocks."""
-    hook = patched.get_attachment("sla2")
-    free(args.device)
-    with at_work(patched, hook):
-        with nullcontext() if whole else first_blocks(patched.model.diffusion_model, 2):
-            first = timed(patched, inputs, args.device)
-        if is_gpu(args.device):
-            torch.cuda.reset_peak_memory_stats(args.device)
-        seconds = []
-        while len(seconds) < args.calls and sum(seconds) < ENOUGH_S:
-            seconds.append(timed(patched, inputs, args.device))
-    row = {"seconds_per_step": statistics.median_low(seconds), "seconds": seconds, "warm_up_seconds": first}
-    if is_gpu(args.device):
-        row["peak_bytes"] = torch.cuda.max_memory_allocated(args.device)
-    if hook is not None:
-        layers = hook.runs.finished()[-1].layers.values()
-        row["sparse_calls"] = sum(layer.sparse for layer in layers)
-        row["dense_calls"] = sum(layer.dense.total() for layer in layers)
-        if not row["sparse_calls"] or row["dense_calls"]:
-            reasons = sorted({reason for layer in layers for reason in layer.dense})
-            raise RuntimeError(f"{row['dense_calls']} calls ran dense ({reasons}): these times would mean nothing.")
-    return row
-
-
-@contextmanager
-def at_work(patched, hook):
-    """The model with its clone's patches, inside one sampling run as our hook sees it."""
-    patched.patch_model(load_weights=False)
-    if hook is not None:
-        hook.begin_run(patched)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.end_run()
-        patched.unpatch_model(unpatch_weights=False)
-
-
-@contextmanager
-def first_blocks(model, count):
-    """The model with its first blocks alone: enough to warm up every kernel."""
-    name = "blocks" if hasattr(model, "blocks") else "transformer_blocks"
-    blocks = getattr(model, name)
-    setattr(model, name, blocks[:count])
-    try:
-        yield
-    finally:
-        setattr(model, name, blocks)
-
-
-def timed(patched, inputs, device):
-    """Seconds of one call, the GPU waited for; an output that is not finite is an error."""
-    if is_gpu(device):
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    out = call(patched, inputs)
-    if is_gpu(device):
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begin
-    parts = out if isinstance(out, (list, tuple)) else [out]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise RuntimeError("the model's output holds NaN or infinity: this time would mean nothing.")
-    return seconds
 
 
 def measure_crossover(args, about, path, repeats=5):
@@ -264,8 +172,8 @@ def measure_crossover(args, about, path, repeats=5):
         inputs, model = make_inputs(case, args.device, dtype), models[case.cls]
         for variant, patched in (
             (DENSE, model.clone()),
-            ("SLA2, skips 90%, fitted ratio", with_sla2(model, 0.9, args)),
-            ("SLA2, skips 90%, fixed ratio", with_sla2(model, 0.9, args, "fixed")),
+            (sla2_name(0.9), with_sla2(model, 0.9, args)),
+            (sla2_name(0.9, "fixed"), with_sla2(model, 0.9, args, "fixed")),
         ):
             with at_work(patched, patched.get_attachment("sla2")):
                 seconds = [timed(patched, inputs, args.device) for _ in range(repeats + 1)][1:]
@@ -275,12 +183,6 @@ def measure_crossover(args, about, path, repeats=5):
         results.save(path, results.replace_part(results.load(path), "crossover", rows, about))
     del models
     free(args.device)
-
-
-def free(device):
-    gc.collect()
-    if is_gpu(device):
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

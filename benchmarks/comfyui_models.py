@@ -9,9 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-INT8_LEAST = 1024  # features on both sides of a linear layer whose weight is 8 bit, as in the published files
-
+WEIGHTS = ("16bit", "int8", "fp8")
+LEAST_8BIT = 1024  # features on both sides of a linear layer whose weight is 8 bit, as in the published files
 ROTATED = 256  # features that are rotated together
+# weights: (ComfyUI's name of the format, its layout, arguments of the conversion)
+FORMATS = {
+    "int8": ("int8_tensorwise", "TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
+    "fp8": ("float8_e4m3fn", "TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),
+}
 
 
 @dataclass(frozen=True)
@@ -119,30 +124,30 @@ class Sampling(torch.nn.Module):
         return 1.0 - percent
 
 
-def make_patcher(case, device, dtype, *, int8=False, layers=None):
+def make_patcher(case, device, dtype, *, weights="16bit", layers=None):
     """A ComfyUI ModelPatcher around the case's class with random weights, made on ``device``.
 
-    int8: the large linear layers of the blocks hold 8-bit integers, rotated as in the files named int8_convrot.
-    layers: how many blocks, all of them where None.
+    weights: one of WEIGHTS, of the large linear layers in the blocks: "int8" as in files named int8_convrot, "fp8" as in
+    those named fp8_scaled. layers: how many blocks, all of them where None.
     """
     import comfy.model_patcher
     import comfy.ops
 
-    operations = comfy.ops.mixed_precision_ops({}, dtype) if int8 else comfy.ops.disable_weight_init
+    operations = comfy.ops.mixed_precision_ops({}, dtype) if weights in FORMATS else comfy.ops.disable_weight_init
     module, _, name = case.cls.rpartition(".")
     sizes = case.arguments | {"num_layers": layers or case.layers}
     made = {"device": torch.device(device), "dtype": dtype, "operations": operations}
     model = getattr(importlib.import_module(module), name)(**sizes, **made).eval().requires_grad_(False)
-    fill(model, torch.Generator(device=device).manual_seed(0), dtype)
+    fill(model, torch.Generator(device=device).manual_seed(0), dtype, FORMATS.get(weights))
     return comfy.model_patcher.ModelPatcher(Host(model), torch.device(device), torch.device(device))
 
 
 @torch.no_grad()
-def fill(model, generator, dtype):
-    """Random weights, tensor by tensor, so that no more than one is there in both formats."""
+def fill(model, generator, dtype, weight_format=None):
+    """Random weights, tensor by tensor, so that no more than one is there in both formats. weight_format: of FORMATS."""
     for name, module in model.named_modules():
         if hasattr(module, "factory_kwargs"):  # a linear layer that can hold quantised weights, and has none yet
-            fill_quantised(module, name, generator, dtype)
+            fill_quantised(module, name, generator, dtype, weight_format)
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not tensor.is_floating_point() or own == "weight" and hasattr(module, "factory_kwargs"):
                 continue
@@ -156,14 +161,14 @@ def fill(model, generator, dtype):
                 tensor.fill_(0.0 if own == "bias" else 1.0)
 
 
-def fill_quantised(linear, name, generator, dtype):
+def fill_quantised(linear, name, generator, dtype, weight_format):
     from comfy.quant_ops import QuantizedTensor
 
     size = (linear.out_features, linear.in_features)
     weight = torch.empty(size, device=generator.device, dtype=dtype).normal_(0, 0.02, generator=generator)
-    if "blocks." in name and min(size) >= INT8_LEAST and size[1] % ROTATED == 0:
-        linear.quant_format, linear.layout_type = "int8_tensorwise", "TensorWiseINT8Layout"
-        weight = QuantizedTensor.from_float(weight, linear.layout_type, per_channel=True, convrot=True)
+    if "blocks." in name and min(size) >= LEAST_8BIT and size[1] % ROTATED == 0:
+        linear.quant_format, linear.layout_type, conversion = weight_format
+        weight = QuantizedTensor.from_float(weight, linear.layout_type, **conversion)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 

@@ -115,7 +115,7 @@ def step_markdown(content):
 
 def calls_markdown(content):
     """Seconds of one model call per model and kind of weights, from the file that comfyui_calls writes."""
-    parts = [part for part in content["parts"] if part != "crossover"]
+    parts = [part for part in content["parts"] if part not in ("crossover", "memory")]
     table = {}
     for row in content["rows"]:
         if row["part"] in parts:
@@ -131,8 +131,27 @@ def calls_markdown(content):
         "call, as a distilled model makes one per step; in brackets how many times faster than ComfyUI's default, then what "
         f"the self-attention takes of it. Peak memory of SLA2: at most {_most_memory(table):.3f} times dense.",
     ]
-    failed = [row for row in content["rows"] if row.get("failed")]
+    failed = [row for row in content["rows"] if row.get("failed") and row["part"] in parts]
     return "\n".join([*lines, *(f"Failed: {row['variant']} at {row['part']}: {row['failed']}." for row in failed)])
+
+
+def memory_markdown(content):
+    """What one attention call of MiniMax H3 takes, and whole calls on capped memory; empty where that was not measured."""
+    rows = [row for row in content["rows"] if row["part"] == "memory"]
+    lines = ["| memory of one attention call | beside q, k, v and its output |", "|---|---|"] if rows else []
+    for row in rows:
+        if "q_bytes" in row:
+            extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / row['q_bytes']:.2f} x q"
+            lines.append(f"| {row['variant']} | {extra} |")
+    capped = [row for row in rows if "cap_gib" in row]
+    if capped:
+        lines += ["", "| one step | memory | weights on the card | s | peak |", "|---|---|---|---|---|"]
+    for row in capped:
+        seconds = "failed" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.3g}"
+        peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "-"
+        on_card = f"{row['loaded_bytes'] / 2**30:.1f} of {row['weight_bytes'] / 2**30:.1f} GiB"
+        lines.append(f"| {row['variant']} | {row['cap_gib']} GiB | {on_card} | {seconds} | {peak} |")
+    return "\n".join([*lines, *(f"Failed: {row['variant']}: {row['failed']}." for row in rows if row.get("failed"))])
 
 
 def _most_memory(table):

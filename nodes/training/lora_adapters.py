@@ -1,5 +1,6 @@
 """LoRA adapters of ComfyUI's own kind on the linear layers of a model's blocks. Needs ComfyUI 0.25 or newer."""
 
+import comfy.ops
 import torch
 from comfy.weight_adapter import adapter_maps
 from comfy.weight_adapter.base import WeightAdapterTrainBase
@@ -15,12 +16,30 @@ class SwitchedLora(WeightAdapterTrainBase):
         super().__init__()
         self.lora, self.on = lora, True
 
-    def bypass_forward(self, org_forward, x, *args, **kwargs):
-        out = org_forward(x, *args, **kwargs)
+    def bypass_forward(self, org_forward, x, *args, input_act=None, residual=None, residual_scale=None, **kwargs):
+        """Keywords of ComfyUI 0.39's linear layers: residual + residual_scale * layer(input_act(x)) in one kernel."""
         if not self.on:
-            return out
+            fused = {"input_act": input_act, "residual": residual, "residual_scale": residual_scale}
+            given = {name: value for name, value in fused.items() if value is not None}
+            return org_forward(x, *args, **given, **kwargs)
+        x = x if input_act is None else activation(input_act)(x)
+        out = org_forward(x, *args, **kwargs)
         with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
-            return out + self.lora.h(x, out)
+            out = out + self.lora.h(x, out)
+        if residual is None:
+            return out
+        return residual + (out if residual_scale is None else residual_scale * out)
+
+
+def activation(name):
+    """ComfyUI's function of this name, which its linear layers apply to their input."""
+    known = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
+    if name not in known:
+        raise ValueError(
+            f"SLA2 Train LoRA cannot train this model here: one of its layers asks for the activation {name}, "
+            "which this ComfyUI does not offer by name. Train on another ComfyUI release, and report this one."
+        )
+    return known[name]
 
 
 class LoraAdapters:

@@ -5,22 +5,28 @@ import json
 import pytest
 import torch
 
-from benchmarks import comfyui_calls, comfyui_models, table
+from benchmarks import comfyui_calls, comfyui_models, comfyui_variants, table
 
 
 def test_every_variant_of_tiny_models_runs_whole(comfyui_path, comfy_scripts, tmp_path):
     out = tmp_path / "calls.json"
-    options = ["--comfyui", comfyui_path, "--parts", "tiny-H3,tiny-LTX-2", "--weights", "16bit", "--device", "cpu"]
+    parts = "tiny-H3,tiny-LTX-2,tiny-memory"
+    options = ["--comfyui", comfyui_path, "--parts", parts, "--weights", "16bit", "--device", "cpu"]
     done = comfy_scripts.run("-m", "benchmarks.comfyui_calls", *options, "--calls", 1, "--out", out)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert not any(row.get("failed") for row in rows), rows
+    memory = [row for row in rows if row["part"] == "memory"]
+    # dense and SLA2 at 90% and 97%: one attention call; dense and 90% again at two sizes of card
+    assert [row["variant"].split(",")[0] for row in memory] == ["dense", "SLA2", "SLA2"] + 2 * ["dense", "SLA2"]
+    # 2 heads of 128, 320 video tokens behind 42 others, float32
+    assert {row["q_bytes"] for row in memory if "q_bytes" in row} == {362 * 2 * 128 * 4}
     for part in ("tiny H3, 16 bit", "tiny LTX-2, 16 bit"):
         of_part = [row for row in rows if row["part"] == part]
-        assert [row["variant"].split(",")[0] for row in of_part] == [comfyui_calls.BOUND, "dense", "SLA2", "SLA2"]
+        assert [row["variant"].split(",")[0] for row in of_part] == [comfyui_variants.BOUND, "dense", "SLA2", "SLA2"]
         # 2 blocks, one call to warm up and one that counts
         assert [(row["sparse_calls"], row["dense_calls"]) for row in of_part if "sparse_calls" in row] == [(4, 0)] * 2
-    assert f"| {comfyui_calls.BOUND} |" in done.stdout
+    assert f"| {comfyui_variants.BOUND} |" in done.stdout
 
 
 def test_real_sizes_have_the_tokens_that_they_name():
@@ -34,10 +40,10 @@ def test_real_sizes_have_the_tokens_that_they_name():
 
 def test_the_table_sets_each_variant_beside_the_default():
     rows = [
-        {"part": "H3", "variant": comfyui_calls.BOUND, "seconds_per_step": 1.0, "attention_seconds": 0.0},
+        {"part": "H3", "variant": comfyui_variants.BOUND, "seconds_per_step": 1.0, "attention_seconds": 0.0},
         {
             "part": "H3",
-            "variant": comfyui_calls.DENSE,
+            "variant": comfyui_variants.DENSE,
             "seconds_per_step": 4.0,
             "attention_seconds": 3.0,
             "peak_bytes": 2**30,
@@ -65,6 +71,21 @@ def test_a_part_that_failed_as_a_whole_is_in_the_table():
     facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
     text = table.calls_markdown({"environment": facts, "parts": {"H3": {}}, "rows": [failed]})
     assert "| every variant | - |" in text and "Failed: every variant at H3: RuntimeError: no memory." in text
+
+
+def test_memory_is_shown_in_multiples_of_q():
+    rows = [
+        {"part": "memory", "variant": "SLA2", "q_bytes": 2**20, "extra_bytes": 2**20 + 2**19},
+        {"part": "memory", "variant": "rival", "cap_gib": 16, "loaded_bytes": 0, "weight_bytes": 2**30}
+        | {"seconds_per_step": None, "failed": "OutOfMemoryError: none left"},
+        {"part": "memory", "variant": "SLA2", "cap_gib": 16, "loaded_bytes": 2**29, "weight_bytes": 2**30}
+        | {"seconds_per_step": 2.5, "peak_bytes": 3 * 2**30},
+    ]
+    text = table.memory_markdown({"rows": [*rows, {"part": "H3", "variant": "SLA2"}]})
+    assert "| SLA2 | 1.50 x q |" in text
+    assert "| SLA2 | 16 GiB | 0.5 of 1.0 GiB | 2.5 | 3.00 GiB |" in text
+    assert "| failed | - |" in text and "Failed: rival: OutOfMemoryError: none left." in text
+    assert not table.memory_markdown({"rows": []})
 
 
 def test_an_unknown_part_is_refused(capsys):

@@ -7,6 +7,7 @@ sparse, and prints one line of JSON. Started by test_families.py:
 import json
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 comfyui, repository, *wanted = sys.argv[1:]
@@ -20,6 +21,7 @@ args.cpu = True
 import comfy.model_patcher
 import comfy.ops
 import torch
+from container_contract import CONTAINER, Containers
 from family_models import FAMILIES, RECORDED, build, class_of, inputs_for
 from model_host import Host, pack_loader, sample
 from own_attention_contract import OwnAttention
@@ -58,7 +60,7 @@ def probe(name):
     for key, sparsity in (("exact", 0.0), ("sparse", 0.7)):
         made = settings.AttentionSettings(sparsity=sparsity, bit_width="16bit", minimum_tokens=0)
         patched = hook.install(patcher, made, None)
-        with OwnAttention(model, sparsity == 0.0) as own:
+        with OwnAttention(model, sparsity == 0.0) as own, Containers() if sparsity else nullcontext() as containers:
             out = sample(patched, inputs)
         (run,) = patched.get_attachment("sla2").runs.finished()
         found[key] = {
@@ -72,6 +74,7 @@ def probe(name):
             "model_calls": run.model_calls,
             "own attention": own.preferred,
             "past own attention": own.other,
+            "in containers": containers and CONTAINER and [containers.calls, containers.kept],
             "sparsity": [record.sparsity for record in run.layers.values()],
         }
     again = sample(patcher, inputs)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +116,22 @@ def test_every_test_is_in_one_suite_and_failures_of_all_count(repository):
     old = repository / "old triton"
     assert run_tests.run_suites(Environment(None), counts, run_tests.suites(old), 2) == []
     assert str(counts) == "5 passed, 1 failed, 0 skipped" and not counts.broken
+
+
+def test_some_tests_of_the_page_run_in_the_newest_one_too(tmp_path):
+    environment = Environment(tmp_path)
+    assert run_tests.newest_page(environment) is None and run_tests.newest_page(Environment(None)) is None
+    page = tmp_path / "newest-page/comfyui_frontend_package/static"
+    page.mkdir(parents=True)
+    assert run_tests.newest_page(environment) == page
+    (suite,) = [suite for suite in run_tests.suites(None, page) if suite.variables.get("COMFYUI_FRONTEND") == str(page)]
+    assert suite not in list(run_tests.suites(None))
+    *files, _, chosen = suite.arguments
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+    # every word still chooses something
+    assert all(
+        word in text or word in ("classic_dark", "vue_light") for word in re.findall(r"\w+", chosen) if len(word) > 3
+    )
 
 
 def test_a_vulnerable_requirement_is_no_success(repository, monkeypatch):
