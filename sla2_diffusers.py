@@ -141,9 +141,7 @@ class SLA2WanProcessor:
             proj_q, proj_k, _ = self._weights_on(q.device)
             routing = PoolRouting(self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend)
         mesh = self._parallel_config.context_parallel_config._ulysses_mesh
-        return sequence_parallel_attention(
-            q, k, v, attend, mesh.get_group(), head_groups=HEAD_GROUPS, routing=routing
-        )
+        return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=HEAD_GROUPS, routing=routing)
 
     def _attend(self, precision, q, k, v, heads, key_blocks=None):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""

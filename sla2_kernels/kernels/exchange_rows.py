@@ -35,7 +35,7 @@ def _encode(
     broken = tl.sum(tile * 0.0, axis=1)
     largest = tl.maximum(tl.max(tl.abs(tile), axis=1), MIN_MAGNITUDE)  # [ROWS]
     # the bias rounds, and the last byte of the sum is the INT8
-    biased = tile * (INT8_MAX / largest)[:, None] + INT8_BIAS
+    biased = tile * (1.0 / largest)[:, None] * INT8_MAX + INT8_BIAS
     codes += p * codes_stride_p + b * codes_stride_b + h * codes_stride_h
     tl.store(
         codes + rows[:, None] * codes_stride_n + d, biased.to(tl.int32, bitcast=True).to(tl.int8), mask=inside[:, None]

@@ -20,16 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def found(request, tmp_path_factory):
-    file = tmp_path_factory.mktemp("ulysses") / "found.pt"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ulysses")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*start, case.__file__, str(file)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=180
-    )
+    command = [sys.executable, case.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(file)
+    return folder
+
+
+@pytest.fixture(params=[2, 4], ids=["2 processes", "4 processes"])
+def found(request, folder):
+    return torch.load(folder / f"{request.param}.pt")
 
 
 @pytest.mark.parametrize("groups", [1, 2, 100], ids=["one group", "two groups", "a head each"])
