@@ -337,8 +337,8 @@ def apply_sla2(
         backend: as in sla2_attention. A call that the operator has no fast path for runs dense and is counted with the
             reason; "torch" computes it block by block on any device.
         exchange: what GPUs that share a video send each other (context parallelism): "16bit" is q, k and v in their own
-            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and an error of about a fifth of
-            int8's. It pays where GPUs are joined by PCI Express.
+            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and outputs as
+            close to exact ones as INT8 is. It pays where GPUs are joined by PCI Express.
 
     Raises:
         TypeError: transformer is not a Wan transformer, or router is no RouterWeights.

@@ -49,7 +49,7 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
         )
     share = q.shape[2] // processes
     if routing is None:
-        exchange = _WholeExchange(q, k, v, processes)
+        exchange = WholeExchange(q, k, v, processes)
     else:
         exchange = EightBitExchange(q, k, v, processes, rank, routing)
     parts = _equal_parts(share, head_groups)
@@ -72,7 +72,7 @@ def _equal_parts(count, parts):
     return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
-class _WholeExchange:
+class WholeExchange:
     """Messages that hold q, k and v as they are."""
 
     def __init__(self, q, k, v, processes):
