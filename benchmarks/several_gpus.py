@@ -41,7 +41,7 @@ def main(argv=None):
         args.folder = Path(folder)
         for part in args.parts:
             content[part] = {}
-            for count in counts(args.processes, part):
+            for count in args.counts or counts(args.processes, part):
                 content[part][count] = messages(args, args.device) if part == "messages" else launch(args, part, count)
                 # after each of them: a run may be cut
                 if args.out:
@@ -52,6 +52,11 @@ def main(argv=None):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="one per GPU")
+    parser.add_argument(
+        "--counts",
+        type=lambda text: [int(number) for number in text.split(",")],
+        help="processes to measure with, instead of 1, 2, 4, ... and all",
+    )
     parser.add_argument(
         "--parts", type=lambda text: text.split(","), default=SEVERAL_GPUS, help="of: " + ", ".join(PARTS)
     )
@@ -73,7 +78,7 @@ def parse(argv=None):
     unknown = sorted(set(args.parts) - set(PARTS))
     if unknown:
         parser.error(f"--parts must be some of {', '.join(PARTS)}, got {unknown[0]!r}.")
-    if args.processes < 2 and set(args.parts) != {"messages"}:
+    if not (args.work or args.counts) and args.processes < 2 and set(args.parts) != {"messages"}:
         parser.error("this compares several GPUs with one: it needs at least two (--processes on a CPU).")
     if args.tiny:
         args.steps, args.calls, args.layers = 2, 1, 2
@@ -86,8 +91,8 @@ def counts(processes, part):
     if part == "messages":
         return [1]
     doubled = [2**i for i in range(processes.bit_length()) if 2**i < processes]
-    # the operator alone on one GPU is timed in each run
-    return [*(n for n in doubled if n > 1 or part != "attention"), processes]
+    # one GPU's operator and step are timed in a run of several
+    return [*(n for n in doubled if n > 1 or part == "stage2"), processes]
 
 
 def launch(args, part, processes):

@@ -26,37 +26,32 @@ TINY_LATENTS = (1, 16, 3, 24, 20)  # 360 tokens
 TEXT_TOKENS = 512
 RESERVED = 24e9  # bytes for what a step computes
 # name -> (exchange, groups of heads), None is dense; one GPU exchanges nothing
-WAYS = {"dense": None, "SLA2": ("16bit", 2), "SLA2, one group": ("16bit", 1), "SLA2, 8-bit exchange": ("8bit", 2)}
-ALONE = ("dense", "SLA2")
+WAYS = {"SLA2": ("16bit", 2), "dense": None, "SLA2, one group": ("16bit", 1), "SLA2, 8-bit exchange": ("8bit", 2)}
+ALONE = ("SLA2", "dense")
 
 
 def measure_steps(args, device):
-    """{layers, ways: {name: {seconds, parts, bytes, error, sparse, dense}}} of this number of processes.
+    """{layers, alone, together}: ways by name, {seconds, parts, bytes, error, sparse, dense}, on one GPU and on all.
 
-    error: of the output, against one GPU's in the same way, which must have been measured before. sparse, dense: attention
-    calls that a step made.
+    alone: every GPU makes the whole call by itself; only in the first run of a command, which leaves its outputs in the
+    folder. error: of the output, against one GPU's in the same way. sparse, dense: attention calls of a step.
     """
-    processes = dist.get_world_size()
-    layers = common_layers(args, device)
-    model = transformer(layers, device, args.tiny)
-    if processes > 1:
-        share_tokens(model, processes, device)
-    inputs = model_inputs(device, args.tiny)
-    ways = {}
-    for name in WAYS if processes > 1 else ALONE:
-        ways[name] = measure_way(args, model, inputs, name, device)
-        if dist.get_rank() == 0:
-            print(f"{processes} GPUs, {name}: {ways[name]}", flush=True)
-    return {"layers": layers, "ways": ways}
-
-
-def common_layers(args, device):
-    """Layers of the model: as many as were asked for and one GPU holds, the same with any number of GPUs."""
-    path = args.folder / "layers.json"
-    if dist.get_world_size() == 1:
+    facts = args.folder / "layers.json"
+    first = not facts.exists()
+    dist.barrier()
+    if first:
         layers = min(args.layers, layers_that_fit(device)) if is_gpu(device) else args.layers
-        path.write_text(json.dumps(layers), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+        if dist.get_rank() == 0:
+            facts.write_text(json.dumps(layers), encoding="utf-8")
+    dist.barrier()
+    layers = json.loads(facts.read_text(encoding="utf-8"))
+    model, inputs = transformer(layers, device, args.tiny), model_inputs(device, args.tiny)
+    found = {"layers": layers}
+    if first:
+        found["alone"] = {name: measure_way(args, model, inputs, name, device, alone=True) for name in ALONE}
+    share_tokens(model, dist.get_world_size(), device)
+    found["together"] = {name: measure_way(args, model, inputs, name, device) for name in WAYS}
+    return found
 
 
 def layers_that_fit(device):
@@ -66,12 +61,12 @@ def layers_that_fit(device):
     return max(1, int((torch.cuda.mem_get_info(device)[0] - RESERVED) // bytes_each))
 
 
-def transformer(layers, device, tiny):
-    """The same random model in every process."""
+def transformer(layers, device, tiny, dtype=None):
+    """The same random model in every process. dtype: else bfloat16, on a CPU float32."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if is_gpu(device) else torch.float32
+    dtype = dtype or (torch.bfloat16 if is_gpu(device) else torch.float32)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -111,7 +106,7 @@ def router(model):
 
 
 @torch.no_grad()
-def measure_way(args, model, inputs, name, device):
+def measure_way(args, model, inputs, name, device, alone=False):
     way, handle, spans = WAYS[name], None, Spans(device)
     if way is not None:
         precision = "int8" if is_gpu(device) else "16bit"
@@ -121,36 +116,43 @@ def measure_way(args, model, inputs, name, device):
         return model(**inputs, return_dict=False)[0]
 
     with head_groups(way[1] if way else 1), timed_parts(spans):
-        out = call()
+        out = call()  # compiles
+        spans.clear()
         counted = (handle.sparse_calls, handle.dense_calls) if handle else (0, len(model.blocks))
         if is_gpu(device):
             torch.cuda.reset_peak_memory_stats()
-        seconds = slowest_ms(call, device, args.calls, warmup=1) / 1000
-        # one more call, taken apart
-        parts = spans.of(call)
+        seconds = slowest_ms(spans.wrap("step", call), device, args.calls, warmup=0) / 1000
     if handle:
         handle.undo()
-    whole = parts.pop("step")
-    inside = parts.pop("together", parts.get("attention", 0.0))
-    if handle:
-        parts = {"attention": parts["attention"], "exchange": inside - parts["attention"], "rest": whole - inside}
-    else:
-        parts = {"attention with exchange": inside, "rest": whole - inside}
-    return {
+    found = {
         "seconds": seconds,
-        "parts": parts,
+        "parts": parts_of(spans.mean(), sparse=way is not None),
         "bytes": largest(torch.cuda.max_memory_allocated(), device) if is_gpu(device) else None,
-        "error": error_against_one(args, name, out),
+        "error": error_against_one(args, name, out, alone),
         "sparse": counted[0],
         "dense": counted[1],
     }
+    if dist.get_rank() == 0:
+        # a run may be cut
+        print(json.dumps({"GPUs": 1 if alone else dist.get_world_size(), "way": name, **found}), flush=True)
+    return found
 
 
-def error_against_one(args, name, out):
+def parts_of(spans, sparse):
+    """What a step consists of: seconds by name, of rank 0."""
+    attention = spans.get("attention", 0.0)
+    if not sparse:
+        return {"attention with exchange": attention, "rest": spans["step"] - attention}
+    together = spans.get("together", attention)
+    return {"attention": attention, "exchange": together - attention, "rest": spans["step"] - together}
+
+
+def error_against_one(args, name, out, alone):
     """||out - out of one GPU|| / ||out of one GPU||; one GPU leaves its output in the folder."""
     path = args.folder / f"{name.split(',')[0]}.pt"
-    if dist.get_world_size() == 1:
+    if alone and dist.get_rank() == 0:
         torch.save(out.cpu(), path)
+    dist.barrier()
     expected = torch.load(path).to(out)
     return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
 
@@ -167,10 +169,10 @@ def head_groups(count):
 
 
 class Spans:
-    """Seconds of the current stream (on a CPU: of the clock) in named stretches of one call."""
+    """Seconds of the current stream (on a CPU: of the clock) in named stretches."""
 
     def __init__(self, device):
-        self._gpu, self._marks, self._on = is_gpu(device), [], False
+        self._gpu, self._marks = is_gpu(device), []
 
     def _now(self):
         if not self._gpu:
@@ -179,10 +181,11 @@ class Spans:
         event.record()
         return event
 
+    def clear(self):
+        self._marks.clear()
+
     def wrap(self, name, function):
         def timed(*args, **kwargs):
-            if not self._on:
-                return function(*args, **kwargs)
             begin = self._now()
             result = function(*args, **kwargs)
             self._marks.append((name, begin, self._now()))
@@ -190,17 +193,15 @@ class Spans:
 
         return timed
 
-    def of(self, call):
-        """name -> seconds of one call(), "step" being all of it."""
-        self._marks, self._on = [], True
-        self.wrap("step", call)()
-        self._on = False
+    def mean(self):
+        """name -> seconds per step."""
         if self._gpu:
             torch.cuda.synchronize()
+        steps = sum(name == "step" for name, _, _ in self._marks)
         found = {}
         for name, begin, end in self._marks:
             seconds = begin.elapsed_time(end) / 1000 if self._gpu else end - begin
-            found[name] = found.get(name, 0.0) + seconds
+            found[name] = found.get(name, 0.0) + seconds / steps
         return found
 
 
@@ -235,14 +236,15 @@ def step_table(runs):
         "| GPUs | layers | attention | s per step | against one GPU | against dense on one | parts, s | peak GB each | error against one GPU |",
         "|---" * 9 + "|",
     ]
-    one = runs[min(runs)]["ways"]
-    for count, run in runs.items():
-        for name, row in run["ways"].items():
-            alone = one[name.split(",")[0]]["seconds"]
+    alone = next(run["alone"] for run in runs.values() if "alone" in run)
+    for count, ways in [(1, alone), *((count, run["together"]) for count, run in runs.items())]:
+        for name, row in ways.items():
+            one = alone[name.split(",")[0]]["seconds"]
             parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in row["parts"].items())
             memory = "-" if row["bytes"] is None else f"{row['bytes'] / 1e9:.1f}"
+            layers = next(iter(runs.values()))["layers"]
             lines.append(
-                f"| {count} | {run['layers']} | {name} | {row['seconds']:.3f} | {alone / row['seconds']:.2f}x | "
-                f"{one['dense']['seconds'] / row['seconds']:.2f}x | {parts} | {memory} | {row['error']:.1e} |"
+                f"| {count} | {layers} | {name} | {row['seconds']:.3f} | {one / row['seconds']:.2f}x | "
+                f"{alone['dense']['seconds'] / row['seconds']:.2f}x | {parts} | {memory} | {row['error']:.1e} |"
             )
     return "\n".join(lines)

@@ -17,10 +17,11 @@ from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLate
 from sla2_training.stage2.wan import wan_student
 
 from .measure import is_gpu
-from .together import SPARSITY, WARMUP, largest
+from .together import SPARSITY, largest
 
 LATENTS_14B = (16, 21, 60, 104)  # 32,760 tokens
 TINY_LATENTS = (16, 3, 12, 16)  # 144
+WARMUP = 2  # steps that are not timed
 
 
 def stage2(args, device):
@@ -80,10 +81,10 @@ def miniature(args, config, device):
 
 
 def wan_14b(args, config, device):
-    """(trainer, tokens of a video); the model is made on the CPU, the same in every process."""
+    """(trainer, tokens of a video); the model is the same in every process."""
     from .several_gpus_step import transformer
 
-    model = transformer(args.layers, torch.device("cpu"), args.tiny)
+    model = transformer(args.layers, device, args.tiny, torch.float32)
     generator = torch.Generator().manual_seed(1)
     shape = TINY_LATENTS if args.tiny else LATENTS_14B
     latents = torch.randn(args.batch, *shape, generator=generator)
