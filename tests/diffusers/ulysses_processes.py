@@ -155,7 +155,7 @@ def work(rank, processes, folder):
         handle = applied(model, way) if way != "SLA2 last" else None
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=processes))
         handle = handle or applied(model, way)
-        found[way] = video(model), handle.sparse_calls, handle.dense_calls, handle.sparsity
+        found[way] = video(model), (handle.sparse_calls, handle.dense_calls, handle.sparsity), handle.attention_error
     if rank == 0:
         torch.save(found, folder / f"{processes}.pt")
     dist.barrier()

@@ -20,7 +20,7 @@ from diffusers import WanTransformer3DModel
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
-from sla2_training.stage2 import Stage2Config, Stage2Trainer, VideoLatents, load_config, load_latents, samples
+from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, load_config, load_latents, samples
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.wan import run, wan_student
 
@@ -277,6 +277,19 @@ def test_the_models_own_samples_are_training_data(tmp_path, capsys):
         expected = noise - run(tiny_model(), noise, torch.ones(1), data.context[:1], None)
     torch.testing.assert_close(one.latents, expected)
     assert samples.main([*command, "--size", "8x96x128"]) == 1 and "4n + 1 frames" in capsys.readouterr().err
+
+
+def test_weights_that_are_split_are_not_moved_whole_before(tmp_path, monkeypatch):
+    """A model larger than one GPU: shard() moves it block by block."""
+    from sla2_training.stage2 import trainer as module
+
+    seen, accelerator = [], module.make_accelerator(CONFIG)
+    monkeypatch.setattr(type(accelerator), "num_processes", 2)
+    monkeypatch.setattr(Student, "to", lambda student, device: seen.append("moved"))
+    monkeypatch.setattr(module, "shard", lambda student, device: seen.append("split") or student)
+    made = trainer(tmp_path, replace(CONFIG, fsdp=True), accelerator=accelerator)
+    assert seen == ["split"] and made.sharded
+    assert not made.student.needs_start  # the ratios were found afterwards
 
 
 @pytest.fixture(scope="module")
