@@ -26,6 +26,8 @@ from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_q
 
 logger = logging.getLogger("sla2")
 
+HEAD_GROUPS = 2  # of a process that shares a call: one is computed while the other is exchanged
+
 
 @dataclass
 class LayerCounts:
@@ -91,10 +93,8 @@ class SLA2WanProcessor:
             if reason:
                 return dense(reason)
         else:
-            from sla2_kernels.sequence_parallel import sequence_parallel_attention
-
-            mesh = self._parallel_config.context_parallel_config._ulysses_mesh
-            out = sequence_parallel_attention(q, k, v, attend, mesh.get_group())
+            out = self._attend_together(attend, q, k, v)
+        self._count_sparse(q.shape)
         out = out.flatten(2)
         for step in attn.to_out:
             out = step(out)
@@ -131,7 +131,19 @@ class SLA2WanProcessor:
         logger.warning("SLA2: every layer runs dense from now on: %s", reason)
         return None, reason
 
-    def _attend(self, precision, q, k, v, heads):
+    def _attend_together(self, attend, q, k, v):
+        """The output of this process's tokens; q, k, v (B, N / P, H, D)."""
+        from sla2_kernels.pool_routing import PoolRouting
+        from sla2_kernels.sequence_parallel import sequence_parallel_attention
+
+        routing = None
+        if self.settings.exchange == "8bit":
+            proj_q, proj_k, _ = self._weights_on(q.device)
+            routing = PoolRouting(self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend)
+        mesh = self._parallel_config.context_parallel_config._ulysses_mesh
+        return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=HEAD_GROUPS, routing=routing)
+
+    def _attend(self, precision, q, k, v, heads, key_blocks=None):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
         proj_q, proj_k, alpha = _of_heads(heads, *self._weights_on(q.device))
         options = {
@@ -140,17 +152,15 @@ class SLA2WanProcessor:
             "layout": "BNHD",
             "backend": self.settings.backend,
             "keep_diagonal": self.keep_diagonal,
+            "key_blocks": key_blocks,
         }
         if alpha is None and self._fits(q, k, v):
-            out = self._fitted(q, k, v, proj_q, proj_k, options)
-        else:
-            out = sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
-        self._count_sparse(q.shape)
-        return out
+            return self._fitted(q, k, v, proj_q, proj_k, options)
+        return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
 
     def _fits(self, q, k, v):
-        """Whether a call without a trained ratio fits one: not where it is trained, compiled, captured or shared."""
-        if torch.compiler.is_compiling() or self._parallel_config is not None:
+        """Whether a call without a trained ratio fits one: not where it is trained, compiled or captured."""
+        if torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
             return False
@@ -202,7 +212,11 @@ class SLA2WanProcessor:
         return placed
 
     def _count_sparse(self, shape):
+        """Counts a call by the shape of its q: where processes share it, the tokens are theirs, and so is a share of the heads."""
         batch, tokens, heads, _ = shape
+        if self._parallel_config is not None:
+            processes = self._parallel_config.context_parallel_config.ulysses_degree
+            tokens, heads = tokens * processes, heads // processes
         self.counts.sparse += 1
         self.counts.kept_pairs += batch * heads * tokens * attended_keys(tokens, self.settings.sparsity)
         self.counts.all_pairs += batch * heads * tokens * tokens
@@ -223,6 +237,7 @@ class Settings:
     minimum_tokens: int
     dense_layers: frozenset
     backend: str
+    exchange: str
 
     def precision_on(self, device):
         return resolve_precision(self.precision, device)
@@ -255,7 +270,10 @@ class SLA2Handle:
 
     @property
     def attention_error(self):
-        """Root mean square of the layers' measured errors, or None where no call fitted its ratio. Waits for the device."""
+        """Root mean square of the layers' measured errors, or None where no call fitted its ratio. Waits for the device.
+
+        With context parallelism: of the heads that this process computes.
+        """
         errors = self._errors()
         return (sum(error**2 for error in errors) / len(errors)) ** 0.5 if errors else None
 
@@ -292,7 +310,15 @@ class SLA2Handle:
 
 
 def apply_sla2(
-    transformer, router=None, *, sparsity=0.9, precision="auto", minimum_tokens=0, dense_layers=(), backend="auto"
+    transformer,
+    router=None,
+    *,
+    sparsity=0.9,
+    precision="auto",
+    minimum_tokens=0,
+    dense_layers=(),
+    backend="auto",
+    exchange="16bit",
 ):
     """Puts SLA2 attention into the self-attention of a Wan transformer; returns an SLA2Handle.
 
@@ -303,13 +329,16 @@ def apply_sla2(
             keeps each query block's own key blocks and fits the mixing ratio in every call. For VACE a router of
             family "wan-vace" covers all layers; one of family "wan" the blocks, and vace_blocks run as with None.
             A layer without a trained ratio has it estimated from the attention mass under autograd, torch.compile or
-            CUDA graphs, and with context parallelism.
+            CUDA graphs.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.
         precision: "auto" (what is fastest on the device), "16bit", "int8" or "fp8".
         minimum_tokens: shorter sequences run dense.
         dense_layers: numbers of layers that always run dense; -1 is the last.
         backend: as in sla2_attention. A call that the operator has no fast path for runs dense and is counted with the
             reason; "torch" computes it block by block on any device.
+        exchange: what GPUs that share a video send each other (context parallelism): "16bit" is q, k and v in their own
+            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and outputs as
+            close to exact ones as INT8 is. It pays where GPUs are joined by PCI Express.
 
     Raises:
         TypeError: transformer is not a Wan transformer, or router is no RouterWeights.
@@ -321,7 +350,7 @@ def apply_sla2(
         raise TypeError(f"apply_sla2 takes diffusers' WanTransformer3DModel, got {type(transformer).__name__}.")
     vace_blocks = getattr(transformer, "vace_blocks", ())
     attentions = [block.attn1 for block in (*blocks, *vace_blocks)]
-    settings = _checked(sparsity, precision, minimum_tokens, dense_layers, backend, len(attentions))
+    settings = _checked(sparsity, precision, minimum_tokens, dense_layers, backend, exchange, len(attentions))
     if any(isinstance(attention.processor, SLA2WanProcessor) for attention in attentions):
         raise ValueError("SLA2 is applied to this transformer already: undo() the former handle first.")
     if router is not None:
@@ -352,15 +381,18 @@ def _weights(router, layer, sparsity):
     return (row.proj_q, row.proj_k, router.ratio(layer, sparsity)), router.keep_diagonal
 
 
-def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, count):
+def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, exchange, count):
     sparsity, minimum_tokens = checked_sparsity(sparsity), checked_count("minimum_tokens", minimum_tokens)
     if precision not in ("auto", "16bit", "int8", "fp8"):
         raise ValueError(f'precision must be "auto", "16bit", "int8" or "fp8", got {precision!r}.')
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
+    if exchange not in ("16bit", "8bit"):
+        raise ValueError(f'exchange must be "16bit" or "8bit", got {exchange!r}.')
     if isinstance(dense_layers, (str, int)):
         raise ValueError(f"dense_layers must be a list of layer numbers, got {dense_layers!r}.")
     for layer in dense_layers:
         if not -count <= checked_count("dense_layers", layer) < count:
             raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {count - 1}.")
-    return Settings(sparsity, precision, minimum_tokens, frozenset(layer % count for layer in dense_layers), backend)
+    dense_layers = frozenset(layer % count for layer in dense_layers)
+    return Settings(sparsity, precision, minimum_tokens, dense_layers, backend, exchange)

@@ -84,11 +84,16 @@ def project(pooled, proj):
 
 def router_scores(q, k, proj_q=None, proj_k=None, scale=None):
     """Router logits P_c, (B, H, T_m, T_n), of q (B, H, N, D) and the unsmoothed k (B, H, M, D); None scale is D ** -0.5."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        k_pooled = pool_blocks(k, K_BLOCK)
-        k_pooled = k_pooled - mean_from_pools(k_pooled, k.shape[2], K_BLOCK)
-        return project(pool_blocks(q, Q_BLOCK), proj_q) @ project(k_pooled, proj_k).transpose(-1, -2) * scale
+        return pool_scores(pool_blocks(q, Q_BLOCK), pool_blocks(k, K_BLOCK), k.shape[2], proj_q, proj_k, scale)
+
+
+def pool_scores(q_pooled, k_pooled, tokens, proj_q=None, proj_k=None, scale=None):
+    """Router logits of block means (B, H, T, D), those of the unsmoothed k with its number of tokens."""
+    scale = q_pooled.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q_pooled.device.type, enabled=False):
+        k_pooled = k_pooled - mean_from_pools(k_pooled, tokens, K_BLOCK)
+        return project(q_pooled, proj_q) @ project(k_pooled, proj_k).transpose(-1, -2) * scale
 
 
 def top_k_blocks(scores, count):
@@ -102,7 +107,15 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
 
     diagonal: position among the keys of the first query's own key, or None; see with_diagonal().
     """
-    scores = router_scores(q, k, proj_q, proj_k)
+    return _chosen(router_scores(q, k, proj_q, proj_k), count, diagonal)
+
+
+def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None):
+    """route() of block means (B, H, T, D), those of the unsmoothed k with its number of tokens."""
+    return _chosen(pool_scores(q_pooled, k_pooled, tokens, proj_q, proj_k), count, diagonal)
+
+
+def _chosen(scores, count, diagonal):
     return top_k_blocks(scores if diagonal is None else with_diagonal(scores, diagonal), count)
 
 

@@ -2,60 +2,117 @@
 
 Heads are independent, so two all-to-all exchanges are enough, and the result is that of a single process.
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
+
+The heads of a process can be exchanged and computed in groups: while one group is computed, the next ones arrive and the
+output of those before it leaves.
 """
 
 import torch
 import torch.distributed as dist
 
-from .arguments import check_inputs
+from .arguments import check_inputs, checked_count
+from .eight_bit_exchange import EightBitExchange
 
 
-def sequence_parallel_attention(q, k, v, attend, group=None):
+def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, routing=None):
     """Self-attention of tokens that P processes hold in equal parts, in the order of their ranks; differentiable.
 
     Args:
         q, k, v: (B, N / P, H, D), this process's tokens with all heads: one shape, dtype and device.
-        attend: called as attend(q, k, v, heads) with views (B, N, H / P, D) and the slice of the heads that they are;
-            returns their output (B, N, H / P, D).
+        attend: called for each group of heads as attend(q, k, v, heads) with views (B, N, G, D) and the slice of the heads
+            that they are; returns their output (B, N, G, D). Groups follow each other, together they are H / P heads.
         group: process group; None is all processes.
+        head_groups: number of groups, at most H / P of which are made.
+        routing: None exchanges q, k and v as they are. A PoolRouting, the same on all processes, exchanges them in 8 bit
+            (eight_bit_exchange.py), half the bytes of 16 bit, and block means in float32; attend is then called as
+            attend(q, k, v, heads, key_blocks) with the RoutedBlocks that these means select, which are those of the
+            tensors before the exchange. The output always returns in q's dtype.
 
     Returns:
         (B, N / P, H, D): the output of this process's tokens.
 
     Raises:
-        ValueError: q, k and v differ in shape, dtype or device, or P does not divide H.
+        ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, or gradients
+            are asked for with a routing: an 8-bit exchange has none.
     """
     check_inputs("BNHD", q=q, k=k, v=v)
     if q.shape != k.shape:
         raise ValueError(f"q, k and v must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
+    if checked_count("head_groups", head_groups) < 1:
+        raise ValueError(f"head_groups must be at least 1, got {head_groups}.")
+    if routing is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("an exchange in 8 bit has no gradients: leave routing out, or run under torch.no_grad().")
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
-    batch, tokens, heads, head_dim = q.shape
-    if heads % processes:
+    if q.shape[2] % processes:
         raise ValueError(
-            f"{processes} processes cannot share {heads} heads equally: use a number that divides {heads}."
+            f"{processes} processes cannot share {q.shape[2]} heads equally: use a number that divides {q.shape[2]}."
         )
-    share = heads // processes
-    # token before batch: the received parts then form one sequence, and q, k and v are views of it
-    sent = q.new_empty(processes, tokens, batch, 3, share, head_dim)
-    for place, x in enumerate((q, k, v)):
-        sent[:, :, :, place] = x.unflatten(2, (processes, share)).permute(2, 1, 0, 3, 4)
-    whole = _Exchange.apply(sent, group).flatten(0, 1).transpose(0, 1)
-    out = attend(*whole.unbind(2), slice(rank * share, (rank + 1) * share))
-    back = _Exchange.apply(out.transpose(0, 1).contiguous(), group).unflatten(0, (processes, tokens))
-    return back.permute(2, 1, 0, 3, 4).flatten(2, 3)
+    share = q.shape[2] // processes
+    if routing is None:
+        exchange = WholeExchange(q, k, v, processes)
+    else:
+        exchange = EightBitExchange(q, k, v, processes, rank, routing)
+    parts = _equal_parts(share, head_groups)
+    # all of them are under way before the first is waited for
+    arriving = [_Transfer(exchange.message(part), group) for part in parts]
+    leaving = []
+    for part in parts:
+        heads = slice(rank * share + part.start, rank * share + part.stop)
+        out = attend(*exchange.opened(arriving.pop(0).wait(), heads))
+        leaving.append(_Transfer(out.transpose(0, 1).contiguous().unflatten(0, (processes, -1)), group))
+    # (P, N / P, B, G, D) each
+    returned = [transfer.wait().permute(2, 1, 0, 3, 4) for transfer in leaving]
+    return torch.cat(returned, dim=3).flatten(2, 3)
+
+
+def _equal_parts(count, parts):
+    """Slices of 0 to count - 1, as equal as can be, none empty."""
+    parts = min(count, parts)
+    ends = [count * i // parts for i in range(parts + 1)]
+    return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+class WholeExchange:
+    """Messages that hold q, k and v as they are."""
+
+    def __init__(self, q, k, v, processes):
+        self._parts = [x.unflatten(2, (processes, -1)) for x in (q, k, v)]
+
+    def message(self, part):
+        """What goes to each process, (P, N / P, B, 3, G, D): of its heads those in the slice ``part``."""
+        # token before batch: the received parts then form one sequence, and q, k and v are views of it
+        return torch.stack([x[:, :, :, part].permute(2, 1, 0, 3, 4) for x in self._parts], dim=3)
+
+    def opened(self, received, heads):
+        """Arguments of attend()."""
+        return *received.flatten(0, 1).transpose(0, 1).unbind(2), heads
+
+
+class _Transfer:
+    """An exchange under way: the p-th part of dimension 0 goes to process p, whose part for this one comes in its place."""
+
+    def __init__(self, sent, group):
+        self._works = []
+        self._received = _Exchange.apply(sent, group, self._works)
+
+    def wait(self):
+        """What came; on a GPU it is the current stream that waits, not the host."""
+        for work in self._works:
+            work.wait()
+        return self._received
 
 
 class _Exchange(torch.autograd.Function):
-    """The p-th equal part of dimension 0 goes to process p, whose part for this process comes in its place."""
+    """Appends to ``works`` what must be waited for before the result is read; in the backward pass it is waited for at once."""
 
     @staticmethod
-    def forward(ctx, sent, group):
+    def forward(ctx, sent, group, works):
         ctx.group = group
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
+        works.append(dist.all_to_all_single(received, sent, group=group, async_op=True))
         return received
 
     @staticmethod
     def backward(ctx, grad):
         # the exchange is its own inverse
-        return _Exchange.apply(grad.contiguous(), ctx.group), None
+        return _Transfer(grad.contiguous(), ctx.group).wait(), None, None

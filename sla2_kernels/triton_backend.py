@@ -104,6 +104,22 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
         return selected.unflatten(0, q.shape[:2])
 
 
+def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None):
+    """route() of block means, float32 (B, H, T, D), those of the unsmoothed k with its number of tokens."""
+    device, shape = q_pooled.device, q_pooled.shape[:2]
+    with on_device(device):
+        proj_q, proj_k = _as_read(q_pooled, proj_q, proj_k)
+        q_pooled, smoothed = (
+            q_pooled.flatten(0, 1).contiguous(),
+            k_pooled.flatten(0, 1).clone(memory_format=torch.contiguous_format),
+        )
+        smooth(smoothed, tokens)
+        selected = torch.empty(*q_pooled.shape[:2], count, dtype=torch.int32, device=device)
+        ranked = scores(project(q_pooled, proj_q), project(smoothed, proj_k), diagonal)
+        select(ranked, smoothed.shape[1], selected, None)
+        return selected.unflatten(0, shape)
+
+
 def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
     packed = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv != "16bit"))

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sla2_kernels import sla2_attention
 from sla2_kernels.support import resolve_precision
@@ -82,11 +84,20 @@ class Student(nn.Module):
         self.seen_ratios = {}
         try:
             self(noisy, t, context)
+            if isinstance(self, FSDPModule):
+                self.reshard()  # the call left them whole
             for layer, seen in self.seen_ratios.items():
-                self.ratio_logits[layer].copy_(logits_of_estimates(seen))
+                _fill(self.ratio_logits[layer], logits_of_estimates(seen))
         finally:
             self.seen_ratios = None
         self.needs_start = False
+
+
+def _fill(parameter, values):
+    """Writes values into a parameter, which may be split over the processes, all of which have the same values."""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
 
 
 def freeze_all_but(student):

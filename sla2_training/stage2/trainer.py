@@ -36,7 +36,10 @@ def make_accelerator(config):
 
 
 def shard(student, device):
-    """Splits every weight over all processes, block by block (FSDP2); autocast, not the sharding, sets the precision."""
+    """Splits every weight over all processes, block by block (FSDP2); autocast, not the sharding, sets the precision.
+
+    A student on the CPU is moved to ``device`` on the way, so that no GPU ever holds more than a block of the whole.
+    """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in student.model.blocks:
         fully_shard(block, mesh=mesh)
@@ -57,16 +60,22 @@ class Stage2Trainer:
         self.accelerator = make_accelerator(config) if accelerator is None else accelerator
         self.device = self.accelerator.device
         self.rounds = config.rounds(self.accelerator.num_processes)
-        student.to(self.device)
+        self.sharded = config.fsdp and self.accelerator.num_processes > 1
+        if not self.sharded:
+            student.to(self.device)
         self.student = student
         freeze_all_but(student)
         self.facts = {
             "model": {"name": model_name, **_facts_of(student)},
             "adapter": {"rank": config.lora_rank, "sparsity": config.sparsity, "targets": list(config.lora_targets)},
         }
-        self._start_ratios()
-        self.sharded = config.fsdp and self.accelerator.num_processes > 1
-        self.wrapped = shard(student, self.device) if self.sharded else self.accelerator.prepare(student)
+        if self.sharded:
+            self.wrapped = shard(student, self.device)
+            self._start_ratios()
+        else:
+            # before the processes compare their weights
+            self._start_ratios()
+            self.wrapped = self.accelerator.prepare(student)
         named = [(n, p) for n, p in self.wrapped.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.optimiser = torch.optim.AdamW(

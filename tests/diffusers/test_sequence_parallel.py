@@ -1,4 +1,4 @@
-"""Two processes that share the heads of a sequence compute what one does: the operator with its gradients, diffusers' Wan."""
+"""Processes that share the heads of a sequence compute what one does: the operator with its gradients, diffusers' Wan."""
 
 import os
 import subprocess
@@ -14,45 +14,105 @@ import ulysses_processes as case
 from diffusers import ContextParallelConfig
 
 from sla2_diffusers import apply_sla2
+from sla2_kernels import select_key_blocks
+from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
 ROOT = Path(__file__).resolve().parents[2]
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    file = tmp_path_factory.mktemp("ulysses") / "found.pt"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ulysses")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*start, case.__file__, str(file)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120
-    )
+    command = [sys.executable, case.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(file)
+    return folder
 
 
-def test_operator_and_gradients_equal_one_process(found):
-    expected = case.output_and_gradients(*case.qkv(), lambda q, k, v: case.attend(q, k, v, slice(None)))
-    for mine, one in zip(found["operator"], expected, strict=True):
-        torch.testing.assert_close(mine, one, rtol=1e-10, atol=1e-12)
+@pytest.fixture(params=[2, 4], ids=["2 processes", "4 processes"])
+def found(request, folder):
+    return torch.load(folder / f"{request.param}.pt")
 
 
-@pytest.mark.parametrize("order", ["SLA2 first", "SLA2 last"])
-def test_diffusers_wan_equals_one_process(found, order):
-    video, sparse, dense = found[order]
+@pytest.mark.parametrize("groups", [1, 2, 100], ids=["one group", "two groups", "a head each"])
+def test_operator_and_gradients_equal_one_process(found, groups):
+    whole = case.qkv(300, torch.float64)
+    expected = case.output_and_gradients(*whole, lambda q, k, v: case.attend(q, k, v, slice(None)))
+    mine = found["gradients", groups]
+    assert torch.equal(mine[0], expected[0])
+    for gradient, one in zip(mine[1:], expected[1:], strict=True):
+        torch.testing.assert_close(gradient, one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", case.LENGTHS)
+def test_an_exchange_as_it_is_changes_no_bit(found, tokens, dtype):
+    q, k, v, _ = case.qkv(tokens, dtype)
+    assert torch.equal(found["16bit", tokens, dtype], case.attend(q, k, v, slice(None)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", case.LENGTHS)
+def test_an_exchange_in_8_bit_selects_what_one_process_does(found, tokens, dtype):
+    q, k, v, _ = case.qkv(tokens, dtype)
+    out, selected = found["8bit", tokens, dtype]
+    options = {"sparsity": case.SPARSITY, "layout": "BNHD"}
+    assert torch.equal(selected, select_key_blocks(q, k, *case.projections(), **options))
+    exact = case.attend(q, k, v, slice(None)).float()
+    error, error_of_one = (
+        (x.float() - exact).norm() / exact.norm() for x in (out, case.attend_int8(q, k, v, slice(None)))
+    )
+    assert 0.005 < error < 1.1 * error_of_one < 0.05
+
+
+def test_what_is_not_finite_stays_so_in_8_bit(found):
+    finite = found["broken"]
+    assert finite.shape == (2, 300, case.HEADS)
+    finite = finite.bool()
+    assert not finite[0, -1, 2] and finite.sum() == finite.numel() - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"head_groups": 0}, "head_groups must be at least 1, got 0"),
+        ({"routing": case.routing()}, "an exchange in 8 bit has no gradients"),
+    ],
+)
+def test_what_cannot_be_exchanged_is_told_before_anything_is(options, told):
+    q, k, v, _ = case.qkv(300, torch.float32)
+    with pytest.raises(ValueError, match=told):
+        sequence_parallel_attention(q.requires_grad_(), k, v, case.attend, **options)
+
+
+@pytest.mark.parametrize("way", case.WAYS)
+def test_diffusers_wan_equals_one_process(found, way):
+    video, counts, error = found[way]
     model = case.transformer()
     without = case.video(model)
-    apply_sla2(model, case.router(), sparsity=0.75)
+    handle = case.applied(model, way)
     expected = case.video(model)
-    torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-5)
-    assert (sparse, dense) == (case.LAYERS, 0)
-    assert (without - expected).norm() > 100 * (video - expected).norm()
+    assert counts == (case.LAYERS, 0, handle.sparsity)
+    if way == "untrained":
+        # of the heads of the first process
+        assert error == pytest.approx(handle.attention_error, rel=0.2)
+    else:
+        assert error is None
+    apart = (video - expected).norm()
+    if way == "8 bit":
+        assert (without - expected).norm() > 10 * apart > 0
+    else:
+        torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-5)
+        assert (without - expected).norm() > 100 * apart
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (ContextParallelConfig(ring_degree=2), "context parallelism is not plain Ulysses"),
-        (ContextParallelConfig(ulysses_degree=3), "3 devices cannot share 4 heads equally"),
+        (ContextParallelConfig(ulysses_degree=3), "3 devices cannot share 8 heads equally"),
     ],
     ids=["ring", "odd"],
 )

@@ -20,7 +20,7 @@ from diffusers import WanTransformer3DModel
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
-from sla2_training.stage2 import Stage2Config, Stage2Trainer, VideoLatents, load_config, load_latents, samples
+from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, load_config, load_latents, samples
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.wan import run, wan_student
 
@@ -279,56 +279,75 @@ def test_the_models_own_samples_are_training_data(tmp_path, capsys):
     assert samples.main([*command, "--size", "8x96x128"]) == 1 and "4n + 1 frames" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_loss_of_one(tmp_path):
-    """Whole weights on each, and weights split between them."""
-    tiny_model().save_pretrained(tmp_path / "model" / "transformer")
-    data, file = videos(), str(tmp_path / "data.safetensors")
+def test_weights_that_are_split_are_not_moved_whole_before(tmp_path, monkeypatch):
+    """A model larger than one GPU: shard() moves it block by block."""
+    from sla2_training.stage2 import trainer as module
+
+    seen, accelerator = [], module.make_accelerator(CONFIG)
+    monkeypatch.setattr(type(accelerator), "num_processes", 2)
+    monkeypatch.setattr(Student, "to", lambda student, device: seen.append("moved"))
+    monkeypatch.setattr(module, "shard", lambda student, device: seen.append("split") or student)
+    made = trainer(tmp_path, replace(CONFIG, fsdp=True), accelerator=accelerator)
+    assert seen == ["split"] and made.sharded
+    assert not made.student.needs_start  # the ratios were found afterwards
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Folder of runs by name: one process, then two and four with whole weights on each and with weights split between them."""
+    folder = tmp_path_factory.mktemp("together")
+    tiny_model().save_pretrained(folder / "model" / "transformer")
+    data, file = videos(), str(folder / "data.safetensors")
     tensors = {"latents": data.latents, "context": data.context, "empty_context": data.empty}
     safetensors.torch.save_file(tensors, file)
     values = {name: getattr(CONFIG, name) for name in ("sparsity", "precision", "lora_rank", "mixed_precision")}
     values |= {"gradient_checkpointing": False, "steps": 3, "batch": 4, "checkpoint_every": 2, "warmup": 1}
-    values |= {"learning_rate": 1e-3, "model": str(tmp_path / "model"), "data": file, "validation_data": file}
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    values |= {"learning_rate": 1e-3, "model": str(folder / "model"), "data": file, "validation_data": file}
 
     def arguments(name, fsdp, *resume):
-        config = tmp_path / f"{name}.json"
-        config.write_text(json.dumps({**values, "output": str(tmp_path / name), "fsdp": fsdp}))
+        config = folder / f"{name}.json"
+        config.write_text(json.dumps({**values, "output": str(folder / name), "fsdp": fsdp}))
         return ["--config", str(config), *resume]
 
-    def launch(processes, weights, *runs):
-        together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        script = [str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
-        command = [sys.executable, *(together if processes > 1 else ()), *script]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("| dense |") == len(runs)
-        assert re.findall(r"(\d+) process\(es\), (\w+) weights", done.stdout) == [(str(processes), w) for w in weights]
+    resume = ("--resume", str(folder / "alone" / "step-000002"))
+    runs = [
+        (1, [arguments("alone", False)]),
+        (2, [arguments("two", False), arguments("two split", True)]),
+        (4, [arguments("four split", True), arguments("gone on in four", True, *resume)]),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| dense |") == 5
+    weights = [("1", "whole"), ("2", "whole"), ("2", "sharded"), ("4", "sharded"), ("4", "sharded")]
+    assert re.findall(r"(\d+) process\(es\), (\w+) weights", done.stdout) == weights
+    return folder
 
-    def log(name):
-        found = json.loads((tmp_path / name / "log.json").read_text())
-        return found["losses"], found["validations"][-1]
 
-    def same_weights(a, b):
-        one, two = (safetensors.torch.load_file(tmp_path / n / "step-000003" / "trained.safetensors") for n in (a, b))
-        assert one.keys() == two.keys()
-        for name, tensor in one.items():
-            torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)
+def losses(folder, name):
+    found = json.loads((folder / name / "log.json").read_text())
+    return found["losses"], found["validations"][-1]
 
-    launch(1, ["whole"], arguments("alone", False))
-    resume = ("--resume", str(tmp_path / "alone" / "step-000002"))
-    launch(
-        2,
-        ["whole", "sharded", "sharded"],
-        arguments("together", False),
-        arguments("split", True),
-        arguments("gone on", True, *resume),
-    )
-    losses, end = log("alone")
-    for name in ("together", "split"):
-        shared_losses, shared_end = log(name)
-        assert shared_losses == pytest.approx(losses, rel=1e-4) and shared_end == pytest.approx(end, rel=1e-4)
-        same_weights("alone", name)
-    # a checkpoint of one process goes on in two that split the weights
-    assert log("gone on")[0] == pytest.approx({"2": losses["2"]}, rel=1e-4)
-    same_weights("alone", "gone on")
+
+def assert_same_weights(folder, a, b):
+    one, two = (safetensors.torch.load_file(folder / name / "step-000003" / "trained.safetensors") for name in (a, b))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "two split", "four split"])
+def test_several_processes_have_the_losses_of_one(together, name):
+    expected, end = losses(together, "alone")
+    shared, shared_end = losses(together, name)
+    assert shared == pytest.approx(expected, rel=1e-4) and shared_end == pytest.approx(end, rel=1e-4)
+    assert_same_weights(together, "alone", name)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_process_goes_on_in_four_that_split_the_weights(together):
+    expected, _ = losses(together, "alone")
+    assert losses(together, "gone on in four")[0] == pytest.approx({"2": expected["2"]}, rel=1e-4)
+    assert_same_weights(together, "alone", "gone on in four")

@@ -1,0 +1,156 @@
+"""The parts "attention" and "messages" of several_gpus.py: the operator over a sequence that GPUs share."""
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels.eight_bit_exchange import EightBitExchange
+from sla2_kernels.pool_routing import PoolRouting
+from sla2_kernels.sequence_parallel import WholeExchange, sequence_parallel_attention
+
+from .inputs import Shape, find_shape, make_inputs
+from .measure import median_ms
+from .ours import weights_for
+from .together import SPARSITY, largest, slowest_ms
+
+TINY = Shape("tiny", 8, (1, 1, 600), head_dim=32)
+# (precision, exchange, groups of heads)
+WAYS = (
+    ("int8", "16bit", 1), ("int8", "16bit", 2), ("int8", "16bit", 4), ("16bit", "16bit", 1), ("16bit", "16bit", 2),
+    ("int8", "8bit", 1), ("int8", "8bit", 2),
+)  # fmt: skip
+
+
+class Call:
+    """One sequence, whole on every GPU, with the weights of a router."""
+
+    def __init__(self, args, device):
+        self.shape = TINY if args.tiny else find_shape(args.shape)
+        self.qkv = make_inputs(self.shape, device=device)
+        self.weights = weights_for("learned", self.shape.heads, self.shape.head_dim, device)
+        self.routing = PoolRouting(SPARSITY, self.weights.proj_q, self.weights.proj_k)
+
+    def share(self, processes, rank):
+        return [x.chunk(processes, dim=1)[rank].contiguous() for x in self.qkv]
+
+    def attend(self, precision):
+        """What sequence_parallel_attention() calls for a group of heads."""
+
+        def attend(q, k, v, heads, key_blocks=None):
+            own = self.weights.heads(heads)
+            return sla2_attention(
+                q, k, v, own.proj_q, own.proj_k, own.alpha,
+                sparsity=SPARSITY, precision=precision, layout="BNHD", key_blocks=key_blocks,
+            )  # fmt: skip
+
+        return attend
+
+
+def attention(args, device):
+    """Rows of WAYS with ms_alone, ms_together, ms_exchange, error, equal; medians over calls of the slowest process."""
+    call = Call(args, device)
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    mine = call.share(processes, rank)
+    outputs, ms_alone = {}, {}
+    for precision in ("int8", "16bit"):
+        attend = call.attend(precision)
+        outputs[precision] = attend(*call.qkv, slice(None)).chunk(processes, dim=1)[rank].clone()
+        ms_alone[precision] = slowest_ms(lambda attend=attend: attend(*call.qkv, slice(None)), device)
+    rows = []
+    for precision, exchange, groups in WAYS:
+        how = {"head_groups": groups, "routing": call.routing if exchange == "8bit" else None}
+        found = _together(mine, call.attend(precision), outputs[precision], device, **how)
+        way = {"precision": precision, "exchange": exchange, "groups": groups}
+        rows.append({**way, "ms_alone": ms_alone[precision], **found})
+        if rank == 0:
+            # a run may be cut
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _together(mine, attend, expected, device, **how):
+    """How a shared call compares with one GPU's output of the same tokens, and how long it takes."""
+    out = sequence_parallel_attention(*mine, attend, **how)
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    return {
+        "ms_together": slowest_ms(lambda: sequence_parallel_attention(*mine, attend, **how), device),
+        "ms_exchange": slowest_ms(lambda: sequence_parallel_attention(*mine, lambda q, *others: q, **how), device),
+        "error": largest(error.item(), device),
+        "equal": not largest(float(not torch.equal(out, expected)), device),
+    }
+
+
+def attention_table(runs):
+    lines = [
+        "| GPUs | bits | exchange | groups | one GPU ms | together ms | exchanges alone ms | speed-up | error against one GPU |",
+        "|---" * 9 + "|",
+    ]
+    for count, rows in runs.items():
+        for row in rows:
+            error = "equal bit by bit" if row["equal"] else f"{row['error']:.1e}"
+            lines.append(
+                f"| {count} | {row['precision']} | {row['exchange']} | {row['groups']} | {row['ms_alone']:.2f} | "
+                f"{row['ms_together']:.2f} | {row['ms_exchange']:.2f} | {row['ms_alone'] / row['ms_together']:.2f}x | {error} |"
+            )
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def messages(args, device):
+    """Rows {processes, exchange, ms_pack, ms_open, megabytes, same_selection, error, error_of_one}: one GPU plays each of several.
+
+    Times are those of one of the processes, for all of its heads. error: of its INT8 attention against one GPU's in 16 bit, and
+    error_of_one that of INT8 on one GPU.
+    """
+    call = Call(args, device)
+    heads = call.shape.heads
+    exact, int8 = (call.attend(precision)(*call.qkv, slice(None)).float() for precision in ("16bit", "int8"))
+    options = {"sparsity": SPARSITY, "layout": "BNHD"}
+    selected = select_key_blocks(*call.qkv[:2], call.weights.proj_q, call.weights.proj_k, **options)
+    rows = []
+    for processes in (2, 4):
+        part = slice(0, heads // processes)
+        shares = [call.share(processes, rank) for rank in range(processes)]
+        for exchange in ("16bit", "8bit"):
+
+            def pack(rank, processes=processes, exchange=exchange, shares=shares, part=part):
+                return _exchange(exchange, shares[rank], processes, rank, call.routing), part
+
+            made = [pack(rank)[0] for rank in range(processes)]
+            received = torch.stack([one.message(part)[0] for one in made])
+            opened = made[0].opened(received, part)
+            out = call.attend("int8")(*opened).float()
+            rows.append(
+                {
+                    "processes": processes,
+                    "exchange": exchange,
+                    "ms_pack": median_ms(lambda pack=pack: pack(0)[0].message(pack(0)[1]), device),
+                    "ms_open": median_ms(lambda: made[0].opened(received, part), device),  # noqa: B023  called here
+                    "megabytes": received.nbytes / 1e6,
+                    "same_selection": exchange == "16bit" or torch.equal(opened[-1].key_blocks, selected[:, part]),
+                    "error": ((out - exact[:, :, part]).norm() / exact[:, :, part].norm()).item(),
+                    "error_of_one": ((int8 - exact)[:, :, part].norm() / exact[:, :, part].norm()).item(),
+                }
+            )
+    return rows
+
+
+def _exchange(exchange, share, processes, rank, routing):
+    if exchange == "8bit":
+        return EightBitExchange(*share, processes, rank, routing)
+    return WholeExchange(*share, processes)
+
+
+def messages_table(runs):
+    lines = [
+        "| GPUs | exchange | pack ms | open ms | MB in | same selection | error, INT8 | of one GPU |",
+        "|---" * 8 + "|",
+    ]
+    for row in runs[1]:
+        lines.append(
+            f"| {row['processes']} | {row['exchange']} | {row['ms_pack']:.2f} | {row['ms_open']:.2f} | "
+            f"{row['megabytes']:.0f} | {'yes' if row['same_selection'] else 'NO'} | {row['error']:.4f} | {row['error_of_one']:.4f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""What several processes of one measurement share: times of the slowest, the largest of their numbers."""
+
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from .measure import is_gpu
+
+SPARSITY = 0.97
+WARMUP = 5  # calls, and training steps, that are not timed
+
+
+def largest(number, device):
+    """The largest of all processes' numbers."""
+    found = torch.tensor([number], device=device, dtype=torch.float32)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def slowest_ms(function, device, calls=20, warmup=WARMUP):
+    """Median over calls of the time until the last process is done."""
+    times = []
+    for call in range(warmup + (calls if is_gpu(device) else 1)):
+        dist.barrier()
+        if is_gpu(device):
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        if is_gpu(device):
+            torch.cuda.synchronize()
+        taken = largest(1000 * (time.perf_counter() - begin), device)
+        if call >= warmup:
+            times.append(taken)
+    return statistics.median(times)
