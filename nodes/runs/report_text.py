@@ -7,7 +7,12 @@ import time
 from ..compat.rival_attention import ASIDE
 from ..settings.values import skips_keeps
 from .advice import advice
+from .time_saved import saved_in_words
 
+NOT_SAMPLED = (
+    "Nothing was sampled through this MODEL in this run: connect the sampler's model to the MODEL that this report gets, "
+    "and its LATENT, so that the report runs after it."
+)
 UNREACHED = "another node's attention took the call before SLA2 could see it"
 
 
@@ -125,11 +130,12 @@ def ratio_name(hook):
 def report_text(hook, run, caveat=None):
     """The report: one summary line, the settings, a line per layer, reasons, notes."""
     if run is None:
-        return "This MODEL has not been sampled yet: connect the sampler's LATENT, so that the report runs after it."
+        return NOT_SAMPLED
     data = report_data(hook, run, caveat)
     setting = skips_keeps(run.sparsity)
+    found = (_headline(data, run, setting), saved_in_words(data), error_in_words(data))
     lines = [
-        ", ".join(part for part in (_headline(data, run, setting), error_in_words(data)) if part),
+        ", ".join(part for part in found if part),
         f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"
         + (f", {run.failure}" if run.failure else ""),
         f"method: {data['method']}; router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",
