@@ -11,8 +11,9 @@ from miniature import videos
 from miniature.captions import split_captions
 from miniature.sample import load_models
 from miniature.vae import normalise_latents
+from miniature.weight_files import weight_file
 from tooling import graph
-from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE
+from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, VAE
 from tooling.comparison import read_video
 from tooling.paths import ROOT
 
@@ -24,7 +25,7 @@ SMALL = {"frames": 49, "height": 192, "width": 192}
 # of a KSampler with one step: the noise levels 0.47, 0.73 and 0.89
 DENOISE = (0.1, 0.25, 0.5)
 pytestmark = pytest.mark.skipif(
-    not all((TRAINED / name).exists() for name in (DIT, VAE, ROUTER, LORA, LORA_ROUTER)),
+    not all(weight_file(name).exists() for name in (DIT, VAE, ROUTER, LORA, LORA_ROUTER)),
     reason="the miniature's weights are not in miniature/weights",
 )
 
