@@ -76,16 +76,18 @@ def amdahl_ceiling(share):
     return 1 / (1 - share) if share < 1 - 1 / MAX_CEILING else None
 
 
-def comparison_data(dense, sla2, device_name, setting, found):
+def comparison_data(dense, sla2, device_name, setting, found, rival=None):
     """{"headline", "rows": [[name, value], ...], "break_even": tokens or None} for the page.
 
-    dense, sla2: Measured. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
+    dense, sla2: Measured. rival: Rival, or None where this ComfyUI has no sparse attention of its own. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
     tried), or None where it was not looked for.
     """
     if sla2.sparse_calls:
         headline, rows = _speed(dense, sla2, setting), _speed_rows(dense, sla2)
     else:
         headline, rows = _nothing_ran(sla2.calls), []
+    if rival is not None and sla2.sparse_calls:
+        rows += rival.rows(dense, sla2, device_name)
     tokens = None
     if found is not None:
         tokens, longest = found
