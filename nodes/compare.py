@@ -16,11 +16,12 @@ from .attention.patching import install
 from .comparison.break_even import attend_as, break_even, time_lengths
 from .comparison.frames import check_vae, saved_frames
 from .comparison.rival import against_rival
-from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text
+from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text, line_to_paste
 from .compat.rival_attention import rivals_node
 from .compat.sampling import sample_once
 from .page.text import plain, show_on_node
 from .runs.report_text import error_in_words, report_data
+from .runs.to_paste import versions
 from .settings.values import AttentionSettings, skips_keeps
 
 logger = logging.getLogger("sla2")
@@ -114,7 +115,8 @@ class SLA2Compare(io.ComfyNode):
         name = comfy.model_management.get_torch_device_name(model.load_device)
         data = comparison_data(dense, sla2, plain(name), skips_keeps(sla2.skipped), found, rival)
         frames = decoded(vae, measured, node, data, cls) if vae is not None else {}
-        text = comparison_text(data)
+        line = line_to_paste(name, type(model.model).__name__, dense, sla2, rival, versions())
+        text = plain("\n".join([comparison_text(data), line]))
         show_on_node(node, "done")
         latents = [latent_image | {"samples": one.latent} for one in measured]
         return io.NodeOutput(*latents, text, ui={"text": (text,), "sla2_comparison": (data,), **frames})

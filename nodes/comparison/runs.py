@@ -135,5 +135,18 @@ def _memory(dense, sla2):
     return f"{dense / 2**30:.2f} and {sla2 / 2**30:.2f} GiB"
 
 
+def line_to_paste(card, model, dense, sla2, rival, versions):
+    """One line with what was measured. model: class name. rival: Rival or None. versions: words."""
+    beside = [
+        ("dense", dense),
+        *([("ComfyUI's own", rival.measured)] if rival and rival.measured else []),
+        ("SLA2", sla2),
+    ]
+    steps = ", ".join(f"{name} {one.step_s:.3f}" for name, one in beside)
+    parts = [card, model, f"seconds per step: {steps}", f"latent error {relative_error(sla2.latent, dense.latent)}"]
+    parts += [f"peak memory {_memory(dense.peak, sla2.peak)}", sla2.error_words, versions]
+    return "to paste: " + " | ".join(part for part in parts if part)
+
+
 def comparison_text(data):
     return "\n".join([data["headline"], *(f"{name}: {value}" for name, value in data["rows"])])

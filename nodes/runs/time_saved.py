@@ -7,7 +7,7 @@ def seconds_saved(data):
     A layer's own dense calls are the measure, else the mean of all layers'. None where the run timed none of either kind.
     """
     rows = data["layers"]
-    dense, timed = _mean(rows, "dense"), [row for row in rows if "sparse" in row["milliseconds"]]
+    dense, timed = mean_milliseconds(rows, "dense"), [row for row in rows if "sparse" in row["milliseconds"]]
     if dense is None or not timed:
         return None
     saved = sum(
@@ -28,7 +28,7 @@ def saved_in_words(data):
 
 def faster_in_words(data):
     """ "8.2x faster per call" or how much slower; None where the run did not time calls of both kinds."""
-    sparse, dense = (_mean(data["layers"], kind) for kind in ("sparse", "dense"))
+    sparse, dense = (mean_milliseconds(data["layers"], kind) for kind in ("sparse", "dense"))
     if not sparse or not dense:
         return None
     return f"{dense / sparse:.1f}x faster per call" if dense >= sparse else f"{sparse / dense:.1f}x slower per call"
@@ -41,7 +41,7 @@ def duration(seconds):
     return f"{round(seconds) // 60} min {round(seconds) % 60} s"
 
 
-def _mean(rows, kind):
+def mean_milliseconds(rows, kind):
     """Mean of the layers' milliseconds per call of a kind, or None."""
     times = [row["milliseconds"][kind] for row in rows if kind in row["milliseconds"]]
     return sum(times) / len(times) if times else None

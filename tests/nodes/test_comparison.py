@@ -148,6 +148,10 @@ def test_beside_comfyuis_own_sparse_attention_it_says_which_is_faster(comparison
     assert faster.startswith(f"{own} is 1.25x faster per step than SLA2")
     assert rows(rival("sol-attn", None, "no kernels"))[own] == "not measured: no kernels"
     assert "which is faster" not in rows(None)
+    line = comparison.line_to_paste("card", "WAN21", dense, sla2, rival("sol-attn", measured(comparison)), "torch 2.11")
+    assert line.startswith(
+        "to paste: card | WAN21 | seconds per step: dense 2.000, ComfyUI's own 2.000, SLA2 0.500 | latent"
+    )
 
 
 def test_comfyuis_own_node_is_put_on_with_its_defaults(pack_module, monkeypatch):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 HEADS = 2
 
@@ -82,3 +83,15 @@ def test_the_first_of_two_says_that_the_second_replaced_it(pack_module, monkeypa
     assert sent == []
     module.show_outcomes(second, "5", first)
     assert sent == [("outcome", "3", module.REPLACED)] and "only the last one on a MODEL wire counts" in module.REPLACED
+
+
+def test_a_line_to_paste_has_what_was_measured_and_nothing_else(bench, qkv, pack_module):
+    paste, report = pack_module("nodes.runs.to_paste"), pack_module("nodes.runs.report_text")
+    b, run = ended(bench, qkv)
+    line = paste.line_to_paste(run, report.report_data(b.hook, run), "WAN21", torch.device("cpu"))
+    assert line.startswith("to paste: cpu | WAN21 | 300 tokens | 1 of 2 calls sparse | ")
+    for words in (" skipped in 16bit | dense ", " ms, SLA2 ", " | attention error 0.", " s in 1 model calls | torch "):
+        assert words in line
+    b, run = ended(bench, qkv, frozenset({0, 1}))
+    line = paste.line_to_paste(run, report.report_data(b.hook, run), "WAN21", torch.device("cpu"))
+    assert "SLA2 " not in line and "error" not in line and "tokens" not in line
