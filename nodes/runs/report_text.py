@@ -89,12 +89,18 @@ def error_in_words(data):
     errors = [row["attention_error"] for row in data["layers"] if row["attention_error"] is not None]
     if data["attention_error"] is None or not errors:
         return None
-    layers = f" (layers {min(errors):.2f} to {max(errors):.2f})" if len(errors) > 1 else ""
     target = data["target_error"]
     if target is None:
-        return f"attention error {data['attention_error']:.2f}{layers}"
+        error = _with_layers(f"{data['attention_error']:.2f}", errors)
+        return f"attention error {error}"
     chosen = " to ".join(dict.fromkeys(f"{sparsity:.2f}" for sparsity in target["sparsities"]))
-    return f"target error {target['error']:g}, measured {data['attention_error']:.3f}{layers}, sparsity {chosen} chosen"
+    measured = _with_layers(f"{data['attention_error']:.3f}", errors)
+    return f"target error {target['error']:g}, measured {measured}, sparsity {chosen} chosen"
+
+
+def _with_layers(error, errors):
+    """An error in words, and the range of the layers' where there are several."""
+    return f"{error} (layers {min(errors):.2f} to {max(errors):.2f})" if len(errors) > 1 else error
 
 
 def finite(number):

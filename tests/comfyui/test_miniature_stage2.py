@@ -53,7 +53,7 @@ def saved_video(comfy, entry):
 
 
 def test_the_workflow_leaves_three_videos_and_one_of_all_and_both_stages_ran_sparse(comfy):
-    workflow = json.loads((ROOT / "workflows" / "miniature_stage2.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "Miniature, both stages beside dense.json").read_text(encoding="utf-8"))
     prompt = graph.to_prompt(workflow, comfy.server.get("/object_info"))
     for node in graph.of_class(prompt, "EmptyHunyuanLatentVideo"):
         prompt[node]["inputs"].update(width=SIDE, height=SIDE, length=9)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def prompt(comfy):
-    workflow = json.loads((ROOT / "workflows" / "miniature_sla2.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "First look, nothing to download.json").read_text(encoding="utf-8"))
     made = graph.to_prompt(workflow, comfy.server.get("/object_info"))
     for node in graph.of_class(made, "EmptyHunyuanLatentVideo"):
         made[node]["inputs"]["length"] = 9

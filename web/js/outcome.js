@@ -1,11 +1,11 @@
 // SLA2 Apply Attention: what the last sampling saved and cost, what was accelerated, and why calls ran dense.
 import { el, panelOf } from "./panel.js";
-import { t } from "./texts.js";
+import { fromServer, t } from "./texts.js";
 
 export function showOutcome(node, { headline, detail, reasons, accelerated, calls, layers }) {
   const panel = panelOf(node, 300);
-  const head = el("p", { class: accelerated || !calls ? "sla2-head" : "sla2-head sla2-warn", text: headline });
-  const lines = [detail, ...reasons].filter(Boolean).map((reason) => el("p", { class: "sla2-quiet", text: reason }));
+  const head = el("p", { class: accelerated || !calls ? "sla2-head" : "sla2-head sla2-warn", text: fromServer(headline) });
+  const lines = [detail, ...reasons].filter(Boolean).map((reason) => el("p", { class: "sla2-quiet", text: fromServer(reason) }));
   panel.element.setAttribute("role", "status");
   panel.show(head, ...lines);
   node.sla2Schedule?.setLayers(layers);

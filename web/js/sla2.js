@@ -11,7 +11,7 @@ import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered, rootOf } from "./graph.js";
 import { graphsOf, isOff } from "./model_wires.js";
 import { takePlaces } from "./panel.js";
-import { setTranslations } from "./texts.js";
+import { fromServer, setTranslations } from "./texts.js";
 import { chain } from "./widgets.js";
 
 // what an output of an executed node is drawn by
@@ -44,6 +44,13 @@ function afterRun() {
   }
 }
 
+// the page shows an error as the server says it, in English
+function onError({ detail }) {
+  const said = detail.exception_message?.trim() ?? "";
+  if (!detail.node_type?.startsWith("SLA2") || fromServer(said) === said) return;
+  app.extensionManager.toast.add({ severity: "error", summary: nodeOfExecution(app, null, detail.node_id)?.title, detail: fromServer(said) });
+}
+
 function restore(node) {
   for (const kind of Object.keys(DRAWN_EVENTS)) {
     const detail = remembered(app, kind, node);
@@ -56,7 +63,9 @@ function restore(node) {
 async function loadTranslations() {
   const language = app.extensionManager.setting.get("Comfy.Locale");
   const answer = await api.fetchApi("/i18n");
-  if (answer.ok) setTranslations((await answer.json())[language]?.sla2 ?? {});
+  if (!answer.ok) return;
+  const texts = (await answer.json())[language];
+  setTranslations(texts?.sla2 ?? {}, texts?.sla2Server ?? {});
 }
 
 app.registerExtension({
@@ -67,6 +76,7 @@ app.registerExtension({
       api.addEventListener(`sla2.${kind}`, ({ detail }) => onEvent(kind, detail));
     }
     api.addEventListener("execution_success", afterRun);
+    api.addEventListener("execution_error", onError);
   },
   nodeCreated(node) {
     if (node.comfyClass === "SLA2ApplyAttention") addScheduleEditor(node);
