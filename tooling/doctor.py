@@ -174,13 +174,13 @@ def first_calls(device):
 
 
 def time_shape(device, tokens, heads, dtype):
-    """{name: (median milliseconds, bytes taken beside the inputs or None)}, or the RuntimeError of one for which memory is short."""
+    """{name: (median milliseconds, bytes taken beside the inputs or None)}, or the exception of one that failed."""
     q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(device, tokens, heads, dtype))
     found = {}
     for name, attend in methods(device).items():
         try:
             found[name] = time_method(device, lambda attend=attend: attend(q, k, v))
-        except RuntimeError as failure:
+        except (RuntimeError, ValueError, TypeError) as failure:  # memory, or what sol_attn refuses
             found[name] = failure
     return found
 
@@ -214,10 +214,10 @@ def benchmark_lines(device, rows):
 
 def in_words(name, found):
     """ "SLA2 4.1 ms (3.0x as fast as dense, 1.4x as sol_attn; 0.21 GiB)"."""
-    if isinstance(found[name], RuntimeError):
+    if isinstance(found[name], Exception):
         return f"{name} failed ({failure_in_a_line(found[name])})"
     mine, peak = found[name]
-    others = [other for other in found if other != name and not isinstance(found[other], RuntimeError)]
+    others = [other for other in found if other != name and not isinstance(found[other], Exception)]
     faster = [f"{found[other][0] / mine:.2f}x as fast as {other}" for other in others if name == "SLA2"]
     memory = [] if peak is None else [f"{peak / 2**30:.2f} GiB"]
     more = "; ".join([", ".join(faster), *memory] if faster else memory)
@@ -230,7 +230,7 @@ def paste_line(device, rows, errors):
     parts = [card, f"torch {torch.__version__}", f"triton {version_of('triton')}", f"sla2 {pack_version()}"]
     parts += [f"error {', '.join(f'{name} {error:.4f}' for name, error in errors.items())}"]
     for what, _, _, found in rows:
-        times = [f"{name} {'-' if isinstance(one, RuntimeError) else f'{one[0]:.2f}'}" for name, one in found.items()]
+        times = [f"{name} {'-' if isinstance(one, Exception) else f'{one[0]:.2f}'}" for name, one in found.items()]
         parts.append(f"{what}: {' / '.join(times)} ms")
     return f"paste: {' | '.join(parts)}"
 

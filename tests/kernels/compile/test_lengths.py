@@ -17,4 +17,6 @@ def test_a_changed_length_compiles_nothing_new(compile_for, card):
         q, k, v = torch.zeros(3, 1, 2, tokens, 64, dtype=torch.bfloat16)
         fitted_attention(q, k, v, rows=sample_rows(tokens, 0), sparsity=0.9, precision="int8", backend="triton")
         counts.append(len(recorder.kernels))
-    assert counts[0] > 5 and counts == [counts[0]] * len(LENGTHS), [kernel.name for kernel in recorder.kernels[counts[0] :]]
+    assert counts[0] > 5 and counts == [counts[0]] * len(LENGTHS), [
+        kernel.name for kernel in recorder.kernels[counts[0] :]
+    ]
