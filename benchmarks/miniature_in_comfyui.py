@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from miniature.captions import embed
+from miniature.weight_files import weight_file
 
 from .measure import is_gpu
-from .wan_in_comfyui import PACK, import_comfyui, load_pack
+from .wan_in_comfyui import import_comfyui, load_pack
 
-WEIGHTS = PACK / "miniature" / "weights"
-ROUTER = WEIGHTS / "wan_miniature_router.safetensors"
+ROUTER = weight_file("wan_miniature_router.safetensors")
 
 
 class MiniatureInComfyUI:
@@ -32,7 +32,7 @@ class MiniatureInComfyUI:
         import comfy.sd
 
         options = {} if device is None else {"load_device": device}
-        return comfy.sd.load_diffusion_model(str(WEIGHTS / "wan_miniature_dit.safetensors"), model_options=options)
+        return comfy.sd.load_diffusion_model(str(weight_file("wan_miniature_dit.safetensors")), model_options=options)
 
     def module(self, name):
         """A module of this pack, as ComfyUI imports it, such as "nodes.settings.presets"."""

@@ -17,12 +17,12 @@ from miniature import videos
 from miniature.captions import embed, split_captions
 from miniature.optim import Budget, Log, Optimiser
 from miniature.pool import fill_pool
-from miniature.sample import WEIGHTS
 from miniature.train_dit import flow_loss, is_block_matrix
 from miniature.train_long import DECODER, REAL, TINY, attention_backend, build, load_start, prepare
 from miniature.train_vae import VAE_FILE
 from miniature.tune_decoder import tune_decoder
 from miniature.vae import WanVAE
+from miniature.weight_files import WEIGHTS, weight_file
 
 
 def milliseconds(device, repeats: int, work) -> float:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device, sizes = torch.device(args.device), TINY if args.tiny else REAL
     prepare(args, device)
-    vae = WanVAE.from_state_dict(load_file(WEIGHTS / VAE_FILE)).to(device).eval().requires_grad_(False)
+    vae = WanVAE.from_state_dict(load_file(weight_file(VAE_FILE, WEIGHTS))).to(device).eval().requires_grad_(False)
     pools = {name: data_speed(name, size, args, vae, device) for name, size in sizes.items()}
     state, _ = load_start(None, args.layers)
     for backend in args.attention:

@@ -13,6 +13,7 @@ from pathlib import Path
 from .sample import WEIGHTS
 from .train_dit import DIT_FILE
 from .train_vae import VAE_FILE
+from .weight_files import weight_file
 
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 
@@ -29,7 +30,7 @@ def results_table(weights: Path) -> str:
     rows = [
         (
             "VAE file",
-            f"{(weights / VAE_FILE).stat().st_size / 1e6:.1f} MB, base width {vae['run']['vae_dim']}, float16",
+            f"{weight_file(VAE_FILE, weights).stat().st_size / 1e6:.1f} MB, base width {vae['run']['vae_dim']}, float16",
         ),
         ("VAE training", f"{codec['vae_steps']} steps, {vae_seconds / 60:.1f} minutes on {vae['run']['device_name']}"),
         (
@@ -39,7 +40,7 @@ def results_table(weights: Path) -> str:
         ),
         (
             "Transformer file",
-            f"{(weights / DIT_FILE).stat().st_size / 1e6:.1f} MB, {flow['dit_parameters'] / 1e6:.2f} million weights, "
+            f"{weight_file(DIT_FILE, weights).stat().st_size / 1e6:.1f} MB, {flow['dit_parameters'] / 1e6:.2f} million weights, "
             f"{dit['run']['layers']} layers, bfloat16",
         ),
         (

@@ -17,8 +17,8 @@ from . import images
 from .captions import embed, split_captions
 from .vae import WanVAE, denormalise_latents
 from .wan import Attention, WanConfig, WanModel, dense_attention
+from .weight_files import WEIGHTS, weight_file
 
-WEIGHTS = Path(__file__).parent / "weights"
 SHIFT = 8.0  # ComfyUI's default for Wan2.1
 
 
@@ -63,10 +63,10 @@ def load_models(folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> t
     """
     from safetensors.torch import load_file
 
-    state = {k: v.float() for k, v in load_file(folder / "wan_miniature_dit.safetensors").items()}
+    state = {k: v.float() for k, v in load_file(weight_file("wan_miniature_dit.safetensors", folder)).items()}
     model = WanModel(WanConfig.from_state_dict(state))
     model.load_state_dict(state)
-    vae = WanVAE.from_state_dict(load_file(folder / "wan_miniature_vae.safetensors"))
+    vae = WanVAE.from_state_dict(load_file(weight_file("wan_miniature_vae.safetensors", folder)))
     return model.to(device).eval(), vae.to(device).eval()
 
 

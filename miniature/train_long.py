@@ -38,6 +38,7 @@ from .train_vae import VAE_FILE, compiled_norm
 from .tune_decoder import tune_decoder
 from .vae import Kernels, WanVAE
 from .wan import WanBlock, WanConfig, WanModel
+from .weight_files import weight_file
 
 LIVE_FILE, LOG_FILE = "live.safetensors", "long_log.json"
 ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -142,7 +143,7 @@ def load_start(folder: Path | None, layers: int | None) -> tuple[dict[str, torch
         FileNotFoundError: the folder has no sitting.
     """
     if folder is None:
-        state, number = load_file(WEIGHTS / DIT_FILE), 1
+        state, number = load_file(weight_file(DIT_FILE, WEIGHTS)), 1
     elif (folder / LIVE_FILE).exists():
         number = json.loads((folder / LOG_FILE).read_text())["run"]["sitting"] + 1
         state = load_file(folder / LIVE_FILE)
@@ -251,7 +252,12 @@ def sit(args) -> None:
     log = Log(args.out / LOG_FILE, header)
     print(header, flush=True)
 
-    vae = WanVAE.from_state_dict(load_file((args.start or WEIGHTS) / VAE_FILE)).to(device).eval().requires_grad_(False)
+    vae = (
+        WanVAE.from_state_dict(load_file(weight_file(VAE_FILE, args.start or WEIGHTS)))
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
     model = build(state, args.compile, device).train()
     mixes = [parse_mix(text) for text in args.mix]
     names = list(dict.fromkeys(name for mix in mixes for name in mix))

@@ -29,7 +29,7 @@ RUN_DENSE, STOP = "run dense and say so", "stop"
 class SLA2ApplyAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "round": 0.001}
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "round": 0.001, "advanced": True}
         return io.Schema(
             node_id="SLA2ApplyAttention",
             display_name="SLA2 Apply Attention",
@@ -51,37 +51,37 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="Share of the attention that is skipped: 0.97 skips 97%, keeps 3%.",
                 ),
                 io.Combo.Input(
-                    "bit_width", options=list(BIT_WIDTHS), default="auto",
+                    "bit_width", options=list(BIT_WIDTHS), default="auto", advanced=True,
                     tooltip="Precision inside the attention. auto: the fastest on this card (int8; fp8 on B200). "
                     "fp8 needs an RTX 40 or newer. 16bit is the most accurate.",
                 ),
                 io.Combo.Input(
-                    "ratio_mode", options=list(RATIO_MODES), default="learned",
+                    "ratio_mode", options=list(RATIO_MODES), default="learned", advanced=True,
                     tooltip="How the exact and the linear branch are mixed. learned: from the router file (without one: "
                     "fitted). fitted: to a few rows computed exactly during the run. estimated: from the attention mass. "
                     "fixed: the value below.",
                 ),
                 io.Float.Input(
-                    "fixed_ratio", default=0.9, min=0.0, max=1.0, step=0.01, round=0.01,
+                    "fixed_ratio", default=0.9, min=0.0, max=1.0, step=0.01, round=0.01, advanced=True,
                     tooltip="Share of the exact branch in the mix. Only used if ratio_mode is fixed.",
                 ),
                 io.Float.Input("start_percent", default=0.0, **percent, tooltip="Steps before this share run dense."),
                 io.Float.Input("end_percent", default=1.0, **percent, tooltip="Steps after this share run dense."),
                 io.String.Input(
-                    "dense_layers", default="",
+                    "dense_layers", default="", advanced=True,
                     tooltip='Layers that always run dense, such as "0, 1, 28-29". -1 is the last layer.',
                 ),
                 io.Int.Input(
-                    "minimum_tokens", default=AUTOMATIC, min=AUTOMATIC, max=10_000_000,
+                    "minimum_tokens", default=AUTOMATIC, min=AUTOMATIC, max=10_000_000, advanced=True,
                     tooltip="Shorter sequences run dense, because routing would cost more than it saves. "
                     "-1: automatic for this device. 0: always sparse.",
                 ),
                 io.Combo.Input(
-                    "on_unsupported", options=[RUN_DENSE, STOP], default=RUN_DENSE,
+                    "on_unsupported", options=[RUN_DENSE, STOP], default=RUN_DENSE, advanced=True,
                     tooltip="What to do if SLA2 cannot run (unsupported model, no Triton, a mask, ...).",
                 ),
                 io.Combo.Input(
-                    "method", optional=True, options=list(METHODS), default="automatic",
+                    "method", optional=True, options=list(METHODS), default="automatic", advanced=True,
                     tooltip="automatic: SLA where sla_weights are connected, else SLA2. top-k only: no linear part, for "
                     "LoRAs that were distilled with block top-k alone (such as lightx2v's SLA LoRAs).",
                 ),
@@ -100,7 +100,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="From SLA2 Load SLA Model: runs SLA (version 1) as these weights were trained.",
                 ),
                 io.Float.Input(
-                    "target_error", optional=True, default=0.0, min=0.0, max=0.99, step=0.01, round=0.001,
+                    "target_error", optional=True, default=0.0, min=0.0, max=0.99, step=0.01, round=0.001, advanced=True,
                     tooltip="Attention error that the run may have, such as 0.12; each step then gets the sparsity that fits, "
                     "in place of the widget's. Needs no router. 0: off.",
                 ),
@@ -159,5 +159,5 @@ class SLA2ApplyAttention(io.ComfyNode):
             check_sla_weights(sla_weights, facts, method)
         patched = install(model, settings, router, sla_weights)
         patched.get_attachment(KEY).runs.add_notes(preset_notes(chosen, router, sla_weights))
-        show_outcomes(patched.get_attachment(KEY), cls.hidden.unique_id)
+        show_outcomes(patched.get_attachment(KEY), cls.hidden.unique_id, model.get_attachment(KEY))
         return io.NodeOutput(patched)

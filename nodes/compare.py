@@ -15,10 +15,13 @@ from .attention.layouts import unsupported_reason_of
 from .attention.patching import install
 from .comparison.break_even import attend_as, break_even, time_lengths
 from .comparison.frames import check_vae, saved_frames
-from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text
+from .comparison.rival import against_rival
+from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text, line_to_paste
+from .compat.rival_attention import rivals_node
 from .compat.sampling import sample_once
 from .page.text import plain, show_on_node
 from .runs.report_text import error_in_words, report_data
+from .runs.to_paste import versions
 from .settings.values import AttentionSettings, skips_keeps
 
 logger = logging.getLogger("sla2")
@@ -92,23 +95,28 @@ class SLA2Compare(io.ComfyNode):
             raise ValueError(f"SLA2 Compare: {unsupported_reason_of(model)}.")
         if vae is not None:
             check_vae(vae, model.model.latent_format)
-        node, bar = cls.hidden.unique_id, comfy.utils.ProgressBar(2 * steps)
+        node, has_rival = cls.hidden.unique_id, rivals_node() is not None
+        bar = comfy.utils.ProgressBar((3 if has_rival else 2) * steps)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         all_layers = frozenset(range(hook.facts.num_layers))
         dense_model = install(model, AttentionSettings(dense_layers=all_layers), None)
-        measured = []
-        for name, candidate in (("dense", dense_model), ("with SLA2", model)):
+
+        def sampled(name, candidate):
             show_on_node(node, f"sampling {name}")
-            measured.append(measure(candidate, positive, negative, latent_image, seed, lambda: bar.update(1), sampler))
+            return measure(candidate, positive, negative, latent_image, seed, lambda: bar.update(1), sampler)
+
+        measured = [sampled("dense", dense_model), sampled("with SLA2", model)]
         dense, sla2 = measured
+        rival = against_rival(dense_model, sampled) if has_rival else None
         found = None
         if find_break_even:
             show_on_node(node, "looking for the break-even length")
             found = search_break_even(model, hook)
         name = comfy.model_management.get_torch_device_name(model.load_device)
-        data = comparison_data(dense, sla2, plain(name), skips_keeps(sla2.skipped), found)
+        data = comparison_data(dense, sla2, plain(name), skips_keeps(sla2.skipped), found, rival)
         frames = decoded(vae, measured, node, data, cls) if vae is not None else {}
-        text = comparison_text(data)
+        line = line_to_paste(name, type(model.model).__name__, dense, sla2, rival, versions())
+        text = plain("\n".join([comparison_text(data), line]))
         show_on_node(node, "done")
         latents = [latent_image | {"samples": one.latent} for one in measured]
         return io.NodeOutput(*latents, text, ui={"text": (text,), "sla2_comparison": (data,), **frames})

@@ -12,13 +12,12 @@ MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 
 
 def miniature_nodes():
-    """[SLA2MiniatureCaption] where the miniature is there, with its weights known to the loaders; else []."""
+    """[SLA2MiniatureCaption] where the miniature is there, each of its files known to the loaders of its kind; else []."""
     if not (MINIATURE / "captions.py").is_file():
         return []
-    weights = MINIATURE / "weights"
-    if weights.is_dir():
-        for kind in ("diffusion_models", "vae", "loras", FOLDER):
-            folder_paths.add_model_folder_path(kind, str(weights))
+    for kind in ("diffusion_models", "vae", "loras", FOLDER):
+        if (folder := MINIATURE / "weights" / kind).is_dir():
+            folder_paths.add_model_folder_path(kind, str(folder))
     return [SLA2MiniatureCaption]
 
 

@@ -3,6 +3,7 @@
 import uuid
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from .attention.hook import KEY
@@ -11,6 +12,7 @@ from .compat.executing import executing_context
 from .page.text import plain
 from .runs.report_text import report_data, report_text
 from .runs.run_of_samples import find_run, makers_of
+from .runs.to_paste import line_to_paste
 
 
 class SLA2Report(io.ComfyNode):
@@ -54,6 +56,9 @@ class SLA2Report(io.ComfyNode):
             run, caveat = find_run(runs, samples, makers, context and context[0])
             stack = attention_stack(model, hook, run)
             text, data = report_text(hook, run, caveat), report_data(hook, run, caveat) | {"stack": stack}
+            if run is not None:
+                device = torch.device(model.load_device)
+                text += "\n" + line_to_paste(run, data, type(model.model).__name__, device)
             maps = run and run.maps and run.maps.for_page(folder_paths.get_temp_directory())
         text = plain("\n".join([text, *stack_lines(stack)]))
         return io.NodeOutput(samples, text, ui={"text": (text,), "sla2_report": (data,), "sla2_maps": (maps,)})

@@ -28,7 +28,9 @@ def test_the_report_of_this_machine_can_be_pasted(capsys):
     assert re.search(r"16bit: right, relative error 0\.\d+", said)
     if not torch.cuda.is_available():
         assert "16bit: ran in PyTorch's loop, block by block: the Triton kernels need an NVIDIA GPU" in said
-    assert re.search(r"dense attention [\d.]+ ms, SLA2 skipping 90% in \w+ [\d.]+ ms, [\d.]+x as fast", said)
+    assert re.search(r"tokens, \d+ heads: dense [\d.]+ ms.*, SLA2 [\d.]+ ms \([\d.]+x as fast as dense", said)
+    (paste,) = (line for line in said.splitlines() if line.strip().startswith("paste: "))
+    assert re.search(r"error 16bit 0\.\d{4}.* \| [\w ]+: dense [\d.]+ / SLA2 [\d.]+ ms", paste)
     if not torch.cuda.is_available():
         assert "No speed-up on this machine: the Triton kernels need an NVIDIA GPU" in said
     assert str(Path.home()) not in said, "paths of the user's machine are not for an issue"
@@ -73,10 +75,21 @@ def test_on_a_card_it_says_which_loop_ran_and_how_kernels_are_launched(monkeypat
     monkeypatch.setattr(launch, "DIRECT", direct)
     monkeypatch.setattr(doctor, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(doctor, "self_test", lambda *_: (0.0, Loop(TRITON, "the Hopper loop is for others")))
-    monkeypatch.setattr(doctor, "benchmark", lambda device: "as fast as light")
+    monkeypatch.setattr(doctor, "first_calls", lambda device: "first call of SLA2: at once")
+    monkeypatch.setattr(doctor, "sol_attn", lambda device: (None, "comfy-kitchen 0.2.31 has none"))
+    monkeypatch.setattr(doctor, "default_precision", lambda device: "int8")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    failed = RuntimeError("out of memory")
+    rows = [("Wan", 32_760, 12, {"dense": (18.0, 2**30), "sol_attn": (1.8, 2**30), "SLA2": (0.9, 2**29)}),
+            ("H3", 36_960, 56, {"dense": failed, "SLA2": (4.5, 2**29)})]  # fmt: skip
+    monkeypatch.setattr(doctor, "benchmark", lambda device: rows)
     said = []
     assert doctor.check(torch.device("cuda", 0), said.append)
     assert said.count("int8: ran in Triton's loop: the Hopper loop is for others") == 1
+    assert "SLA2 0.90 ms (20.00x as fast as dense, 2.00x as fast as sol_attn; 0.50 GiB)" in "\n".join(said)
+    assert "dense failed (RuntimeError: out of memory), SLA2 4.50 ms (0.50 GiB)" in "\n".join(said)
+    assert "ComfyUI's own sparse attention is not timed: comfy-kitchen 0.2.31 has none" in said
+    assert said[-1].endswith("| Wan: dense 18.00 / sol_attn 1.80 / SLA2 0.90 ms | H3: dense - / SLA2 4.50 ms")
     assert any(line.startswith("slower at short lengths: ") for line in said) is not direct
 
 

@@ -8,10 +8,9 @@ from safetensors.torch import save_file
 
 from miniature.vae import WanVAE
 from miniature.wan import WanConfig, WanModel
+from miniature.weight_files import WEIGHTS as TRAINED
+from miniature.weight_files import weight_file
 
-from .paths import ROOT
-
-TRAINED = ROOT / "miniature" / "weights"
 DIT, VAE, ROUTER, LORA, LORA_ROUTER = (
     f"wan_miniature_{part}.safetensors" for part in ("dit", "vae", "router", "stage2_lora", "stage2_router")
 )
@@ -31,11 +30,12 @@ class Checkpoint:
 
 def find_or_make(folder, trained=TRAINED):
     """The trained miniature, else random weights written to ``folder`` (once)."""
-    if (trained / DIT).exists() and (trained / VAE).exists():
+    found = {name: weight_file(name, trained) for name in (DIT, VAE, ROUTER, LORA, LORA_ROUTER)}
+    if found[DIT].exists() and found[VAE].exists():
         router, lora, lora_router = (
-            path if path.exists() else None for path in (trained / ROUTER, trained / LORA, trained / LORA_ROUTER)
+            path if path.exists() else None for path in (found[ROUTER], found[LORA], found[LORA_ROUTER])
         )
-        return Checkpoint(trained / DIT, trained / VAE, router, True, lora, lora_router)
+        return Checkpoint(found[DIT], found[VAE], router, True, lora, lora_router)
     folder.mkdir(parents=True, exist_ok=True)
     dit, vae = folder / DIT, folder / VAE
     if not dit.exists():

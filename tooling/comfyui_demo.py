@@ -15,7 +15,7 @@ from .outcome import Outcome, Run
 from .paths import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
 from .server import Server
 
-WORKFLOW = ROOT / "workflows" / "wan2.1_t2v_1.3b_sla2.json"
+WORKFLOW = ROOT / "workflows" / "Wan 2.1 text to video.json"
 UNTRAINED = "none (untrained)"
 
 

@@ -2,16 +2,22 @@
 
     python -m tooling.doctor            in the pack's folder
     python tooling/doctor.py            from anywhere, also with a portable ComfyUI's python_embeded
+    ... --first-run                     with an empty cache of kernels: how long the first calls of a new install take
+
+On a card it times one attention call of what people run: PyTorch's dense attention, ComfyUI's own sparse attention (sol_attn of
+comfy-kitchen) where it is installed, and SLA2 without a router. The line that begins with "paste:" says all of it.
 
 Exits with 1 where the kernels and the reference disagree, or an attention call fails.
 """
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +28,7 @@ if not __package__:  # started as a file: the pack's folder is not on the path, 
 import torch  # noqa: E402
 
 from sla2_kernels import default_precision, reference, select_key_blocks, sla2_attention, unsupported_reason  # noqa: E402
+from sla2_kernels.fitted_attention import fitted_attention, sample_rows  # noqa: E402
 from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy  # noqa: E402
 from sla2_kernels.loops import watch_loops  # noqa: E402
 from sla2_kernels.support import PRECISIONS  # noqa: E402
@@ -29,9 +36,18 @@ from sla2_kernels.support import PRECISIONS  # noqa: E402
 # largest relative error, |out - reference| / |reference|, that is rounding and no mistake: an H100 has 0.002, 0.031, 0.044
 LARGEST_ERROR = {"16bit": 0.01, "int8": 0.06, "fp8": 0.09}
 SPARSITY = 0.9
-BENCHMARK_S = 5.0
-# device type -> (tokens, heads, dtype)
-BENCHMARK = {"cuda": (32_768, 12, torch.bfloat16), "cpu": (2_048, 2, torch.float32)}
+BENCHMARK_S = 2.5  # per method and shape
+# device type -> [(what, tokens, heads, dtype)]; the heads have 128 features
+BENCHMARK = {
+    "cuda": [
+        ("Wan 1.3B 480p", 32_760, 12, torch.bfloat16),
+        ("Wan 14B 480p", 32_760, 40, torch.bfloat16),
+        ("LTX-2 720p", 14_080, 32, torch.bfloat16),
+        ("MiniMax H3 768p", 36_960, 56, torch.bfloat16),
+    ],
+    "cpu": [("a short video", 2_048, 2, torch.float32)],
+}
+SOL_TAU, SOL_EXTRA = 1.3, 256  # defaults of ComfyUI's node
 
 
 def version_of(package):
@@ -117,22 +133,125 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def benchmark(device):
-    """One sentence: dense attention of PyTorch against SLA2, on random numbers."""
-    tokens, heads, dtype = BENCHMARK[device.type]
-    q, k, v = inputs(device, tokens, heads, dtype)
+def sol_attn(device):
+    """(comfy-kitchen's sol_attn with the defaults of ComfyUI's node, None), or (None, why it is not timed)."""
+    try:
+        import comfy_kitchen
+    except ImportError as missing:
+        return None, f"comfy-kitchen cannot be imported: {missing}"
+    if not hasattr(comfy_kitchen, "sol_attn_is_available"):
+        return None, f"comfy-kitchen {version_of('comfy-kitchen')} has none"
+    if not comfy_kitchen.sol_attn_is_available(device):
+        return None, "comfy-kitchen's compiled sol_attn does not run on this device"
+    return lambda q, k, v: comfy_kitchen.sol_attn(q, k, v, tau=SOL_TAU, token_aug=SOL_EXTRA), None
+
+
+def methods(device):
+    """{name: attend(q, k, v)} of (1, N, H, 128) tensors: what is timed on a device."""
     precision = default_precision(device)
-    dense = median_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), device, BENCHMARK_S / 2)
-    sparse = median_ms(lambda: sla2_attention(q, k, v, sparsity=SPARSITY, precision=precision), device, BENCHMARK_S / 2)
-    return (
-        f"{tokens} tokens, {heads} heads of 128, {str(dtype).removeprefix('torch.')}: PyTorch's dense attention {dense:.2f} ms, "
-        f"SLA2 skipping {SPARSITY:.0%} in {precision} {sparse:.2f} ms, {dense / sparse:.2f}x as fast"
-    )
+
+    def dense(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+
+    def sla2(q, k, v):
+        rows = sample_rows(q.shape[1], 0, device)
+        return fitted_attention(q, k, v, rows=rows, sparsity=SPARSITY, precision=precision, layout="BNHD").out
+
+    core, _ = sol_attn(device) if device.type == "cuda" else (None, None)
+    return {"dense": dense} | ({"sol_attn": core} if core else {}) | {"SLA2": sla2}
+
+
+def first_calls(device):
+    """Sentence: seconds of this process's first calls at two lengths, before anything else ran; kernels are compiled in them."""
+    shapes, said = BENCHMARK[device.type][-2:], []
+    for what, tokens, heads, dtype in reversed(shapes):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(device, tokens, heads, dtype))
+        begun = time.perf_counter()
+        methods(device)["SLA2"](q, k, v)
+        wait(device)
+        said.append(f"{time.perf_counter() - begun:.2f} s at {what}'s shape")
+    return f"first call of SLA2: {', then '.join(said)}"
+
+
+def time_shape(device, tokens, heads, dtype):
+    """{name: (median milliseconds, bytes taken beside the inputs or None)}, or the exception of one that failed."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(device, tokens, heads, dtype))
+    found = {}
+    for name, attend in methods(device).items():
+        try:
+            found[name] = time_method(device, lambda attend=attend: attend(q, k, v))
+        except (RuntimeError, ValueError, TypeError) as failure:  # memory, or what sol_attn refuses
+            found[name] = failure
+    return found
+
+
+def time_method(device, call):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    milliseconds = median_ms(call, device, BENCHMARK_S / 2)
+    return milliseconds, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+
+
+def benchmark(device):
+    """[(what, tokens, heads, time_shape())] of what people run, on random numbers."""
+    shapes = BENCHMARK[device.type]
+    return [(what, tokens, heads, time_shape(device, tokens, heads, dtype)) for what, tokens, heads, dtype in shapes]
+
+
+def benchmark_lines(device, rows):
+    """What was timed, a line per shape."""
+    lines = [
+        f"one attention call of 128 features per head; SLA2 skips {SPARSITY:.0%} in {default_precision(device)} without a router, "
+        f"its ratio fitted in the call"
+    ]
+    for what, tokens, heads, found in rows:
+        lines.append(f"{what}: {tokens} tokens, {heads} heads: {', '.join(in_words(name, found) for name in found)}")
+    if device.type == "cuda" and (reason := sol_attn(device)[1]):
+        lines.append(f"ComfyUI's own sparse attention is not timed: {reason}")
+    return lines
+
+
+def in_words(name, found):
+    """ "SLA2 4.1 ms (3.0x as fast as dense, 1.4x as sol_attn; 0.21 GiB)"."""
+    if isinstance(found[name], Exception):
+        return f"{name} failed ({failure_in_a_line(found[name])})"
+    mine, peak = found[name]
+    others = [other for other in found if other != name and not isinstance(found[other], Exception)]
+    faster = [f"{found[other][0] / mine:.2f}x as fast as {other}" for other in others if name == "SLA2"]
+    memory = [] if peak is None else [f"{peak / 2**30:.2f} GiB"]
+    more = "; ".join([", ".join(faster), *memory] if faster else memory)
+    return f"{name} {mine:.2f} ms" + (f" ({more})" if more else "")
+
+
+def paste_line(device, rows, errors):
+    """Everything that was measured on a device as one line. errors: {precision: relative error of the self-test}."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    parts = [card, f"torch {torch.__version__}", f"triton {version_of('triton')}", f"sla2 {pack_version()}"]
+    parts += [f"error {', '.join(f'{name} {error:.4f}' for name, error in errors.items())}"]
+    for what, _, _, found in rows:
+        times = [f"{name} {'-' if isinstance(one, Exception) else f'{one[0]:.2f}'}" for name, one in found.items()]
+        parts.append(f"{what}: {' / '.join(times)} ms")
+    return f"paste: {' | '.join(parts)}"
+
+
+def said_of(failure):
+    """A failed call in a line, with what helps; raises it again where it is none of the kernels'."""
+    remedy = kernel_failure_remedy(failure)
+    if remedy is None and not isinstance(failure, (RuntimeError, ValueError)):
+        raise failure
+    return failure_in_a_line(failure) + (f"; {remedy}" if remedy else "")
 
 
 def check(device, say):
     """Fast path, self-test and benchmark of a device. True where all is well; what is not available is no fault."""
-    healthy = True
+    healthy, errors = True, {}
+    if device.type == "cuda" and not unsupported_reason(device, torch.bfloat16, 128, default_precision(device)):
+        try:
+            say(first_calls(device))
+        except Exception as failure:
+            say(f"first call of SLA2 FAILED: {said_of(failure)}")
+            healthy = False
     for precision in PRECISIONS:
         reason = unsupported_reason(device, torch.bfloat16, 128, precision)
         if device.type == "cpu" and precision != "16bit":
@@ -143,12 +262,10 @@ def check(device, say):
         try:
             error, loop = self_test(device, precision)
         except Exception as failure:
-            remedy = kernel_failure_remedy(failure)
-            if remedy is None and not isinstance(failure, (RuntimeError, ValueError)):
-                raise
-            say(f"{precision}: FAILED: {failure_in_a_line(failure)}" + (f"; {remedy}" if remedy else ""))
+            say(f"{precision}: FAILED: {said_of(failure)}")
             healthy = False
             continue
+        errors[precision] = error
         right = error <= LARGEST_ERROR[precision]
         healthy &= right
         verdict = "right" if right else "WRONG"
@@ -160,15 +277,28 @@ def check(device, say):
 
         if why_not_direct():
             say(f"slower at short lengths: {why_not_direct()}")
-    say(
-        benchmark(device)
-        if healthy and not unsupported_reason(device, torch.bfloat16, 128, "16bit")
-        else "no benchmark"
-    )
+    if not healthy or unsupported_reason(device, torch.bfloat16, 128, "16bit"):
+        say("no benchmark")
+        return healthy
+    rows = benchmark(device)
+    for line in benchmark_lines(device, rows):
+        say(line)
+    say(paste_line(device, rows, errors))
     return healthy
 
 
-def main():
+def main(arguments=()):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first-run", action="store_true", help="an empty cache of kernels, as after an install")
+    if parser.parse_args(arguments).first_run:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TRITON_CACHE_DIR"] = folder  # read when the first kernel is compiled
+            return examine()
+    return examine()
+
+
+def examine():
+    """Prints the report; the exit status."""
     print("```text\nsla2 doctor")
     for name, value in environment():
         print(f"{name}: {value}")
@@ -185,4 +315,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,8 @@ from .pack_server import pack_server
 from .paths import PACK_FOLDER, ROOT
 from .recipes import RECIPES
 from .recipes.in_page import build
-from .thumbnails import READY
+
+READY = "window.app?.graph && window.app.canvas && Object.keys(LiteGraph.registered_node_types).length > 100"
 
 BUILT = {ROOT / "workflows" / f"{name}.json": recipe for name, recipe in RECIPES.items()}
 SHIPPED = sorted({*(ROOT / "workflows").glob("*.json"), *BUILT}) + sorted((ROOT / "subgraphs").glob("*.json"))

@@ -76,16 +76,18 @@ def amdahl_ceiling(share):
     return 1 / (1 - share) if share < 1 - 1 / MAX_CEILING else None
 
 
-def comparison_data(dense, sla2, device_name, setting, found):
+def comparison_data(dense, sla2, device_name, setting, found, rival=None):
     """{"headline", "rows": [[name, value], ...], "break_even": tokens or None} for the page.
 
-    dense, sla2: Measured. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
+    dense, sla2: Measured. rival: Rival, or None where this ComfyUI has no sparse attention of its own. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
     tried), or None where it was not looked for.
     """
     if sla2.sparse_calls:
         headline, rows = _speed(dense, sla2, setting), _speed_rows(dense, sla2)
     else:
         headline, rows = _nothing_ran(sla2.calls), []
+    if rival is not None and sla2.sparse_calls:
+        rows += rival.rows(dense, sla2, device_name)
     tokens = None
     if found is not None:
         tokens, longest = found
@@ -131,6 +133,19 @@ def _memory(dense, sla2):
     if dense is None or sla2 is None:
         return "measured on CUDA only"
     return f"{dense / 2**30:.2f} and {sla2 / 2**30:.2f} GiB"
+
+
+def line_to_paste(card, model, dense, sla2, rival, versions):
+    """One line with what was measured. model: class name. rival: Rival or None. versions: words."""
+    beside = [
+        ("dense", dense),
+        *([("ComfyUI's own", rival.measured)] if rival and rival.measured else []),
+        ("SLA2", sla2),
+    ]
+    steps = ", ".join(f"{name} {one.step_s:.3f}" for name, one in beside)
+    parts = [card, model, f"seconds per step: {steps}", f"latent error {relative_error(sla2.latent, dense.latent)}"]
+    parts += [f"peak memory {_memory(dense.peak, sla2.peak)}", sla2.error_words, versions]
+    return "to paste: " + " | ".join(part for part in parts if part)
 
 
 def comparison_text(data):

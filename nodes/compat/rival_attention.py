@@ -5,6 +5,8 @@ blocks. Placed before SLA2 it is taken off SLA2's clone; placed after SLA2 its c
 Its parts are known by the state that they share with its callbacks.
 """
 
+import sys
+
 from .override_chain import closed_over, find_in, name_of, states_of
 
 CALLBACK = "block_sparse_attention"  # the key of its callbacks
@@ -17,6 +19,24 @@ TAKEN_OFF = (
     f"{NAME} is on this MODEL too: SLA2 was placed after it and runs in place of it from the first step on, "
     "for only one of the two can"
 )
+
+
+NODE = "BlockSparseAttention"  # its class in ComfyUI's list of nodes
+# what it is put on a MODEL with: its own defaults
+SETTING = "sol-attn, tau 1.3, from 20% of the steps on"
+
+
+def rivals_node():
+    """The class of ComfyUI's own node, or None where this ComfyUI has none."""
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get(NODE)
+
+
+def with_rival(model):
+    """``model`` (ModelPatcher) with ComfyUI's own sparse attention on it, as its node sets it up by default."""
+    made = rivals_node().execute(
+        model=model, selection={"selection": "sol-attn", "tau": 1.3}, start_percent=0.2, end_percent=1.0
+    )
+    return made.args[0]
 
 
 def callbacks_in(callbacks):

@@ -6,26 +6,48 @@ from ..page.events import send_event
 from ..page.text import plain
 from ..settings.values import skips_keeps
 from .report_text import error_in_words, how_it_ran, report_data
+from .time_saved import faster_in_words, saved_in_words
 
 MAX_REASONS = 4
 
 
-def show_outcomes(hook, node_id):
-    """From now on the node ``node_id`` in the page tells how each run of ``hook`` ended."""
-    # no reference to the hook in the hook: it goes when its model goes, and not when Python looks for cycles
-    hook.on_run_end = lambda hook, run: send_event("outcome", node_id, outcome(hook, run))
+REPLACED = "replaced by the SLA2 Apply Attention after it: only the last one on a MODEL wire counts, so take one of the two out"
+
+
+class ShownOn:
+    """What a hook calls at the end of each run: the node ``node_id`` in the page tells how it ended."""
+
+    def __init__(self, node_id):
+        self.node_id = node_id
+
+    # no reference to the hook in here: it goes when its model goes, and not when Python looks for cycles
+    def __call__(self, hook, run):
+        send_event("outcome", self.node_id, outcome(hook, run))
+
+
+def show_outcomes(hook, node_id, replaced=None):
+    """From now on the node ``node_id`` in the page tells how each run of ``hook`` ended.
+
+    replaced: the hook that was on the MODEL before, or None; its node says that it no longer counts.
+    """
+    hook.on_run_end = ShownOn(node_id)
+    if replaced is not None and isinstance(replaced.on_run_end, ShownOn):
+        empty = {"headline": REPLACED, "detail": "", "reasons": [], "accelerated": 0, "calls": 1, "layers": None}
+        send_event("outcome", replaced.on_run_end.node_id, empty)
 
 
 def outcome(hook, run):
-    """{"headline", "reasons": [sentence, ...], "accelerated", "calls", "layers": of the model} of a closed run."""
+    """{"headline", "detail", "reasons": [sentence, ...], "accelerated", "calls", "layers": of the model} of a closed run.
+
+    headline: what a user wants of a run: time saved, share skipped, attention error, each only where it was measured.
+    """
     data = report_data(hook, run)
     sparse = data["sparse_calls"]
     dense = _dense_reasons(data)
     calls = sparse + dense.total()
-    parts = [skips_keeps(run.sparsity), f"{sparse} of {calls} attention calls accelerated"]
-    parts += _faster(data)
-    parts += [part for part in [error_in_words(data)] if part]
-    parts += [data["failure"]] if data["failure"] else []
+    counted = f"{sparse} of {calls} attention calls accelerated"
+    head = [saved_in_words(data), skips_keeps(run.sparsity), error_in_words(data)] if sparse else [counted]
+    detail = [counted, faster_in_words(data)] if sparse else []
     sentences = [
         f"{count} {'call' if count == 1 else 'calls'} ran {how_it_ran(reason)}: {reason}"
         for reason, count in dense.most_common()
@@ -34,7 +56,8 @@ def outcome(hook, run):
         left = len(sentences) - MAX_REASONS + 1
         sentences = [*sentences[: MAX_REASONS - 1], f"{left} more reasons: SLA2 Report names them all"]
     return {
-        "headline": plain(" · ".join(parts)),
+        "headline": _line(*head, data["failure"]),
+        "detail": _line(*detail),
         "reasons": [plain(sentence) for sentence in [*sentences, *data["notes"]]],
         "accelerated": sparse,
         "calls": calls,
@@ -42,22 +65,12 @@ def outcome(hook, run):
     }
 
 
+def _line(*parts):
+    return plain(" · ".join(part for part in parts if part))
+
+
 def _dense_reasons(data):
     reasons = Counter(data["unsupported_calls"])
     for row in data["layers"]:
         reasons.update(row["dense"])
     return reasons
-
-
-def _faster(data):
-    """["8.2x faster per call"] or how much slower, where the run timed calls of both kinds."""
-    times = {"sparse": [], "dense": []}
-    for row in data["layers"]:
-        for kind, value in row["milliseconds"].items():
-            times[kind].append(value)
-    if not all(times.values()):
-        return []
-    sparse, dense = (sum(values) / len(values) for values in (times["sparse"], times["dense"]))
-    if not sparse or not dense:
-        return []
-    return [f"{dense / sparse:.1f}x faster per call" if dense >= sparse else f"{sparse / dense:.1f}x slower per call"]

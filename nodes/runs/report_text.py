@@ -7,7 +7,12 @@ import time
 from ..compat.rival_attention import ASIDE
 from ..settings.values import skips_keeps
 from .advice import advice
+from .time_saved import saved_in_words
 
+NOT_SAMPLED = (
+    "Nothing was sampled through this MODEL in this run: connect the sampler's model to the MODEL that this report gets, "
+    "and its LATENT, so that the report runs after it."
+)
 UNREACHED = "another node's attention took the call before SLA2 could see it"
 
 
@@ -84,12 +89,18 @@ def error_in_words(data):
     errors = [row["attention_error"] for row in data["layers"] if row["attention_error"] is not None]
     if data["attention_error"] is None or not errors:
         return None
-    layers = f" (layers {min(errors):.2f} to {max(errors):.2f})" if len(errors) > 1 else ""
     target = data["target_error"]
     if target is None:
-        return f"attention error {data['attention_error']:.2f}{layers}"
+        error = _with_layers(f"{data['attention_error']:.2f}", errors)
+        return f"attention error {error}"
     chosen = " to ".join(dict.fromkeys(f"{sparsity:.2f}" for sparsity in target["sparsities"]))
-    return f"target error {target['error']:g}, measured {data['attention_error']:.3f}{layers}, sparsity {chosen} chosen"
+    measured = _with_layers(f"{data['attention_error']:.3f}", errors)
+    return f"target error {target['error']:g}, measured {measured}, sparsity {chosen} chosen"
+
+
+def _with_layers(error, errors):
+    """An error in words, and the range of the layers' where there are several."""
+    return f"{error} (layers {min(errors):.2f} to {max(errors):.2f})" if len(errors) > 1 else error
 
 
 def finite(number):
@@ -125,11 +136,12 @@ def ratio_name(hook):
 def report_text(hook, run, caveat=None):
     """The report: one summary line, the settings, a line per layer, reasons, notes."""
     if run is None:
-        return "This MODEL has not been sampled yet: connect the sampler's LATENT, so that the report runs after it."
+        return NOT_SAMPLED
     data = report_data(hook, run, caveat)
     setting = skips_keeps(run.sparsity)
+    found = (_headline(data, run, setting), saved_in_words(data), error_in_words(data))
     lines = [
-        ", ".join(part for part in (_headline(data, run, setting), error_in_words(data)) if part),
+        ", ".join(part for part in found if part),
         f"run {run.number} of this model, {run.model_calls} model calls, ended {_ago(run)}"
         + (f", {run.failure}" if run.failure else ""),
         f"method: {data['method']}; router: {data['router']}; ratio: {data['ratio']}; bit width: {', '.join(data['bit_widths']) or 'not used'}",

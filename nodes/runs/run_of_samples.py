@@ -8,10 +8,13 @@ from .record import difference, sample_of
 SAME_LATENT = 0.02  # the intermediate dtype may be 16 bit
 INDIRECT = "these samples are not the direct result of a run of this model"
 CACHED = "the sampler did not run in this prompt (its result came from the cache)"
+APPLY = "SLA2ApplyAttention"
 
 
 def find_run(runs, samples, makers, prompt_id):
     """(run, caveat): the run that made these samples, or the newest that may have, with a sentence on what is not certain.
+
+    (None, None) where no node that made them ran this model, and nothing did in this prompt.
 
     runs: closed RunRecords of one model, oldest first. samples: LATENT or IMAGE. makers: ids of the nodes that these samples
     come from and that ran this model, as of ``makers_of``, None where nobody knows. prompt_id: of the prompt that executes.
@@ -22,6 +25,8 @@ def find_run(runs, samples, makers, prompt_id):
     if distance <= SAME_LATENT:
         was_now = prompt_id is None or run.context is None or run.context[0] == prompt_id
         return run, None if was_now else f"{CACHED}: its own run is shown"
+    if makers is not None and not makers and all(run.context and run.context[0] != prompt_id for run in runs):
+        return None, None
     run, caveat = _made_by(runs, makers, prompt_id)
     if isinstance(samples, dict) and distance != float("inf"):
         caveat = f"{INDIRECT}: {caveat or 'that of the sampler before them is shown'}"
@@ -55,13 +60,16 @@ def _latest_of(node, runs, prompt_id):
     return [run for run in own if run.context[0] == prompt_id] or own[-1:]
 
 
-def makers_of(runs, graph, node_id, input_name):
+def makers_of(runs, graph, node_id, input_name, model_input="model"):
     """Ids of the nodes that ran this model and whose result reaches this input with no other of them in between.
+
+    A node that ran it in an earlier prompt counts only while the MODEL still comes to it from the same SLA2 Apply Attention.
 
     graph: ComfyUI's DynamicPrompt; None where there is none gives None.
     """
     if graph is None or not graph.has_node(node_id):
         return None
+    applied = _nearest_apply(graph, node_id, model_input)
     ran = {}
     for run in runs:
         if run.context:
@@ -75,11 +83,34 @@ def makers_of(runs, graph, node_id, input_name):
         if not _is_link(link) or link[0] in seen or not graph.has_node(link[0]):
             continue
         seen.add(link[0])
-        if link[0] in ran:
+        if link[0] in ran and (applied is None or applied in _before(graph, link[0])):
             found |= ran[link[0]]
         else:
             ahead += graph.get_node(link[0])["inputs"].values()
     return found
+
+
+def _nearest_apply(graph, node_id, input_name):
+    """Id of the SLA2 Apply Attention that an input's MODEL comes from, or None where it is not in the graph."""
+    link, seen = graph.get_node(node_id)["inputs"].get(input_name), set()
+    while _is_link(link) and link[0] not in seen and graph.has_node(link[0]):
+        seen.add(link[0])
+        node = graph.get_node(link[0])
+        if node.get("class_type") == APPLY:
+            return link[0]
+        link = node["inputs"].get("model")
+    return None
+
+
+def _before(graph, node_id):
+    """Ids of all nodes that a node's inputs come from."""
+    seen, ahead = set(), [node_id]
+    while ahead:
+        links = filter(_is_link, graph.get_node(ahead.pop())["inputs"].values())
+        new = {link[0] for link in links if graph.has_node(link[0])} - seen
+        seen |= new
+        ahead += new
+    return seen
 
 
 def _is_link(value):

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from benchmarks import preset_quality
-from miniature.sample import WEIGHTS
+from miniature.weight_files import weight_file
 
 
 @pytest.mark.skipif(
-    not (WEIGHTS / "wan_miniature_dit.safetensors").exists(), reason="the weights are not in miniature/weights"
+    not weight_file("wan_miniature_dit.safetensors").exists(), reason="the weights are not in miniature/weights"
 )
 def test_every_preset_is_measured_against_dense(comfyui_path, comfy_scripts, tmp_path):
     out = tmp_path / "presets.json"

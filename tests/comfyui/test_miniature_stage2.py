@@ -11,8 +11,9 @@ from miniature import videos
 from miniature.captions import split_captions
 from miniature.sample import load_models
 from miniature.vae import normalise_latents
+from miniature.weight_files import weight_file
 from tooling import graph
-from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE
+from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, VAE
 from tooling.comparison import read_video
 from tooling.paths import ROOT
 
@@ -24,7 +25,7 @@ SMALL = {"frames": 49, "height": 192, "width": 192}
 # of a KSampler with one step: the noise levels 0.47, 0.73 and 0.89
 DENOISE = (0.1, 0.25, 0.5)
 pytestmark = pytest.mark.skipif(
-    not all((TRAINED / name).exists() for name in (DIT, VAE, ROUTER, LORA, LORA_ROUTER)),
+    not all(weight_file(name).exists() for name in (DIT, VAE, ROUTER, LORA, LORA_ROUTER)),
     reason="the miniature's weights are not in miniature/weights",
 )
 
@@ -52,7 +53,7 @@ def saved_video(comfy, entry):
 
 
 def test_the_workflow_leaves_three_videos_and_one_of_all_and_both_stages_ran_sparse(comfy):
-    workflow = json.loads((ROOT / "workflows" / "miniature_stage2.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "Miniature, both stages beside dense.json").read_text(encoding="utf-8"))
     prompt = graph.to_prompt(workflow, comfy.server.get("/object_info"))
     for node in graph.of_class(prompt, "EmptyHunyuanLatentVideo"):
         prompt[node]["inputs"].update(width=SIDE, height=SIDE, length=9)

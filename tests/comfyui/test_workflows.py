@@ -14,7 +14,7 @@ OURS = ["SLA2ApplyAttention", "SLA2LoadRouter", "SLA2Report"]
 
 
 def test_there_are_workflows():
-    assert "wan2.1_t2v_1.3b_sla2" in [path.stem for path in WORKFLOWS]
+    assert "Wan 2.1 text to video" in [path.stem for path in WORKFLOWS]
 
 
 def test_the_template_browser_lists_them_with_thumbnails(comfy):

@@ -4,7 +4,8 @@ import pytest
 
 from miniature.captions import split_captions
 from miniature.videos import render, simulate
-from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, TRAINED, VAE, Checkpoint, find_or_make
+from miniature.weight_files import weight_file
+from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, VAE, Checkpoint, find_or_make
 from tooling.comfyui import find_comfyui
 from tooling.comfyui_demo import lay_out
 from tooling.comparison import read_video
@@ -13,7 +14,7 @@ from tooling.demo_plan import CAPTION, plan_for
 # of the picture; drawn scenes lie well inside (checked below)
 LEAST, MOST = 0.02, 0.3
 trained = pytest.mark.skipif(
-    not ((TRAINED / DIT).exists() and (TRAINED / VAE).exists()),
+    not (weight_file(DIT).exists() and weight_file(VAE).exists()),
     reason="the miniature's weights are not in miniature/weights",
 )
 

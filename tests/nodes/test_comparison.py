@@ -1,6 +1,7 @@
 """What SLA2 Compare makes of times and latents, and its search for the break-even length."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -128,3 +129,53 @@ def test_lengths_double_until_clearly_faster_or_out_of_time(even, monkeypatch):
     assert [tokens for tokens, *_ in rows] == [1024, 2048, 4096, 8192]
     rows = even.time_lengths(lambda n: lambda: n * 1e-3, lambda n: lambda: n * 1e-3, torch.device("cpu"), seconds=20)
     assert [tokens for tokens, *_ in rows] == [1024, 2048], "the next length would take 16 s each"
+
+
+def test_beside_comfyuis_own_sparse_attention_it_says_which_is_faster(comparison, pack_module):
+    dense, sla2 = measured(comparison), measured(comparison, step_s=0.5, sparse_calls=90, dense_calls=0)
+    own = "ComfyUI's own sparse attention"
+
+    rival = pack_module("nodes.comparison.rival").Rival
+
+    def rows(found):
+        return dict(comparison.comparison_data(dense, sla2, "card", "skips 90%", None, found)["rows"])
+
+    slower = rows(rival("sol-attn", measured(comparison, step_s=0.75)))
+    assert slower["which is faster"] == f"SLA2 is 1.50x faster per step than {own}, on card, for this model and size"
+    assert slower[f"seconds per step, {own}"] == "0.750 (sol-attn)"
+    assert slower["its latent error, relative to dense"] == "0.0000"
+    faster = rows(rival("sol-attn", measured(comparison, step_s=0.4)))["which is faster"]
+    assert faster.startswith(f"{own} is 1.25x faster per step than SLA2")
+    assert rows(rival("sol-attn", None, "no kernels"))[own] == "not measured: no kernels"
+    assert "which is faster" not in rows(None)
+    line = comparison.line_to_paste("card", "WAN21", dense, sla2, rival("sol-attn", measured(comparison)), "torch 2.11")
+    assert line.startswith(
+        "to paste: card | WAN21 | seconds per step: dense 2.000, ComfyUI's own 2.000, SLA2 0.500 | latent"
+    )
+
+
+def test_comfyuis_own_node_is_put_on_with_its_defaults(pack_module, monkeypatch):
+    rival, called = pack_module("nodes.compat.rival_attention"), []
+
+    class Node:
+        @classmethod
+        def execute(cls, **inputs):
+            called.append(inputs)
+            return SimpleNamespace(args=("patched",))
+
+    assert rival.rivals_node() is None
+    monkeypatch.setitem(sys.modules, "nodes", SimpleNamespace(NODE_CLASS_MAPPINGS={"BlockSparseAttention": Node}))
+    assert rival.rivals_node() is Node and rival.with_rival("model") == "patched"
+    (inputs,) = called
+    assert inputs["model"] == "model" and inputs["selection"] == {"selection": "sol-attn", "tau": 1.3}
+
+
+def test_where_comfyuis_own_fails_the_rest_is_kept(pack_module, monkeypatch):
+    compare = pack_module("nodes.comparison.rival")
+    monkeypatch.setattr(compare, "with_rival", lambda model: model)
+
+    def fails(name, model):
+        raise RuntimeError("no <kernels>")
+
+    assert compare.against_rival("model", fails).failure == "no \u2039kernels\u203a"
+    assert compare.against_rival("model", lambda name, model: name).measured == "with ComfyUI's own sparse attention"

@@ -87,3 +87,20 @@ def test_where_nobody_knows_the_graph_one_run_alone_is_certain(pack_module):
     assert module.find_run([one := run(1, "2")], IMAGE, None, NOW) == (one, None)
     found, caveat = module.find_run([one, run(2, "3")], IMAGE, None, NOW)
     assert found.number == 2 and "2 runs of this model may have made" in caveat
+
+
+def test_a_sampler_that_no_longer_uses_this_model_made_no_run_of_it(pack_module):
+    """Its earlier run was shown as that of the cache: "12 of 12 ran sparse" for a sampling without SLA2."""
+    module = pack_module("nodes.runs.run_of_samples")
+    graph = Graph("4")
+    graph.nodes["apply"] = {"class_type": "SLA2ApplyAttention", "inputs": {"model": ["1", 0]}}
+    graph.nodes["report"]["inputs"]["model"] = ["apply", 0]
+    earlier = [run(1, "2", BEFORE)]
+
+    def shown():
+        return module.find_run(earlier, IMAGE, module.makers_of(earlier, graph, "report", "samples"), NOW)
+
+    assert shown() == (None, None)
+    graph.nodes["2"]["inputs"]["model"] = ["apply", 0]
+    found, caveat = shown()
+    assert found.number == 1 and "came from the cache" in caveat

@@ -130,7 +130,7 @@ def test_nothing_is_shown_before_a_run_has_ended(bench, qkv, pack_module):
     assert b.hook.runs.finished() == []
     data = strict(report.report_data(b.hook, None))
     assert data["run"] is None and "layers" not in data
-    assert "has not been sampled yet" in report.report_text(b.hook, None)
+    assert "Nothing was sampled through this MODEL in this run" in report.report_text(b.hook, None)
     b.hook.begin_run()
     b.model_call()
     b.attend(*qkv, heads=HEADS)

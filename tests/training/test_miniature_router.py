@@ -6,12 +6,12 @@ from safetensors.torch import load_file
 
 from benchmarks import explore_router
 from miniature import train_router
-from miniature.sample import WEIGHTS
 from miniature.train_dit import DIT_FILE
+from miniature.weight_files import WEIGHTS, weight_file
 from sla2_kernels import load_router
 
-SHIPPED = WEIGHTS / "wan_miniature_router.safetensors"
-LORA, LORA_ROUTER = (WEIGHTS / f"wan_miniature_stage2_{part}.safetensors" for part in ("lora", "router"))
+SHIPPED = weight_file("wan_miniature_router.safetensors")
+LORA, LORA_ROUTER = (weight_file(f"wan_miniature_stage2_{part}.safetensors") for part in ("lora", "router"))
 
 
 def test_live_training_writes_a_router_and_its_errors(tmp_path, capsys):
@@ -53,7 +53,7 @@ def test_the_shipped_lora_and_its_router_fit_the_miniature():
     router = load_router(LORA_ROUTER)
     router.require_model(model_family="wan", num_layers=6, num_heads=2, head_dim=128)
     assert all(((ratio := router.ratio(layer, 0.97)) > 0).all() and (ratio < 1).all() for layer in range(6))
-    model, lora = load_file(WEIGHTS / DIT_FILE), load_file(LORA)
+    model, lora = load_file(weight_file(DIT_FILE)), load_file(LORA)
     down = {name.removesuffix(".lora_down.weight"): tensor for name, tensor in lora.items() if "lora_down" in name}
     assert len(down) == 60, "all linear layers of the six blocks"
     for name, tensor in down.items():
@@ -64,4 +64,4 @@ def test_the_shipped_lora_and_its_router_fit_the_miniature():
 
 @pytest.mark.skipif(not LORA.exists(), reason="the Registry's archive leaves the weights out")
 def test_all_weights_together_are_a_small_clone():
-    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 28_000_000
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*.*")) <= 28_000_000

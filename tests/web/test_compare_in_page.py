@@ -2,7 +2,8 @@
 
 import pytest
 
-from tooling.checkpoint import TRAINED, VAE
+from miniature.weight_files import weight_file
+from tooling.checkpoint import VAE
 
 pytestmark = pytest.mark.web
 SIDE = 128  # of videos that are decoded
@@ -41,7 +42,7 @@ def test_the_numbers_are_shown_and_the_break_even_can_be_set_and_undone(canvas, 
     assert canvas.errors == []
 
 
-@pytest.mark.skipif(not (TRAINED / VAE).exists(), reason="the miniature's VAE is not in miniature/weights")
+@pytest.mark.skipif(not weight_file(VAE).exists(), reason="the miniature's VAE is not in miniature/weights")
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_a_slider_moves_between_the_dense_and_the_sla2_frames(canvas, comparing_prompt, vue):
     comparing_prompt["7"] = {"class_type": "VAELoader", "inputs": {"vae_name": VAE}}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 
 import pytest
@@ -43,6 +44,25 @@ def is_shown(canvas, renderer, label, shown=True):
     return (drawn.count() > 0) == shown
 
 
+def top(canvas, renderer, label):
+    """How far down a widget of SLA2 Apply Attention is drawn."""
+    node = canvas.node("SLA2ApplyAttention")
+    if renderer == "classic":
+        canvas.js("app.canvas.draw(true, true)")
+        return canvas.js(f"{node}.widgets.find((w) => w.name === a).y", label)
+    drawn = canvas.page.locator(f"[data-node-id='{canvas.js(node + '.id')}']").get_by_text(label, exact=True)
+    return drawn.bounding_box()["y"]
+
+
+def unfold(canvas, renderer):
+    """The button for the advanced inputs: ours in the classic canvas, the page's own in Nodes 2.0."""
+    if renderer == "classic":
+        canvas.js(f"{canvas.node('SLA2ApplyAttention')}.widgets.find((w) => w.name === 'sla2_advanced').callback()")
+    else:
+        node = canvas.js(f"{canvas.node('SLA2ApplyAttention')}.id")
+        canvas.page.locator(f"[data-node-id='{node}']").get_by_text("Show advanced inputs").click()
+
+
 def colours(canvas, selector):
     """Number of different colours in a canvas of the page."""
     return canvas.js(
@@ -59,7 +79,12 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
     canvas.queue()
     canvas.picture(f"apply_{look}", "SLA2ApplyAttention")
     text = canvas.panel("SLA2ApplyAttention")
-    assert "skips 75%, keeps 25% · 6 of 9 attention calls accelerated" in text
+    head, detail = [line for line in text.splitlines() if line][:2]
+    assert re.match(
+        r"(saved [\d.]+ s of attention in this run|attention took [\d.]+ s longer than dense in this run)"
+        r" · skips 75%, keeps 25% · attention error \d\.\d\d", head
+    )  # fmt: skip
+    assert re.match(r"6 of 9 attention calls accelerated · [\d.]+x (faster|slower) per call", detail)
     assert "3 calls ran dense: dense_layers keeps this layer dense" in text
     canvas.picture(f"report_{look}", "SLA2Report")
     bars = canvas.page.locator(".sla2 svg g title")
@@ -70,6 +95,14 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
     ]
     assert colours(canvas, REPORT_CANVAS) >= 2
     choose_by_keyboard(canvas)
+    scrolling = "[...document.querySelectorAll('.sla2')].filter((e) => e.scrollHeight > e.clientHeight).length"
+    assert canvas.js(scrolling) == 0, "a panel is as high as what it shows"
+    # a bypassed node says so, and what it said again where it is on and nothing is sampled anew
+    modes = ((4, "Switched off"), (0, "6 of 9 attention calls accelerated"))
+    for mode, words in modes if look in ("classic_dark", "vue_light") else ():
+        canvas.js(f"({canvas.node('SLA2ApplyAttention')}.mode = a)", mode)
+        canvas.queue()
+        assert words in canvas.panel("SLA2ApplyAttention")
 
 
 def test_another_workflow_with_the_same_settings_is_told_on_its_own_node(canvas, sampling_prompt):
@@ -126,6 +159,7 @@ def test_markup_from_the_server_stays_text(canvas, sampling_prompt):
 def test_fixed_ratio_is_shown_only_where_it_counts(canvas, renderer, sampling_prompt):
     canvas.load_prompt(sampling_prompt)
     kind = "SLA2ApplyAttention"
+    unfold(canvas, renderer)
     assert is_shown(canvas, renderer, "fixed_ratio", False) and is_shown(canvas, renderer, "start_percent")
     canvas.set(kind, "ratio_mode", "fixed")
     assert is_shown(canvas, renderer, "fixed_ratio")
@@ -148,11 +182,37 @@ def test_a_preset_hides_what_it_fills_in(canvas, renderer, sampling_prompt):
     kind = "SLA2ApplyAttention"
     options = canvas.js(f"{canvas.node(kind)}.widgets.find((w) => w.name === 'preset').options.values")
     assert is_shown(canvas, renderer, "sparsity")
-    canvas.set(kind, "preset", next(name for name in options if name != "custom"))
-    assert is_shown(canvas, renderer, "sparsity", False) and is_shown(canvas, renderer, "start_percent")
+    canvas.set(kind, "preset", "balanced")
+    assert "custom" in options and is_shown(canvas, renderer, "sparsity", False)
     canvas.picture(f"preset_{renderer}", kind)
     canvas.set(kind, "preset", "custom")
     assert is_shown(canvas, renderer, "sparsity") and canvas.value(kind, "sparsity") == 0.75
+
+
+def test_the_preset_comes_first_and_expert_inputs_are_folded_away(canvas, renderer, sampling_prompt):
+    expert = ("bit_width", "start_percent", "minimum_tokens", "target_error")
+    sampling_prompt["2"]["inputs"].update(preset="custom", minimum_tokens=-1, dense_layers="", bit_width="auto")
+    canvas.load_prompt(sampling_prompt)
+    canvas.js(f"(app.canvas.ds.scale = 0.7, app.canvas.centerOnNode({canvas.node('SLA2ApplyAttention')}))")
+    assert all(is_shown(canvas, renderer, name, False) for name in expert)
+    assert top(canvas, renderer, "preset") < top(canvas, renderer, "sparsity")
+    canvas.picture(f"folded_{renderer}")
+    order = canvas.js(f"{canvas.node('SLA2ApplyAttention')}.widgets.map((w) => w.name)")
+    unfold(canvas, renderer)
+    assert all(is_shown(canvas, renderer, name) for name in expert)
+    assert top(canvas, renderer, "preset") < min(top(canvas, renderer, name) for name in ("sparsity", *expert))
+    canvas.picture(f"unfolded_{renderer}")
+    assert canvas.js(f"{canvas.node('SLA2ApplyAttention')}.widgets.map((w) => w.name)") == order
+    # a workflow from before anything was folded, as it is and with one of these inputs set
+    saved = canvas.save()
+    node = next(node for node in saved["nodes"] if node["type"] == "SLA2ApplyAttention")
+    assert node.pop("showAdvanced") and "sla2_advanced" not in node["widgets_values_named"]
+    canvas.load(saved)
+    assert is_shown(canvas, renderer, "minimum_tokens", False)
+    node["widgets_values_named"]["minimum_tokens"] = 0
+    node["widgets_values"][node["widgets_values"].index(-1)] = 0
+    canvas.load(saved)
+    assert is_shown(canvas, renderer, "minimum_tokens")
 
 
 def test_hidden_values_survive_undo(canvas, renderer, sampling_prompt):

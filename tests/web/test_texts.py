@@ -1,5 +1,7 @@
 """Help, tooltips, search words and translations of every node, as the real server hands them to the page."""
 
+import ast
+import itertools
 import json
 import re
 import urllib.request
@@ -144,3 +146,46 @@ def test_every_text_of_the_page_is_translated_with_all_its_values(language):
     texts = set(shown_by_the_page()) - {example}
     assert len(texts) > 50 and texts == set(table)
     assert [text for text in texts if set(re.findall(r"{\d}", text)) != set(re.findall(r"{\d}", table[text]))] == []
+
+
+def said_by_the_server():
+    """Strings of our Python, f-strings with {0}, {1} ... for their values."""
+    for file in sorted([*(ROOT / "nodes").rglob("*.py"), *(ROOT / "sla2_kernels").rglob("*.py")]):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                values = itertools.count()
+                yield "".join(
+                    part.value if isinstance(part, ast.Constant) else f"{{{next(values)}}}" for part in node.values
+                )
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_every_translated_sentence_of_the_server_is_still_said(language):
+    table = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["sla2Server"]
+    assert len(table) > 50 and sorted(set(table) - set(said_by_the_server())) == []
+    assert [text for text in table if set(re.findall(r"{\d}", text)) != set(re.findall(r"{\d}", table[text]))] == []
+
+
+@pytest.mark.web
+def test_what_the_server_says_is_shown_in_the_pages_language(canvas):
+    table = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))
+    texts = f"import('/extensions/{PACK_FOLDER}/js/texts.js')"
+    canvas.js(f"({texts}).then((m) => m.setTranslations(a[0], a[1]))", [table["sla2"], table["sla2Server"]])
+    shown = canvas.js(
+        f"({texts}).then((m) => a.map(m.fromServer))",
+        [
+            "saved 41 s of attention in this run · skips 90%, keeps 10% · attention error 0.12 (layers 0.08 to 0.31)",
+            "3 calls ran dense: the sequence has 768 tokens, minimum_tokens is 8192",
+            "SLA2: 6 of 9 self-attention calls ran sparse (skips 75%, keeps 25%), attention error 0.15",
+            "a sentence of tomorrow, and its end",
+        ],
+    )
+    canvas.js(f"({texts}).then((m) => m.setTranslations({{}}))")
+    assert shown == [
+        "本次运行节省注意力时间 41 秒 · 跳过 90%，保留 10% · 注意力误差 0.12（各层 0.08 到 0.31）",
+        "3 次调用以稠密方式运行：序列有 768 个 token，minimum_tokens 为 8192",
+        "SLA2：9 次自注意力调用中 6 次以稀疏方式运行（跳过 75%，保留 25%），注意力误差 0.15",
+        "a sentence of tomorrow, and its end",
+    ]

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from canvas import READY
 
 from tooling.paths import ROOT
-from tooling.thumbnails import LARGEST, picture
+from tooling.recipes.cards import CARDS
+from tooling.thumbnails import LARGEST, draw
 
 pytestmark = pytest.mark.web
 
@@ -75,16 +75,12 @@ def test_values_are_saved_by_name_in_every_exhibit():
     assert len(nodes) >= 6 and all(node["widgets_values_named"] for node in nodes)
 
 
-def test_a_thumbnail_is_taken(server, browser, tmp_path):
-    page = browser.new_page()
-    page.goto(server.url)
-    page.wait_for_function(READY, timeout=60_000)
-    picture(page, read(ROOT / "workflows/miniature_sla2.json"), tmp_path / "x.jpg")
-    taken = (tmp_path / "x.jpg").read_bytes()
-    assert taken.startswith(b"\xff\xd8\xff") and 20_000 < len(taken) <= LARGEST
-    scale, size = page.evaluate("[app.canvas.ds.scale, app.graph.nodes.length]")
-    assert 0.3 < scale < 1.2 and size == 16
-    page.close()
+def test_every_workflow_has_a_card_that_can_be_drawn(browser, tmp_path):
+    assert set(CARDS) == {path.stem for path in BUNDLED}
+    for name in ("First look, nothing to download", "LTX-2.5 image to video"):
+        draw(browser, name, tmp_path / "x.jpg")
+        taken = (tmp_path / "x.jpg").read_bytes()
+        assert taken.startswith(b"\xff\xd8\xff") and 20_000 < len(taken) <= LARGEST
 
 
 def made_tiny(prompt, **changes):
@@ -129,7 +125,7 @@ def name_of(prompt, kind):
 
 
 def test_the_training_workflow_trains_and_uses_its_router(server, canvas):
-    prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/wan2.1_t2v_1.3b_train_router.json")), steps=2,
+    prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/Train a router (Wan 2.1).json")), steps=2,
                        training_steps=8, minimum_tokens=0, sparsity=0.75, sparsities="0.75", cfg=1.0)  # fmt: skip
     apply, sampler = (name_of(prompt, kind) for kind in ("SLA2ApplyAttention", "KSampler"))
     prompt["report"] = {"class_type": "SLA2Report", "inputs": {"model": [apply, 0], "samples": [sampler, 0]}}
@@ -140,7 +136,7 @@ def test_the_training_workflow_trains_and_uses_its_router(server, canvas):
 
 def test_the_lora_workflow_trains_saves_and_uses_lora_and_router(comfy, server, canvas):
     comfy.skip_before(0, 25, "SLA2 Train LoRA")
-    workflow = read(ROOT / "workflows/wan2.1_t2v_1.3b_train_lora.json")
+    workflow = read(ROOT / "workflows/Train a LoRA (Wan 2.1).json")
     prompt = made_tiny(prompt_of(canvas, workflow), steps=2, width=128, height=128, sparsity=0.6, videos=1, rank=4,
                        training_steps=2, batch_size=1, minimum_tokens=0, cfg=1.0)  # fmt: skip
     apply, sampler = (name_of(prompt, kind) for kind in ("SLA2ApplyAttention", "KSampler"))
@@ -152,14 +148,14 @@ def test_the_lora_workflow_trains_saves_and_uses_lora_and_router(comfy, server, 
 
 
 def test_the_comparing_workflow_compares(server, canvas):
-    workflow = read(ROOT / "workflows/wan2.1_t2v_1.3b_compare.json")
+    workflow = read(ROOT / "workflows/Measure on this card (Wan 2.1).json")
     prompt = made_tiny(prompt_of(canvas, workflow), steps=3, minimum_tokens=0, find_break_even=False)
     data = output_of(server, prompt, "SLA2Compare")["sla2_comparison"][0]
     assert "(9 of 9 calls accelerated)" in dict(data["rows"])["seconds per step, SLA2"]
 
 
 def test_the_miniatures_workflow_samples_twice(server, canvas):
-    prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/miniature_sla2.json")), steps=2)
+    prompt = made_tiny(prompt_of(canvas, read(ROOT / "workflows/First look, nothing to download.json")), steps=2)
     kinds = [node["class_type"] for node in prompt.values()]
     assert kinds.count("KSampler") == 2 and kinds.count("SLA2MiniatureCaption") == 1
     report = output_of(server, prompt, "SLA2Report")["sla2_report"][0]

@@ -6,7 +6,7 @@ from .nodes import Wire
 
 # pixels of height that these have after a run, in the renderer that makes them larger; width is the recipe's
 AFTER_A_RUN = {
-    "SLA2ApplyAttention": 760, "SLA2Report": 760, "SaveVideo": 560, "LoadImage": 420, "MarkdownNote": 470,
+    "SLA2ApplyAttention": 440, "SLA2Report": 760, "SaveVideo": 560, "LoadImage": 420, "MarkdownNote": 470,
     "MiniMaxH3ImageToVideo": 360, "MiniMaxH3ReferenceToVideo": 480, "CLIPTextEncode": 180,
 }  # fmt: skip
 GAP_X, GAP_Y, TITLE = 80, 40, 30

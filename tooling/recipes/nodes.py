@@ -88,6 +88,13 @@ def video(name, images, sound=None, fps=24):
     ]
 
 
+# the note's common part once more; the page translates no note
+IN_CHINESE = (
+    "开关 *SLA2 on, or dense* 在 SLA2 与稠密之间选择；种子不变，两段视频从同一份噪声开始。运行后“SLA2 应用注意力”会说明跳过了多少、误差多大，"
+    f"“SLA2 报告”会说明哪些调用为何以稠密方式运行。预设 *{FEW_STEPS}* 完整计算第一步，其后跳过 90%；它只在小模型上测量过，请先与稠密视频比较。"
+)
+
+
 def note(title, first, *more):
     """The note that a workflow begins with. title: what it makes. first: what is special about it, a sentence or two."""
     text = (
@@ -96,4 +103,4 @@ def note(title, first, *more):
         f"call ran dense.\n\nThe preset *{FEW_STEPS}* computes the first step in full and skips 90% after it. It was measured on a "
         "small model alone: compare with the dense video before you rely on it."
     )
-    return Node("note", "MarkdownNote", "Start here", {"": "\n\n".join([text, *more])}, width=420)
+    return Node("note", "MarkdownNote", "Start here", {"": "\n\n".join([text, *more, "---", IN_CHINESE])}, width=420)

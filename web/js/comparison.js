@@ -3,17 +3,17 @@ import { frameSlider } from "./frame_slider.js";
 import { el, panelOf } from "./panel.js";
 import { upstream } from "./graph.js";
 import { setByUser, widgetOf } from "./widgets.js";
-import { t } from "./texts.js";
+import { fromServer, t } from "./texts.js";
 
 export function showComparison(node, output) {
   const data = output.sla2_comparison?.[0];
   if (!data) return;
   const panel = panelOf(node, 360);
-  const rows = data.rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", text: name }), el("td", { text: value })));
+  const rows = data.rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row", text: fromServer(name) }), el("td", { text: fromServer(value) })));
   const frames = output.sla2_frames?.[0];
   const said = el("p", { class: "sla2-quiet", role: "status" });
   panel.show(
-    el("p", { class: "sla2-head", text: data.headline }),
+    el("p", { class: "sla2-head", text: fromServer(data.headline) }),
     el("table", {}, el("tbody", {}, ...rows)),
     ...(frames ? [frameSlider(frames)] : []),
     ...(data.break_even ? [takeOver(node, data.break_even, said), said] : []),

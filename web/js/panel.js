@@ -1,9 +1,11 @@
 // A panel below a node's widgets. What comes from the server is only ever set as text.
+import { addRules } from "./style.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const STYLE = `
 .sla2 { box-sizing: border-box; width: 100%; height: 100%; overflow: hidden auto; padding: 6px 8px; border-radius: 6px;
   color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); font: 12px/1.4 Inter, Arial, sans-serif; }
+.sla2-content { display: flow-root; }
 .sla2 p { margin: 0 0 3px; overflow-wrap: anywhere; }
 .sla2 .sla2-head { font-weight: 600; }
 .sla2 pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 11px; user-select: text; }
@@ -44,14 +46,6 @@ const STYLE = `
 .sla2 { --sla2-main: #2f7fd6; --sla2-rest: #8a8a8a; }
 `;
 
-function addStyle() {
-  if (document.getElementById("sla2-style")) return;
-  const style = document.createElement("style");
-  style.id = "sla2-style";
-  style.textContent = STYLE;
-  document.head.append(style);
-}
-
 export function el(tag, { text, ...attributes } = {}, ...children) {
   const element = document.createElement(tag);
   return fill(element, text, attributes, children);
@@ -77,8 +71,8 @@ export function panelOf(node, width) {
 // {element, show(...children)}. It is no value of the workflow. It is as high as what it shows, and the node becomes at least
 // `width` wide.
 export function makePanel(node, name, width, margin = 8) {
-  addStyle();
-  const content = el("div");
+  addRules("panels", STYLE);
+  const content = el("div", { class: "sla2-content" });
   const element = el("div", { class: "sla2", "data-panel": name }, content);
   element.addEventListener("keydown", (event) => {
     // undo and the like are the page's also from here

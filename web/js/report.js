@@ -1,7 +1,7 @@
 // SLA2 Report: a bar per layer, and the routing map of a layer and a step.
 import { fileURL } from "./files.js";
 import { el, panelOf, svg } from "./panel.js";
-import { t } from "./texts.js";
+import { fromServer, t } from "./texts.js";
 
 const WIDTH = 320;
 const BARS = 70;
@@ -11,7 +11,7 @@ export function showReport(node, output) {
   const data = output.sla2_report?.[0];
   const [headline, ...text] = (output.text?.[0] ?? "").split("\n");
   const panel = panelOf(node, 360);
-  const head = el("p", { class: "sla2-head", text: headline, role: "status" });
+  const head = el("p", { class: "sla2-head", text: fromServer(headline), role: "status" });
   if (!data?.layers) {
     panel.show(head);
     return;
@@ -63,7 +63,7 @@ function sentence(row, dense) {
   if (row.sparsity !== null) parts.push(t`skips ${(100 * row.sparsity).toFixed(1)}%`);
   if (typeof row.attention_error === "number") parts.push(t`attention error ${row.attention_error.toFixed(3)}`);
   for (const [kind, value] of Object.entries(row.milliseconds)) parts.push(kind === "sparse" ? t`${value.toFixed(2)} ms per sparse call` : t`${value.toFixed(2)} ms per dense call`);
-  for (const [reason, count] of Object.entries(row.dense)) parts.push(`${count} x ${reason}`);
+  for (const [reason, count] of Object.entries(row.dense)) parts.push(`${count} x ${fromServer(reason)}`);
   return parts.join("\n");
 }
 

@@ -1,15 +1,17 @@
 // The extension: finds our nodes as they are made, and hands each event of the server to the node it belongs to.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { foldAdvanced } from "./advanced.js";
 import { hideByMode } from "./modes.js";
-import { showOutcome } from "./outcome.js";
+import { showOff, showOutcome } from "./outcome.js";
 import { showTraining } from "./training.js";
 import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
 import { addScheduleEditor } from "./schedule_editor.js";
-import { nodeOfExecution, remember, remembered } from "./graph.js";
+import { nodeOfExecution, remember, remembered, rootOf } from "./graph.js";
+import { graphsOf, isOff } from "./model_wires.js";
 import { takePlaces } from "./panel.js";
-import { setTranslations } from "./texts.js";
+import { fromServer, setTranslations } from "./texts.js";
 import { chain } from "./widgets.js";
 
 // what an output of an executed node is drawn by
@@ -31,6 +33,24 @@ function onEvent(kind, detail) {
   if (node?.comfyClass?.startsWith("SLA2")) DRAWN_EVENTS[kind](node, detail);
 }
 
+// what nodes that are off by now said of an earlier run must not be taken for this one's
+function afterRun() {
+  for (const graph of graphsOf(rootOf(app)).keys()) {
+    for (const node of graph.nodes.filter((candidate) => candidate.comfyClass === "SLA2ApplyAttention")) {
+      if (isOff(node)) showOff(node);
+      else if (node.sla2WasOff) restore(node);
+      node.sla2WasOff = isOff(node);
+    }
+  }
+}
+
+// the page shows an error as the server says it, in English
+function onError({ detail }) {
+  const said = detail.exception_message?.trim() ?? "";
+  if (!detail.node_type?.startsWith("SLA2") || fromServer(said) === said) return;
+  app.extensionManager.toast.add({ severity: "error", summary: nodeOfExecution(app, null, detail.node_id)?.title, detail: fromServer(said) });
+}
+
 function restore(node) {
   for (const kind of Object.keys(DRAWN_EVENTS)) {
     const detail = remembered(app, kind, node);
@@ -43,7 +63,9 @@ function restore(node) {
 async function loadTranslations() {
   const language = app.extensionManager.setting.get("Comfy.Locale");
   const answer = await api.fetchApi("/i18n");
-  if (answer.ok) setTranslations((await answer.json())[language]?.sla2 ?? {});
+  if (!answer.ok) return;
+  const texts = (await answer.json())[language];
+  setTranslations(texts?.sla2 ?? {}, texts?.sla2Server ?? {});
 }
 
 app.registerExtension({
@@ -53,11 +75,14 @@ app.registerExtension({
     for (const kind of Object.keys(DRAWN_EVENTS)) {
       api.addEventListener(`sla2.${kind}`, ({ detail }) => onEvent(kind, detail));
     }
+    api.addEventListener("execution_success", afterRun);
+    api.addEventListener("execution_error", onError);
   },
   nodeCreated(node) {
     if (node.comfyClass === "SLA2ApplyAttention") addScheduleEditor(node);
     const modes = HIDDEN_BY_MODE[node.comfyClass];
     if (modes) hideByMode(node, modes);
+    if (node.comfyClass === "SLA2ApplyAttention") foldAdvanced(node, "preset");
     const draw = DRAWN_OUTPUTS[node.comfyClass];
     if (draw) chain(node, "onExecuted", (output) => draw(node, output));
   },

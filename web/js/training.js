@@ -1,7 +1,7 @@
 // SLA2 Train Router and SLA2 Train LoRA: the loss while they train. Where there are several layers, their mean is a line, and
 // the best and the worst layer are a band.
 import { el, panelOf, svg } from "./panel.js";
-import { t } from "./texts.js";
+import { fromServer, t } from "./texts.js";
 
 const WIDTH = 320;
 const HEIGHT = 130;
@@ -14,7 +14,7 @@ export function showTraining(node, { headline, curves, caption }) {
   const last = curves.mean.at(-1);
   const words = last === undefined ? t`no step yet` : `${last.toPrecision(3)} ${caption}`;
   panel.show(
-    el("p", { class: "sla2-head", text: headline, role: "status" }),
+    el("p", { class: "sla2-head", text: fromServer(headline), role: "status" }),
     lossChart(curves),
     el("p", { class: "sla2-quiet", text: words }),
   );
