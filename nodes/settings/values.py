@@ -27,6 +27,7 @@ class AttentionSettings:
     schedule: tuple = ()  # of schedule.Rule
     method: str = "automatic"
     target_error: float = 0.0  # attention error to choose the sparsity for; 0: sparsity counts
+    plans_itself: bool = False  # preset automatic: sparsity and schedule are chosen as each run begins
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -51,7 +52,9 @@ class AttentionSettings:
 
     @property
     def sparsities(self):
-        """Every sparsity that a call of a run may get, the ends of ramps among them; without those that target_error chooses."""
+        """Every sparsity that a call of a run may get, the ends of ramps among them; without those that a run chooses."""
+        if self.plans_itself:
+            return ()
         ruled = [sparsity for rule in self.schedule for sparsity in rule.sparsity or ()]
         return tuple(dict.fromkeys(ruled if self.target_error else [self.sparsity, *ruled]))
 

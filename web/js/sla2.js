@@ -2,6 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { hideByMode } from "./modes.js";
+import { keepOwnSettings } from "./older_workflows.js";
 import { showOutcome } from "./outcome.js";
 import { showTraining } from "./training.js";
 import { showReport } from "./report.js";
@@ -55,7 +56,10 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
-    if (node.comfyClass === "SLA2ApplyAttention") addScheduleEditor(node);
+    if (node.comfyClass === "SLA2ApplyAttention") {
+      keepOwnSettings(node);
+      addScheduleEditor(node);
+    }
     const modes = HIDDEN_BY_MODE[node.comfyClass];
     if (modes) hideByMode(node, modes);
     const draw = DRAWN_OUTPUTS[node.comfyClass];
