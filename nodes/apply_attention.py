@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..sla2_kernels.references import REFERENCE_KEYS
 from .attention.hook import KEY
 from .attention.layer_requests import trained_for_vsa_reason
 from .attention.layouts import facts_of, unsupported_reason_of
@@ -106,6 +107,11 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="Attention error that the run may have, such as 0.12; each step then gets the sparsity that fits, "
                     "in place of the widget's. Needs no router. 0: off.",
                 ),
+                io.Combo.Input(
+                    "reference_keys", optional=True, options=list(REFERENCE_KEYS), default=REFERENCE_KEYS[0],
+                    tooltip="How reference images and videos, guides and poses are attended. routed: selected like the video, "
+                    "at least two blocks of each. exact: always all of them, slower.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
@@ -132,7 +138,7 @@ class SLA2ApplyAttention(io.ComfyNode):
     def execute(
         cls, model, sparsity, bit_width, ratio_mode, fixed_ratio, start_percent, end_percent, dense_layers,
         minimum_tokens, on_unsupported, router=None, method="automatic", preset=CUSTOM, schedule="", sla_weights=None,
-        target_error=0.0,
+        target_error=0.0, reference_keys=REFERENCE_KEYS[0],
     ) -> io.NodeOutput:  # fmt: skip
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
@@ -157,6 +163,7 @@ class SLA2ApplyAttention(io.ComfyNode):
             schedule=parse_schedule(schedule, facts.num_layers if facts else 1, parse_layers),
             method=method,
             target_error=target_error,
+            reference_keys=reference_keys,
             plans_itself=plans_itself,
         )
         if target_error and sla_weights is not None:

@@ -178,7 +178,7 @@ class AttentionHook:
         try:
             inputs = inputs()
             front = layout.front(diffusion_model, inputs, patch_size)
-            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame)
+            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame, layout.references(inputs))
         except UNREADABLE as error:
             run.note(f"{NO_SPAN} ({type(error).__name__}: {error})")
             return None

@@ -12,7 +12,15 @@ from .call import check_supported, read_call
 from .failures import attempt, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
-from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from .sparse_call import (
+    rows_of_call,
+    sparse_stretches,
+    sparse_video,
+    stretches_of,
+    video_part,
+    with_dense_ranges,
+    with_dense_rows,
+)
 from .steps import check_length, planned_sparsity
 from .video_tokens import DENSE_BY_NATURE
 
@@ -51,7 +59,9 @@ def _attend_sparse(call, layer, below, args, kwargs):
     out, ratio, kept, keys, judging, loops = result
     check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
     run = call.run
-    run.count_sparse(layer, ratio.shape, kept, keys, precision, ratio, request.tokens)
+    # rows that a reference's last block computes twice count once
+    rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
+    run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)
     run.count_loops(loops)
     if judging is not None:
         run.count_squares(layer, judging.squares(out))
@@ -75,8 +85,7 @@ def _repeat(call, layer, below, args, kwargs):
         request, exact = call.read(args, kwargs)
         weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
         precision = resolve_precision(call.hook.settings.bit_width, request.q.device)
-        part = video_part(request, exact)
-        out, *_ = sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+        out, *_ = _sparse(call, request, exact, weights, {"sparsity": sparsity, "precision": precision})
         if is_used:
             return _whole(out, request, exact, below, args, kwargs)
     return below(*args, **kwargs)
@@ -86,15 +95,21 @@ def _compute(call, layer, request, exact, sparsity, precision):
     """(*sparse_video(), the loops that ran) of one call, timed."""
     run, device = call.run, request.q.device
     weights = call.hook.weights.on_device(layer, device, sparsity)
-    part = video_part(request, exact)
     if run.maps is not None:
-        run.maps.see(layer, part, weights, sparsity)
+        run.maps.see(layer, video_part(request, exact), weights, sparsity)
     call_ratio = _call_ratio(call, layer, request, weights, sparsity)
     with run.timed(layer, "sparse", device), watch_loops() as loops:
-        found = sparse_video(
-            part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale, call_ratio=call_ratio
-        )
-        return *found, loops
+        options = {"sparsity": sparsity, "precision": precision, "call_ratio": call_ratio}
+        return *_sparse(call, request, exact, weights, options), loops
+
+
+def _sparse(call, request, exact, weights, options):
+    """What sparse_video() returns, or where references run sparse too, sparse_stretches()."""
+    stretches = stretches_of(request, exact)
+    if stretches is None:
+        return sparse_video(video_part(request, exact), exact, weights, scale=request.scale, **options)
+    reference_keys = call.hook.settings.reference_keys
+    return sparse_stretches(request, stretches, weights, scale=request.scale, reference_keys=reference_keys, **options)
 
 
 def _call_ratio(call, layer, request, weights, sparsity):
@@ -112,10 +127,13 @@ def _call_ratio(call, layer, request, weights, sparsity):
 
 
 def _whole(out, request, exact, below, args, kwargs):
-    """The call's output: ``out`` of the video's queries, and the other rows as ``below`` computes them."""
+    """The call's output: ``out`` of the sparse queries, and the other rows as ``below`` computes them."""
 
-    def dense_rows(rows):
-        new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+    def dense_rows(*rows):
+        new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
         return below(*new_args, **new_kwargs)
 
-    return with_dense_rows(out, request, exact, dense_rows)
+    stretches = stretches_of(request, exact)
+    if stretches is None:
+        return with_dense_rows(out, request, exact, dense_rows)
+    return with_dense_ranges(out, request, stretches, lambda slices: dense_rows(*slices))

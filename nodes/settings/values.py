@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from ...sla2_kernels.references import REFERENCE_KEYS
+
 BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
 RATIO_MODES = ("learned", "estimated", "fixed", "fitted")
 MEASURING_RATIO_MODES = ("learned", "fitted")  # target_error takes fitted for learned
@@ -27,6 +29,7 @@ class AttentionSettings:
     schedule: tuple = ()  # of schedule.Rule
     method: str = "automatic"
     target_error: float = 0.0  # attention error to choose the sparsity for; 0: sparsity counts
+    reference_keys: str = REFERENCE_KEYS[0]  # of sla2_kernels.references
     plans_itself: bool = False  # preset automatic: sparsity and schedule are chosen as each run begins
 
     def __post_init__(self):
@@ -42,6 +45,8 @@ class AttentionSettings:
 
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if self.reference_keys not in REFERENCE_KEYS:
+            raise ValueError(f"reference_keys must be one of {', '.join(REFERENCE_KEYS)}, got {self.reference_keys!r}.")
         if not 0 <= self.target_error < 1:
             raise ValueError(f"target_error must be at least 0 (off) and below 1, got {self.target_error}.")
         if self.target_error and (self.ratio_mode not in MEASURING_RATIO_MODES or self.method == "top-k only"):
