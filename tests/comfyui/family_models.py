@@ -253,7 +253,7 @@ FAMILIES = {
 
 
 # families whose allocations newer ComfyUI records, per model call and per block: where their blocks are
-RECORDED = {"minimax-h3": "blocks", "ltx-2": "transformer_blocks"}
+RECORDED = {"minimax-h3": "blocks", "minimax-h3 references": "blocks", "ltx-2": "transformer_blocks"}
 
 
 def class_of(path):
