@@ -19,18 +19,24 @@ import torch.nn.functional as F
 
 from sla2_kernels.exact_ends import attend_video, with_exact_rows
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
-from sla2_kernels.references import attend_with_references, select_with_references, selected_with_references
+from sla2_kernels.references import (
+    REFERENCE_FLOOR,
+    attend_with_references,
+    select_with_references,
+    selected_with_references,
+)
 from sla2_kernels.stretches import Stretches, gathered_queries, whole_output
 
 from .measure import environment, median_ms
 
 H3 = {"heads": 56, "head_dim": 128, "text": 512, "sound": 414, "grid": (42, 24, 42)}
 TINY = {"heads": 4, "head_dim": 64, "text": 50, "sound": 30, "grid": (6, 12, 16)}
-# name: (references, frames of each, size of each beside the video's frame)
+# name: (references, frames of each, size of each beside the video's frame, whether the text shows each of them too)
 REFERENCES = {
-    "5 images": (5, 1, 1),
-    "5 images, 4 times the size": (5, 1, 2),
-    "a video of half the length": (1, 0.5, 1),
+    "5 images": (5, 1, 1, False),
+    "5 images, 4 times the size": (5, 1, 2, False),
+    "a video of half the length": (1, 0.5, 1, False),
+    "5 images, in the text too": (5, 1, 1, True),
 }
 FLOORS = (0, 1, 2, 4)
 SPARSITIES = {"5 images": (0.97, 0.90)}  # of the others the first one
@@ -44,17 +50,20 @@ class Call:
     def __init__(self, shape, references, device, seed=0):
         self.heads, self.head_dim, self.device = shape["heads"], shape["head_dim"], device
         self.generator = torch.Generator(device).manual_seed(seed)
-        count, frames, size = references
+        count, frames, size, in_text = references
         t, h, w = shape["grid"]
         length = max(1, int(frames * t) if frames < 1 else frames)
         video = self._field(t, h, w)
         pictures = [
             self._picture(video, number * (t - length) // max(count - 1, 1), length, size) for number in range(count)
         ]
+        shown = [0.8 * picture + 0.6 * self._noise(picture.shape[0]) for picture in pictures if in_text]
+        pictures = shown + pictures
         tokens = [shape["text"], *(p.shape[0] for p in pictures), shape["sound"], t * h * w]
         ends = torch.tensor(tokens).cumsum(0).tolist()
         ranges = [(end - own, end) for own, end in zip(tokens, ends, strict=True)]
         self.stretches = Stretches(ends[-1], ranges[-1], tuple(ranges[1:-2]))
+        self.text_dense = Stretches(ends[-1], ranges[-1], tuple(ranges[1 + len(shown) : -2]))
         noise = self._noise
         content = torch.cat([noise(tokens[0]), *pictures, noise(tokens[-2]), video.flatten(0, 2)])
         self.q, self.k, self.v = self._projected(content)
@@ -102,14 +111,15 @@ class Call:
         q, k, v = (x.transpose(1, 2) for x in (q, self.k, self.v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    def sparse(self, sparsity, reference_keys="routed", floor=2):
+    def sparse(self, sparsity, reference_keys="routed", floor=REFERENCE_FLOOR, stretches=None):
         """The whole output with references sparse beside the video."""
-        rows = sample_rows(self.stretches.gathered_rows, 0, self.device)
+        stretches = stretches or self.stretches
+        rows = sample_rows(stretches.gathered_rows, 0, self.device)
         out = attend_with_references(
-            functools.partial(fitted_attention, rows=rows), self.q, self.k, self.v, self.stretches, sparsity=sparsity,
+            functools.partial(fitted_attention, rows=rows), self.q, self.k, self.v, stretches, sparsity=sparsity,
             reference_keys=reference_keys, floor=floor, layout="BNHD", keep_diagonal=True, precision=self.precision,
         ).out  # fmt: skip
-        return whole_output(out, self.dense, self.stretches, 1)
+        return whole_output(out, self.dense, stretches, 1)
 
     def prefix_dense(self, sparsity):
         """The whole output with everything in front of the video exact: dense queries, keys that all attend."""
@@ -176,6 +186,7 @@ def measured(call, sparsity):
         "all before the video exact": (None, lambda: call.prefix_dense(sparsity)),
         "exact": (exact, lambda: call.sparse(sparsity, "exact")),
         "routed": (few, lambda: call.sparse(sparsity)),
+        "routed, what the text shows dense": (None, lambda: call.sparse(sparsity, stretches=call.text_dense)),
         f"routed, as many blocks as exact ({100 * even:.1f}%)": (exact, lambda: call.sparse(even)),
     }
     rows = []
@@ -217,11 +228,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a shape for a CPU, to see that the script runs")
+    parser.add_argument("--only", choices=REFERENCES, help="this call alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     device, shape = torch.device(options.device), TINY if options.tiny else H3
     content = {"environment": environment(device) if device.type == "cuda" else None, "shape": shape, "calls": {}}
     for name, references in REFERENCES.items():
+        if options.only not in (None, name):
+            continue
         call = Call(shape, references, device)
         print(f"{name}: {call.stretches}", flush=True)
         print(f"same choice as plain torch: {same_choice(call):.4f}", flush=True)

@@ -110,7 +110,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                 io.Combo.Input(
                     "reference_keys", optional=True, options=list(REFERENCE_KEYS), default=REFERENCE_KEYS[0],
                     tooltip="How reference images and videos, guides and poses are attended. routed: selected like the video, "
-                    "at least two blocks of each. exact: always all of them, slower.",
+                    "at least one block of each. exact: always all of them, slower.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],

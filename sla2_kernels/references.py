@@ -17,7 +17,7 @@ from .stretches import Stretches, gathered_queries
 from .support import on_device, resolve_backend
 
 REFERENCE_KEYS = ("routed", "exact")
-REFERENCE_FLOOR = 2  # key blocks of each reference
+REFERENCE_FLOOR = 1  # key blocks of each reference; what it costs: docs/ROUTER_DECISIONS.md, "References"
 
 
 def are_exact(reference_keys):

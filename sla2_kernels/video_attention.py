@@ -59,7 +59,7 @@ def video_attention(
             ``weights.keep_diagonal`` of a trained one.
         references: (start, stop) of reference images and videos among the ``front`` and ``back`` tokens. Their queries run
             sparse, like the video's; the rest of those tokens stays exact.
-        reference_keys: "routed": selected like the video's, at least two key blocks of each reference; "exact": all queries
+        reference_keys: "routed": selected like the video's, at least one key block of each reference; "exact": all queries
             attend them all.
 
     Returns:

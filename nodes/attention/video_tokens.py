@@ -7,10 +7,12 @@ as the video's own: their queries run sparse. ``inputs`` are the arguments of on
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...sla2_kernels import Q_BLOCK
 from .run_dense import RunDense
 
 
@@ -118,19 +120,37 @@ def all_beside(inputs):
 
 
 H3_PICTURES = ("cond", "ref_img")  # key frames, reference images and videos
+H3_PICTURE_TAG = 0  # of text tokens
 
 
 def h3_references(inputs):
-    """MiniMax H3 names the segments of its sequence, the video's last; a table of another call is not believed."""
-    layout = (inputs.get("minimax_payload") or {}).get("layout")
-    segments = list(getattr(layout, "segments", ()))
+    """MiniMax H3 names the segments of its sequence, the video's last; a table of another call is not believed.
+
+    Its text shows every picture once more, in as many tokens, which the model itself treats as video.
+    """
+    payload = inputs.get("minimax_payload") or {}
+    segments, tags = list(getattr(payload.get("layout"), "segments", ())), payload.get("text_token_tags")
+    shown = [] if tags is None else _runs_of_pictures(tags.flatten().tolist())
 
     def ranges(front, video, tokens):
         if not segments or tuple(segments[-1]) != (front, tokens, "video"):
             return ()
-        return tuple((start, stop) for start, stop, kind in segments if kind in H3_PICTURES and start < stop)
+        pictures = [(start, stop) for start, stop, kind in segments if kind in H3_PICTURES and start < stop]
+        if tags is not None and tuple(segments[0]) == (0, tags.numel(), "text"):
+            pictures += shown
+        return tuple(sorted(pictures))
 
     return ranges
+
+
+def _runs_of_pictures(tags):
+    """(start, stop) of the text's tokens that belong to one picture, where they fill a block of queries."""
+    runs, start = [], 0
+    for tag, group in itertools.groupby(tags):
+        stop = start + len(list(group))
+        runs += [(start, stop)] if tag == H3_PICTURE_TAG and stop - start >= Q_BLOCK else []
+        start = stop
+    return runs
 
 
 REFERENCE_QUERIES = "the queries are those of the reference image"

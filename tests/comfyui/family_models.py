@@ -272,7 +272,9 @@ def inputs_for(cls, inputs):
     payload = inputs.get("minimax_payload")
     if payload is not None:  # ComfyUI lays the sequence out once per sampling
         (_, _, *video), sound = inputs["x"][0].shape, inputs["x"][1].shape[-1]
-        layout = cls.__init__.__globals__["PackedLayout"](inputs["context"].shape[1], *video, sound, refs=payload["refs"])
+        layout = cls.__init__.__globals__["PackedLayout"](
+            inputs["context"].shape[1], *video, sound, refs=payload["refs"]
+        )
         return inputs | {"minimax_payload": payload | {"layout": layout}}
     return inputs
 

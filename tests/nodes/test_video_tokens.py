@@ -211,11 +211,24 @@ def test_rows_that_a_reference_computes_twice_count_once(bench, pack_module):
 
 def test_references_of_h3_are_read_from_its_own_table(pack_module):
     tokens = pack_module("nodes.attention.video_tokens")
-    segments = [(0, 24, "text"), (24, 104, "cond"), (104, 110, "cond_audio"), (110, 190, "ref_img"), (190, 190, "ref_img")]
+    segments = [
+        (0, 24, "text"),
+        (24, 104, "cond"),
+        (104, 110, "cond_audio"),
+        (110, 190, "ref_img"),
+        (190, 190, "ref_img"),
+    ]
     segments += [(190, 208, "audio"), (208, 528, "video")]
     ranges = tokens.h3_references({"minimax_payload": {"layout": SimpleNamespace(segments=segments)}})
     assert ranges(208, 320, 528) == ((24, 104), (110, 190))
     assert ranges(209, 320, 529) == (), "a table of another call"
+    tags = torch.tensor([1] * 10 + [0] * 130 + [1] * 4 + [0] * 200 + [0] * 0 + [1] * 6 + [0] * 100)
+    shown = [(0, 450, "text"), (450, 600, "ref_img"), (600, 920, "video")]
+    payload = {"layout": SimpleNamespace(segments=shown), "text_token_tags": tags[None]}
+    found = tokens.h3_references({"minimax_payload": payload})(600, 320, 920)
+    assert found == ((10, 140), (144, 344), (450, 600)), "100 tokens fill no block of queries"
+    payload["text_token_tags"] = tags[:-1]
+    assert tokens.h3_references({"minimax_payload": payload})(600, 320, 920) == ((450, 600),)
     assert tokens.h3_references({})(208, 320, 528) == ()
     assert tokens.h3_references({"minimax_payload": None})(208, 320, 528) == ()
 
