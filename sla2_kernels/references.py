@@ -4,6 +4,7 @@ The queries of references run sparse like the video's. Their keys are attended b
 together with the video's ("routed"), of each reference at least a few blocks. stretches.py has the blocks.
 """
 
+from itertools import pairwise
 from typing import Optional
 
 import torch
@@ -117,13 +118,47 @@ def _stretches(bounds, tokens):
 
 
 def _always(stretches, always, keep_diagonal, device):
-    """bool (T_m, T_n), or (1, T_n) where nothing depends on the query: the key blocks that a query block attends in any case."""
-    forced = torch.tensor(always, device=device)[None]
+    """bool (T_m, T_n), or (1, T_n) where nothing depends on the query: the key blocks that a query block attends in any case.
+
+    Nothing is copied to the device, which a CUDA graph that is being captured would refuse.
+    """
+    forced = torch.ones(1, len(always), dtype=torch.bool, device=device)
+    for first, end in _runs(always, False):
+        forced[:, first:end] = False
     if not keep_diagonal:
         return forced
-    begin, end = torch.tensor(stretches.query_ranges(), device=device, dtype=torch.int32).T[..., None]
+    begin, end = _query_ranges(stretches.query_ranges(), device)
     first = torch.arange(0, len(always) * K_BLOCK, K_BLOCK, device=device, dtype=torch.int32)
-    return forced | ((first < end) & (first + K_BLOCK > begin))
+    return forced | ((first < end[:, None]) & (first + K_BLOCK > begin[:, None]))
+
+
+def _runs(values, wanted):
+    """(first, end) of each run of ``wanted`` in a list."""
+    edges = [False, *(value == wanted for value in values), False]
+    places = [place for place, (before, after) in enumerate(pairwise(edges)) if before != after]
+    return zip(places[::2], places[1::2], strict=True)
+
+
+def _query_ranges(ranges, device):
+    """Stretches.query_ranges() as int32 (T_m,) each."""
+    runs, counts = [], []
+    for begin, _ in ranges:
+        if runs and begin == runs[-1] + counts[-1] * Q_BLOCK:
+            counts[-1] += 1
+        else:
+            runs.append(begin)
+            counts.append(1)
+    options = {"dtype": torch.int32, "device": device}
+    begins = [
+        torch.arange(first, first + count * Q_BLOCK, Q_BLOCK, **options)
+        for first, count in zip(runs, counts, strict=True)
+    ]
+    begin = torch.cat(begins)
+    end = begin + Q_BLOCK
+    for place, (first, last) in enumerate(ranges):
+        if last - first < Q_BLOCK:
+            end[place : place + 1].fill_(last)
+    return begin, end
 
 
 def _raise_floors(scores, ranges, floor, highest, lowest):
