@@ -12,15 +12,7 @@ from .call import check_supported, read_call
 from .failures import attempt, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
-from .sparse_call import (
-    rows_of_call,
-    sparse_stretches,
-    sparse_video,
-    stretches_of,
-    video_part,
-    with_dense_ranges,
-    with_dense_rows,
-)
+from .sparse_call import rows_of_call, sparse_request, video_part, with_dense_rows
 from .steps import check_length, planned_sparsity
 from .video_tokens import DENSE_BY_NATURE
 
@@ -85,7 +77,8 @@ def _repeat(call, layer, below, args, kwargs):
         request, exact = call.read(args, kwargs)
         weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
         precision = resolve_precision(call.hook.settings.bit_width, request.q.device)
-        out, *_ = _sparse(call, request, exact, weights, {"sparsity": sparsity, "precision": precision})
+        options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
+        out, *_ = sparse_request(request, exact, weights, sparsity=sparsity, **options)
         if is_used:
             return _whole(out, request, exact, below, args, kwargs)
     return below(*args, **kwargs)
@@ -99,17 +92,12 @@ def _compute(call, layer, request, exact, sparsity, precision):
         run.maps.see(layer, video_part(request, exact), weights, sparsity)
     call_ratio = _call_ratio(call, layer, request, weights, sparsity)
     with run.timed(layer, "sparse", device), watch_loops() as loops:
-        options = {"sparsity": sparsity, "precision": precision, "call_ratio": call_ratio}
-        return *_sparse(call, request, exact, weights, options), loops
-
-
-def _sparse(call, request, exact, weights, options):
-    """What sparse_video() returns, or where references run sparse too, sparse_stretches()."""
-    stretches = stretches_of(request, exact)
-    if stretches is None:
-        return sparse_video(video_part(request, exact), exact, weights, scale=request.scale, **options)
-    reference_keys = call.hook.settings.reference_keys
-    return sparse_stretches(request, stretches, weights, scale=request.scale, reference_keys=reference_keys, **options)
+        options = {
+            "precision": precision,
+            "reference_keys": call.hook.settings.reference_keys,
+            "call_ratio": call_ratio,
+        }
+        return *sparse_request(request, exact, weights, sparsity=sparsity, **options), loops
 
 
 def _call_ratio(call, layer, request, weights, sparsity):
@@ -133,7 +121,4 @@ def _whole(out, request, exact, below, args, kwargs):
         new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
         return below(*new_args, **new_kwargs)
 
-    stretches = stretches_of(request, exact)
-    if stretches is None:
-        return with_dense_rows(out, request, exact, dense_rows)
-    return with_dense_ranges(out, request, stretches, lambda slices: dense_rows(*slices))
+    return with_dense_rows(out, request, exact, dense_rows)

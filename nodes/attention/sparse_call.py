@@ -13,7 +13,7 @@ from ...sla2_kernels import K_BLOCK, sla2_attention
 from ...sla2_kernels.exact_ends import attend_video, with_exact_rows
 from ...sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
 from ...sla2_kernels.forced_blocks import forced_block_counts
-from ...sla2_kernels.references import attend_with_references, selected_with_references
+from ...sla2_kernels.references import REFERENCE_KEYS, attend_with_references, selected_with_references
 from ...sla2_kernels.router import block_count
 from ...sla2_kernels.sla_v1 import sla_attention
 from ...sla2_kernels.stretches import Stretches, whole_output
@@ -74,18 +74,14 @@ class ExactRows:
         return squared_error(out, self.dense, self.rows)
 
 
-def forced_blocks(part, exact):
-    """ForcedBlocks of a call's keys: those around the video's that every query attends."""
-    return forced_block_counts(part.k.shape[part.token_axis], exact.key_front, exact.key_back)
-
-
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
     """(out, ratio, kept, keys, ExactRows or None): the video's queries attend ``kept`` of ``keys`` keys exactly.
 
     ratio: of each query row, float32 (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call
     that keeps all blocks has nothing to fit.
     """
-    keys, forced = part.k.shape[part.token_axis], forced_blocks(part, exact)
+    keys = part.k.shape[part.token_axis]
+    forced = forced_block_counts(keys, exact.key_front, exact.key_back)
     attend = functools.partial(
         attend_video,
         q=part.q,
@@ -101,8 +97,8 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
         layout=part.layout,
         keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
     )
-    leaves_out = forced.selected(sparsity) < sum(forced)
-    out, ratio, judging = _mixed(attend, part.q.shape[part.token_axis], part, weights, call_ratio, leaves_out)
+    may_fit = forced.selected(sparsity) < sum(forced)
+    out, ratio, judging = _mixed(attend, part.q.shape[part.token_axis], part, weights, call_ratio, may_fit)
     return out, ratio, forced.attended_keys(keys, sparsity), keys, judging
 
 
@@ -125,14 +121,14 @@ def sparse_stretches(request, stretches, weights, *, sparsity, precision, scale,
         layout=part.layout,
         keep_diagonal=weights.keep_diagonal,
     )
-    leaves_out = selected < block_count(stretches.tokens, K_BLOCK)
-    out, ratio, judging = _mixed(attend, stretches.gathered_rows, part, weights, call_ratio, leaves_out)
+    may_fit = selected < block_count(stretches.tokens, K_BLOCK)
+    out, ratio, judging = _mixed(attend, stretches.gathered_rows, part, weights, call_ratio, may_fit)
     return out, ratio, min(stretches.tokens, selected * K_BLOCK), stretches.tokens, judging
 
 
-def _mixed(attend, rows, part, weights, call_ratio, leaves_out):
-    """(out, ratio of each of ``rows`` query rows, ExactRows or None); leaves_out: whether a key block is, so that a ratio fits."""
-    if call_ratio is not None and call_ratio.number is not None and leaves_out:
+def _mixed(attend, rows, part, weights, call_ratio, may_fit):
+    """(out, ratio of each of ``rows`` query rows, ExactRows or None). may_fit: whether a key block is left out at all."""
+    if call_ratio is not None and call_ratio.number is not None and may_fit:
         return _fitted(attend, rows, part, call_ratio)
     if weights.linear_branch:
         alpha = weights.alpha if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
@@ -150,27 +146,33 @@ def _fitted(attend, tokens, part, call_ratio):
     return found.out, found.ratio[..., None].expand(-1, -1, tokens), judging
 
 
+def sparse_request(request, exact, weights, *, reference_keys, **options):
+    """What sparse_video() returns of a call, or where its references run sparse too, sparse_stretches()."""
+    stretches = stretches_of(request, exact)
+    if stretches is None:
+        return sparse_video(video_part(request, exact), exact, weights, scale=request.scale, **options)
+    return sparse_stretches(request, stretches, weights, scale=request.scale, reference_keys=reference_keys, **options)
+
+
+def leaves_out(request, exact, sparsity, keep_diagonal=False, reference_keys=REFERENCE_KEYS[0]):
+    """Whether sparse_request() leaves a key block to the linear branch."""
+    stretches = stretches_of(request, exact)
+    if stretches is None:
+        forced = forced_block_counts(request.key_tokens, exact.key_front, exact.key_back)
+        return forced.selected(sparsity) < sum(forced)
+    selected = selected_with_references(stretches, sparsity, reference_keys, keep_diagonal=keep_diagonal)
+    return selected < block_count(stretches.tokens, K_BLOCK)
+
+
 def with_dense_rows(out, request, exact, dense):
-    """The whole call's output: ``out`` of the video's queries between the rows that ``dense`` computes exactly."""
-    flat = request.flat_output
+    """The whole call's output: ``out`` of sparse_request(), and the rows of these slices as dense(slice, ...) computes them."""
+    flat, stretches = request.flat_output, stretches_of(request, exact)
+    out, axis = (out.flatten(2), 1) if flat else (out, 2)
+    if stretches is not None:
+        return whole_output(out, lambda ranges: dense(*(slice(*own) for own in ranges)), stretches, axis)
     return with_exact_rows(
-        out.flatten(2) if flat else out,
-        dense,
-        tokens=request.tokens,
-        prefix=exact.query_front,
-        suffix=exact.query_back,
-        axis=1 if flat else 2,
+        out, dense, tokens=request.tokens, prefix=exact.query_front, suffix=exact.query_back, axis=axis
     )
-
-
-def with_dense_ranges(out, request, stretches, dense):
-    """The whole call's output: ``out`` of sparse_stretches(), and the other rows as dense([slice, ...]) computes them."""
-    flat = request.flat_output
-
-    def of_ranges(ranges):
-        return dense([slice(start, stop) for start, stop in ranges])
-
-    return whole_output(out.flatten(2) if flat else out, of_ranges, stretches, 1 if flat else 2)
 
 
 def rows_of_call(args, kwargs, *rows):
