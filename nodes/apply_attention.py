@@ -21,6 +21,7 @@ from .settings.values import (
     RATIO_MODES,
     AttentionSettings,
     check_layers,
+    check_method,
     check_percents,
     parse_layers,
 )
@@ -128,6 +129,8 @@ class SLA2ApplyAttention(io.ComfyNode):
             check_layers(dense_layers)
         if start_percent is not None and end_percent is not None:
             check_percents(start_percent, end_percent)
+        if method is not None:
+            check_method(method)
         if preset is not None:
             check_preset(preset, method)
         if preset == CUSTOM and schedule is not None:

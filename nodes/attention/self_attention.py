@@ -85,18 +85,14 @@ def _repeat(call, layer, below, args, kwargs):
 
 
 def _compute(call, layer, request, exact, sparsity, precision):
-    """(*sparse_video(), the loops that ran) of one call, timed."""
+    """(*sparse_request(), the loops that ran) of one call, timed."""
     run, device = call.run, request.q.device
     weights = call.hook.weights.on_device(layer, device, sparsity)
     if run.maps is not None:
         run.maps.see(layer, video_part(request, exact), weights, sparsity)
-    call_ratio = _call_ratio(call, layer, request, weights, sparsity)
+    options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
+    options["call_ratio"] = _call_ratio(call, layer, request, weights, sparsity)
     with run.timed(layer, "sparse", device), watch_loops() as loops:
-        options = {
-            "precision": precision,
-            "reference_keys": call.hook.settings.reference_keys,
-            "call_ratio": call_ratio,
-        }
         return *sparse_request(request, exact, weights, sparsity=sparsity, **options), loops
 
 

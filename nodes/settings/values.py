@@ -43,8 +43,7 @@ class AttentionSettings:
         if self.ratio_mode not in RATIO_MODES:
             raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {self.ratio_mode!r}.")
 
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        check_method(self.method)
         if self.reference_keys not in REFERENCE_KEYS:
             raise ValueError(f"reference_keys must be one of {', '.join(REFERENCE_KEYS)}, got {self.reference_keys!r}.")
         if not 0 <= self.target_error < 1:
@@ -74,6 +73,12 @@ def skips_keeps(sparsity):
         return "nothing skipped"
     skipped = round(100 * sparsity, 1)
     return f"skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%"
+
+
+def check_method(method):
+    """Raises ValueError with one sentence unless it is one of METHODS."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
 def check_percents(start, end):
