@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..sla2_kernels.references import REFERENCE_KEYS
 from .attention.hook import KEY
 from .attention.layer_requests import trained_for_vsa_reason
 from .attention.layouts import facts_of, unsupported_reason_of
@@ -10,7 +11,8 @@ from .attention.weight_checks import check_router, check_sla_weights
 from .load_router import Router
 from .load_sla import SLAWeightsType
 from .runs.outcome import show_outcomes
-from .settings.presets import CUSTOM, NAMES, preset_named, preset_notes
+from .settings.automatic import untrained_limit
+from .settings.presets import AUTOMATIC_PRESET, CUSTOM, NAMES, check_preset, preset_named, preset_notes
 from .settings.schedule import check_schedule, parse_schedule
 from .settings.values import (
     AUTOMATIC,
@@ -19,6 +21,7 @@ from .settings.values import (
     RATIO_MODES,
     AttentionSettings,
     check_layers,
+    check_method,
     check_percents,
     parse_layers,
 )
@@ -74,7 +77,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                 io.Int.Input(
                     "minimum_tokens", default=AUTOMATIC, min=AUTOMATIC, max=10_000_000, advanced=True,
                     tooltip="Shorter sequences run dense, because routing would cost more than it saves. "
-                    "-1: automatic for this device. 0: always sparse.",
+                    "-1: 8192. 0: always sparse.",
                 ),
                 io.Combo.Input(
                     "on_unsupported", options=[RUN_DENSE, STOP], default=RUN_DENSE, advanced=True,
@@ -86,8 +89,9 @@ class SLA2ApplyAttention(io.ComfyNode):
                     "LoRAs that were distilled with block top-k alone (such as lightx2v's SLA LoRAs).",
                 ),
                 io.Combo.Input(
-                    "preset", optional=True, options=list(NAMES), default=CUSTOM,
-                    tooltip="Sets sparsity and schedule instead of the widgets. custom: the widgets are used. Presets with "
+                    "preset", optional=True, options=list(NAMES), default=AUTOMATIC_PRESET,
+                    tooltip="Sets sparsity and schedule instead of the widgets. automatic: by model, length, number of steps "
+                    "and router, as each run begins; the node says what it chose. custom: the widgets are used. Presets with "
                     "4-8 steps are for distilled models. fast needs a trained router.",
                 ),
                 io.String.Input(
@@ -104,12 +108,19 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="Attention error that the run may have, such as 0.12; each step then gets the sparsity that fits, "
                     "in place of the widget's. Needs no router. 0: off.",
                 ),
+                io.Combo.Input(
+                    "reference_keys", optional=True, options=list(REFERENCE_KEYS), default=REFERENCE_KEYS[0],
+                    tooltip="How reference images and videos, guides and poses are attended. routed: selected like the video, "
+                    "at least one block of each. exact: always all of them, slower.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that uses SLA2: connect the sampler here.")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, dense_layers=None, start_percent=None, end_percent=None, schedule=None, preset=CUSTOM):
+    def validate_inputs(
+        cls, dense_layers=None, start_percent=None, end_percent=None, schedule=None, preset=CUSTOM, method=None
+    ):
         """Refuses bad settings when the prompt is queued, before a model is loaded. None: a wire, whose value comes later.
 
         ComfyUI shows a sentence that is raised once, on this node, and one that is returned for every input named here.
@@ -118,7 +129,11 @@ class SLA2ApplyAttention(io.ComfyNode):
             check_layers(dense_layers)
         if start_percent is not None and end_percent is not None:
             check_percents(start_percent, end_percent)
-        if preset is not None and preset_named(preset) is None and schedule is not None:
+        if method is not None:
+            check_method(method)
+        if preset is not None:
+            check_preset(preset, method)
+        if preset == CUSTOM and schedule is not None:
             check_schedule(schedule)
         return True
 
@@ -126,15 +141,18 @@ class SLA2ApplyAttention(io.ComfyNode):
     def execute(
         cls, model, sparsity, bit_width, ratio_mode, fixed_ratio, start_percent, end_percent, dense_layers,
         minimum_tokens, on_unsupported, router=None, method="automatic", preset=CUSTOM, schedule="", sla_weights=None,
-        target_error=0.0,
+        target_error=0.0, reference_keys=REFERENCE_KEYS[0],
     ) -> io.NodeOutput:  # fmt: skip
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
         if reason and on_unsupported == STOP:
             raise ValueError(f"SLA2 Apply Attention: {reason} (on_unsupported is set to stop).")
-        chosen = preset_named(preset)
+        check_preset(preset, method)
+        chosen, plans_itself = preset_named(preset), preset == AUTOMATIC_PRESET
         if chosen is not None:
             sparsity, schedule = chosen.sparsity, chosen.schedule
+        elif plans_itself:
+            sparsity, schedule = untrained_limit(0), ""
         settings = AttentionSettings(
             sparsity=sparsity,
             bit_width=bit_width,
@@ -148,6 +166,8 @@ class SLA2ApplyAttention(io.ComfyNode):
             schedule=parse_schedule(schedule, facts.num_layers if facts else 1, parse_layers),
             method=method,
             target_error=target_error,
+            reference_keys=reference_keys,
+            plans_itself=plans_itself,
         )
         if target_error and sla_weights is not None:
             raise ValueError(

@@ -18,7 +18,7 @@ from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pool, smooth
-from .kernels.score import project, scores
+from .kernels.score import INT32_MAX, INT32_MIN, project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
@@ -28,6 +28,7 @@ from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
+HIGHEST, LOWEST = INT32_MAX.value, INT32_MIN.value  # of the scores
 # Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
 WORKSPACE_SHARE = 1.4
 
@@ -118,6 +119,23 @@ def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None
         ranked = scores(project(q_pooled, proj_q), project(smoothed, proj_k), diagonal)
         select(ranked, smoothed.shape[1], selected, None)
         return selected.unflatten(0, shape)
+
+
+def route_marked(q, k, proj_q, proj_k, count, always, raise_more):
+    """Key blocks per query block, int32 (B, H, T_m, count): those that ``always`` marks, bool (T_m or 1, T_n), and the best others.
+
+    raise_more(scores, highest, lowest): raises more of the integer scores (B * H, T_m, T_n) to the highest, in place.
+    """
+    selected = _new_selection(q, count)
+    proj_q, proj_k = _as_read(q, proj_q, proj_k)
+    k_pooled = pool(k, K_BLOCK)
+    smooth(k_pooled, k.shape[2])
+    marked = scores(project(pool(q, Q_BLOCK), proj_q), project(k_pooled, proj_k))
+    live = marked[..., : k_pooled.shape[1]]
+    live.masked_fill_(always, HIGHEST)
+    raise_more(live, HIGHEST, LOWEST)
+    select(marked, k_pooled.shape[1], selected, None)
+    return selected.unflatten(0, q.shape[:2])
 
 
 def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):

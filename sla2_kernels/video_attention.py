@@ -9,12 +9,15 @@ State is the caller's: nothing is kept between calls, any thread may call.
 
 import functools
 
+import torch
 import torch.nn.functional as F
 
 from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count
 from .attention import sla2_attention
 from .exact_ends import attend_video, with_exact_rows
+from .references import REFERENCE_KEYS, attend_with_references
 from .sla_v1 import sla_attention
+from .stretches import Stretches, whole_output
 from .support import MINIMUM_TOKENS, resolve_precision, unsupported_reason
 
 
@@ -37,6 +40,8 @@ def video_attention(
     dense=None,
     backend="auto",
     keep_diagonal=False,
+    references=(),
+    reference_keys=REFERENCE_KEYS[0],
 ):
     """Self-attention of a video model: the video's tokens sparse, the ``front`` and ``back`` tokens around them exact.
 
@@ -52,6 +57,10 @@ def video_attention(
         backend: as in :func:`sla2_kernels.sla2_attention`.
         keep_diagonal: each query block always takes the key blocks of its own tokens: right for an untrained router, or
             ``weights.keep_diagonal`` of a trained one.
+        references: (start, stop) of reference images and videos among the ``front`` and ``back`` tokens. Their queries run
+            sparse, like the video's; the rest of those tokens stays exact.
+        reference_keys: "routed": selected like the video's, at least one key block of each reference; "exact": all queries
+            attend them all.
 
     Returns:
         The output, in q's layout and dtype.
@@ -77,23 +86,27 @@ def video_attention(
         attend = functools.partial(sla2_attention, alpha=alpha)
     else:
         attend = functools.partial(sla_attention, proj_l=proj_l)
-    out = attend_video(
-        attend,
-        q.narrow(axis, front, tokens - front - back),
-        k,
-        v,
-        key_prefix=front,
-        key_suffix=back,
-        proj_q=proj_q,
-        proj_k=proj_k,
-        sparsity=sparsity,
-        precision=resolve_precision(precision, q.device),
-        layout=layout,
-        scale=scale,
-        backend=backend,
-        keep_diagonal=keep_diagonal,
-    )
+    routing = {
+        "proj_q": proj_q,
+        "proj_k": proj_k,
+        "sparsity": sparsity,
+        "precision": resolve_precision(precision, q.device),
+        "layout": layout,
+        "scale": scale,
+        "backend": backend,
+        "keep_diagonal": keep_diagonal,
+    }
     exact = dense or functools.partial(_dense, layout=layout, scale=scale)
+    if references:
+        stretches = Stretches(tokens, (front, tokens - back), tuple(tuple(reference) for reference in references))
+        out = attend_with_references(attend, q, k, v, stretches, reference_keys=reference_keys, **routing)
+
+        def dense_ranges(ranges):
+            return exact(torch.cat([q.narrow(axis, start, stop - start) for start, stop in ranges], dim=axis), k, v)
+
+        return whole_output(out, dense_ranges, stretches, axis)
+    video = q.narrow(axis, front, tokens - front - back)
+    out = attend_video(attend, video, k, v, key_prefix=front, key_suffix=back, **routing)
 
     def dense_rows(rows):
         return exact(q.narrow(axis, rows.start, rows.stop - rows.start), k, v)

@@ -6,12 +6,14 @@ override (override.py), and is computed in self_attention.py.
 
 import contextlib
 import logging
+import math
 import threading
 
 from ..compat.override_chain import MARK
 from ..compat.own_attention import PREFERRED, own_attention
 from ..compat.rival_attention import ASIDE, callbacks_in
 from ..runs.history import RunHistory
+from ..settings.automatic import RunFacts
 from ..settings.values import skips_keeps
 from .layer_requests import requests_of, sol_note
 from .layer_weights import LayerWeights, router_notes
@@ -28,6 +30,8 @@ from .video_tokens import VideoSpan
 logger = logging.getLogger("sla2")
 
 KEY = "sla2"  # of wrappers and attachments on the ModelPatcher
+# what reading the arguments of a model call may raise that another pack shaped in its own way
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 class AttentionHook:
@@ -44,7 +48,8 @@ class AttentionHook:
         self.on_run_end = None  # called with this hook and the closed RunRecord
         self.frames = ModelFrames()
         self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
-        self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0)
+        plan_facts = _plan_facts(settings, router, facts, sla_weights) if facts else None
+        self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0, plan_facts)
         self._front = Front()
         self._inside = threading.local()
         self._own_attention = (None, None, None, None)
@@ -90,15 +95,15 @@ class AttentionHook:
         run.note(ASIDE)
         logger.warning("SLA2: %s", ASIDE)
 
-    def before_model(self, device, options):
+    def before_model(self, device, options, inputs=dict):
         """Takes the memory that the sparse calls of one model call on ``device`` keep: inside it, none may be taken.
 
-        options: its transformer_options.
+        options: its transformer_options. inputs: function that returns its arguments by name.
         """
         if self.facts is None or self.family_reason:
             return
         run = self.run_for_call()
-        step = self._steps.at(run, options)
+        step = self._steps.at(run, options, lambda: self._tokens(inputs))
         sparsities = {}
         for layer in range(self.facts.num_layers):
             with contextlib.suppress(RunDense):
@@ -137,7 +142,7 @@ class AttentionHook:
             run,
             diffusion_model,
             span,
-            self._steps.at(run, options),
+            self._steps.at(run, options, lambda: None if span is None else math.prod(span.grid)),
             override=override,
             own_attention=own,
             requests=requests,
@@ -173,9 +178,16 @@ class AttentionHook:
         try:
             inputs = inputs()
             front = layout.front(diffusion_model, inputs, patch_size)
-            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame, layout.references(inputs))
+        except UNREADABLE as error:
             run.note(f"{NO_SPAN} ({type(error).__name__}: {error})")
+            return None
+
+    def _tokens(self, inputs):
+        """Tokens of the video in one model call, or None: then the call itself says why they are unknown."""
+        try:
+            return math.prod(self.facts.layout.grid(inputs(), self.facts.patch_size))
+        except UNREADABLE:
             return None
 
     def open_call(self, frame):
@@ -239,6 +251,18 @@ class AttentionHook:
     @property
     def is_inside(self):
         return getattr(self._inside, "value", False)
+
+
+def _plan_facts(settings, router, facts, sla_weights):
+    """RunFacts of a patched MODEL, without those of a run."""
+    takes_ratios = settings.ratio_mode == "learned" and not settings.target_error
+    has_ratios = router is not None and router.sparsities and router.ratio(0, router.sparsities[0]) is not None
+    return RunFacts(
+        facts.layout.family,
+        trained=router.sparsities if has_ratios and takes_ratios else (),
+        is_sla=sla_weights is not None,
+        has_target=bool(settings.target_error),
+    )
 
 
 def _log_outcome(run):

@@ -25,7 +25,8 @@ class ModelLayout:
     otherwise). modules: (path, full class name) of what makes one self-attention call when it runs; "*" stands for every
     child; a path may end in the name of a method. front: tokens before the video's, see video_tokens.py. grid: (t, h, w) of
     the video's tokens. token_order: their order in the sequence. by_frame: the model asks for some queries at a time.
-    text_mask: masks of its calls are over text, and the same in every layer. wrapper: the kind of ComfyUI wrapper that
+    text_mask: masks of its calls are over text, and the same in every layer. references: which of the tokens beside the video's
+    are pictures, see video_tokens.py. wrapper: the kind of ComfyUI wrapper that
     meets the model call.
     """
 
@@ -37,12 +38,13 @@ class ModelLayout:
     token_order: str = RASTER
     by_frame: bool = False
     text_mask: bool = False
+    references: Callable = tokens.no_references
     wrapper: str = "DIFFUSION_MODEL"
 
 
 def wan(name, **facts):
     """A Wan variant whose blocks hold Wan's own self-attention."""
-    return ModelLayout("wan", f"{WAN}.{name}", ((BLOCKS_SELF, WAN_SELF),), **facts)
+    return ModelLayout("wan", f"{WAN}.{name}", ((BLOCKS_SELF, WAN_SELF),), references=tokens.all_beside, **facts)
 
 
 LAYOUTS = (
@@ -87,12 +89,14 @@ LAYOUTS = (
         "comfy.ldm.lightricks.model.LTXVModel",
         (("transformer_blocks.*.attn1", "comfy.ldm.lightricks.model.CrossAttention"),),
         grid=tokens.ltx_grid,
+        references=tokens.all_beside,
     ),
     ModelLayout(
         "ltx-2",
         "comfy.ldm.lightricks.av_model.LTXAVModel",
         (("transformer_blocks.*.attn1", "comfy.ldm.lightricks.model.CrossAttention"),),
         grid=tokens.ltx_grid,
+        references=tokens.all_beside,
     ),
     ModelLayout(
         "mochi",
@@ -120,6 +124,7 @@ LAYOUTS = (
         "comfy.ldm.minimax.model.MiniMaxH3Model",
         (("blocks.*.attn", "comfy.ldm.minimax.model.Attention"),),
         front=tokens.video_last,
+        references=tokens.h3_references,
     ),
     ModelLayout(
         "flux",

@@ -59,7 +59,7 @@ def install(model, settings, router, sla_weights=None):
 
     def before_model(executor, *args, **kwargs):
         device = latent_of({"x": args[0]} if args else kwargs).device
-        reserve(device, options_of(args, kwargs) or {})
+        reserve(device, options_of(args, kwargs) or {}, lambda: apply_inputs(executor.original, args, kwargs))
         return executor(*args, **kwargs)
 
     def around_call(executor, args, kwargs, inputs, is_next_to_the_model):

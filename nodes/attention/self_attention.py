@@ -12,7 +12,7 @@ from .call import check_supported, read_call
 from .failures import attempt, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
-from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
+from .sparse_call import rows_of_call, sparse_request, video_part, with_dense_rows
 from .steps import check_length, planned_sparsity
 from .video_tokens import DENSE_BY_NATURE
 
@@ -51,7 +51,9 @@ def _attend_sparse(call, layer, below, args, kwargs):
     out, ratio, kept, keys, judging, loops = result
     check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
     run = call.run
-    run.count_sparse(layer, ratio.shape, kept, keys, precision, ratio, request.tokens)
+    # rows that a reference's last block computes twice count once
+    rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
+    run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)
     run.count_loops(loops)
     if judging is not None:
         run.count_squares(layer, judging.squares(out))
@@ -75,26 +77,23 @@ def _repeat(call, layer, below, args, kwargs):
         request, exact = call.read(args, kwargs)
         weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
         precision = resolve_precision(call.hook.settings.bit_width, request.q.device)
-        part = video_part(request, exact)
-        out, *_ = sparse_video(part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale)
+        options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
+        out, *_ = sparse_request(request, exact, weights, sparsity=sparsity, **options)
         if is_used:
             return _whole(out, request, exact, below, args, kwargs)
     return below(*args, **kwargs)
 
 
 def _compute(call, layer, request, exact, sparsity, precision):
-    """(*sparse_video(), the loops that ran) of one call, timed."""
+    """(*sparse_request(), the loops that ran) of one call, timed."""
     run, device = call.run, request.q.device
     weights = call.hook.weights.on_device(layer, device, sparsity)
-    part = video_part(request, exact)
     if run.maps is not None:
-        run.maps.see(layer, part, weights, sparsity)
-    call_ratio = _call_ratio(call, layer, request, weights, sparsity)
+        run.maps.see(layer, video_part(request, exact), weights, sparsity)
+    options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
+    options["call_ratio"] = _call_ratio(call, layer, request, weights, sparsity)
     with run.timed(layer, "sparse", device), watch_loops() as loops:
-        found = sparse_video(
-            part, exact, weights, sparsity=sparsity, precision=precision, scale=request.scale, call_ratio=call_ratio
-        )
-        return *found, loops
+        return *sparse_request(request, exact, weights, sparsity=sparsity, **options), loops
 
 
 def _call_ratio(call, layer, request, weights, sparsity):
@@ -112,10 +111,10 @@ def _call_ratio(call, layer, request, weights, sparsity):
 
 
 def _whole(out, request, exact, below, args, kwargs):
-    """The call's output: ``out`` of the video's queries, and the other rows as ``below`` computes them."""
+    """The call's output: ``out`` of the sparse queries, and the other rows as ``below`` computes them."""
 
-    def dense_rows(rows):
-        new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+    def dense_rows(*rows):
+        new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
         return below(*new_args, **new_kwargs)
 
     return with_dense_rows(out, request, exact, dense_rows)

@@ -1,6 +1,7 @@
-"""One self-attention call of a video model: the video's queries run sparse, those of text and references dense.
+"""One self-attention call of a video model: the queries of the video and of references run sparse, those of text and sound dense.
 
-sla2_kernels/exact_ends.py is the same without ComfyUI; here are ComfyUI's layouts, and the ratio that a call fits.
+sla2_kernels/exact_ends.py and references.py are the same without ComfyUI; here are ComfyUI's layouts, and the ratio that a call
+fits.
 """
 
 import functools
@@ -8,11 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ...sla2_kernels import sla2_attention
+from ...sla2_kernels import K_BLOCK, sla2_attention
 from ...sla2_kernels.exact_ends import attend_video, with_exact_rows
 from ...sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
 from ...sla2_kernels.forced_blocks import forced_block_counts
+from ...sla2_kernels.references import REFERENCE_KEYS, attend_with_references, selected_with_references
+from ...sla2_kernels.router import block_count
 from ...sla2_kernels.sla_v1 import sla_attention
+from ...sla2_kernels.stretches import Stretches, whole_output
+from .video_tokens import ExactTokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,13 @@ def video_part(request, exact):
     return VideoPart(*(views if request.flat_output else (t.transpose(1, 2) for t in views)), layout)
 
 
+def stretches_of(request, exact):
+    """Stretches of a call whose references run sparse beside the video, else None."""
+    if not exact.references:
+        return None
+    return Stretches(request.tokens, (exact.query_front, request.tokens - exact.query_back), exact.references)
+
+
 @dataclass(frozen=True)
 class ExactRows:
     """Query rows of the video that a fitted call also computed exactly, but did not fit: its output is judged by them.
@@ -62,20 +74,14 @@ class ExactRows:
         return squared_error(out, self.dense, self.rows)
 
 
-def forced_blocks(part, exact):
-    """ForcedBlocks of a call's keys: those around the video's that every query attends."""
-    return forced_block_counts(part.k.shape[part.token_axis], exact.key_front, exact.key_back)
-
-
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
     """(out, ratio, kept, keys, ExactRows or None): the video's queries attend ``kept`` of ``keys`` keys exactly.
 
     ratio: of each query row, float32 (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call
     that keeps all blocks has nothing to fit.
     """
-    keys, forced = part.k.shape[part.token_axis], forced_blocks(part, exact)
-    kept = forced.attended_keys(keys, sparsity)
-    fits = call_ratio is not None and call_ratio.number is not None and forced.selected(sparsity) < sum(forced)
+    keys = part.k.shape[part.token_axis]
+    forced = forced_block_counts(keys, exact.key_front, exact.key_back)
     attend = functools.partial(
         attend_video,
         q=part.q,
@@ -91,20 +97,47 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
         layout=part.layout,
         keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
     )
-    if fits:
-        out, ratio, judging = _fitted(part, call_ratio, attend)
-        return out, ratio, kept, keys, judging
+    may_fit = forced.selected(sparsity) < sum(forced)
+    out, ratio, judging = _mixed(attend, part.q.shape[part.token_axis], part, weights, call_ratio, may_fit)
+    return out, ratio, forced.attended_keys(keys, sparsity), keys, judging
+
+
+def sparse_stretches(request, stretches, weights, *, sparsity, precision, scale, reference_keys, call_ratio=None):
+    """The same for the queries of all stretches of a call, out and ratio in the order of gathered_queries()."""
+    part = video_part(request, ExactTokens())
+    selected = selected_with_references(stretches, sparsity, reference_keys, keep_diagonal=weights.keep_diagonal)
+    attend = functools.partial(
+        attend_with_references,
+        q=part.q,
+        k=part.k,
+        v=part.v,
+        stretches=stretches,
+        proj_q=weights.proj_q,
+        proj_k=weights.proj_k,
+        sparsity=sparsity,
+        precision=precision,
+        scale=scale,
+        reference_keys=reference_keys,
+        layout=part.layout,
+        keep_diagonal=weights.keep_diagonal,
+    )
+    may_fit = selected < block_count(stretches.tokens, K_BLOCK)
+    out, ratio, judging = _mixed(attend, stretches.gathered_rows, part, weights, call_ratio, may_fit)
+    return out, ratio, min(stretches.tokens, selected * K_BLOCK), stretches.tokens, judging
+
+
+def _mixed(attend, rows, part, weights, call_ratio, may_fit):
+    """(out, ratio of each of ``rows`` query rows, ExactRows or None). may_fit: whether a key block is left out at all."""
+    if call_ratio is not None and call_ratio.number is not None and may_fit:
+        return _fitted(attend, rows, part, call_ratio)
     if weights.linear_branch:
         alpha = weights.alpha if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
-        out, ratio = attend(sla2_attention, alpha=alpha, return_alpha=True)
-    else:
-        out, ratio = attend(sla_attention, proj_l=weights.proj_l, return_alpha=True)
-    return out, ratio, kept, keys, None
+        return *attend(sla2_attention, alpha=alpha, return_alpha=True), None
+    return *attend(sla_attention, proj_l=weights.proj_l, return_alpha=True), None
 
 
-def _fitted(part, call_ratio, attend):
+def _fitted(attend, tokens, part, call_ratio):
     """(out, ratio, ExactRows) of a call that fits its ratio, and keeps it for the calls that do not."""
-    tokens = part.q.shape[part.token_axis]
     rows = sample_rows(tokens, call_ratio.number, part.q.device)
     found = attend(fitted_attention, rows=rows)
     if call_ratio.kept is not None:
@@ -113,22 +146,39 @@ def _fitted(part, call_ratio, attend):
     return found.out, found.ratio[..., None].expand(-1, -1, tokens), judging
 
 
+def sparse_request(request, exact, weights, *, reference_keys, **options):
+    """What sparse_video() returns of a call, or where its references run sparse too, sparse_stretches()."""
+    stretches = stretches_of(request, exact)
+    if stretches is None:
+        return sparse_video(video_part(request, exact), exact, weights, scale=request.scale, **options)
+    return sparse_stretches(request, stretches, weights, scale=request.scale, reference_keys=reference_keys, **options)
+
+
+def leaves_out(request, exact, sparsity, keep_diagonal=False, reference_keys=REFERENCE_KEYS[0]):
+    """Whether sparse_request() leaves a key block to the linear branch."""
+    stretches = stretches_of(request, exact)
+    if stretches is None:
+        forced = forced_block_counts(request.key_tokens, exact.key_front, exact.key_back)
+        return forced.selected(sparsity) < sum(forced)
+    selected = selected_with_references(stretches, sparsity, reference_keys, keep_diagonal=keep_diagonal)
+    return selected < block_count(stretches.tokens, K_BLOCK)
+
+
 def with_dense_rows(out, request, exact, dense):
-    """The whole call's output: ``out`` of the video's queries between the rows that ``dense`` computes exactly."""
-    flat = request.flat_output
+    """The whole call's output: ``out`` of sparse_request(), and the rows of these slices as dense(slice, ...) computes them."""
+    flat, stretches = request.flat_output, stretches_of(request, exact)
+    out, axis = (out.flatten(2), 1) if flat else (out, 2)
+    if stretches is not None:
+        return whole_output(out, lambda ranges: dense(*(slice(*own) for own in ranges)), stretches, axis)
     return with_exact_rows(
-        out.flatten(2) if flat else out,
-        dense,
-        tokens=request.tokens,
-        prefix=exact.query_front,
-        suffix=exact.query_back,
-        axis=1 if flat else 2,
+        out, dense, tokens=request.tokens, prefix=exact.query_front, suffix=exact.query_back, axis=axis
     )
 
 
-def rows_of_call(args, kwargs, rows):
-    """(args, kwargs) of the same call with only these query rows."""
+def rows_of_call(args, kwargs, *rows):
+    """(args, kwargs) of the same call with only the query rows of these slices."""
     heads_first = kwargs["skip_reshape"] if "skip_reshape" in kwargs else len(args) > 6 and args[6]
     q = args[0] if args else kwargs["q"]
-    q = q[:, :, rows] if heads_first else q[:, rows]
+    parts = [q[:, :, own] if heads_first else q[:, own] for own in rows]
+    q = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2 if heads_first else 1)
     return ((q, *args[1:]), kwargs) if args else (args, {**kwargs, "q": q})

@@ -1,10 +1,12 @@
 """Where a model call stands in its sampling run, and which sparsity the settings plan for a layer in it."""
 
+import dataclasses
 from typing import NamedTuple
 
 from ...sla2_kernels.support import MINIMUM_TOKENS
 from ..runs.error_target import MIN_SPARSITY, Choice
 from ..runs.record import capturing
+from ..settings.automatic import Plan, plan_of
 from ..settings.schedule import RunProgress, StepNumbers, goes_on, needs_numbers, needs_progress, sparsity_of
 from ..settings.values import AUTOMATIC
 from .run_dense import RunDense
@@ -15,11 +17,13 @@ GOES_ON = "this sampler goes on with what another one began: the schedule's rule
 
 
 class Step(NamedTuple):
-    """A step of a run, each part None where the sampler does not say. progress: 0 to 1. number: from 1.
+    """A step of a run, whose plan holds sparsity and schedule. progress: 0 to 1. number: from 1.
 
-    choice: of the sparsity, where target_error is set and the step has calls to choose for.
+    Each of the rest is None where the sampler does not say. choice: of the sparsity, where target_error is set and the step
+    has calls to choose for.
     """
 
+    plan: Plan
     in_window: bool | None
     progress: float | None = None
     number: int | None = None
@@ -27,12 +31,18 @@ class Step(NamedTuple):
 
 
 class RunSteps:
-    """Steps of the sampling run under way. model_sampling: the MODEL's own, where the sampler brings none. layers: of the model."""
+    """Steps of the sampling run under way.
 
-    def __init__(self, settings, model_sampling, layers):
+    model_sampling: the MODEL's own, where the sampler brings none. layers: of the model. facts: RunFacts without those of the
+    run itself, for settings that plan themselves.
+    """
+
+    def __init__(self, settings, model_sampling, layers, facts=None):
         self._settings = settings
         self._model_sampling = model_sampling
         self._layers = layers
+        self._facts = facts
+        self._plan = None
         self._planned = (None, None)
         self._progress = None
         self._numbers = StepNumbers()
@@ -43,10 +53,13 @@ class RunSteps:
         patcher: the sampler's model, whose sigmas a later node may have shifted.
         """
         sampling, self._numbers, self._planned = self._sampling(patcher), StepNumbers(), (None, None)
-        self._progress = RunProgress(sampling.percent_to_sigma) if needs_progress(self._settings.schedule) else None
-        if self._settings.whole_run:
+        settings = self._settings
+        self._plan = None if settings.plans_itself else Plan(settings.sparsity, settings.schedule)
+        has_progress = settings.plans_itself or needs_progress(settings.schedule)
+        self._progress = RunProgress(sampling.percent_to_sigma) if has_progress else None
+        if settings.whole_run:
             return None
-        ends = (self._settings.start_percent, self._settings.end_percent)
+        ends = (settings.start_percent, settings.end_percent)
         return tuple(float(sampling.percent_to_sigma(percent)) for percent in ends)
 
     def number_from(self, inputs, patcher, run):
@@ -58,14 +71,27 @@ class RunSteps:
         if self._numbers.goes_on:
             run.note(GOES_ON)
 
-    def at(self, run, options):
-        """The Step of a model call with these transformer_options."""
+    def at(self, run, options, tokens=lambda: None):
+        """The Step of a model call with these transformer_options. tokens: function that returns the video's, None: unknown."""
         sigmas, sample_sigmas = options.get("sigmas"), options.get("sample_sigmas")
+        plan = self._planned_run(run, sample_sigmas, tokens)
         progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
-        step = Step(run.in_window(sigmas), progress, self._number(run, sigmas, sample_sigmas))
+        step = Step(plan, run.in_window(sigmas), progress, self._number(run, plan, sigmas, sample_sigmas))
         if not self._settings.target_error or not self._is_planned(step):
             return step
         return step._replace(choice=self._choice(run, sigmas, sample_sigmas))
+
+    def _planned_run(self, run, sample_sigmas, tokens):
+        """The run's Plan: of the settings, or what the first model call whose length is known makes of it."""
+        if self._plan is not None:
+            return self._plan
+        known = {"tokens": tokens(), "steps": None, "begins_at": None}
+        if sample_sigmas is not None:
+            known |= {"steps": len(sample_sigmas) - 1, "begins_at": self._progress.at(float(sample_sigmas[0]))}
+        run.plan = plan_of(dataclasses.replace(self._facts, **known))
+        if known["tokens"] is not None:
+            self._plan = run.plan
+        return run.plan
 
     def _choice(self, run, sigmas, sample_sigmas):
         target = run.target(self._settings.target_error)
@@ -92,7 +118,8 @@ class RunSteps:
 
     def _step(self, run, sigma, number):
         progress = None if self._progress is None else self._progress.at(sigma)
-        return Step(run.window is None or run.is_inside(sigma), progress, None if self._numbers.goes_on else number)
+        number = None if self._numbers.goes_on else number
+        return Step(run.plan or self._plan, run.window is None or run.is_inside(sigma), progress, number)
 
     def _is_planned(self, step):
         return any(planned_dense_reason(self._settings, layer, step) is None for layer in range(self._layers))
@@ -100,8 +127,8 @@ class RunSteps:
     def _sampling(self, patcher):
         return self._model_sampling if patcher is None else patcher.get_model_object("model_sampling")
 
-    def _number(self, run, sigmas, sample_sigmas):
-        if not needs_numbers(self._settings.schedule) or self._numbers.goes_on:
+    def _number(self, run, plan, sigmas, sample_sigmas):
+        if not needs_numbers(plan.schedule) or self._numbers.goes_on:
             return None
         if sigmas is None or sample_sigmas is None:
             run.note(NO_NUMBER)
@@ -123,7 +150,7 @@ def kept_dense_reason(settings, layer, in_window):
 def planned_dense_reason(settings, layer, step):
     """The same for a Step, the schedule's rules included; what target_error chose does not count."""
     reason = kept_dense_reason(settings, layer, step.in_window)
-    if reason is None and _scheduled(settings, layer, step, settings.sparsity) is None:
+    if reason is None and _scheduled(layer, step, step.plan.sparsity) is None:
         reason = "the schedule keeps this step or layer dense"
     return reason
 
@@ -133,15 +160,15 @@ def planned_sparsity(settings, layer, step):
     reason = planned_dense_reason(settings, layer, step)
     if reason is not None:
         raise RunDense(reason, by_setting=True)
-    chosen = settings.sparsity if step.choice is None else step.choice.sparsity
-    sparsity = _scheduled(settings, layer, step, chosen)
+    chosen = step.plan.sparsity if step.choice is None else step.choice.sparsity
+    sparsity = _scheduled(layer, step, chosen)
     if sparsity is None:
         raise RunDense(out_of_reach(settings), by_setting=True)
     return sparsity
 
 
-def _scheduled(settings, layer, step, otherwise):
-    return sparsity_of(settings.schedule, layer, step.progress, otherwise, step.number)
+def _scheduled(layer, step, otherwise):
+    return sparsity_of(step.plan.schedule, layer, step.progress, otherwise, step.number)
 
 
 def out_of_reach(settings):

@@ -1,14 +1,18 @@
 """Where the video's tokens lie in a self-attention call, and what stands before and behind them.
 
-Text, reference and pose tokens are few and matter to every query: as keys they are always attended, as queries they run
-dense. A ``front`` function of a layout says how many tokens stand before the video's (None: the video is last); whatever is
-left stands behind them. ``inputs`` are the arguments of one model call by name.
+Text and sound tokens are few and matter to every query: as keys they are always attended, as queries they run dense. A
+``front`` function of a layout says how many tokens stand before the video's (None: the video is last); whatever is left stands
+behind them. A ``references`` function says which of them are reference images and videos, guides or poses, that can be as many
+as the video's own: their queries run sparse. ``inputs`` are the arguments of one model call by name.
 """
 
 import inspect
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...sla2_kernels import Q_BLOCK
 from .run_dense import RunDense
 
 
@@ -101,31 +105,88 @@ def text_in_front(model, inputs, patch_size):
     return inputs["context"].shape[1]
 
 
+def no_references(inputs):
+    """A function (front, video tokens, tokens) -> ((start, stop), ...) of the references in a call; here none."""
+    return lambda front, video, tokens: ()
+
+
+def all_beside(inputs):
+    """Whatever stands before the video is one reference, whatever stands behind it another: pictures, guides or poses."""
+
+    def ranges(front, video, tokens):
+        return tuple((start, stop) for start, stop in ((0, front), (front + video, tokens)) if start < stop)
+
+    return ranges
+
+
+H3_PICTURES = ("cond", "ref_img")  # key frames, reference images and videos
+H3_PICTURE_TAG = 0  # of text tokens
+
+
+def h3_references(inputs):
+    """MiniMax H3 names the segments of its sequence, the video's last; a table of another call is not believed.
+
+    Its text shows every picture once more, in as many tokens, which the model itself treats as video.
+    """
+    payload = inputs.get("minimax_payload") or {}
+    segments, tags = list(getattr(payload.get("layout"), "segments", ())), payload.get("text_token_tags")
+    shown = [] if tags is None else _runs_of_pictures(tags.flatten().tolist())
+
+    def ranges(front, video, tokens):
+        if not segments or tuple(segments[-1]) != (front, tokens, "video"):
+            return ()
+        pictures = [(start, stop) for start, stop, kind in segments if kind in H3_PICTURES and start < stop]
+        if tags is not None and tuple(segments[0]) == (0, tags.numel(), "text"):
+            pictures += shown
+        return tuple(sorted(pictures))
+
+    return ranges
+
+
+def _runs_of_pictures(tags):
+    """(start, stop) of the text's tokens that belong to one picture, where they fill a block of queries."""
+    runs, start = [], 0
+    for tag, group in itertools.groupby(tags):
+        stop = start + len(list(group))
+        runs += [(start, stop)] if tag == H3_PICTURE_TAG and stop - start >= Q_BLOCK else []
+        start = stop
+    return runs
+
+
 REFERENCE_QUERIES = "the queries are those of the reference image"
 DENSE_BY_NATURE = {REFERENCE_QUERIES}  # dense calls that are no failure
 
 
 @dataclass(frozen=True)
 class ExactTokens:
-    """How many queries at both ends run dense, and how many keys at both ends every query attends."""
+    """How many queries at both ends run dense, and how many keys at both ends every query attends.
+
+    references: (start, stop) of those among them that need not be exact.
+    """
 
     query_front: int = 0
     query_back: int = 0
     key_front: int = 0
     key_back: int = 0
+    references: tuple[tuple[int, int], ...] = ()
 
     @property
-    def any(self):
-        return bool(self.query_front or self.query_back or self.key_front or self.key_back)
+    def dense_queries(self):
+        """Number of queries that run dense."""
+        return self.query_front + self.query_back - sum(stop - start for start, stop in self.references)
 
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where the video's tokens lie in one model call. grid: (t, h, w). front: tokens before them, None: they are last."""
+    """Where the video's tokens lie in one model call. grid: (t, h, w). front: tokens before them, None: they are last.
+
+    references: function (front, video tokens, tokens) -> ((start, stop), ...).
+    """
 
     grid: tuple
     front: int | None = 0
     by_frame: bool = False
+    references: Callable = no_references({})
 
     def exact_tokens(self, queries, keys):
         """ExactTokens of a call with so many query and key tokens; raises RunDense where it is no such call."""
@@ -138,7 +199,7 @@ class VideoSpan:
             needed = video + max(front, 0)
             raise RunDense(f"the call has {keys} key tokens, fewer than the {needed} of this model's video")
         if queries == keys:
-            return ExactTokens(front, back, front, back)
+            return ExactTokens(front, back, front, back, self.references(front, video, keys))
         if not back:
             raise RunDense(REFERENCE_QUERIES)
         return ExactTokens(0, 0, front, back)

@@ -2,12 +2,11 @@
 
 from ...sla2_kernels import default_precision
 from ..compat.rival_attention import ASIDE
+from ..settings.automatic import untrained_limit
 from .inexact_dense import sage_warning
 
 SMALL_SHARE = 0.2  # of the sampling time: below it even free attention saves little
 LITTLE_GAIN = 1.15  # times faster per call
-# (tokens, highest sparsity without a trained router): about the same attention error at each, docs/QUALITY.md
-UNTRAINED_LIMITS = ((75_000, 0.98), (32_000, 0.97), (14_000, 0.93), (0, 0.9))
 
 
 def advice(hook, run):
@@ -108,7 +107,7 @@ def _untrained(hook, run):
     trained = hook.router is not None or hook.sla_weights is not None or hook.settings.method == "top-k only"
     if trained or not _sparse(run):
         return None
-    limit = next(limit for tokens, limit in UNTRAINED_LIMITS if run.shortest >= tokens)
+    limit = untrained_limit(run.shortest)
     if high <= limit:
         return None
     return (

@@ -76,6 +76,7 @@ class RunRecord:
         self.latent_sample = None
         self.maps = wanted_maps()
         self.fitted_ratios = FittedRatios()
+        self.plan = None  # Plan, where the preset is automatic
         self.error_target = None  # ErrorTarget where the user set one
         self.attention_error = None  # root mean square of the measured calls' relative errors, once the run is closed
         self.lock = threading.Lock()
@@ -268,6 +269,8 @@ class RunRecord:
         self.fitted_ratios.clear()
         self._note_bad_outputs()
         self._note_unmet()
+        if self.plan is not None and any(record.sparse for record in self.layers.values()):
+            self.note(self.plan.sentence)
         if self.maps is not None:
             self.maps.close()
         if failure is None and output is not None:

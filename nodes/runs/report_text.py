@@ -25,7 +25,7 @@ def report_data(hook, run, caveat=None):
     """The run as a dictionary of plain values: what ``report_text`` says, for programs."""
     settings = hook.settings
     data = {
-        "sparsity_setting": settings.sparsity,
+        "sparsity_setting": settings.sparsity if run is None or run.plan is None else run.plan.sparsity,
         "method": method_name(hook),
         "router": router_name(hook.router),
         "ratio": ratio_name(hook),

@@ -1,4 +1,5 @@
 """Presets of SLA2 Apply Attention, as data. A preset fills in sparsity and schedule; every other widget stays as it is.
+*automatic* does so as each run begins, see automatic.py.
 
 ``measured`` is what docs/QUALITY.md has of a preset, on the miniature; None says that nobody has measured it yet. The report
 says either. Distilled models of 4 to 8 steps spend an eighth to a quarter of the run in each step, so that their first step is
@@ -7,7 +8,7 @@ kept dense (in "fast" at 90%), by its number, instead of a share of the run.
 
 from dataclasses import dataclass
 
-CUSTOM = "custom"
+AUTOMATIC_PRESET, CUSTOM = "automatic", "custom"
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,27 @@ PRESETS = (
         measured="SSIM 0.78, PSNR 17.9 dB", measured_schedule=f"{EIGHTH}: 0.9",
     ),
 )  # fmt: skip
-NAMES = (CUSTOM, *(preset.name for preset in PRESETS))
+NAMES = (AUTOMATIC_PRESET, CUSTOM, *(preset.name for preset in PRESETS))
 
 
 def preset_named(name):
-    """The Preset, or None for "custom"; raises ValueError with one sentence."""
-    if name == CUSTOM:
+    """The Preset, or None for "custom" and "automatic"; raises ValueError with one sentence."""
+    if name in (AUTOMATIC_PRESET, CUSTOM):
         return None
     found = next((preset for preset in PRESETS if preset.name == name), None)
     if found is None:
         raise ValueError(f"preset must be one of {', '.join(NAMES)}, got {name!r}.")
     return found
+
+
+def check_preset(name, method):
+    """Raises ValueError with one sentence where there is no such preset, or none that goes with this method."""
+    preset_named(name)
+    if name == AUTOMATIC_PRESET and method == "top-k only":
+        raise ValueError(
+            'method "top-k only" needs the sparsity that its LoRA was distilled with, which the preset automatic cannot know: '
+            "set preset to custom, and sparsity."
+        )
 
 
 def preset_notes(preset, router, sla_weights=None):

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from ...sla2_kernels.references import REFERENCE_KEYS
+
 BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
 RATIO_MODES = ("learned", "estimated", "fixed", "fitted")
 MEASURING_RATIO_MODES = ("learned", "fitted")  # target_error takes fitted for learned
@@ -27,6 +29,8 @@ class AttentionSettings:
     schedule: tuple = ()  # of schedule.Rule
     method: str = "automatic"
     target_error: float = 0.0  # attention error to choose the sparsity for; 0: sparsity counts
+    reference_keys: str = REFERENCE_KEYS[0]  # of sla2_kernels.references
+    plans_itself: bool = False  # preset automatic: sparsity and schedule are chosen as each run begins
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -39,8 +43,9 @@ class AttentionSettings:
         if self.ratio_mode not in RATIO_MODES:
             raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {self.ratio_mode!r}.")
 
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        check_method(self.method)
+        if self.reference_keys not in REFERENCE_KEYS:
+            raise ValueError(f"reference_keys must be one of {', '.join(REFERENCE_KEYS)}, got {self.reference_keys!r}.")
         if not 0 <= self.target_error < 1:
             raise ValueError(f"target_error must be at least 0 (off) and below 1, got {self.target_error}.")
         if self.target_error and (self.ratio_mode not in MEASURING_RATIO_MODES or self.method == "top-k only"):
@@ -51,7 +56,9 @@ class AttentionSettings:
 
     @property
     def sparsities(self):
-        """Every sparsity that a call of a run may get, the ends of ramps among them; without those that target_error chooses."""
+        """Every sparsity that a call of a run may get, the ends of ramps among them; without those that a run chooses."""
+        if self.plans_itself:
+            return ()
         ruled = [sparsity for rule in self.schedule for sparsity in rule.sparsity or ()]
         return tuple(dict.fromkeys(ruled if self.target_error else [self.sparsity, *ruled]))
 
@@ -66,6 +73,12 @@ def skips_keeps(sparsity):
         return "nothing skipped"
     skipped = round(100 * sparsity, 1)
     return f"skips {skipped:g}%, keeps {round(100 - skipped, 1):g}%"
+
+
+def check_method(method):
+    """Raises ValueError with one sentence unless it is one of METHODS."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
 def check_percents(start, end):

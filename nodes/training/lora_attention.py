@@ -5,13 +5,14 @@ from collections import Counter
 
 import torch
 
+from ...sla2_kernels.references import REFERENCE_KEYS
 from ...sla2_training.ratios import logits_of_estimates, start_logits
 from ..attention.call import check_supported
 from ..attention.layer_weights import CallWeights
 from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
 from ..attention.run_dense import RunDense
-from ..attention.sparse_call import forced_blocks, rows_of_call, sparse_video, video_part, with_dense_rows
+from ..attention.sparse_call import leaves_out, rows_of_call, sparse_request, with_dense_rows
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 
@@ -77,35 +78,34 @@ class LoraAttention:
         """One self-attention call, sparse as in SLA2 Apply Attention; one that cannot be is counted and runs dense."""
         try:
             request, exact = call.read(args, kwargs)
-            part = video_part(request, exact)
-            self._check(request, exact, part)
+            self._check(request, exact)
         except RunDense as found:
             reason = found.reason
         else:
-            return self._attend_sparse(call, layer, request, exact, part, below, args, kwargs)
+            return self._attend_sparse(call, layer, request, exact, below, args, kwargs)
         if not call.repeated:
             self.untrained[reason] += 1
         return below(*args, **kwargs)
 
-    def _attend_sparse(self, call, layer, request, exact, part, below, args, kwargs):
-        def dense_rows(rows):
-            new_args, new_kwargs = rows_of_call(args, kwargs, rows)
+    def _attend_sparse(self, call, layer, request, exact, below, args, kwargs):
+        def dense_rows(*rows):
+            new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
             return below(*new_args, **new_kwargs)
 
         alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
         weights = CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal)
-        options = {"sparsity": self.sparsity, "precision": self.precision, "scale": request.scale}
-        out, ratio, *_ = sparse_video(part, exact, weights, **options)
+        options = {"sparsity": self.sparsity, "precision": self.precision, "reference_keys": REFERENCE_KEYS[0]}
+        out, ratio, *_ = sparse_request(request, exact, weights, **options)
         if alpha is None and self.needs_start:
             self._estimates[layer].append(ratio)
         if not call.repeated:
             self.sparse_calls += 1
         return with_dense_rows(out, request, exact, dense_rows)
 
-    def _check(self, request, exact, part):
+    def _check(self, request, exact):
         """Raises RunDense where the call cannot run sparse, or would keep everything."""
-        forced = forced_blocks(part, exact)
-        if forced.selected(self.sparsity) >= sum(forced):
-            keys = part.k.shape[part.token_axis]
-            raise RunDense(f"the video is so short ({keys} tokens) that sparsity {self.sparsity:g} keeps all of it")
+        if not leaves_out(request, exact, self.sparsity, self._keep_diagonal):
+            raise RunDense(
+                f"the video is so short ({request.key_tokens} tokens) that sparsity {self.sparsity:g} keeps all of it"
+            )
         check_supported(request, self.precision)

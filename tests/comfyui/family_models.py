@@ -101,6 +101,16 @@ def audio_video(inputs):
     return inputs | {"x": [inputs["x"], rand(1, 8, 12, 16, seed=2)], "context": rand(1, 24, 64 + 64)}
 
 
+def h3_references(sizes):
+    """What MiniMax H3's nodes hand over with reference images and videos of (frames, height, width) cells."""
+    refs = [
+        {"kind": "image" if t == 1 else "video", "latent_t": t, "latent_h": h, "latent_w": w, "ref_audio_t": 0,
+         "latent": rand(1, 24, t, h, w, seed=number)}
+        for number, (t, h, w) in enumerate(sizes)
+    ]  # fmt: skip
+    return {"refs": refs, "cond_video_latents": [ref["latent"] for ref in refs]}
+
+
 # name: (class, its arguments, inputs of one call, how many video self-attention calls run sparse, how many others there are)
 FAMILIES = {
     "wan t2v": (*wan("model.WanModel", wan_inputs()), 2, 2),
@@ -217,6 +227,13 @@ FAMILIES = {
             "context": rand(1, 24, 256),
         }, 2, 0,
     ),
+    "minimax-h3 references": (
+        "comfy.ldm.minimax.model.MiniMaxH3Model", H3,
+        {
+            "x": [rand(1, 24, 4, 16, 20), rand(1, 32, 2, 9, seed=2)], "timestep": torch.tensor([500.0]),
+            "context": rand(1, 24, 256), "minimax_payload": h3_references(((1, 16, 20), (1, 24, 32), (2, 16, 20))),
+        }, 2, 0,
+    ),
     "flux": (
         "comfy.ldm.flux.model.Flux", FLUX,
         {
@@ -236,7 +253,7 @@ FAMILIES = {
 
 
 # families whose allocations newer ComfyUI records, per model call and per block: where their blocks are
-RECORDED = {"minimax-h3": "blocks", "ltx-2": "transformer_blocks"}
+RECORDED = {"minimax-h3": "blocks", "minimax-h3 references": "blocks", "ltx-2": "transformer_blocks"}
 
 
 def class_of(path):
@@ -252,6 +269,13 @@ def inputs_for(cls, inputs):
     """The inputs as this version of the class takes them."""
     if "keyframe_idxs" in inputs and "denoise_mask" not in inspect.signature(cls._forward).parameters:
         return inputs | {"keyframe_idxs": inputs["keyframe_idxs"][..., 0]}
+    payload = inputs.get("minimax_payload")
+    if payload is not None:  # ComfyUI lays the sequence out once per sampling
+        (_, _, *video), sound = inputs["x"][0].shape, inputs["x"][1].shape[-1]
+        layout = cls.__init__.__globals__["PackedLayout"](
+            inputs["context"].shape[1], *video, sound, refs=payload["refs"]
+        )
+        return inputs | {"minimax_payload": payload | {"layout": layout}}
     return inputs
 
 

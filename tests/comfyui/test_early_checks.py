@@ -14,7 +14,9 @@ BAD = [
     ({"schedule": "layers 0-x: dense"}, "is no layer or range of layers"),
     ({"schedule": "0%-20%: 1.5"}, "a sparsity of at least 0 and below 1"),
     ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent must be below end_percent"),
-    ({"preset": "fastest"}, "preset must be one of custom, quality"),
+    ({"preset": "fastest"}, "preset must be one of automatic, custom, quality"),
+    ({"method": "best"}, "method must be one of automatic, sla2, top-k only"),
+    ({"preset": "automatic", "method": "top-k only"}, "needs the sparsity that its LoRA was distilled with"),
 ]
 
 

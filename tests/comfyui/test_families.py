@@ -81,8 +81,8 @@ def test_family(probe_of, path, name):
     assert documented()[name][3:5] == [f"{run['sparse']} of {video}", f"{run['sparse']} of {found['calls']}"]
     assert found["exact"]["difference"] < 2e-6
     assert found["sparse"]["difference"] > 2e-4
-    # of all query and key tokens: SCAIL-2's reference and pose rows, which run dense, count as kept
-    assert all(share > 0.19 for share in found["sparse"]["sparsity"])
+    # of all query and key tokens; beside small references most key blocks hold tokens of two kinds, and are always attended
+    assert all(share > 0.06 for share in found["sparse"]["sparsity"])
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -52,9 +52,36 @@ def test_the_callers_dense_attention_runs_the_exact_rows():
     assert seen == [70, 33]
 
 
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("reference_keys", ["routed", "exact"])
+def test_references_run_sparse_between_rows_that_stay_exact(layout, reference_keys):
+    """Text, two references, sound, the video, and a reference behind it."""
+    qkv, asked = tensors(1100), []
+    given = qkv if layout == "BHND" else [t.transpose(1, 2) for t in qkv]
+
+    def own(q, k, v):
+        asked.append(q.shape[2 if layout == "BHND" else 1])
+        rows = (q, k, v) if layout == "BHND" else (t.transpose(1, 2) for t in (q, k, v))
+        out = dense(*rows)
+        return out if layout == "BHND" else out.transpose(1, 2)
+
+    options = {"front": 400, "back": 150, "layout": layout, "precision": "16bit", "dense": own}
+    options |= {"references": [(30, 190), (190, 370), (950, 1100)], "reference_keys": reference_keys}
+    outs = [video_attention(*given, sparsity=sparsity, **options) for sparsity in (0.0, 0.8)]
+    exact, sparse = outs if layout == "BHND" else [out.transpose(1, 2) for out in outs]
+    assert asked == [60, 60]
+    torch.testing.assert_close(exact, dense(*qkv), rtol=1e-4, atol=1e-5)
+    for rows in (slice(0, 30), slice(370, 400)):
+        torch.testing.assert_close(sparse[:, :, rows], dense(*qkv)[:, :, rows])
+    for rows in (slice(30, 190), slice(190, 370), slice(400, 950), slice(950, 1100)):
+        assert (sparse - exact)[:, :, rows].abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"references": [(30, 700)]}, "references must name tokens of 0 to 640"),
+        ({"references": [(30, 90)], "reference_keys": "some"}, 'reference_keys must be "routed" or "exact"'),
         ({"method": "sla"}, 'or "sla" with proj_l'),
         ({"method": "best"}, "got 'best'"),
         ({"front": 600, "back": 40}, "leave video tokens, got 600 and 40 of 640"),

@@ -206,5 +206,5 @@ def test_presets_are_all_readable_and_say_what_they_rest_on(pack_module, parse):
         assert any("trained router" in note for note in notes) == preset.trained
         assert any("two of its 8 steps" in note for note in notes) == (preset.measured_schedule is not None)
         assert not any("trained router" in note for note in presets.preset_notes(preset, object()))
-    with pytest.raises(ValueError, match="preset must be one of custom, quality"):
+    with pytest.raises(ValueError, match="preset must be one of automatic, custom, quality"):
         presets.preset_named("best")

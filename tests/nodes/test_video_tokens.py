@@ -161,3 +161,79 @@ def test_inputs_are_known_by_name_however_they_are_passed(pack_module):
         forward, (1, 2), {"context": 3, "reference_latent": 4}
     )
     assert found == {"x": 1, "timestep": 2, "context": 3, "reference_latent": 4}
+
+
+PICTURES = ((90, 230), (230, 400))
+
+
+@pytest.mark.parametrize("heads_are_first", [False, True])
+@pytest.mark.parametrize("reference_keys", ["routed", "exact"])
+def test_queries_of_references_run_sparse_and_those_between_them_exactly(bench, heads_are_first, reference_keys):
+    """Text, two pictures and sound before 500 video tokens, which end behind them; one dense call for all that is exact."""
+    qkv, asked = call(queries=940, keys=940), []
+    qkv = heads_first(qkv) if heads_are_first else qkv
+    kwargs = {"skip_reshape": True, "skip_output_reshape": True} if heads_are_first else {}
+    b = bench(grid=(5, 10, 10), front=440, references=PICTURES, sparsity=0.7, reference_keys=reference_keys)
+
+    def counted(func, *args, **kwargs):
+        asked.append(args[0].shape[2 if heads_are_first else 1])
+        return func(*args, **kwargs)
+
+    b.model_call(override=b.override_over(counted))
+    out, dense = b.attend(*qkv, heads=HEADS, **kwargs), b.attention(*qkv, heads=HEADS, **kwargs)
+    assert asked == [90 + 40]
+    axis = 2 if heads_are_first else 1
+    for start, stop in ((0, 90), (400, 440)):
+        torch.testing.assert_close(out.narrow(axis, start, stop - start), dense.narrow(axis, start, stop - start))
+    for start, stop in (*PICTURES, (440, 940)):
+        rows = [t.narrow(axis, start, stop - start) for t in (out, dense)]
+        assert 1e-2 < ((rows[0] - rows[1]).norm() / rows[1].norm()).item() < 1
+    exactly = bench(grid=(5, 10, 10), front=440, references=PICTURES, sparsity=0.0)
+    exactly.model_call()
+    torch.testing.assert_close(exactly.attend(*qkv, heads=HEADS, **kwargs), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_a_reference_computes_twice_count_once(bench, pack_module):
+    """940 tokens are 15 key blocks, of which 5 hold tokens of two kinds; routed are 1 of each picture and 8 of the video."""
+    references = pack_module("sla2_kernels.references")
+    stretches = pack_module("sla2_kernels.stretches").Stretches(940, (440, 940), PICTURES)
+    selected = references.selected_with_references(stretches, 0.7, keep_diagonal=True)
+    b = bench(grid=(5, 10, 10), front=440, references=PICTURES, sparsity=0.7)
+    b.hook.begin_run()
+    b.model_call()
+    b.attend(*call(queries=940, keys=940), heads=HEADS)
+    b.hook.end_run()
+    run = b.hook.runs.finished()[-1]
+    kept = (810 * 64 * selected + 130 * 940) / 940**2
+    assert selected < 15 and run.sparsity == pytest.approx(1 - kept)
+    assert run.attention_error > 0
+
+
+def test_references_of_h3_are_read_from_its_own_table(pack_module):
+    tokens = pack_module("nodes.attention.video_tokens")
+    segments = [
+        (0, 24, "text"),
+        (24, 104, "cond"),
+        (104, 110, "cond_audio"),
+        (110, 190, "ref_img"),
+        (190, 190, "ref_img"),
+    ]
+    segments += [(190, 208, "audio"), (208, 528, "video")]
+    ranges = tokens.h3_references({"minimax_payload": {"layout": SimpleNamespace(segments=segments)}})
+    assert ranges(208, 320, 528) == ((24, 104), (110, 190))
+    assert ranges(209, 320, 529) == (), "a table of another call"
+    tags = torch.tensor([1] * 10 + [0] * 130 + [1] * 4 + [0] * 200 + [0] * 0 + [1] * 6 + [0] * 100)
+    shown = [(0, 450, "text"), (450, 600, "ref_img"), (600, 920, "video")]
+    payload = {"layout": SimpleNamespace(segments=shown), "text_token_tags": tags[None]}
+    found = tokens.h3_references({"minimax_payload": payload})(600, 320, 920)
+    assert found == ((10, 140), (144, 344), (450, 600)), "100 tokens fill no block of queries"
+    payload["text_token_tags"] = tags[:-1]
+    assert tokens.h3_references({"minimax_payload": payload})(600, 320, 920) == ((450, 600),)
+    assert tokens.h3_references({})(208, 320, 528) == ()
+    assert tokens.h3_references({"minimax_payload": None})(208, 320, 528) == ()
+
+
+def test_what_stands_around_wans_video_is_pictures(pack_module):
+    ranges = pack_module("nodes.attention.video_tokens").all_beside({})
+    assert ranges(80, 320, 480) == ((0, 80), (400, 480))
+    assert ranges(0, 320, 400) == ((320, 400),) and ranges(0, 320, 320) == ()

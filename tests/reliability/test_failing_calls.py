@@ -82,13 +82,13 @@ def test_nan_that_sparse_attention_makes_itself_is_told_from_nan_that_came_in(
     run_of, end, qkv, pack_module, monkeypatch
 ):
     def broken(part, *args, **kwargs):
-        out, *rest = sparse_video(part, *args, **kwargs)
+        out, *rest = sparse_request(part, *args, **kwargs)
         out[0, 0, 0, 0] = NAN
         return out, *rest
 
     way = pack_module("nodes.attention.self_attention")
-    sparse_video = way.sparse_video
-    monkeypatch.setattr(way, "sparse_video", broken)
+    sparse_request = way.sparse_request
+    monkeypatch.setattr(way, "sparse_request", broken)
     b = run_of()
     assert torch.equal(b.attend(*qkv, heads=HEADS), b.attention(*qkv, heads=HEADS))
     data, _ = end(b)
@@ -123,17 +123,17 @@ def test_a_run_without_nan_says_nothing_of_it(run_of, end, qkv):
 
 
 def failing_with(monkeypatch, pack_module, error, times=10**9):
-    """sparse_video raises; the list of its attempts."""
+    """sparse_request raises; the list of its attempts."""
     way, attempts = pack_module("nodes.attention.self_attention"), []
-    sparse_video = way.sparse_video
+    sparse_request = way.sparse_request
 
     def fail(*args, **kwargs):
         attempts.append(1)
         if len(attempts) > times:
-            return sparse_video(*args, **kwargs)
+            return sparse_request(*args, **kwargs)
         raise error() if isinstance(error, type) else error
 
-    monkeypatch.setattr(way, "sparse_video", fail)
+    monkeypatch.setattr(way, "sparse_request", fail)
     return attempts
 
 
@@ -169,7 +169,7 @@ def test_an_allocation_that_really_fails(run_of, end, failure, qkv, monkeypatch,
     b = run_of()
     dense = b.attention(*qkv, heads=HEADS)
     monkeypatch.setattr(
-        pack_module("nodes.attention.self_attention"), "sparse_video", lambda *a, **k: torch.empty(2**60)
+        pack_module("nodes.attention.self_attention"), "sparse_request", lambda *a, **k: torch.empty(2**60)
     )
     assert torch.equal(b.attend(*qkv, heads=HEADS), dense)
     data, _ = end(b)
@@ -188,7 +188,7 @@ def test_what_the_failed_attempt_held_is_free_before_dense_attention_runs(run_of
         assert held and held[0]() is None
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "sparse_video", hold)
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "sparse_request", hold)
     b = run_of()
     b.override = b.override_over(below)
     b.model_call()

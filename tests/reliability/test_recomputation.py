@@ -79,15 +79,15 @@ def outcome(training):
 def failing(monkeypatch, pack_module, *numbers):
     """Lets these attempts of the operator fail, counted from 1."""
     way = pack_module("nodes.attention.self_attention")
-    real, attempts = way.sparse_video, []
+    real, attempts = way.sparse_request, []
 
-    def sparse_video(*args, **kwargs):
+    def sparse_request(*args, **kwargs):
         attempts.append(1)
         if len(attempts) in numbers:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(way, "sparse_video", sparse_video)
+    monkeypatch.setattr(way, "sparse_request", sparse_request)
     return attempts
 
 

@@ -41,7 +41,7 @@ class Run:
     lora: bool = True
 
 
-# 2 layers; "step 1: dense" of the preset is 2 calls. 8-bit integer weights round what they are multiplied with: a difference
+# 2 layers; the dense first step of a run from noise is 2 calls. 8-bit integer weights round what they are multiplied with: a difference
 # in the last place of the attention may move a value by a whole step of 1/127.
 RUNS = {
     "video_minimax_h3_i2v": Run(
@@ -53,11 +53,11 @@ RUNS = {
     # half size first: 160 tokens are too few
     "video_ltx2_3_i2v": Run(
         {(320, "value_2"): 256, (320, "value_3"): 256, (320, "value_4"): 3},
-        {"320:283": (0, 16), "320:308": (4, 2)}, 1e-5,
+        {"320:283": (0, 16), "320:308": (6, 0)}, 1e-5,
     ),
     "video_ltx2_5_i2v": Run(
         {(403, "megapixels"): 0.1, (398, "value_1"): False, (398, "value_2"): 3},
-        {"398:344": (0, 16), "398:368": (4, 2)}, 1e-2, lora=False,
+        {"398:344": (0, 16), "398:368": (6, 0)}, 1e-2, lora=False,
     ),
     "video_wan2_2_14B_i2v": Run(
         {(129, "value"): True, (129, "width"): 128, (129, "height"): 128, (129, "value_1"): 2},

@@ -67,6 +67,8 @@ def test_it_loads_without_a_missing_node_and_with_every_value(canvas, validating
     for key, node in nodes.items():
         saved = node.get("widgets_values_named") or {}
         assert {name: found[key][1].get(name) for name in saved} == saved, node["type"]
+        if node["type"] == "SLA2ApplyAttention" and "preset" not in saved:
+            assert found[key][1]["preset"] == "custom", "its own sparsity and schedule count, as they did"
     assert canvas.errors == []
 
 
@@ -81,6 +83,16 @@ def test_every_workflow_has_a_card_that_can_be_drawn(browser, tmp_path):
         draw(browser, name, tmp_path / "x.jpg")
         taken = (tmp_path / "x.jpg").read_bytes()
         assert taken.startswith(b"\xff\xd8\xff") and 20_000 < len(taken) <= LARGEST
+
+
+def test_a_new_node_chooses_for_itself_and_one_saved_by_position_keeps_its_settings(canvas):
+    node = "LiteGraph.createNode('SLA2ApplyAttention')"
+    preset = "n.widgets.find((w) => w.name === 'preset').value"
+    assert canvas.js(f"(() => {{ const n = {node}; return {preset}; }})()") == "automatic"
+    for count, expected in ((9, "custom"), (10, "custom"), (11, "fast")):
+        values = [0.8, "auto", "learned", 0.9, 0, 1, "", -1, "stop", "automatic", "fast"][:count]
+        saved = f"{{...n.serialize(), widgets_values: {json.dumps(values)}, widgets_values_named: undefined}}"
+        assert canvas.js(f"(() => {{ const n = {node}; n.configure({saved}); return {preset}; }})()") == expected
 
 
 def made_tiny(prompt, **changes):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-FEW_STEPS = "balanced, 4-8 steps"
+PRESET = "automatic"
 SEED = 82628696717253
 EXAMPLE = "example.png"  # in every ComfyUI's input folder
 
@@ -70,7 +70,7 @@ def sla2(source, key="", title="", on=None):
         Node(f"switch{key}", "ComfySwitchNode", f"SLA2 on, or dense{named}", inputs, width=400),
         Node(
             f"sla2{key}", "SLA2ApplyAttention", f"SLA2 Apply Attention{named}",
-            {"model": Wire(source), "preset": FEW_STEPS}, width=400,
+            {"model": Wire(source), "preset": PRESET}, width=400,
         ),
     ]  # fmt: skip
 
@@ -100,7 +100,8 @@ def note(title, first, *more):
     text = (
         f"# {title}, dense or with SLA2\n\n{first}\n\nThe switch *SLA2 on, or dense* chooses; the seed stays, so both videos start from "
         "the same noise. SLA2 Apply Attention says after a run how much was skipped and what it cost in accuracy; SLA2 Report says why a "
-        f"call ran dense.\n\nThe preset *{FEW_STEPS}* computes the first step in full and skips 90% after it. It was measured on a "
-        "small model alone: compare with the dense video before you rely on it."
+        f"call ran dense.\n\nThe preset *{PRESET}* chooses what is skipped by the number of tokens, and keeps the first of a few steps dense "
+        "where sampling starts from noise; the node says what it chose. How good videos of so few steps are has not been measured: compare "
+        "with the dense video before you rely on it."
     )
     return Node("note", "MarkdownNote", "Start here", {"": "\n\n".join([text, *more, "---", IN_CHINESE])}, width=420)

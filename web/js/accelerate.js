@@ -1,15 +1,10 @@
 // Puts SLA2 Apply Attention last on every MODEL wire that reaches a sampler or guider, and takes it out again.
-import { graphsOf, isOff, linkInto, linksFrom, most, passed, samplingWires, stepsOf } from "./model_wires.js";
+import { graphsOf, isOff, linkInto, linksFrom, passed, samplingWires } from "./model_wires.js";
 import { freePlace } from "./free_place.js";
 
 const APPLY = "SLA2ApplyAttention";
 const MARK = "sla2_accelerate"; // the property of the nodes that were put in here, saved with the workflow
-const FEW_STEPS = 8;
 const ALWAYS = 0;
-
-function presetFor(steps) {
-  return steps !== null && steps <= FEW_STEPS ? "balanced, 4-8 steps" : "balanced";
-}
 
 // {added, present, switchedOn}: nodes put in; wires that had one; nodes that were off and are on again. make(class) makes a node.
 export function accelerate(root, make) {
@@ -18,7 +13,7 @@ export function accelerate(root, make) {
   for (const wire of samplingWires(graphs)) {
     const there = passed(wire.graph, wire.link, APPLY, graphs);
     if (!there) {
-      put(wire, make(APPLY), presetFor(most(wire.targets.map(({ node }) => stepsOf(wire.graph, node, graphs)))));
+      put(wire, make(APPLY));
       done.added += 1;
       continue;
     }
@@ -43,12 +38,9 @@ export function removeAccelerated(root) {
   return removed;
 }
 
-function put({ graph, link, targets }, node, preset) {
+function put({ graph, link, targets }, node) {
   node.properties[MARK] = true;
   graph.add(node);
-  const widget = node.widgets.find((candidate) => candidate.name === "preset");
-  widget.value = preset;
-  widget.callback?.(preset);
   node.pos = freePlace(graph, node, targets[0].node);
   // the wire's bends stay with the part that comes from the model
   connect(graph, link, node, modelSlot(node));

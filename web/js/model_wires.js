@@ -90,57 +90,6 @@ function modelLinks(graph, node) {
   return (node.inputs ?? []).map((_, slot) => linkInto(graph, node, slot)).filter((link) => link?.type === "MODEL");
 }
 
-// Steps of the sampling that a sampler or guider takes part in, or null where the graph does not say.
-export function stepsOf(graph, node, graphs) {
-  if (hasOwn(node, "steps")) return numberOr(null, valueOf(graph, node, "steps", graphs));
-  const own = sigmaSteps(graph, node, graphs);
-  if (own !== null) return own;
-  const guided = linksFrom(graph, node).filter((link) => link.type === "GUIDER");
-  const samplers = guided.map((link) => graph.getNodeById(link.target_id)).filter(Boolean);
-  return most(samplers.map((sampler) => sigmaSteps(graph, sampler, graphs)));
-}
-
-export function most(counts) {
-  const known = counts.filter((count) => count !== null);
-  return known.length ? Math.max(...known) : null;
-}
-
-function sigmaSteps(graph, node, graphs) {
-  const slot = node.inputs?.findIndex((input) => input.type === "SIGMAS") ?? -1;
-  const link = slot < 0 ? null : linkInto(graph, node, slot);
-  return link ? scheduled(graph, link, graphs) : null;
-}
-
-// of the node that made these sigmas; a list of n + 1 sigmas is n steps
-function scheduled(graph, link, graphs) {
-  const { own, wires } = before(graph, link, graphs);
-  if (!own) return wires[0]?.link ? scheduled(wires[0].graph, wires[0].link, graphs) : null;
-  const listed = valueOf(graph, own, "sigmas", graphs);
-  if (typeof listed === "string") return listed.split(",").filter((sigma) => sigma.trim()).length - 1;
-  return numberOr(sigmaSteps(graph, own, graphs), valueOf(graph, own, "steps", graphs));
-}
-
-const numberOr = (otherwise, value) => (typeof value === "number" ? value : otherwise);
-const slotOf = (node, name) => node.inputs?.findIndex((input) => input.name === name) ?? -1;
-const widget = (node, name) => node.widgets?.find((candidate) => candidate.name === name);
-const hasOwn = (node, name) => slotOf(node, name) >= 0 || Boolean(widget(node, name));
-
-// of a widget, or of what is wired to it; undefined where only a run can tell
-function valueOf(graph, node, name, graphs) {
-  const slot = slotOf(node, name);
-  const link = slot < 0 ? null : linkInto(graph, node, slot);
-  return link ? valueFrom(graph, link, graphs) : widget(node, name)?.value;
-}
-
-function valueFrom(graph, link, graphs) {
-  const { own, wires } = before(graph, link, graphs);
-  if (!own) {
-    const [source] = wires;
-    if (source?.link) return valueFrom(source.graph, source.link, graphs);
-    return source?.at && widget(source.at.node, source.at.node.inputs[link.origin_slot].name)?.value;
-  }
-  if (widget(own, "switch")) {
-    return valueOf(graph, own, valueOf(graph, own, "switch", graphs) ? "on_true" : "on_false", graphs);
-  }
-  return valueOf(graph, own, "value", graphs);
+function hasOwn(node, name) {
+  return [...(node.inputs ?? []), ...(node.widgets ?? [])].some((candidate) => candidate.name === name);
 }

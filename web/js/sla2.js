@@ -3,6 +3,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { foldAdvanced } from "./advanced.js";
 import { hideByMode } from "./modes.js";
+import { keepOwnSettings } from "./older_workflows.js";
 import { showOff, showOutcome } from "./outcome.js";
 import { showTraining } from "./training.js";
 import { showReport } from "./report.js";
@@ -79,7 +80,10 @@ app.registerExtension({
     api.addEventListener("execution_error", onError);
   },
   nodeCreated(node) {
-    if (node.comfyClass === "SLA2ApplyAttention") addScheduleEditor(node);
+    if (node.comfyClass === "SLA2ApplyAttention") {
+      keepOwnSettings(node);
+      addScheduleEditor(node);
+    }
     const modes = HIDDEN_BY_MODE[node.comfyClass];
     if (modes) hideByMode(node, modes);
     if (node.comfyClass === "SLA2ApplyAttention") foldAdvanced(node, "preset");

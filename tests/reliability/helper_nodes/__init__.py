@@ -44,15 +44,15 @@ class SLA2TestFault:
 
     def arm(self, model, kind, number, label):
         way = module_of_the_pack("attention.self_attention")
-        compute, count = getattr(way.sparse_video, "computes", way.sparse_video), [0]
+        compute, count = getattr(way.sparse_request, "computes", way.sparse_request), [0]
 
-        def sparse_video(*args, **kwargs):
+        def sparse_request(*args, **kwargs):
             count[0] += 1
             result = compute(*args, **kwargs)
             return KINDS[kind](result) if count[0] == number else result
 
-        sparse_video.computes = compute
-        way.sparse_video = sparse_video
+        sparse_request.computes = compute
+        way.sparse_request = sparse_request
         return (model,)
 
 
