@@ -91,7 +91,8 @@ def video(name, images, sound=None, fps=24):
 # the note's common part once more; the page translates no note
 IN_CHINESE = (
     "开关 *SLA2 on, or dense* 在 SLA2 与稠密之间选择；种子不变，两段视频从同一份噪声开始。运行后“SLA2 应用注意力”会说明跳过了多少、误差多大，"
-    f"“SLA2 报告”会说明哪些调用为何以稠密方式运行。预设 *{FEW_STEPS}* 完整计算第一步，其后跳过 90%；它只在小模型上测量过，请先与稠密视频比较。"
+    f"“SLA2 报告”会说明哪些调用为何以稠密方式运行。预设 *{PRESET}* 按 token 数选择跳过的比例；"
+    "从噪声开始、步数很少时，第一步保持稠密，节点会说明所选的值。步数这么少的视频质量尚未测量，请先与稠密视频比较。"
 )
 
 
