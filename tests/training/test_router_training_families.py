@@ -1,8 +1,6 @@
 """SLA2 Train Router on the classes that people run: text, sound and references around the video are no obstacle."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,9 @@ FAMILIES = {"minimax-h3": "minimax-h3", "ltx-2": "ltx-2", "ltx-video guides": "l
 
 
 @pytest.fixture(scope="module")
-def found(comfyui_path, tmp_path_factory):
+def found(comfyui_path, comfy_scripts, tmp_path_factory):
     script = Path(__file__).with_name("router_training_probe.py")
-    command = [sys.executable, str(script), str(comfyui_path), str(ROOT), str(tmp_path_factory.mktemp("routers"))]
-    done = subprocess.run([*command, *FAMILIES], capture_output=True, text=True, timeout=300)
+    done = comfy_scripts.run(script, comfyui_path, ROOT, tmp_path_factory.mktemp("routers"), *FAMILIES)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
