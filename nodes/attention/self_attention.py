@@ -9,7 +9,7 @@ from ...sla2_kernels.loops import watch_loops
 from ...sla2_kernels.support import resolve_precision
 from ..runs.record import capturing
 from .call import check_supported, read_call
-from .failures import attempt, check_attempted, check_output
+from .failures import attempt, attempt_rest, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
 from .sparse_call import rows_of_call, sparse_video, video_part, with_dense_rows
@@ -50,12 +50,13 @@ def _attend_sparse(call, layer, below, args, kwargs):
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
     out, ratio, kept, keys, judging, loops = result
     check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
+    # a second output, and what the dense rows' attention takes: whole dense attention needs less
+    whole = attempt_rest(call, request.q.device, lambda: _whole(out, request, exact, below, args, kwargs))
     run = call.run
     run.count_sparse(layer, ratio.shape, kept, keys, precision, ratio, request.tokens)
     run.count_loops(loops)
     if judging is not None:
         run.count_squares(layer, judging.squares(out))
-    whole = _whole(out, request, exact, below, args, kwargs)
     call.decisions.take(layer, (sparsity, True))
     return whole
 
