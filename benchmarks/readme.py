@@ -12,7 +12,7 @@ from tooling.paths import ROOT
 from .consumer_table import consumer_markdown
 from .plot import part_plot
 from .results import RESULTS, load
-from .table import calls_markdown, markdown, step_markdown
+from .table import calls_markdown, markdown, memory_markdown, step_markdown
 
 NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
 NO_CALLS = "MiniMax H3, LTX-2, HunyuanVideo and others [run too](#supported-models); no full step of theirs has been timed yet."
@@ -77,10 +77,10 @@ def first_screen(step_contents, call_contents):
 
 
 def details(contents, step_contents, call_contents):
-    """Pictures and tables of attention calls, and Wan's steps where the first screen has another table."""
+    """Pictures and tables of attention calls; where the first screen has another table, Wan's steps and H3's memory, too."""
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    further = map(step_markdown, step_contents) if call_contents else ()
-    return "\n\n".join([*pictures[:1], *map(markdown, contents), *further, *pictures[1:]]) or NOTHING
+    further = [*map(step_markdown, step_contents), *map(memory_markdown, call_contents)] if call_contents else []
+    return "\n\n".join(filter(None, [*pictures[:1], *map(markdown, contents), *further, *pictures[1:]])) or NOTHING
 
 
 def insert(text, part, content):

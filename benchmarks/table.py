@@ -138,20 +138,32 @@ def calls_markdown(content):
 def memory_markdown(content):
     """What one attention call of MiniMax H3 takes, and whole calls on capped memory; empty where that was not measured."""
     rows = [row for row in content["rows"] if row["part"] == "memory"]
-    lines = ["| memory of one attention call | beside q, k, v and its output |", "|---|---|"] if rows else []
+    if not rows:
+        return ""
+    lines = ["| memory of one attention call | beside q, k, v and its output |", "|---|---|"]
     for row in rows:
         if "q_bytes" in row:
             extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / row['q_bytes']:.2f} x q"
-            lines.append(f"| {row['variant']} | {extra} |")
-    capped = [row for row in rows if "cap_gib" in row]
-    if capped:
-        lines += ["", "| one step | memory | weights on the card | s | peak |", "|---|---|---|---|---|"]
-    for row in capped:
-        seconds = "failed" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.3g}"
-        peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "-"
-        on_card = f"{row['loaded_bytes'] / 2**30:.1f} of {row['weight_bytes'] / 2**30:.1f} GiB"
-        lines.append(f"| {row['variant']} | {row['cap_gib']} GiB | {on_card} | {seconds} | {peak} |")
-    return "\n".join([*lines, *(f"Failed: {row['variant']}: {row['failed']}." for row in rows if row.get("failed"))])
+            lines.append(f"| {row['variant'].replace('SLA2', '**SLA2**')} | {extra} |")
+    lines += ["", "| one step | memory | int8 weights on the card | s | peak |", "|---|---|---|---|---|"]
+    for row in rows:
+        if "cap_gib" in row:
+            lines.append(_capped_line(row))
+    env = content["environment"]
+    lines += [
+        "",
+        f"{rows[0]['model']}, {env['card']}, ComfyUI {env['comfyui']}, torch {env['torch']}: what PyTorch may take is capped; as many "
+        "weights stay on the card as ComfyUI keeps there without its dynamic VRAM, the others are streamed in every step.",
+        *(f"Failed: {row['variant']}: {row['failed']}." for row in rows if row.get("failed")),
+    ]
+    return "\n".join(lines)
+
+
+def _capped_line(row):
+    seconds = "failed" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.3g}"
+    peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "-"
+    on_card = f"{row['loaded_bytes'] / 2**30:.1f} of {row['weight_bytes'] / 2**30:.1f} GiB"
+    return f"| {row['variant'].replace('SLA2', '**SLA2**')} | {row['cap_gib']} GiB | {on_card} | {seconds} | {peak} |"
 
 
 def _most_memory(table):

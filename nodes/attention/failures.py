@@ -46,9 +46,25 @@ def attempt(call, layer, device, compute):
         else:
             raise
     # only now are the tensors gone that the error's traceback held
+    _free(device)
+    raise RunDense(reason)
+
+
+def attempt_rest(call, device, compute):
+    """The same for what comes after the kernels, some rows' dense attention included: only out of memory is survived."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        call.counts[OUT_OF_MEMORY] += 1
+    _free(device)
+    raise RunDense(OUT_OF_MEMORY)
+
+
+def _free(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    raise RunDense(reason)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from ...sla2_kernels.loops import watch_loops
 from ...sla2_kernels.support import resolve_precision
 from ..runs.record import capturing
 from .call import check_supported, read_call
-from .failures import attempt, check_attempted, check_output
+from .failures import attempt, attempt_rest, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
 from .sparse_call import rows_of_call, sparse_request, video_part, with_dense_rows
@@ -50,6 +50,8 @@ def _attend_sparse(call, layer, below, args, kwargs):
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
     out, ratio, kept, keys, judging, loops = result
     check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
+    # a second output, and what the dense rows' attention takes: whole dense attention needs less
+    whole = attempt_rest(call, request.q.device, lambda: _whole(out, request, exact, below, args, kwargs))
     run = call.run
     # rows that a reference's last block computes twice count once
     rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
@@ -57,7 +59,6 @@ def _attend_sparse(call, layer, below, args, kwargs):
     run.count_loops(loops)
     if judging is not None:
         run.count_squares(layer, judging.squares(out))
-    whole = _whole(out, request, exact, below, args, kwargs)
     call.decisions.take(layer, (sparsity, True))
     return whole
 

@@ -74,18 +74,18 @@ def test_a_part_that_failed_as_a_whole_is_in_the_table():
 
 
 def test_memory_is_shown_in_multiples_of_q():
+    card = {"part": "memory", "model": "tiny", "loaded_bytes": 2**29, "weight_bytes": 2**30, "cap_gib": 16}
     rows = [
-        {"part": "memory", "variant": "SLA2", "q_bytes": 2**20, "extra_bytes": 2**20 + 2**19},
-        {"part": "memory", "variant": "rival", "cap_gib": 16, "loaded_bytes": 0, "weight_bytes": 2**30}
-        | {"seconds_per_step": None, "failed": "OutOfMemoryError: none left"},
-        {"part": "memory", "variant": "SLA2", "cap_gib": 16, "loaded_bytes": 2**29, "weight_bytes": 2**30}
-        | {"seconds_per_step": 2.5, "peak_bytes": 3 * 2**30},
+        {"part": "memory", "model": "tiny", "variant": "SLA2", "q_bytes": 2**20, "extra_bytes": 2**20 + 2**19},
+        card | {"variant": "rival", "seconds_per_step": None, "failed": "OutOfMemoryError: none left"},
+        card | {"variant": "SLA2", "seconds_per_step": 2.5, "peak_bytes": 3 * 2**30},
     ]
-    text = table.memory_markdown({"rows": [*rows, {"part": "H3", "variant": "SLA2"}]})
-    assert "| SLA2 | 1.50 x q |" in text
-    assert "| SLA2 | 16 GiB | 0.5 of 1.0 GiB | 2.5 | 3.00 GiB |" in text
-    assert "| failed | - |" in text and "Failed: rival: OutOfMemoryError: none left." in text
-    assert not table.memory_markdown({"rows": []})
+    facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
+    text = table.memory_markdown({"environment": facts, "rows": [*rows, {"part": "H3", "variant": "SLA2"}]})
+    assert "| **SLA2** | 1.50 x q |" in text
+    assert "| **SLA2** | 16 GiB | 0.5 of 1.0 GiB | 2.5 | 3.0 GiB |" in text
+    assert "| failed | - |" in text and text.endswith("Failed: rival: OutOfMemoryError: none left.")
+    assert table.memory_markdown({"rows": []}) == ""
 
 
 def test_an_unknown_part_is_refused(capsys):

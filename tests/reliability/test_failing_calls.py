@@ -165,6 +165,40 @@ def test_out_of_memory_runs_dense_for_the_rest_of_the_step(
     assert len([record for record in caplog.records if "memory ran out" in record.getMessage()]) == 1
 
 
+@pytest.mark.parametrize("error", MEMORY.values(), ids=MEMORY)
+def test_no_memory_for_the_dense_rows_runs_dense_for_the_rest_of_the_step(
+    run_of, end, failure, qkv, error, monkeypatch, pack_module
+):
+    """The video's output is there; what lacks is room for text and sound rows, or for both together."""
+    attempts = []
+
+    def join(*_):
+        attempts.append(1)
+        raise error
+
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "with_dense_rows", join)
+    b = run_of()
+    dense = b.attention(*qkv, heads=HEADS)
+    for layer in range(3):
+        assert torch.equal(b.attend(*qkv, heads=HEADS, layer=layer), dense)
+    data, _ = end(b)
+    assert len(attempts) == 1 and data["sparse_calls"] == 0
+    assert [row["dense"] for row in data["layers"]] == [{failure.OUT_OF_MEMORY: 1}] * 3
+
+
+def test_another_error_of_the_dense_rows_is_raised_as_it_came(run_of, end, qkv, monkeypatch, pack_module):
+    error = RuntimeError("another pack's attention")
+
+    def join(*_):
+        raise error
+
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "with_dense_rows", join)
+    b = run_of()
+    with pytest.raises(RuntimeError, match="another pack's") as caught:
+        b.attend(*qkv, heads=HEADS)
+    assert caught.value is error and end(b)[0]["sparse_calls"] == 0
+
+
 def test_an_allocation_that_really_fails(run_of, end, failure, qkv, monkeypatch, pack_module):
     b = run_of()
     dense = b.attention(*qkv, heads=HEADS)
@@ -299,9 +333,10 @@ def test_with_stop_the_failure_stops(run_of, qkv, error, monkeypatch, pack_modul
         run_of(stop_on_unsupported=True).attend(*qkv, heads=HEADS)
 
 
-@pytest.mark.parametrize("error", [OSError, torch.OutOfMemoryError])
-def test_an_error_of_the_chain_below_is_its_own(bench, qkv, error):
-    """Dense rows go down the chain: what fails there is no failure of ours, and is not tried twice."""
+@pytest.mark.parametrize(("error", "tries"), [(OSError, 1), (torch.OutOfMemoryError, 2)])
+def test_an_error_of_the_chain_below_is_its_own(bench, qkv, error, tries):
+    """Dense rows go down the chain: what fails there is no failure of ours, and is not tried twice; but without memory the
+    whole call is, when what the sparse attempt held is free."""
     calls = []
 
     def below(func, *args, **kwargs):
@@ -314,4 +349,4 @@ def test_an_error_of_the_chain_below_is_its_own(bench, qkv, error):
     b.model_call()
     with pytest.raises(error, match="theirs"):
         b.attend(*qkv, heads=HEADS)
-    assert len(calls) == 1 and not b.run.failed_layers and not b.hook.is_inside
+    assert len(calls) == tries and not b.run.failed_layers and not b.hook.is_inside
