@@ -14,7 +14,7 @@ from .numerics import MIN_MAGNITUDE
 from .tiles import tile_at
 
 SAMPLED = quantization.BALANCE_ROWS
-STEP = 32  # rows at a time
+STEP = 16  # rows at a time
 MIN_SPREAD = tl.constexpr(quantization.MIN_SPREAD)
 MIN_SHARE = tl.constexpr(2.0**-3)  # of V's largest channel: what is small in the sample may be large elsewhere
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 
-TILE, STEP = 64, 128
+TILE = 64
+FP8_STEP, INT8_STEP = 128, 64  # key blocks at a time: cards with mma.sync have less shared memory
 EXPONENTS = 1024  # read at a time
 FP8_LARGEST_LOG2 = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
 INT8_LARGEST_LOG2 = tl.constexpr(6.0)  # 2^6 is INT8's
@@ -97,5 +98,5 @@ def weighted_mask(unselected, work, group):
         unselected, work.sums_exponent, work.norms, work.weights, work.weights_scale, work.bands, work.query_norms,
         unselected.stride(0), unselected.stride(1), group.start, rows, blocks,
         WIDTH=work.weights.shape[-1], OUT_STRIDE=work.query_norms.stride(1), D=work.norms.shape[2],
-        TILE=TILE, STEP=STEP, EXPONENTS=EXPONENTS, options={"num_warps": 8, "num_stages": 3},
+        TILE=TILE, STEP=FP8_STEP if work.bands is None else INT8_STEP, EXPONENTS=EXPONENTS, options={"num_warps": 8, "num_stages": 3},
     )  # fmt: skip
