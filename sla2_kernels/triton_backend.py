@@ -27,8 +27,10 @@ from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
-# Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
+# Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q. At short
+# lengths, where every launch counts, no less than a little of any card's memory.
 WORKSPACE_SHARE = 1.4
+WORKSPACE_FLOOR = 256 * 2**20
 
 
 @dataclass
@@ -127,9 +129,10 @@ def _workspace_bytes_per_head(q, k, qk, pv, linear, low_sums):
 
 
 def _head_groups(q, per_head):
-    """Equal slices of the batch x heads, as few as WORKSPACE_SHARE allows: fixed by shapes, never by free memory."""
+    """Equal slices of the batch x heads, as few as the workspace's limits allow: fixed by shapes, never by free memory."""
     total = q.shape[0] * q.shape[1]
-    largest = max(1, int(WORKSPACE_SHARE * q.numel() * q.element_size() / max(per_head, 1)))
+    allowed = max(WORKSPACE_SHARE * q.numel() * q.element_size(), WORKSPACE_FLOOR)
+    largest = max(1, int(allowed / max(per_head, 1)))
     size = math.ceil(total / math.ceil(total / largest))
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -241,7 +244,7 @@ def attention(
         if sample is not None:
             shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)
             ratios = torch.empty(shape, dtype=torch.float32, device=q.device)
-        elif ratios is not None and len(ratios) == q.shape[1]:
+        elif ratios is not None and len(ratios) < q.shape[0] * q.shape[1]:
             ratios = ratios.repeat(q.shape[0], 1)
         ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
