@@ -59,7 +59,7 @@ def _weighted_mask(
     bands_needed = tl.where(least > largest - BAND_OCTAVES, 1, 2)
 
     acc = tl.zeros([TILE, D], dtype=tl.float32)
-    for start in range(0, blocks, STEP):
+    for start in range(0, WIDTH, STEP):
         j = start + tl.arange(0, STEP)
         inside = j < blocks
         ones = tl.load(mask_rows + j[None, :], mask=valid, other=0.0)  # [TILE, STEP], zero past the last block
