@@ -11,7 +11,7 @@ import torch
 
 from .kernels import configs
 from .kernels.fitted_ratio import FittedRatio
-from .kernels.hopper import why_not_hopper_loop
+from .kernels.hopper import gluon_is_known, why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
@@ -307,17 +307,22 @@ def _routing(t, s):
 
 def _sum_unselected(routed, work, group, s, q):
     """H_i and Z_i of a group of heads."""
-    if s.low_sums:
-        weighted_mask(routed.unselected, work, group)
-    if s.low_sums and s.pv == "int8":
-        int8_masked_sum(work, routed.v_channel, group, configs.INT8_PRODUCT)
-    elif s.low_sums:
+    if not s.low_sums:
+        config = configs.product_config(capability(q.device), q.element_size())
+        masked_sum(routed.unselected, work.sums, work.query_sums, group, config)
+        return
+    in_gluon = s.hopper or (gluon_is_known() and not interpreting())
+    weighted_mask(routed.unselected, work, group, register_order=in_gluon)
+    if s.hopper:
         from .kernels.hopper_masked_sum import hopper_masked_sum
 
         hopper_masked_sum(work, group)
+    elif in_gluon:
+        from .kernels.mma_masked_sum import mma_masked_sum
+
+        mma_masked_sum(work, routed.v_channel, group)
     else:
-        config = configs.product_config(capability(q.device), q.element_size())
-        masked_sum(routed.unselected, work.sums, work.query_sums, group, config)
+        int8_masked_sum(work, routed.v_channel, group, configs.INT8_PRODUCT)
 
 
 def _loop(t, s, work, routed, group, scale_log2):

@@ -547,7 +547,9 @@ def _descriptors(q, k, v, work):
     return _descriptor(q, Q_BLOCK // 2, HEAD_DIM), *pair, _descriptor(sums, K_BLOCK, HEAD_DIM)
 
 
-def hopper_sparse_attention(q, k, v, out, work, balance, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, qk):
+def hopper_sparse_attention(
+    q, k, v, out, work, balance, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, qk
+):
     """As sparse_attention() of sparse_attention.py, for the calls that takes_hopper_loop() names, but out is only written.
 
     work.packed_v and, in 8 bit, work.query_sums: in register order. block_ratio: (B * H, T_m), or None where it is not

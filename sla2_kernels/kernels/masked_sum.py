@@ -13,9 +13,7 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .weighted_mask import BAND_OCTAVES, BANDS
-
-HALF_A_STEP = tl.constexpr(2 ** (BAND_OCTAVES.value - 1))  # of the larger band
+from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 
 
 @triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
@@ -77,7 +75,9 @@ def _int8_masked_sum(
             first, second = start + step, start + TILE_K + step
             # the weights are zero from the last block on, up to WIDTH
             left = tl.load(left_at + first[None, :])  # [TILE_M, TILE_K]
-            right = tl.load(right_at + tl.minimum(first, blocks - 1)[:, None].to(tl.int64) * COLUMNS)  # [TILE_K, TILE_N]
+            right = tl.load(
+                right_at + tl.minimum(first, blocks - 1)[:, None].to(tl.int64) * COLUMNS
+            )  # [TILE_K, TILE_N]
             acc = tl.dot(left, right, acc=acc, out_dtype=tl.int32)
             left = tl.load(left_at + second[None, :])
             right = tl.load(right_at + tl.minimum(second, blocks - 1)[:, None].to(tl.int64) * COLUMNS)

@@ -82,7 +82,9 @@ def _pack(
         largest = tl.maximum(tl.max(tl.abs(k_smooth * factor)), MIN_MAGNITUDE)
         # the bias rounds, and the last byte of the sum is the INT8
         biased = k_smooth * (factor * (INT8_MAX / largest)) + INT8_BIAS
-        tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, biased.to(tl.int32, bitcast=True).to(tl.int8))
+        tl.store(
+            packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, biased.to(tl.int32, bitcast=True).to(tl.int8)
+        )
         tl.store(k_scale + tile, largest / INT8_MAX)
     elif QK == "fp8":
         largest = tl.maximum(tl.max(tl.abs(k_smooth)), MIN_MAGNITUDE)

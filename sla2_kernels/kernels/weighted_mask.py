@@ -4,7 +4,7 @@ In 8 bit h_j is over a power of two per key block, which the mask gives back, re
 (hopper_masked_sum.py): the largest counts as 2^8, and blocks down to 2^-17 of it count at all. INT8 (masked_sum.py): a weight
 has seven octaves, so there are two bands of weights, the second for the blocks 2^-7 to 2^-13 of the largest; most heads
 need the first alone. z_j is in 16 bit: Z_i, its masked sum, is taken here.
-One program per (TILE query blocks, head).
+One program per (some query blocks, head).
 """
 
 import triton
@@ -13,13 +13,14 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 
-TILE = 64
-FP8_STEP, INT8_STEP = 128, 64  # key blocks at a time: cards with mma.sync have less shared memory
+# query blocks of a program, key blocks at a time, warps; cards with mma.sync have less shared memory
+FP8_SIZES, INT8_SIZES = (64, 128, 8), (64, 64, 8)
 EXPONENTS = 1024  # read at a time
 FP8_LARGEST_LOG2 = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
 INT8_LARGEST_LOG2 = tl.constexpr(6.0)  # 2^6 is INT8's
 BANDS = tl.constexpr(2)
 BAND_OCTAVES = tl.constexpr(7)  # of an INT8 weight: 2^0 to 2^6
+HALF_A_STEP = tl.constexpr(2**6)  # of the first band, in the sums over the second
 NO_EXPONENT = tl.constexpr(-1.0e30)  # of a block that is not there: its weight is 0
 
 
@@ -39,11 +40,21 @@ def _largest_and_least(exponents, blocks, EXPONENTS: tl.constexpr):
     return largest, tl.min(lowest, axis=0)
 
 
+@triton.jit
+def _ordered(weight, REGISTER_ORDER: tl.constexpr):
+    """Weights [rows, blocks] where along_key_blocks.py has their blocks: bits 3 2 1 0 of a block's number become 2 1 3 0."""
+    ROWS: tl.constexpr = weight.shape[0]
+    BLOCKS: tl.constexpr = weight.shape[1]
+    if REGISTER_ORDER:
+        weight = weight.reshape([ROWS, BLOCKS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, BLOCKS])
+    return weight
+
+
 @triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
 def _weighted_mask(
     mask, exponents, norms, weights, scale, bands, out, mask_stride_h, mask_stride_m, first_head, rows, blocks,
     WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, EXPONENTS: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, EXPONENTS: tl.constexpr, REGISTER_ORDER: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(1).to(tl.int64)
     i, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D)
@@ -70,14 +81,14 @@ def _weighted_mask(
         weight = wide * tl.exp2(power)[None, :]
         if INT8:
             # what lies below 1 is cut off, and counts in the other band; a quarter more, should a power be a little less
-            tl.store(weight_rows + j[None, :], (weight + 0.25).to(tl.int8), mask=valid)
-            other = wide * tl.where(power < 0, tl.exp2(power + BAND_OCTAVES), 0.0)[None, :]
-            at = weight_rows + rows * WIDTH + j[None, :]
-            tl.store(at, (other + 0.25).to(tl.int8), mask=i[:, None] < tl.where(bands_needed == 2, rows, 0))
+            weight = _ordered((weight + 0.25).to(tl.int8), REGISTER_ORDER)
+            tl.store(weight_rows + j[None, :], weight, mask=valid)
+            if bands_needed == 2:
+                other = wide * tl.where(power < 0, tl.exp2(power + BAND_OCTAVES), 0.0)[None, :]
+                other = _ordered((other + 0.25).to(tl.int8), REGISTER_ORDER)
+                tl.store(weight_rows + rows * WIDTH + j[None, :], other, mask=valid)
         else:
-            weight = weight.to(weights.dtype.element_ty)
-            # bits 3 2 1 0 of a key block's number become 2 1 3 0: where hopper_masked_sum.py's registers have it
-            weight = weight.reshape([TILE, STEP // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([TILE, STEP])
+            weight = _ordered(weight.to(weights.dtype.element_ty), REGISTER_ORDER)
             tl.store(weight_rows + j[None, :], weight, mask=valid)
     out_at = out + (slot * rows + i[:, None]) * OUT_STRIDE + d[None, :]
     tl.store(out_at, (acc / blocks).to(out.dtype.element_ty), mask=valid)
@@ -87,16 +98,19 @@ def _weighted_mask(
             tl.store(bands + slot, bands_needed)
 
 
-def weighted_mask(unselected, work, group):
+def weighted_mask(unselected, work, group, *, register_order):
     """Fills work.weights, work.weights_scale, in INT8 work.bands, and work.query_norms for the heads of slice ``group``.
 
-    unselected: (B * H, T_m, T_n), rows with zeros up to the width of work.weights.
+    unselected: (B * H, T_m, T_n), rows with zeros up to the width of work.weights. register_order: what the masked sums in
+    Gluon want.
     """
     rows, blocks = unselected.shape[1:]
+    tile, step, warps = FP8_SIZES if work.bands is None else INT8_SIZES
     launch(
-        _weighted_mask, (block_count(rows, TILE), group.stop - group.start),
+        _weighted_mask, (block_count(rows, tile), group.stop - group.start),
         unselected, work.sums_exponent, work.norms, work.weights, work.weights_scale, work.bands, work.query_norms,
         unselected.stride(0), unselected.stride(1), group.start, rows, blocks,
         WIDTH=work.weights.shape[-1], OUT_STRIDE=work.query_norms.stride(1), D=work.norms.shape[2],
-        TILE=TILE, STEP=FP8_STEP if work.bands is None else INT8_STEP, EXPONENTS=EXPONENTS, options={"num_warps": 8, "num_stages": 3},
+        TILE=tile, STEP=step, EXPONENTS=EXPONENTS, REGISTER_ORDER=register_order,
+        options={"num_warps": warps, "num_stages": 3},
     )  # fmt: skip

@@ -73,7 +73,8 @@ def int8_sums(generator, rows, blocks, exponents, first=0, heads=2, dim=32):
         weights_scale=torch.empty(heads), bands=torch.zeros(heads, dtype=torch.int32),
     )  # fmt: skip
     group = slice(first, first + heads)
-    weighted_mask(mask, work, group)
+    weighted_mask(mask, work, group, register_order=False)
+    assert (work.weights[..., blocks:][:, 0] == 0).all()
     int8_masked_sum(work, channel, group, INT8_PRODUCT)
     weighted = mask[group].double() * exponents.double().exp2()[:, None]
     expected = (weighted @ h.double() / blocks).unflatten(2, (dim, dim)) * channel[group, None, None]
