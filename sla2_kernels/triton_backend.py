@@ -204,7 +204,8 @@ class _Tensors:
 class _Settings:
     """What else decides which kernels a call launches. routing: whether it selects. linear: whether a block is left out.
 
-    qk, pv: formats of the two products. hopper: whether the loop in Gluon runs. fitted: as in Sample, or None.
+    qk, pv: formats of the two products. hopper: whether the loop in Gluon runs. low_sums: whether h_j is in 8 bit, in V's format.
+    fitted: as in Sample, or None.
     """
 
     scale: float
@@ -214,12 +215,8 @@ class _Settings:
     routing: bool
     linear: bool
     hopper: bool
+    low_sums: bool
     fitted: int | None
-
-    @property
-    def low_sums(self):
-        """Whether h_j is in 8 bit, in the format of V."""
-        return self.linear and (self.pv == "int8" or (self.hopper and self.pv == "fp8"))
 
     @property
     def register_order(self):
@@ -260,7 +257,10 @@ def attention(
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         rows, dense, fitted = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.fitted)
         tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, rows, dense)
-        settings = _Settings(scale, qk, pv, diagonal, routing, linear, why_not_hopper is None, fitted)
+        hopper = why_not_hopper is None
+        # what packs float32 needs more shared memory for INT8 sums than sm_86 has
+        low_sums = linear and ((hopper and pv == "fp8") or (pv == "int8" and q.element_size() == 2))
+        settings = _Settings(scale, qk, pv, diagonal, routing, linear, hopper, low_sums, fitted)
         cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
     return ratio, selected.unflatten(0, q.shape[:2])
 
