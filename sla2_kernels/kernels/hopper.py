@@ -14,8 +14,7 @@ TMA_BYTES = 16  # strides and addresses of what it copies are multiples
 
 
 @functools.cache
-def gluon_is_known():
-    """Whether the installed Triton is one of GLUON_RELEASES."""
+def _gluon_is_known():
     return is_tested_triton(GLUON_RELEASES)
 
 
@@ -43,7 +42,7 @@ def why_not_hopper_loop(card, qk, pv, q, k, v):
         return f"the Hopper loop is for head_dim 128, and this call has {q.shape[3]}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper loop takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
-    if not gluon_is_known():
+    if not _gluon_is_known():
         first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
         return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
     copied = {"q": q} if qk == "int8" else {"q": q, "k": k, "v": v}

@@ -9,7 +9,6 @@ from cards import CARDS, assert_fits
 
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio
-from sla2_kernels.kernels.hopper import gluon_is_known
 from sla2_kernels.support import unsupported_reason
 from sla2_kernels.triton_backend import Sample
 
@@ -78,15 +77,12 @@ def test_forward_fits(compile_for, attend, card, case):
     linear, hopper = ratio != "none", "_hopper_sparse_attention" in names
     # the loop for Hopper takes the linear branch along, and has its sums in FP8 where V is
     fp8_sums = linear and hopper and precision == "int8"
-    int8_sums = linear and precision == "int8" and card.capability[0] in (8, 12) and dtype != FP32
     # the INT8 loop takes the linear branch along too, in 16 bit
     takes_along = hopper or ("_int8_sparse_attention" in names and dtype != FP32)
     assert ("_linear_attention" in names) == (linear and not takes_along)
     assert ("_int8_sparse_attention" in names) == (precision == "int8" and card.capability[0] in (8, 12))
-    assert ("_masked_sum" in names) == (linear and not fp8_sums and not int8_sums)
-    assert ("_weighted_mask" in names) == (fp8_sums or int8_sums)
-    assert ("_hopper_masked_sum" in names) == fp8_sums
-    assert ("_mma_masked_sum" if gluon_is_known() else "_int8_masked_sum") in names or not int8_sums
+    assert ("_masked_sum" in names) == (linear and not fp8_sums)
+    assert ("_hopper_masked_sum" in names) == ("_weighted_mask" in names) == fp8_sums
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, spill_bar(card, dtype, kernel.name))

@@ -23,7 +23,7 @@ def weighted(generator, heads, rows, blocks, exponents, first=0):
         weights=torch.full((heads, rows, mask_width(blocks)), torch.nan).to(torch.float8_e4m3fn),
         weights_scale=torch.empty(heads),
     )
-    weighted_mask(mask, work, slice(first, first + heads), register_order=True)
+    weighted_mask(mask, work, slice(first, first + heads))
     return mask[first:], work
 
 
