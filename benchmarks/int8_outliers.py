@@ -5,8 +5,9 @@
     python -m benchmarks.int8_outliers --tiny                      tries the script
 
 Gains leave every attention logit as it is where only one side has them: some channels of Q are multiplied by a gain and K's
-divided by it, or the other way round. "rotated" multiplies Q and K by one Hadamard matrix before they are rounded, "balanced"
-divides each channel by the root of its spread in Q over that in K; both change no logit either, and are emulated in torch.
+divided by it, or the other way round. "int8" is the operator's own, which divides each channel by the root of its spread in Q
+over that in K before it rounds (quantization.py); "int8 plain" leaves that out, "rotated" multiplies Q and K by one Hadamard
+matrix instead. No logit changes.
 The error is ||out - exact|| / ||exact||, the same selected key blocks in both, exact in float64: rounding alone.
 """
 
@@ -21,7 +22,7 @@ from sla2_training.explore.captures import FILES
 from sla2_training.synthetic import SyntheticLayer
 
 SPARSITY = 0.9
-FORMATS = ("16bit", "int8", "int8 rotated", "int8 balanced", "fp8", "fp8 rotated")
+FORMATS = ("16bit", "int8 plain", "int8 rotated", "int8", "fp8", "fp8 rotated")
 
 
 def hadamard(size):
@@ -37,25 +38,22 @@ def rotated(q, k):
     return q @ turn, k @ turn
 
 
-def balanced(q, k):
-    """q, k: blocks of one head, (T, block, D)."""
-    spread_q, spread_k = (x.square().mean(dim=(0, 1)).clamp_min(1e-12) for x in (q, k))
-    factor = (spread_q / spread_k) ** 0.25
-    return q / factor, k * factor
+def plain(q, k):
+    return q, k
 
 
-CHANGES = {"rotated": rotated, "balanced": balanced}
+CHANGES = {"rotated": rotated, "plain": plain}
 
 
 class Emulated:
-    """While open, the torch backend rounds Q and K after ``change``."""
+    """While open, the torch backend rounds Q and K after ``change``, and balances nothing."""
 
     def __init__(self, change):
         self.change, self.quantize = change, torch_backend._quantize
 
     def __enter__(self):
-        def changed(q_blocks, k_blocks, v_blocks, precision):
-            return self.quantize(*self.change(q_blocks, k_blocks), v_blocks, precision)
+        def changed(q_blocks, k_blocks, v_blocks, precision, factor):
+            return self.quantize(*self.change(q_blocks, k_blocks), v_blocks, precision, 1.0)
 
         torch_backend._quantize = changed
 

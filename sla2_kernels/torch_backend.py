@@ -41,12 +41,13 @@ def blocks_of(x, block):
     return F.pad(x, (0, 0, 0, count * block - x.shape[0])).unflatten(0, (count, block))
 
 
-def _quantize(q_blocks, k_blocks, v_blocks, precision):
+def _quantize(q_blocks, k_blocks, v_blocks, precision, factor):
+    """factor: (D,), what K's channels are multiplied with, and Q's divided by, while INT8 rounds them."""
     block = (-2, -1)
     if precision == "int8":
         return (
-            quant.fake_int8(q_blocks, block),
-            quant.fake_int8(k_blocks, block),
+            quant.fake_int8(q_blocks / factor, block) * factor,
+            quant.fake_int8(k_blocks * factor, block) / factor,
             quant.fake_fp8_exponent(v_blocks, block),
         )
     if precision == "fp8":
@@ -73,7 +74,7 @@ def prepare_head(q, k, v, selected, precision, linear_branch=True):
     k_means = k_blocks.sum(dim=1) / valid.sum(dim=1, keepdim=True)
     linear = linear_branch and selected.shape[1] < k_blocks.shape[0]
     sums = _linear_sums(k_blocks, v_blocks, valid) if linear else None
-    low = _quantize(q_blocks, k_blocks, v_blocks, precision)
+    low = _quantize(q_blocks, k_blocks, v_blocks, precision, quant.balance(q, k) if precision == "int8" else None)
     return Head(q_blocks, k_blocks, v_blocks, *low, valid, k_means, sums, selected)
 
 

@@ -17,25 +17,26 @@ from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
-from .kernels.pool import pool, smooth
+from .kernels.pool import Pools, pools, smooth
 from .kernels.score import INT32_MAX, INT32_MIN, project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
-from .kernels.value_channels import value_channels
 from .kernels.weighted_mask import weighted_mask
 from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
 HIGHEST, LOWEST = INT32_MAX.value, INT32_MIN.value  # of the scores
-# Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q.
+# Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q. At short
+# lengths, where every launch counts, no less than a little of any card's memory.
 WORKSPACE_SHARE = 1.4
+WORKSPACE_FLOOR = 256 * 2**20
 
 
 @dataclass
 class Routing:
-    """Which key blocks each query block leaves to the linear branch, and K's pools: flat over batch x head.
+    """Which key blocks each query block leaves to the linear branch, and what K's pools tell: flat over batch x head.
 
     None: what a call does not need.
     """
@@ -43,6 +44,15 @@ class Routing:
     unselected: torch.Tensor | None = None  # 1 - M_c, (B * H, T_m, T_n)
     k_means: torch.Tensor | None = None  # (B * H, T_n, D), the block means of smoothed K in q's dtype
     k_mean: torch.Tensor | None = None  # float32 (B * H, D)
+    pools: Pools | None = None
+
+    @property
+    def balance(self):
+        return None if self.pools is None else self.pools.balance
+
+    @property
+    def v_channel(self):
+        return None if self.pools is None else self.pools.v_channel
 
 
 @dataclass
@@ -73,18 +83,19 @@ def _sums_dtype(q):
     return q.dtype
 
 
-def _pool_keys(k, dtype):
-    pooled = pool(k, K_BLOCK)
-    means = torch.empty_like(pooled, dtype=dtype)
-    return pooled, means, smooth(pooled, k.shape[2], means)
+def _smoothed(found, k, dtype):
+    """Smooths the K of ``found`` (Pools); returns (its block means in ``dtype``, its mean)."""
+    means = torch.empty_like(found.k, dtype=dtype)
+    return means, smooth(found.k, k.shape[2], means)
 
 
-def _route(q, k, proj_q, proj_k, selected, dtype, diagonal=None):
-    """Fills ``selected``, int32 (B * H, T_m, n), ascending. dtype: of the mask, None makes none."""
-    k_pooled, k_means, k_mean = _pool_keys(k, q.dtype)
-    q_routed, k_routed = project(pool(q, Q_BLOCK), proj_q), project(k_pooled, proj_k)
-    unselected = select(scores(q_routed, k_routed, diagonal), k_pooled.shape[1], selected, dtype)
-    return Routing(unselected, k_means, k_mean)
+def _route(q, k, v, proj_q, proj_k, selected, dtype, diagonal=None, **samples):
+    """Fills ``selected``, int32 (B * H, T_m, n), ascending. dtype: of the mask, None makes none. samples: as in pools()."""
+    found = pools(k, q, v, queries=True, **samples)
+    means, mean = _smoothed(found, k, q.dtype)
+    q_routed, k_routed = project(found.q, proj_q), project(found.k, proj_k)
+    unselected = select(scores(q_routed, k_routed, diagonal), found.k.shape[1], selected, dtype)
+    return Routing(unselected, means, mean, found)
 
 
 def _new_selection(q, count):
@@ -101,7 +112,7 @@ def route(q, k, proj_q, proj_k, count, diagonal=None):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with on_device(q.device):
         selected = _new_selection(q, count)
-        _route(q, k, *_as_read(q, proj_q, proj_k), selected, None, diagonal)
+        _route(q, k, None, *_as_read(q, proj_q, proj_k), selected, None, diagonal)
         return selected.unflatten(0, q.shape[:2])
 
 
@@ -126,16 +137,17 @@ def route_marked(q, k, proj_q, proj_k, count, always, raise_more):
 
     raise_more(scores, highest, lowest): raises more of the integer scores (B * H, T_m, T_n) to the highest, in place.
     """
-    selected = _new_selection(q, count)
-    proj_q, proj_k = _as_read(q, proj_q, proj_k)
-    k_pooled = pool(k, K_BLOCK)
-    smooth(k_pooled, k.shape[2])
-    marked = scores(project(pool(q, Q_BLOCK), proj_q), project(k_pooled, proj_k))
-    live = marked[..., : k_pooled.shape[1]]
-    live.masked_fill_(always, HIGHEST)
-    raise_more(live, HIGHEST, LOWEST)
-    select(marked, k_pooled.shape[1], selected, None)
-    return selected.unflatten(0, q.shape[:2])
+    with on_device(q.device):
+        selected = _new_selection(q, count)
+        proj_q, proj_k = _as_read(q, proj_q, proj_k)
+        found = pools(k, q, queries=True)
+        smooth(found.k, k.shape[2])
+        marked = scores(project(found.q, proj_q), project(found.k, proj_k))
+        live = marked[..., : found.k.shape[1]]
+        live.masked_fill_(always, HIGHEST)
+        raise_more(live, HIGHEST, LOWEST)
+        select(marked, found.k.shape[1], selected, None)
+        return selected.unflatten(0, q.shape[:2])
 
 
 def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):
@@ -149,9 +161,10 @@ def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):
 
 
 def _head_groups(q, per_head):
-    """Equal slices of the batch x heads, as few as WORKSPACE_SHARE allows: fixed by shapes, never by free memory."""
+    """Equal slices of the batch x heads, as few as the workspace's limits allow: fixed by shapes, never by free memory."""
     total = q.shape[0] * q.shape[1]
-    largest = max(1, int(WORKSPACE_SHARE * q.numel() * q.element_size() / max(per_head, 1)))
+    allowed = max(WORKSPACE_SHARE * q.numel() * q.element_size(), WORKSPACE_FLOOR)
+    largest = max(1, int(allowed / max(per_head, 1)))
     size = math.ceil(total / math.ceil(total / largest))
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -260,7 +273,7 @@ def attention(
         if sample is not None:
             shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)
             ratios = torch.empty(shape, dtype=torch.float32, device=q.device)
-        elif ratios is not None and len(ratios) == q.shape[1]:
+        elif ratios is not None and len(ratios) < q.shape[0] * q.shape[1]:
             ratios = ratios.repeat(q.shape[0], 1)
         ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
@@ -288,7 +301,6 @@ def _attend(t, s):
     groups = _head_groups(t.q, per_head)
     work = _allocate(t.q, t.k, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
     scale_log2, fit = s.scale * math.log2(math.e), None
-    v_channel = value_channels(t.v) if s.pv == "int8" else None
     if t.rows is not None:
         fit = FittedRatio(Sample(t.rows, s.fitted, t.dense), t.block_ratio)
         config = configs.fit_config(t.q.element_size())
@@ -300,20 +312,25 @@ def _attend(t, s):
             t.q, routed, t.ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
         )
     for group in groups:
-        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, v_channel, register_order=s.register_order)
+        pack(
+            t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, balance=routed.balance, v_channel=routed.v_channel,
+            register_order=s.register_order,
+        )  # fmt: skip
         if s.linear:
             _sum_unselected(routed.unselected, work, group, s, t.q)
         if fit is not None:
             fit.fit(t.q, work.query_sums, group, register_order=s.register_order)
-        _loop(t, s, work, group, scale_log2, v_channel)
+        _loop(t, s, work, routed, group, scale_log2)
 
 
 def _routing(t, s):
-    dtype = _sums_dtype(t.q)
+    samples = {"balance": s.qk == "int8", "channels": s.pv == "int8"}
     if s.routing:
-        return _route(t.q, t.k, t.proj_q, t.proj_k, t.selected, dtype if s.linear else None, s.diagonal)
+        dtype = _sums_dtype(t.q) if s.linear else None
+        return _route(t.q, t.k, t.v, t.proj_q, t.proj_k, t.selected, dtype, s.diagonal, **samples)
     if s.linear or s.qk != "16bit":
-        return Routing(t.unselected, *_pool_keys(t.k, t.q.dtype)[1:])
+        found = pools(t.k, t.q, t.v, **samples)
+        return Routing(t.unselected, *_smoothed(found, t.k, t.q.dtype), found)
     return Routing()
 
 
@@ -329,14 +346,14 @@ def _sum_unselected(unselected, work, group, s, q):
         masked_sum(unselected, work.sums, work.query_sums, group, config)
 
 
-def _loop(t, s, work, group, scale_log2, v_channel):
+def _loop(t, s, work, routed, group, scale_log2):
     """The sparse loop of a group of heads, and its linear branch."""
     kind = "none" if not s.linear else "estimated" if t.block_ratio is None else "learned"
     if s.hopper:
         from .kernels.hopper_loop import hopper_sparse_attention
 
         hopper_sparse_attention(
-            t.q, t.k, t.v, t.out, work, t.selected, t.block_ratio, t.ratio, group,
+            t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.block_ratio, t.ratio, group,
             ratio_kind=kind, scale_log2=scale_log2, qk=s.qk,
         )  # fmt: skip
         return
@@ -347,11 +364,11 @@ def _loop(t, s, work, group, scale_log2, v_channel):
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
     if s.pv == "int8":
         int8_sparse_attention(
-            t.q, t.k.shape[2], t.out, work, v_channel, t.selected, t.block_ratio, t.ratio, group,
+            t.q, t.k.shape[2], t.out, work, routed.pools, t.selected, t.block_ratio, t.ratio, group,
             ratio_kind=kind, scale_log2=scale_log2, config=config,
         )  # fmt: skip
         return
     sparse_attention(
-        t.q, t.k, t.v, t.out, work, t.selected, t.ratio, group, ratio_kind=kind, scale_log2=scale_log2,
+        t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.ratio, group, ratio_kind=kind, scale_log2=scale_log2,
         qk=s.qk, pv=s.pv, config=config,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from .kernels.configs import product_config
 from .kernels.hopper import takes_hopper_walks
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
-from .kernels.pool import pool, smooth
+from .kernels.pool import pools, smooth
 from .kernels.select import new_mask, unselected_mask
 from .router import K_BLOCK, Q_BLOCK, block_count
 from .support import capability, on_device
@@ -40,7 +40,7 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, gra
         blocks = block_count(k.shape[2], K_BLOCK)
         config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e)}
-        k_mean = smooth(pool(k, K_BLOCK), k.shape[2])
+        k_mean = smooth(pools(k).k, k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
         walk_queries, walk_keys = _walks(q, k, v, grad_out, config)
         walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales)

@@ -50,11 +50,17 @@ class FitConfig(Launchable):
 
 @dataclass(frozen=True)
 class PackConfig(Launchable):
-    """Packing a key block. parts: in how many parts V's channels are taken, one after the other."""
+    """Packing a key block. parts: in how many parts V's channels are taken, one after the other. registers: at most, per
+    thread, or None."""
 
     parts: int
     num_warps: int
+    registers: int | None = None
     num_stages: int = 3
+
+    @property
+    def options(self):
+        return super().options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,8 @@ def mass_config(capability, element_size):
 def pack_config(pv, register_order, element_size):
     """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
     if register_order:
-        # 4 warps that take h_j in two parts need 168 registers a thread, so three such programs run at a time
-        return PackConfig(2, 4)
+        # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
+        return PackConfig(2, 4, registers=168)
     return PackConfig(1, 4 if pv == "int8" and element_size == 2 else 8)
 
 

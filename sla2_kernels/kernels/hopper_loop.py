@@ -147,9 +147,10 @@ def _produce(descriptors, q_ring, kv_ring, selected, sizes, QK: gl.constexpr, LI
 
 
 @gluon.jit
-def _quantized_queries(q_at, layout: gl.constexpr):
-    """Half a query block as INT8, the left operand of Q K^T, and its scale per row."""
-    wide = q_at.load(layout).to(gl.float32)
+def _quantized_queries(q_at, balance, layout: gl.constexpr):
+    """Half a query block as INT8, the left operand of Q K^T, and its scale per row; balance: as in _queries."""
+    factors = gl.load(balance + gl.arange(0, D, gl.SliceLayout(0, layout)))
+    wide = q_at.load(layout).to(gl.float32) * factors[None, :]
     largest = gl.maximum(gl.max(gl.abs(wide), 1), MIN_MAGNITUDE)
     # the bias rounds, and the last byte of the sum is the INT8
     biased = wide * (INT8_MAX / largest)[:, None] + INT8_BIAS
@@ -157,11 +158,14 @@ def _quantized_queries(q_at, layout: gl.constexpr):
 
 
 @gluon.jit
-def _queries(q_at, scale_log2, QK: gl.constexpr):
-    """The left operand of Q K^T, and what its scores are multiplied with: a number, or one per row."""
+def _queries(q_at, balance, scale_log2, QK: gl.constexpr):
+    """The left operand of Q K^T, and what its scores are multiplied with: a number, or one per row.
+
+    balance: where the factors lie that INT8's channels are multiplied with first.
+    """
     SCORES: gl.constexpr = _accumulator(BLOCK, _depth(QK))
     if QK == "int8":
-        q, scale = _quantized_queries(q_at, gl.DotOperandLayout(0, _accumulator(2 * BLOCK, 32), 4))
+        q, scale = _quantized_queries(q_at, balance, gl.DotOperandLayout(0, _accumulator(2 * BLOCK, 32), 4))
         factor = scale_log2 * gl.convert_layout(scale, gl.SliceLayout(1, SCORES))
     else:
         q = q_at
@@ -420,7 +424,7 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
     """One warpgroup: rows PART * 64 to PART * 64 + 63 of every query block of this program."""
     q_smem, q_full, q_empty = q_ring
     k_smem, v_smem, full, empty = kv_ring
-    selected, k_scale, v_exponent, sums, block_ratio = inputs
+    selected, k_scale, v_exponent, balance, sums, block_ratio = inputs
     ratio_of_rows, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d = outputs
     heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2 = sizes
     OUTPUT: gl.constexpr = _accumulator(D, _depth(QK))
@@ -439,7 +443,7 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
 
         place = wait_full(q_full, turn)
         queries = q_smem.index(2 * place + PART).reshape([HALF, D])
-        q, q_scale = _queries(queries, scale_log2, QK)
+        q, q_scale = _queries(queries, balance + bh * (2 * D) + D, scale_log2, QK)
         p0, p1, row_max, row_sum = _first_pair(
             listed, q, q_scale, scales, exponents, kv_ring, step, count, k_tokens, QK
         )
@@ -482,7 +486,7 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
 
 @gluon.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "q_blocks", "k_blocks", "count", "tiles"])
 def _hopper_sparse_attention(
-    q_desc, k_desc, v_desc, h_desc, selected, k_scale, v_exponent, sums, block_ratio, ratio, out,
+    q_desc, k_desc, v_desc, h_desc, selected, k_scale, v_exponent, balance, sums, block_ratio, ratio, out,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, QK: gl.constexpr, RATIO_KIND: gl.constexpr,
@@ -504,13 +508,13 @@ def _hopper_sparse_attention(
     gl.warp_specialize([
         (_consume, (
             UPPER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
-            (selected, k_scale, v_exponent, sums, block_ratio),
+            (selected, k_scale, v_exponent, balance, sums, block_ratio),
             (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
             (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
         )),
         (_consume, (
             LOWER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
-            (selected, k_scale, v_exponent, sums, block_ratio),
+            (selected, k_scale, v_exponent, balance, sums, block_ratio),
             (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
             (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
         )),
@@ -543,7 +547,9 @@ def _descriptors(q, k, v, work):
     return _descriptor(q, Q_BLOCK // 2, HEAD_DIM), *pair, _descriptor(sums, K_BLOCK, HEAD_DIM)
 
 
-def hopper_sparse_attention(q, k, v, out, work, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, qk):
+def hopper_sparse_attention(
+    q, k, v, out, work, balance, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, qk
+):
     """As sparse_attention() of sparse_attention.py, for the calls that takes_hopper_loop() names, but out is only written.
 
     work.packed_v and, in 8 bit, work.query_sums: in register order. block_ratio: (B * H, T_m), or None where it is not
@@ -554,12 +560,12 @@ def hopper_sparse_attention(q, k, v, out, work, selected, block_ratio, ratio, gr
     k_blocks = block_count(k.shape[2], K_BLOCK)
     tiles = (group.stop - group.start) * q_blocks
     # warp_specialize() passes no None on, so a tensor that a call has no use for is replaced by any float32 one
-    k_scale, v_exponent = (work.k_scale, work.v_exponent) if qk == "int8" else (ratio, ratio)
+    k_scale, v_exponent, balance = (work.k_scale, work.v_exponent, balance) if qk == "int8" else (ratio, ratio, ratio)
     sums = ratio if ratio_kind == "none" else work.query_sums
     block_ratio = ratio if block_ratio is None else block_ratio
     launch(
         _hopper_sparse_attention, (min(tiles, programs(q.device)),),
-        *_descriptors(q, k, v, work), selected, k_scale, v_exponent, sums, block_ratio, ratio, out,
+        *_descriptors(q, k, v, work), selected, k_scale, v_exponent, balance, sums, block_ratio, ratio, out,
         *out.stride(), heads, group.start, q_tokens, k.shape[2], q_blocks, k_blocks, count, tiles, scale_log2,
         STAGES=STAGES[qk], Q_STAGES=Q_STAGES[qk], QK=qk, RATIO_KIND=ratio_kind, options={"num_warps": 4},
     )  # fmt: skip

@@ -4,7 +4,7 @@ RTX cards multiply INT8 at full rate, FP8 and 16 bit that are summed in float32 
 do is shrink by a factor when a row's maximum grows, so P is taken below a whole power of two, at or above the maximum:
 when that grows, the sums shift right. They stay where the matrix instructions put them from the first block to the last.
 
-V is over a power of two per channel and head (value_channels.py), which the output gets back, and over 2^exponent per
+V is over a power of two per channel and head (channels.py), which the output gets back, and over 2^exponent per
 block, which joins the scores: p V is what must fit. A row's sum is that of P before it is rounded: blocks of small values
 may hold much of the mass.
 
@@ -33,9 +33,9 @@ LANES = tl.constexpr(4)  # threads that share a row's scores
 
 
 @triton.jit
-def _quantize_queries(q):
-    """A query tile in INT8 and its one scale."""
-    wide = q.to(tl.float32)
+def _quantize_queries(q, balance):
+    """A query tile in INT8 and its one scale; balance: what its channels are multiplied with first."""
+    wide = q.to(tl.float32) * balance[None, :]
     largest = tl.maximum(tl.max(tl.abs(wide)), MIN_MAGNITUDE)
     biased = wide * (INT8_MAX / largest) + INT8_BIAS
     return biased.to(tl.int32, bitcast=True).to(tl.int8), largest / INT8_MAX
@@ -111,7 +111,7 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "count"])
 def _int8_sparse_attention(
-    q, out, packed_k, k_scale, packed_v, v_exponent, v_channel, selected, sums, block_ratio, ratio,
+    q, out, packed_k, k_scale, packed_v, v_exponent, balance, v_channel, selected, sums, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr, LINEAR_ROWS: tl.constexpr,
@@ -134,7 +134,9 @@ def _int8_sparse_attention(
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
-    q_tile, q_scale = _quantize_queries(load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens))  # [TILE, D]
+    q_tile, q_scale = _quantize_queries(
+        load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens), tl.load(balance + bh * (2 * D) + D + d)
+    )  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
     packed_k += slot * k_blocks * (KEY_BLOCK * D)
@@ -195,11 +197,11 @@ def takes_linear_branch(q):
 
 
 def int8_sparse_attention(
-    q, k_tokens, out, work, v_channel, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, config
+    q, k_tokens, out, work, pools, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, config
 ):
     """Writes out (B, H, N, D) and ratio (B, H, N) for the heads of slice ``group``.
 
-    work: the packed key blocks (Workspace), V in INT8. v_channel: float32 (B * H, D), see value_channels.py. selected,
+    work: the packed key blocks (Workspace), V in INT8. pools: its balance and v_channel. selected,
     ratio_kind: as in sparse_attention(). block_ratio: as in linear_attention(), which must run before where
     takes_linear_branch() is False.
     """
@@ -207,7 +209,7 @@ def int8_sparse_attention(
     count = selected.shape[2]
     launch(
         _int8_sparse_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
-        q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, v_channel, selected,
+        q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, pools.balance, pools.v_channel, selected,
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind,

@@ -16,6 +16,7 @@ from triton.runtime.driver import driver
 from ..support import is_tested_triton
 
 MAX_RECORDINGS = 256
+ALIGNMENT = 512  # bytes, of a buffer within its memory: that of torch's allocator
 # The releases whose compiled kernels take every argument, constants included, in the order of Recording.replay(): a
 # private interface, the same in all their sources. With other releases every call goes through the front end.
 DIRECT_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -105,15 +106,32 @@ class _Step:
     arguments: list
     pointers: list = field(default_factory=list)
     descriptors: list = field(default_factory=list)
-    first_uses: list = field(default_factory=list)
-    last_uses: list = field(default_factory=list)
 
     def slots(self):
         return {slot for _, slot, _ in (*self.pointers, *self.descriptors)}
 
 
+def _placed(lives):
+    """({slot: offset}, bytes in all) of buffers in one piece of memory; lives: {slot: (bytes, first use, last use)}.
+
+    Two buffers share a place only where one's last use comes before the other's first. The large ones are placed first, each
+    as low as it fits.
+    """
+    offsets = {}
+    for slot, (size, first, last) in sorted(lives.items(), key=lambda item: -item[1][0]):
+        beside = [other for other in offsets if lives[other][1] <= last and lives[other][2] >= first]
+        offset = 0
+        for other in sorted(beside, key=offsets.get):
+            if offset + size <= offsets[other]:
+                break
+            end = offsets[other] + lives[other][0]
+            offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
+        offsets[slot] = offset
+    return offsets, max((offsets[slot] + lives[slot][0] for slot in offsets), default=0)
+
+
 class Recording:
-    """The launches of one call. Slots are its tensors, then the buffers that it made, alive from first to last use."""
+    """The launches of one call. Slots are its tensors, then the buffers that it made, which share one piece of memory."""
 
     def __init__(self, tensors):
         """tensors: the call's own, None where there is none."""
@@ -154,26 +172,23 @@ class Recording:
         return slot, address - storage.data_ptr()
 
     def finish(self):
-        """Ends the recording: finds the first and last use of every buffer."""
+        """Ends the recording: finds a place for every buffer, from its first to its last use."""
         self._buffers = self._outside = self._slots = None
-        first, last = {}, {}
-        for step in self._steps:
-            for slot in sorted(step.slots() & self._sizes.keys()):
-                first.setdefault(slot, step)
-                last[slot] = step
-        for slot in self._sizes:
-            first[slot].first_uses.append(slot)
-            last[slot].last_uses.append(slot)
+        lives = {}
+        for number, step in enumerate(self._steps):
+            for slot in step.slots() & self._sizes.keys():
+                _, first, _ = lives.get(slot, (0, number, 0))
+                lives[slot] = self._sizes[slot], first, number
+        offsets, self._bytes = _placed(lives)
+        self._offsets = [offsets[slot] for slot in sorted(offsets)]
 
     def replay(self, addresses, device):
         """Launches everything again, with other tensors' addresses, on the current stream of the current device."""
-        addresses = [*addresses, *[0] * len(self._sizes)]
-        kept = {}
+        memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+        base = memory.data_ptr()
+        addresses = [*addresses, *[base + offset for offset in self._offsets]]
         stream = driver.active.get_current_stream(driver.active.get_current_device())
         for step in self._steps:
-            for slot in step.first_uses:
-                kept[slot] = torch.empty(self._sizes[slot], dtype=torch.uint8, device=device)
-                addresses[slot] = kept[slot].data_ptr()
             arguments = step.arguments.copy()
             for place, slot, offset in step.pointers:
                 arguments[place] = addresses[slot] + offset
@@ -182,8 +197,6 @@ class Recording:
             compiled = step.compiled
             # compiled[grid](...) also prepares for launch hooks: a profiler that sets them sees recorded calls alone
             compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-            for slot in step.last_uses:
-                del kept[slot]
 
 
 def _at(descriptor, address):

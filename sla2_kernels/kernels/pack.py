@@ -38,7 +38,7 @@ def int8_exponent(largest):
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
 def _pack(
-    k, v, k_mean, v_channel, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
+    k, v, k_mean, balance, v_channel, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
     D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, FP8_SUMS: tl.constexpr,
@@ -68,17 +68,19 @@ def _pack(
         v_last = tl.load(v_at + PART * v_stride_d, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
     k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
 
-    if QK != "16bit":
+    if QK == "int8":
+        factor = tl.load(balance + bh * (2 * D) + d)
+        largest = tl.maximum(tl.max(tl.abs(k_smooth * factor)), MIN_MAGNITUDE)
+        # the bias rounds, and the last byte of the sum is the INT8
+        biased = k_smooth * (factor * (INT8_MAX / largest)) + INT8_BIAS
+        tl.store(
+            packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, biased.to(tl.int32, bitcast=True).to(tl.int8)
+        )
+        tl.store(k_scale + tile, largest / INT8_MAX)
+    elif QK == "fp8":
         largest = tl.maximum(tl.max(tl.abs(k_smooth)), MIN_MAGNITUDE)
-        k_out = packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d
-        if QK == "int8":
-            # the bias rounds, and the last byte of the sum is the INT8
-            biased = k_smooth * (INT8_MAX / largest) + INT8_BIAS
-            tl.store(k_out, biased.to(tl.int32, bitcast=True).to(tl.int8))
-            tl.store(k_scale + tile, largest / INT8_MAX)
-        else:
-            tl.store(k_out, to_fp8(k_smooth * (FP8_MAX / largest)))
-            tl.store(k_scale + tile, largest / FP8_MAX)
+        tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, to_fp8(k_smooth * (FP8_MAX / largest)))
+        tl.store(k_scale + tile, largest / FP8_MAX)
 
     even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
     if PV == "int8":
@@ -124,11 +126,11 @@ def _pack(
             tl.store(h_out, to_fp8(h) if FP8_SUMS else h.to(phi.dtype))
 
 
-def pack(k, v, k_mean, work, group, qk, pv, v_channel=None, *, register_order=False):
+def pack(k, v, k_mean, work, group, qk, pv, *, balance=None, v_channel=None, register_order=False):
     """Fills ``work`` (a Workspace) for the heads of slice ``group`` of k and v (B, H, M, D), any stride.
 
     register_order: FP8 V as the registers of hopper_loop.py want it, instead of key after key and channel after channel;
-    likewise h_j's columns, which are V's channels. v_channel: of INT8 V, float32 (B * H, D), see value_channels.py.
+    likewise h_j's columns, which are V's channels. balance, v_channel: of INT8 K and of INT8 V, as in Pools.
     """
     heads, tokens, head_dim = k.shape[1:]
     linear = work.sums is not None
@@ -137,7 +139,7 @@ def pack(k, v, k_mean, work, group, qk, pv, v_channel=None, *, register_order=Fa
     config = configs.pack_config(pv, register_order, v.element_size())
     launch(
         _pack, (block_count(tokens, K_BLOCK), group.stop - group.start),
-        k, v, k_mean, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
+        k, v, k_mean, balance, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
         *k.stride(), *v.stride(), heads, group.start, tokens,
         D=head_dim, QK=qk, PV=pv, LINEAR=linear, FP8_SUMS=work.sums_exponent is not None,
         SUM_STRIDE=work.sums.stride(1) if linear else 0, NORM_STRIDE=work.norms.stride(1) if linear else 0,

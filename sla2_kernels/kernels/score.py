@@ -61,17 +61,30 @@ def _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED: tl.co
         tl.store(out_at, tile, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _halves(x, high, low, power, rows, D: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["a_rows", "b_rows"])
+def _halves(
+    a, b, a_high, a_low, a_power, b_high, b_low, b_power, a_rows, b_rows, D: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Takes both operands apart, first a, then b."""
+    a_tiles = tl.cdiv(a_rows, TILE)
+    tile = tl.program_id(0)
+    if tile < a_tiles:
+        _take_apart(a, a_high, a_low, a_power, tile, a_rows, D, TILE)
+    else:
+        _take_apart(b, b_high, b_low, b_power, tile - a_tiles, b_rows, D, TILE)
+
+
+@triton.jit
+def _take_apart(x, high, low, power, tile, rows, D: tl.constexpr, TILE: tl.constexpr):
     """x = power * (high + low) to 22 bits, high and low float16, one power of two per row."""
-    i, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    i, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
     inside = i < rows
     at = i[:, None].to(tl.int64) * D + d[None, :]
-    tile = tl.load(x + at, mask=inside[:, None], other=0.0)  # [TILE, D]
+    values = tl.load(x + at, mask=inside[:, None], other=0.0)  # [TILE, D]
     # float32's exponent, so that the row's largest becomes 2^10 to 2^11: what float16 loses then is below 2^-35 of it
-    exponent = tl.maximum(tl.max(tl.abs(tile), axis=1), MIN_MAGNITUDE).to(tl.int32, bitcast=True) & FLOAT32_EXPONENT
+    exponent = tl.maximum(tl.max(tl.abs(values), axis=1), MIN_MAGNITUDE).to(tl.int32, bitcast=True) & FLOAT32_EXPONENT
     up = (-exponent + 2 * FLOAT32_ONE + TEN_OCTAVES).to(tl.float32, bitcast=True)
-    scaled = tile * up[:, None]
+    scaled = values * up[:, None]
     top = scaled.to(tl.float16)
     tl.store(high + at, top, mask=inside[:, None])
     tl.store(low + at, (scaled - top.to(tl.float32)).to(tl.float16), mask=inside[:, None])
@@ -101,14 +114,17 @@ def _product_of_halves(
     _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED)
 
 
-def _in_halves(x):
-    """(high, low, power) of float32 x (..., D), contiguous."""
-    rows, head_dim = x.numel() // x.shape[-1], x.shape[-1]
-    high, low = (torch.empty(x.shape, dtype=torch.float16, device=x.device) for _ in range(2))
-    power = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    grid = (block_count(rows, HALVES_ROWS),)
-    launch(_halves, grid, x, high, low, power, rows, D=head_dim, TILE=HALVES_ROWS, options={"num_warps": 4})
-    return high, low, power
+def _in_halves(a, b):
+    """(high, low, power) of float32 a (..., D), then those of b, both contiguous."""
+
+    def halves_of(x):
+        high, low = (torch.empty(x.shape, dtype=torch.float16, device=x.device) for _ in range(2))
+        return high, low, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+    halves, rows = (*halves_of(a), *halves_of(b)), [x.numel() // x.shape[-1] for x in (a, b)]
+    grid = (sum(block_count(count, HALVES_ROWS) for count in rows),)
+    launch(_halves, grid, a, b, *halves, *rows, D=a.shape[-1], TILE=HALVES_ROWS, options={"num_warps": 4})
+    return halves
 
 
 def _launch(a, b, out, b_heads, cols, diagonal=0):
@@ -118,7 +134,7 @@ def _launch(a, b, out, b_heads, cols, diagonal=0):
     sizes = rows, cols, out.shape[-1], diagonal
     constants = {"D": head_dim, "TILE": TILE, "ORDERED": out.dtype == torch.int32, "options": {"num_warps": 4}}
     if multiplies_by_mma_sync(capability(a.device)):
-        launch(_product_of_halves, grid, *_in_halves(a), *_in_halves(b), out, b_heads, *sizes, **constants)
+        launch(_product_of_halves, grid, *_in_halves(a, b), out, b_heads, *sizes, **constants)
     else:
         launch(_product, grid, a, b, out, b_heads, cols * head_dim, *sizes, **constants)
     return out

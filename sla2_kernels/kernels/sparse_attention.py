@@ -22,12 +22,14 @@ from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_ro
 
 
 @triton.jit
-def _quantize_queries(q, QK: tl.constexpr):
-    """A query tile in the format of Q K^T, and its one scale."""
+def _quantize_queries(q, balance, QK: tl.constexpr):
+    """A query tile in the format of Q K^T, and its one scale. balance: what INT8's channels are multiplied with first."""
     if QK == "16bit":
         rounded, scale = q, 1.0
     else:
         wide = q.to(tl.float32)
+        if QK == "int8":
+            wide *= tl.load(balance + tl.arange(0, q.shape[1]))[None, :]
         largest = tl.maximum(tl.max(tl.abs(wide)), MIN_MAGNITUDE)
         if QK == "int8":
             scaled = wide * (INT8_MAX / largest)
@@ -115,7 +117,7 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "count"])
 def _sparse_attention(
-    q, k, v, out, packed_k, k_scale, packed_v, v_exponent, selected, ratio,
+    q, k, v, out, packed_k, k_scale, packed_v, v_exponent, balance, selected, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2,
@@ -126,7 +128,11 @@ def _sparse_attention(
     bh = first_head + slot
     rows, d = tile_rows(tile, TILE), tl.arange(0, D)
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
-    q_tile, q_scale = _quantize_queries(load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens), QK)  # [TILE, D]
+    if QK == "int8":
+        balance += bh * (2 * D) + D
+    q_tile, q_scale = _quantize_queries(
+        load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens), balance, QK
+    )  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
     if QK == "16bit":
@@ -180,10 +186,10 @@ def _sparse_attention(
     tl.store(ratio_at, row_ratio, mask=inside)
 
 
-def sparse_attention(q, k, v, out, work, selected, ratio, group, *, ratio_kind, scale_log2, qk, pv, config):
+def sparse_attention(q, k, v, out, work, balance, selected, ratio, group, *, ratio_kind, scale_log2, qk, pv, config):
     """Writes out (B, H, N, D) and ratio (B, H, N) for the heads of slice ``group``.
 
-    work: the packed key blocks (Workspace). selected: int32 (B * H, T_m, n), ascending.
+    work: the packed key blocks (Workspace). balance: of INT8 K, as in Pools. selected: int32 (B * H, T_m, n), ascending.
     ratio_kind: "learned": ``ratio`` holds it; "estimated": from the log2 of the unselected mass, which ``ratio`` holds;
     both mix with the O_l that out holds. "none": there is no linear branch to mix in.
     """
@@ -191,7 +197,7 @@ def sparse_attention(q, k, v, out, work, selected, ratio, group, *, ratio_kind, 
     count = selected.shape[2]
     launch(
         _sparse_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
-        q, k, v, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, selected, ratio,
+        q, k, v, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, balance, selected, ratio,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         heads, group.start, tokens, k.shape[2], count, scale_log2,
         D=head_dim, TILE=config.tile_m, QK=qk, PV=pv, BIASED=qk == "int8" and not config.converts,

@@ -123,31 +123,49 @@ def test_kernels_get_the_addresses_of_the_call_that_replays(kernel, made):
     assert third[1][:2] == (at, 2000) and third[1][3].base.data_ptr() == 1000
 
 
-def test_a_buffer_lives_from_its_first_to_its_last_use(kernel, made):
+def test_buffers_share_memory_where_their_lives_do_not_meet(kernel, made):
     q = torch.zeros(16)
 
     def call():
-        first, second = torch.empty(10), torch.empty(20)
+        first, second = torch.empty(1000), torch.empty(2000)
         launch(kernel, q, second)
         launch(kernel, q, first, desc=Descriptor(second[4:], [8]))
         del second
-        third = torch.empty(20)
+        third = torch.empty(2000)
         launch(kernel, first, third)
         launch(kernel, third, q)
 
     recording = recorded(kernel, (q,), call)
-    sizes = []
-
-    def watch():
-        sizes.append([tensor().numel() for tensor in made if tensor() is not None])
-
-    kernel.watch = watch
+    kernel.launched.clear()
+    kernel.watch = lambda: [tensor() for tensor in made]
     recording.replay([1000], "cpu")
-    assert sizes == [[80], [80, 40], [40, 80], [80]]
+    (memory,) = kernel.launched[0][2]
+    second, first, third = kernel.launched[0][1][1], kernel.launched[1][1][1], kernel.launched[2][1][1]
+    assert second == third, "the second buffer's last use comes before the third's first"
+    assert {second, first} == {memory.data_ptr(), memory.data_ptr() + 8192} and memory.numel() == 8192 + 4000
+    del memory
+    kernel.launched.clear()
     assert all(tensor() is None for tensor in made)
 
 
-def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel, made):
+@pytest.mark.parametrize("seed", range(20))
+def test_buffers_alive_together_never_overlap(seed):
+    random = torch.Generator().manual_seed(seed)
+    spans = torch.randint(0, 20, (30, 2), generator=random).sort(dim=1).values.tolist()
+    sizes = torch.randint(0, 5000, (30,), generator=random).tolist()
+    lives = {slot: (size, *span) for slot, (size, span) in enumerate(zip(sizes, spans, strict=True))}
+    offsets, total = module._placed(lives)
+    for a, (size, first, last) in lives.items():
+        assert offsets[a] % module.ALIGNMENT == 0 and offsets[a] + size <= total
+        for b, (other, begin, end) in lives.items():
+            if a != b and size and other and first <= end and begin <= last:
+                assert offsets[a] + size <= offsets[b] or offsets[b] + other <= offsets[a]
+    # what the busiest step needs, and not much more
+    busiest = max(sum(size for size, first, last in lives.values() if first <= step <= last) for step in range(20))
+    assert busiest <= total <= 1.5 * busiest + 30 * module.ALIGNMENT
+
+
+def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel):
     memory = torch.zeros(8)
 
     def call():
@@ -157,9 +175,7 @@ def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel, made)
             launch(kernel, buffer, None, n=size)
 
     recording = recorded(kernel, (), call)
-    kernel.watch = lambda: sum(tensor() is not None for tensor in made)
-    recording.replay([], "cpu")
-    assert len(made) == 2 and [alive for *_, alive in kernel.launched] == [1, 1]
+    assert len(recording._offsets) == 2
 
 
 def test_a_view_that_begins_inside_a_caller_s_tensor_is_no_scratch(kernel):

@@ -8,8 +8,12 @@ from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
 from sla2_kernels.kernels import int8_attention
 from sla2_kernels.kernels.int8_attention import p_log2_range
 from sla2_kernels.kernels.pack import pack
-from sla2_kernels.kernels.value_channels import value_channels
+from sla2_kernels.kernels.pool import pools
 from sla2_kernels.triton_backend import Workspace
+
+
+def value_channels(v):
+    return pools(v, v, v, channels=True).v_channel
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_int8_values_are_rounded_to_nearest_in_the_order_of_the_registers(genera
         packed_v=torch.empty(2, blocks, 64, 64, dtype=torch.int8), v_exponent=torch.empty(2, blocks),
     )  # fmt: skip
     channel = value_channels(v)
-    pack(v, v, torch.zeros(2, 64), work, slice(0, 2), "int8", "int8", channel)
+    pack(v, v, torch.zeros(2, 64), work, slice(0, 2), "int8", "int8", balance=torch.ones(2, 2, 64), v_channel=channel)
     whole = torch.nn.functional.pad(v[0], (0, 0, 0, 64 * blocks - keys)).unflatten(1, (blocks, 64))
     scale = work.v_exponent.double().exp2()[..., None, None] * channel.double()[:, None, None]
     # in each 16 keys, bits abbc of a key's number become bbac

@@ -39,7 +39,8 @@ def packed(k, v, *, qk="16bit", pv="16bit", linear=False, heads=None, register_o
     )
     if linear:
         work.norms = empty(True, head_dim, dtype=k.dtype) if fp8_sums else work.sums[..., square:]
-    pack(k, v, mean.float(), work, heads, qk, pv, register_order=register_order)
+    balance = torch.ones(mean.shape[0], 2, head_dim)
+    pack(k, v, mean.float(), work, heads, qk, pv, balance=balance, register_order=register_order)
     return work, mean
 
 

@@ -53,7 +53,7 @@ class Loop:
             branch = linear_config((8, 9), 4)
             linear_attention(self.q, work, out, self.ratios, ratio_of_rows, heads, config=branch)
         sparse_attention(
-            self.q, self.k, self.v, out, work, self.selected, ratio_of_rows, heads,
+            self.q, self.k, self.v, out, work, None, self.selected, ratio_of_rows, heads,
             ratio_kind=kind, qk="16bit", pv="16bit", config=config, **sizes,
         )  # fmt: skip
         assert out._base.isnan().sum() == out._base.numel() - out.numel(), "wrote between the output's elements"

@@ -36,6 +36,7 @@ def test_head_groups_change_no_bit(generator, monkeypatch, precision, share, gro
     monkeypatch.setattr(triton_backend, "_head_groups", one_group)
     together = sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision)
     monkeypatch.setattr(triton_backend, "WORKSPACE_SHARE", share)
+    monkeypatch.setattr(triton_backend, "WORKSPACE_FLOOR", 0)
     monkeypatch.setattr(triton_backend, "_head_groups", several_groups)
     apart = sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision)
     assert counted == [groups]
@@ -44,11 +45,13 @@ def test_head_groups_change_no_bit(generator, monkeypatch, precision, share, gro
 
 @pytest.mark.parametrize("per_head", [0, 1, 10**4, 10**6, 10**9])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 12), (2, 7), (3, 40)])
-def test_groups_cover_every_head_once(batch, heads, per_head):
+@pytest.mark.parametrize("floor", [0, 10**7])
+def test_groups_cover_every_head_once(monkeypatch, batch, heads, per_head, floor):
+    monkeypatch.setattr(triton_backend, "WORKSPACE_FLOOR", floor)
     q = torch.zeros(1).expand(batch, heads, 300, 64)
     groups = triton_backend._head_groups(q, per_head)
     covered = [head for group in groups for head in range(group.start, group.stop)]
     assert covered == list(range(batch * heads))
     assert all(group.stop - group.start <= groups[0].stop for group in groups)
-    fits = (groups[0].stop * per_head) <= triton_backend.WORKSPACE_SHARE * q.numel() * 4
+    fits = (groups[0].stop * per_head) <= max(triton_backend.WORKSPACE_SHARE * q.numel() * 4, floor)
     assert fits or groups[0].stop == 1
