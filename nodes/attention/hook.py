@@ -23,7 +23,7 @@ from .recomputation import backward_pass
 from .run_dense import RunDense, stop_where_asked
 from .steps import RunSteps, guidance_halves, planned_sparsity, step_count
 from .unreached import WITHOUT_OPTIONS, count_hidden, count_unmet, past_reason, require_met
-from .video_tokens import VideoSpan
+from .video_tokens import VideoSpan, token_count
 
 logger = logging.getLogger("sla2")
 
@@ -90,15 +90,15 @@ class AttentionHook:
         run.note(ASIDE)
         logger.warning("SLA2: %s", ASIDE)
 
-    def before_model(self, device, options):
+    def before_model(self, device, options, latent_shape=None):
         """Takes the memory that the sparse calls of one model call on ``device`` keep: inside it, none may be taken.
 
-        options: its transformer_options.
+        options: its transformer_options. latent_shape: of the video's latent, where known.
         """
         if self.facts is None or self.family_reason:
             return
         run = self.run_for_call()
-        step = self._steps.at(run, options)
+        step = self._steps.at(run, options, token_count(latent_shape, self.facts.patch_size))
         sparsities = {}
         for layer in range(self.facts.num_layers):
             with contextlib.suppress(RunDense):

@@ -58,8 +58,8 @@ def install(model, settings, router, sla_weights=None):
     open_call, finish = not_compiled(hook.open_call), not_compiled(hook.finish)
 
     def before_model(executor, *args, **kwargs):
-        device = latent_of({"x": args[0]} if args else kwargs).device
-        reserve(device, options_of(args, kwargs) or {})
+        latent = latent_of({"x": args[0]} if args else kwargs)
+        reserve(latent.device, options_of(args, kwargs) or {}, tuple(latent.shape))
         return executor(*args, **kwargs)
 
     def around_call(executor, args, kwargs, inputs, is_next_to_the_model):

@@ -54,7 +54,7 @@ def _attend_sparse(call, layer, below, args, kwargs):
     run.count_sparse(layer, ratio.shape, kept, keys, precision, ratio, request.tokens)
     run.count_loops(loops)
     if judging is not None:
-        run.count_squares(layer, judging.squares(out))
+        run.count_errors(layer, *judging.against(out))
     whole = _whole(out, request, exact, below, args, kwargs)
     call.decisions.take(layer, (sparsity, True))
     return whole

@@ -58,23 +58,24 @@ class RunSteps:
         if self._numbers.goes_on:
             run.note(GOES_ON)
 
-    def at(self, run, options):
-        """The Step of a model call with these transformer_options."""
+    def at(self, run, options, tokens=None):
+        """The Step of a model call with these transformer_options. tokens: of the video, None where not known yet."""
         sigmas, sample_sigmas = options.get("sigmas"), options.get("sample_sigmas")
         progress = None if self._progress is None or sigmas is None else self._progress.at(run.sigma(sigmas))
         step = Step(run.in_window(sigmas), progress, self._number(run, sigmas, sample_sigmas))
         if not self._settings.target_error or not self._is_planned(step):
             return step
-        return step._replace(choice=self._choice(run, sigmas, sample_sigmas))
+        return step._replace(choice=self._choice(run, sigmas, sample_sigmas, tokens))
 
-    def _choice(self, run, sigmas, sample_sigmas):
+    def _choice(self, run, sigmas, sample_sigmas, tokens):
         target = run.target(self._settings.target_error)
         if sigmas is None:
             run.note(NO_STEP)
-            return target.at(None, None, run.relative_errors)
+            return target.at(None, None, run.relative_errors, tokens)
         if target.latest is not None and capturing(sigmas.device):
             return target.latest  # nothing may be read from the device now
-        choice = target.at(run.sigma(sigmas), self._planned_sigmas(run, sample_sigmas), run.relative_errors)
+        planned = self._planned_sigmas(run, sample_sigmas)
+        choice = target.at(run.sigma(sigmas), planned, run.relative_errors, tokens)
         if target.is_out_of_reach:
             run.note(out_of_reach(self._settings))
         return choice
