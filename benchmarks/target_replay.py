@@ -1,27 +1,29 @@
-"""Runs with an attention error set, replayed from recordings of real ones: no model, no GPU, a millisecond each.
+"""Runs with an attention error set, replayed from recordings of real ones: no model, no GPU, a few milliseconds each.
 
-    python -m benchmarks.target_replay FOLDER
+    python -m benchmarks.target_replay FILE [FILE ...]
 
-FOLDER has what `python -m benchmarks.target_error --record FOLDER` wrote. The choice of sparsities is the node's own; what its
-calls would have measured, and what their error over all rows would have been, comes from the recording, straight between its
-rungs in log(error) over log(sparsity / (1 - sparsity)).
+A FILE is what `python -m benchmarks.target_error --record FOLDER` wrote, or a few of these condensed by `--condense OUT`, which keeps
+the errors alone. The choice of sparsities is the node's own. What its calls would have measured, and what their error over all
+rows would have been, comes from the recording: straight between its rungs in log(error) over log(sparsity / (1 - sparsity)).
+A recording belongs to the run that it was made in: another target would have led the model to other tensors.
 """
 
 import argparse
 import bisect
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from miniature.sample import noise_schedule
 
 from .wan_in_comfyui import load_pack
 
 TARGETS = (0.08, 0.12, 0.16, 0.25)
+LAGS = 4  # steps between a fit and its use
 
 
 def log_odds(sparsity):
@@ -30,56 +32,81 @@ def log_odds(sparsity):
 
 @dataclass
 class Replayed:
-    """One recording, see error_recordings.py; its rungs rise. of_all(), of_rows(): squared relative errors."""
+    """Errors of the calls of one run. Squared relative ones, float64, at rising rungs.
+
+    of_all: (steps, lags, draws, halves, layers, rungs), over all rows, with a ratio that was fitted on a draw so many steps
+    before. of_rows: (steps, draws, halves, layers, rungs), as a call that fits on a draw measures it on its rows.
+    """
 
     tokens: int
-    sigmas: list[float]
     rungs: list[float]
-    energy: torch.Tensor  # (steps, halves, layers, heads)
-    products: torch.Tensor
-    ratio: torch.Tensor
-    row_error: torch.Tensor
-    row_energy: torch.Tensor
+    of_all: torch.Tensor
+    of_rows: torch.Tensor
 
-    @classmethod
-    def load(cls, path):
-        with safe_open(path, "pt") as file:
-            tokens, rungs = int(file.metadata()["tokens"]), [float(rung) for rung in file.metadata()["rungs"].split()]
-            tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
-        order = sorted(range(len(rungs)), key=lambda i: rungs[i])
-        for name in ("products", "ratio", "row_error"):
-            tensors[name] = tensors[name][:, :, :, order]
-        steps = len(tensors["energy"])
-        return cls(tokens, noise_schedule(steps).tolist()[:-1], sorted(rungs), **tensors)
+    @property
+    def sigmas(self):
+        return noise_schedule(len(self.of_all)).tolist()[:-1]
 
     @property
     def draws(self):
-        return self.ratio.shape[4]
+        return self.of_all.shape[2]
 
-    def of_all(self, step, sparsity, draw, lag=0):
-        """Over all rows, at the ratio that was fitted ``lag`` steps before. (halves, layers)."""
-        ratio = self.ratio[step - lag, :, :, :, draw]  # (halves, layers, rungs, heads)
-        target, cross, square = self.products[step].unbind(-1)
-        error = (target - 2 * ratio * cross + ratio**2 * square).sum(-1) / self.energy[step].sum(-1)[..., None]
-        return self._between(error, sparsity)
+    def error(self, step, sparsity, draw, lag):
+        """Over all rows, (halves, layers). draw: of the first half of guidance, the second has the next one."""
+        return self._between(self._of_halves(self.of_all[step, lag], draw), sparsity)
 
-    def of_rows(self, step, sparsity, draw):
-        """As a call that fits measures it, on the rows of a draw. (halves, layers)."""
-        draws = draw, (draw + 1) % self.draws  # both halves of guidance draw their own
-        error = torch.stack([self.row_error[step, half, :, :, d] for half, d in enumerate(draws)])
-        energy = torch.stack([self.row_energy[step, half, :, d] for half, d in enumerate(draws)])
-        weight = self.energy[step][..., None]  # the mean energy of a row, by which both are divided
-        error = (error * weight[:, :, None]).sum((-1, -2))
-        energy = (energy * weight).sum((-1, -2))
-        return self._between(error / energy[..., None], sparsity)
+    def measured(self, step, sparsity, draw):
+        return self._between(self._of_halves(self.of_rows[step], draw), sparsity)
+
+    def _of_halves(self, squares, draw):
+        return torch.stack([squares[(draw + half) % self.draws, half] for half in range(squares.shape[1])])
 
     def _between(self, squares, sparsity):
         at = log_odds(min(max(sparsity, self.rungs[0]), self.rungs[-1]))
         upper = min(max(bisect.bisect_left(self.rungs, sparsity), 1), len(self.rungs) - 1)
         low, high = (log_odds(self.rungs[i]) for i in (upper - 1, upper))
-        part = (at - low) / (high - low)
-        low, high = squares[..., upper - 1].log(), squares[..., upper].log()
-        return (low + part * (high - low)).exp()
+        return torch.lerp(squares[..., upper - 1].log(), squares[..., upper].log(), (at - low) / (high - low)).exp()
+
+
+def load(path):
+    """{name: Replayed} of a recording or of a condensed file."""
+    with safe_open(path, "pt") as file:
+        facts, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name).double() for name in names}
+    tokens, rungs = int(facts["tokens"]), [float(rung) for rung in facts["rungs"].split()]
+    if "products" in tensors:
+        return {Path(path).stem: _condensed(tokens, rungs, **tensors)}
+    runs = dict.fromkeys(name.split("/")[0] for name in names)
+    return {run: Replayed(tokens, rungs, *(tensors[f"{run}/{part}"].exp() for part in ("all", "rows"))) for run in runs}
+
+
+def _condensed(tokens, rungs, energy, products, ratio, row_error, row_energy):
+    """See error_recordings.Recording for the arguments."""
+    order = sorted(range(len(rungs)), key=rungs.__getitem__)
+    target, cross, square = (part.movedim(3, -1) for part in products[:, :, :, order].unbind(-1))
+    ratio = ratio[:, :, :, order].permute(4, 0, 1, 2, 5, 3)  # (draws, steps, halves, layers, heads, rungs)
+    lagged = []
+    for lag in range(LAGS):
+        used = ratio[:, [max(step - lag, 0) for step in range(len(energy))]]
+        lagged.append((target - 2 * used * cross + used**2 * square).sum(-2) / energy.sum(-1)[..., None])
+    weight = energy[:, :, :, None, :, None]  # the mean energy of a row, by which rows are divided
+    rows = (row_error[:, :, :, order] * weight[:, :, :, None]).sum((-1, -2)) / (row_energy * weight).sum((-1, -2))[..., None, :]
+    return Replayed(
+        tokens, sorted(rungs), torch.stack(lagged, 1).permute(2, 1, 0, 3, 4, 5), rows.permute(0, 4, 1, 2, 3)
+    )
+
+
+def condense(paths, out):
+    """Writes the errors of some recordings, logarithms in float16, into one file."""
+    tensors, facts = {}, set()
+    for path in paths:
+        for name, run in load(path).items():
+            facts.add((run.tokens, " ".join(map(str, run.rungs))))
+            tensors[f"{name}/all"], tensors[f"{name}/rows"] = (
+                part.log().half().contiguous() for part in (run.of_all, run.of_rows)
+            )
+    ((tokens, rungs),) = facts
+    save_file(tensors, out, metadata={"tokens": str(tokens), "rungs": rungs})
 
 
 def replay(recording, chooser, draw):
@@ -95,34 +122,33 @@ def replay(recording, chooser, draw):
     for step, sigma in enumerate(recording.sigmas):
         choice = chooser.at(sigma, recording.sigmas, read, recording.tokens)
         if choice.sparsity is None:
-            continue
-        if choice.measures or choice.sparsity != sparsities[-1]:
+            break
+        if choice.measures:
             fitted = step
-            found = recording.of_rows(step, choice.sparsity, (draw + step) % recording.draws)
+            found = recording.measured(step, choice.sparsity, draw + step)
             measured[:] = measured[0] + found.sum().item(), measured[1] + found.numel()
-        squares.append(recording.of_all(step, choice.sparsity, (draw + fitted) % recording.draws, step - fitted))
+        squares.append(recording.error(step, choice.sparsity, draw + fitted, step - fitted))
         sparsities.append(choice.sparsity)
-    error = torch.stack(squares).mean().sqrt().item()
-    return error, chooser.run_error(*measured), sparsities
+    return torch.stack(squares).mean().sqrt().item(), chooser.run_error(*measured), sparsities
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
+    parser.add_argument("--condense", type=Path, metavar="OUT", help="write the errors alone, of all files, and end")
     args = parser.parse_args(argv)
+    if args.condense is not None:
+        condense(args.files, args.condense)
+        return
     chooser = __import__(f"{load_pack().__name__}.nodes.runs.error_target", fromlist=["*"]).ErrorTarget
-    for path in sorted(args.folder.glob("*.safetensors")):
-        recording = Replayed.load(path)
+    for name, recording in (pair for path in args.files for pair in load(path).items()):
         for target in args.targets:
             found = [replay(recording, chooser(target), draw) for draw in range(recording.draws)]
-            errors = [error / target for error, _, _ in found]
-            reported = statistics.mean(reported / error for error, reported, _ in found)
+            errors = " ".join(f"{error / target:.3f}" for error, _, _ in found)
+            reported = sum(reported / error for error, reported, _ in found) / len(found)
             chosen = " ".join(f"{sparsity:.3f}" for sparsity in found[0][2])
-            print(
-                f"{path.stem}: target {target:g}: {min(errors):.3f} to {max(errors):.3f} of it, "
-                f"reported {reported:.3f} of the error; {chosen}"
-            )
+            print(f"{name}: target {target:g}: {errors} of it, reported {reported:.3f} of the error; {chosen}")
 
 
 if __name__ == "__main__":
