@@ -3,8 +3,8 @@
 The error of a call is sqrt(FLOOR^2 + (level * sqrt(odds))^2), with odds = sparsity / (1 - sparsity): 8 bit and the linear branch
 leave a floor, the rest grows with the sparsity. The level moves along a run, mostly down; a Kalman filter follows its
 logarithm and its drift. The run's error is the root mean square over its sparse calls, so that what is left to spend is
-known at every step. It is spread over the steps to come in proportion to their levels, which is close to the least time, and the
-last one gets less: no later step could make up for it.
+known at every step. In a long run all steps to come get an equal part. In a short one the parts are in proportion to their
+levels, which fall fast, and the last step gets less: no later one could make up for it.
 
 The constants were measured on the miniature at 32,760 tokens: benchmarks/target_error.py records, target_replay.py replays.
 """
@@ -21,14 +21,14 @@ MIN_SLOPE, MAX_SLOPE = 0.3, 1.0
 MAX_FLOOR = 0.8  # of an error that was measured
 # what is known before the first step: log(level) of so many tokens and its variance; drift over a whole run, and its variance
 START_LEVEL, START_TOKENS, START_VARIANCE = math.log(0.0245), 32_760, 0.4**2
-START_DRIFT, DRIFT_VARIANCE = -0.6, 0.7**2
+START_DRIFT, DRIFT_VARIANCE = -0.6, 0.7**2  # of short runs; long ones start without a drift
 FEWEST_TOKENS = 8_400  # that the level of the first step was compared at; taken where the length is not known
 DRIFT_CHANGE = 2.0**2  # variance of the drift's change over a whole run
 CALL_NOISE = 0.05  # variance of log(error) as one call's rows say it
 FITTED_TOO = 1.012  # the rows that the ratio was fitted on are among them: so much larger is the error over all rows
 STALENESS = 2.0  # a ratio that was fitted t of a run before adds this * t^2 to log(error)
 AIM = 0.95  # of the target
-LAST = 0.3  # squared error that the last step may have, over that of others
+LAST = 0.3  # squared error that the last step of a short run may have, over that of others
 MAX_COMPENSATION = 1.6  # times more, or less, than the target that one step may aim at
 MIN_SPARSITY, MAX_SPARSITY = 0.4, 0.996
 DIGITS = 4  # of a sparsity: a key block of 1,000 is 0.001
@@ -47,9 +47,9 @@ class Choice(NamedTuple):
 class Level:
     """log(level) along a run, its drift per run, and the slope, as far as they were measured: a Kalman filter of these three."""
 
-    def __init__(self, tokens):
+    def __init__(self, tokens, is_short):
         shorter = START_TOKENS / min(max(tokens or FEWEST_TOKENS, 1), START_TOKENS)
-        self._state = [START_LEVEL + math.log(shorter) / 2, START_DRIFT, SLOPE]
+        self._state = [START_LEVEL + math.log(shorter) / 2, START_DRIFT if is_short else 0.0, SLOPE]
         self._covariance = [[START_VARIANCE, 0.0, 0.0], [0.0, DRIFT_VARIANCE, 0.0], [0.0, 0.0, SLOPE_VARIANCE]]
         self.floor = FLOOR
 
@@ -140,8 +140,9 @@ class ErrorTarget:
         with self._lock:
             if self._choice is None or sigma != self._sigma:
                 self._sigma = sigma
-                self._level = self._level or Level(tokens)
-                self._choice = self._next(sigma, planned, read)
+                is_short = planned is None or len(planned) <= SHORT_RUN
+                self._level = self._level or Level(tokens, is_short)
+                self._choice = self._next(sigma, planned, read, is_short)
                 self._steps += 1
                 if self._choice.sparsity is not None:
                     self._stretches[-1].steps += 1
@@ -166,12 +167,11 @@ class ErrorTarget:
             spent, steps = self._spent()
             return math.sqrt(spent / steps) if steps else None
 
-    def _next(self, sigma, planned, read):
+    def _next(self, sigma, planned, read, is_short):
         if self.is_out_of_reach:
             return self._choice
         left = self._steps_left(sigma, planned)
         self._total = self._steps + left
-        is_short = planned is None or len(planned) <= SHORT_RUN
         lasting = 1 if is_short or self._steps < FIRST_DECISIONS else EVERY if left > EVERY else EVERY // 2
         if self._steps % lasting:
             return Choice(self._choice.sparsity, False)
@@ -180,7 +180,7 @@ class ErrorTarget:
         if self._cannot_reach():
             self.is_out_of_reach = True
             return Choice(None, False)
-        sparsity = self._sparsity(max(1, round(left)), lasting)
+        sparsity = self._sparsity(max(1, round(left)), lasting, is_short)
         self._stretches.append(Stretch(self._steps, sparsity))
         return Choice(sparsity, True)
 
@@ -217,12 +217,14 @@ class ErrorTarget:
     def _level_at(self, step):
         return self._level.after((step - self._measured_at) / self._total)
 
-    def _sparsity(self, left, lasting):
+    def _sparsity(self, left, lasting, is_short):
         """Of the ``lasting`` steps from here, the first of ``left`` ones."""
         goal = AIM * self.error
         levels = [self._level_at(self._steps + step) for step in range(left)]
-        weights = [math.exp(min(0.0, level - levels[0])) for level in levels]
-        weights[-1] *= LAST if left > 1 else 1.0
+        weights = [1.0] * left
+        if is_short and left > 1:
+            weights = [math.exp(min(0.0, level - levels[0])) for level in levels]
+            weights[-1] *= LAST
         ceilings = [self._level.error(level, MAX_SPARSITY) ** 2 for level in levels]
         spent, steps = self._spent()
         square = weights[0] * _share((steps + left) * goal**2 - spent, weights, ceilings)
