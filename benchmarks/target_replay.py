@@ -23,7 +23,8 @@ from miniature.sample import noise_schedule
 from .wan_in_comfyui import load_pack
 
 TARGETS = (0.08, 0.12, 0.16, 0.25)
-LAGS = 4  # steps between a fit and its use
+LAGS, SHORT_RUN = 4, 8  # steps between a fit and its use; runs of so few steps fit in every call
+DRAWS = 2  # that are kept in a condensed file
 
 
 def log_odds(sparsity):
@@ -90,7 +91,9 @@ def _condensed(tokens, rungs, energy, products, ratio, row_error, row_energy):
         used = ratio[:, [max(step - lag, 0) for step in range(len(energy))]]
         lagged.append((target - 2 * used * cross + used**2 * square).sum(-2) / energy.sum(-1)[..., None])
     weight = energy[:, :, :, None, :, None]  # the mean energy of a row, by which rows are divided
-    rows = (row_error[:, :, :, order] * weight[:, :, :, None]).sum((-1, -2)) / (row_energy * weight).sum((-1, -2))[..., None, :]
+    rows = (row_error[:, :, :, order] * weight[:, :, :, None]).sum((-1, -2)) / (row_energy * weight).sum((-1, -2))[
+        ..., None, :
+    ]
     return Replayed(
         tokens, sorted(rungs), torch.stack(lagged, 1).permute(2, 1, 0, 3, 4, 5), rows.permute(0, 4, 1, 2, 3)
     )
@@ -102,9 +105,10 @@ def condense(paths, out):
     for path in paths:
         for name, run in load(path).items():
             facts.add((run.tokens, " ".join(map(str, run.rungs))))
-            tensors[f"{name}/all"], tensors[f"{name}/rows"] = (
-                part.log().half().contiguous() for part in (run.of_all, run.of_rows)
-            )
+            # in a short run every call fits
+            lags = 1 if len(run.of_all) <= SHORT_RUN else LAGS
+            parts = {"all": run.of_all[:, :lags, :DRAWS], "rows": run.of_rows[:, :DRAWS]}
+            tensors |= {f"{name}/{part}": squares.log().half().contiguous() for part, squares in parts.items()}
     ((tokens, rungs),) = facts
     save_file(tensors, out, metadata={"tokens": str(tokens), "rungs": rungs})
 

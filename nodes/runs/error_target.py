@@ -180,7 +180,7 @@ class ErrorTarget:
         if self._cannot_reach():
             self.is_out_of_reach = True
             return Choice(None, False)
-        sparsity = self._sparsity(max(1, round(left)), lasting, is_short)
+        sparsity = self._sparsity(max(1, round(left)), is_short, lasting)
         self._stretches.append(Stretch(self._steps, sparsity))
         return Choice(sparsity, True)
 
@@ -217,8 +217,9 @@ class ErrorTarget:
     def _level_at(self, step):
         return self._level.after((step - self._measured_at) / self._total)
 
-    def _sparsity(self, left, lasting, is_short):
+    def _sparsity(self, left, is_short, lasting):
         """Of the ``lasting`` steps from here, the first of ``left`` ones."""
+        lasting = min(lasting, left)
         goal = AIM * self.error
         levels = [self._level_at(self._steps + step) for step in range(left)]
         weights = [1.0] * left
