@@ -198,6 +198,13 @@ def test_a_target_out_of_reach_runs_dense_and_says_so(bench):
             assert torch.allclose(out.double(), dense(*call), atol=1e-5), layer
 
 
+def test_a_target_that_is_not_used_up_is_said(bench):
+    _, run = sample(bench(grid=GRID, target_error=0.9), 4)
+    assert any(
+        note.startswith("target_error 0.9 was not used up: more than 99.6% is never skipped") for note in run.notes
+    )
+
+
 def test_layers_and_steps_that_a_schedule_keeps_stay_as_it_says(bench, pack_module):
     parse_layers = pack_module("nodes.settings.values").parse_layers
     schedule = pack_module("nodes.settings.schedule").parse_schedule
