@@ -4,6 +4,7 @@ Dense attention of a few query rows is computed, and each head takes the ratio t
 only: a ratio that training is to learn starts from ``alpha=None``.
 """
 
+import random
 from typing import NamedTuple
 
 import torch
@@ -40,12 +41,12 @@ def sample_rows(tokens, number, device="cpu"):
 
     number: of the draw. A number gives one sample, whatever was drawn before.
     """
-    generator = torch.Generator().manual_seed(number)
-    places = torch.arange(SAMPLE_ROWS) + torch.rand(SAMPLE_ROWS, generator=generator, dtype=torch.float64)
-    rows = (places * (tokens / SAMPLE_ROWS)).long().clamp(max=tokens - 1)
-    rows = rows[torch.randperm(SAMPLE_ROWS, generator=generator)].to(torch.int32)
+    # not with torch's generator: a dozen operations on 32 numbers take longer than a short call's kernels
+    draw, stretch = random.Random(number), tokens / SAMPLE_ROWS  # noqa: S311
+    rows = [min(int((place + draw.random()) * stretch), tokens - 1) for place in range(SAMPLE_ROWS)]
+    draw.shuffle(rows)
     # does not wait for the device: from ordinary memory the copy is staged before this returns
-    return rows.to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -54,9 +55,29 @@ def squared_error(out, dense, rows):
 
     out: (B, H, N, D). dense: float32 (B, H, R, D), what rows ``rows``, integers (R,), should be.
     """
+    return _squares(out, dense, rows)[0].sum(dim=1)
+
+
+@torch.no_grad()
+def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
+    """Adds the errors of one call to ``totals``, float32 (5,), on the device.
+
+    These are, over the rows from ``fitted`` on: the squared norm of ``out`` - ``dense``, that of ``dense``, and their
+    quotient; the same quotient over all rows; and how many rows of a head are left out for NaN or infinity.
+    The other arguments are those of squared_error().
+    """
+    squares, left_out = _squares(out, dense, rows)
+    judged, everything = squares[:, fitted:].sum(dim=1), squares.sum(dim=1)
+    relative = torch.stack([part[0] / part[1] for part in (judged, everything)]).nan_to_num(nan=0.0, posinf=0.0)
+    totals.add_(torch.cat([judged, relative, left_out[None]]))
+
+
+def _squares(out, dense, rows):
+    """(squared norms of ``out`` - ``dense`` and of ``dense`` (2, R), float32 () number of rows left out)."""
     error = out.index_select(2, rows).float() - dense
-    squares = torch.stack([error.square().sum(dim=-1), dense.square().sum(dim=-1)])  # (2, B, H, R)
-    return torch.where(squares.isfinite().all(dim=0), squares, 0.0).sum(dim=(1, 2, 3))
+    squares = torch.stack([error, dense]).square().sum(dim=-1)  # (2, B, H, R)
+    is_finite = squares.isfinite().all(dim=0)
+    return torch.where(is_finite, squares, 0.0).sum(dim=(1, 2)), (~is_finite).sum(dtype=torch.float32)
 
 
 def fitted_attention(

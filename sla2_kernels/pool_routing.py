@@ -28,10 +28,10 @@ class PoolRouting:
         """Means over blocks of ``block`` tokens, (B, H, N, D), any stride -> (B, H, T, D) float32 (float64 for float64)."""
         if not self.takes_triton(x):
             return router.pool_blocks(x, block)
-        from .kernels.pool import pool
+        from .kernels.pool import block_means
 
         with on_device(x.device):
-            return pool(x, block).unflatten(0, x.shape[:2])
+            return block_means(x, block).unflatten(0, x.shape[:2])
 
     def key_blocks(self, q_pools, k_pools, tokens, heads, dtype):
         """RoutedBlocks of the heads in the slice ``heads``, (B, those heads, T_m, n).

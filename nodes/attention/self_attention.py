@@ -58,7 +58,7 @@ def _attend_sparse(call, layer, below, args, kwargs):
     run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)
     run.count_loops(loops)
     if judging is not None:
-        run.count_squares(layer, judging.squares(out))
+        run.count_errors(layer, *judging.against(out))
     call.decisions.take(layer, (sparsity, True))
     return whole
 

@@ -11,7 +11,7 @@ import torch
 
 from ...sla2_kernels import K_BLOCK, sla2_attention
 from ...sla2_kernels.exact_ends import attend_video, with_exact_rows
-from ...sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
+from ...sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from ...sla2_kernels.forced_blocks import forced_block_counts
 from ...sla2_kernels.references import REFERENCE_KEYS, attend_with_references, selected_with_references
 from ...sla2_kernels.router import block_count
@@ -59,7 +59,7 @@ def stretches_of(request, exact):
 
 @dataclass(frozen=True)
 class ExactRows:
-    """Query rows of the video that a fitted call also computed exactly, but did not fit: its output is judged by them.
+    """Query rows of the video that a fitted call also computed exactly: its output is judged by those it did not fit.
 
     rows: int32 (R,). dense: float32 (B, H, R, D). layout: of the output.
     """
@@ -68,10 +68,9 @@ class ExactRows:
     dense: torch.Tensor
     layout: str
 
-    def squares(self, out):
-        """squared_error() of a call's output ``out``."""
-        out = out.transpose(1, 2) if self.layout == "BNHD" else out
-        return squared_error(out, self.dense, self.rows)
+    def against(self, out):
+        """(out (B, H, N, D), dense, rows): what add_errors() takes of a call's output ``out``."""
+        return out.transpose(1, 2) if self.layout == "BNHD" else out, self.dense, self.rows
 
 
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
@@ -142,7 +141,7 @@ def _fitted(attend, tokens, part, call_ratio):
     found = attend(fitted_attention, rows=rows)
     if call_ratio.kept is not None:
         call_ratio.kept.keep(found.ratio)
-    judging = ExactRows(rows[FITTED_ROWS:], found.dense[:, :, FITTED_ROWS:], part.layout)
+    judging = ExactRows(rows, found.dense, part.layout)
     return found.out, found.ratio[..., None].expand(-1, -1, tokens), judging
 
 

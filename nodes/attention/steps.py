@@ -79,7 +79,7 @@ class RunSteps:
         step = Step(plan, run.in_window(sigmas), progress, self._number(run, plan, sigmas, sample_sigmas))
         if not self._settings.target_error or not self._is_planned(step):
             return step
-        return step._replace(choice=self._choice(run, sigmas, sample_sigmas))
+        return step._replace(choice=self._choice(run, sigmas, sample_sigmas, tokens()))
 
     def _planned_run(self, run, sample_sigmas, tokens):
         """The run's Plan: of the settings, or what the first model call whose length is known makes of it."""
@@ -93,14 +93,15 @@ class RunSteps:
             self._plan = run.plan
         return run.plan
 
-    def _choice(self, run, sigmas, sample_sigmas):
+    def _choice(self, run, sigmas, sample_sigmas, tokens):
         target = run.target(self._settings.target_error)
         if sigmas is None:
             run.note(NO_STEP)
-            return target.at(None, None, run.relative_errors)
+            return target.at(None, None, run.relative_errors, tokens)
         if target.latest is not None and capturing(sigmas.device):
             return target.latest  # nothing may be read from the device now
-        choice = target.at(run.sigma(sigmas), self._planned_sigmas(run, sample_sigmas), run.relative_errors)
+        planned = self._planned_sigmas(run, sample_sigmas)
+        choice = target.at(run.sigma(sigmas), planned, run.relative_errors, tokens)
         if target.is_out_of_reach:
             run.note(out_of_reach(self._settings))
         return choice

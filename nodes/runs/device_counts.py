@@ -2,6 +2,7 @@
 
 import torch
 
+from ...sla2_kernels.fitted_attention import add_errors
 from ..compat.recording import lasting_tensors
 
 EMPTY = [float("inf"), float("-inf")]  # the range of no ratio at all
@@ -14,9 +15,8 @@ class DeviceCounts:
         self._layers = layers
         self._bounds = {}  # by device: float32 (layers, 2), lowest and highest ratio
         self._bad = {}  # by device: int32 (layers,), outputs with NaN or infinity
-        self._squares = {}  # by device: float32 (layers, 2), squared norms of error and exact rows
-        self._relative = {}  # by device: float32 (layers,), sum over calls of their squared relative error
-        self._measured = 0  # calls in it
+        self._errors = {}  # by device: float32 (layers, 5), totals of add_errors()
+        self._measured = 0  # calls in them
 
     def prepare(self, device):
         """Takes the memory for calls on ``device``: before a model call, for none may be taken inside one."""
@@ -24,8 +24,7 @@ class DeviceCounts:
             with lasting_tensors():
                 self._bounds[device] = torch.tensor([EMPTY] * self._layers, device=device)
                 self._bad[device] = torch.zeros(self._layers, dtype=torch.int32, device=device)
-                self._squares[device] = torch.zeros(self._layers, 2, device=device)
-                self._relative[device] = torch.zeros(self._layers, device=device)
+                self._errors[device] = torch.zeros(self._layers, 5, device=device)
 
     def add_ratio(self, layer, ratio):
         """ratio: the row ratios of a call, of any shape."""
@@ -40,17 +39,15 @@ class DeviceCounts:
         self.prepare(bad.device)
         self._bad[bad.device][layer].add_(bad)
 
-    def add_squares(self, layer, squares):
-        """squares: float32 (2,), squared norms of the error of some exact rows, and of these."""
-        self.prepare(squares.device)
-        self._squares[squares.device][layer].add_(squares)
-        relative = squares[0] / squares[1]
-        self._relative[squares.device][layer].add_(relative.nan_to_num_(nan=0.0, posinf=0.0))
+    def add_errors(self, layer, out, dense, rows):
+        """Of a call that fitted its ratio on the first of these rows; the arguments are those of fitted_attention.add_errors()."""
+        self.prepare(out.device)
+        add_errors(self._errors[out.device][layer], out, dense, rows)
         self._measured += 1
 
     def fetch(self):
         """Brings the counts to the host, which waits for the devices."""
-        for counts in (self._bounds, self._bad, self._squares, self._relative):
+        for counts in (self._bounds, self._bad, self._errors):
             counts.update({device: tensor.cpu() for device, tensor in counts.items()})
 
     def ratio_range(self, layer):
@@ -69,17 +66,27 @@ class DeviceCounts:
 
     def error(self, layer):
         """||output - exact|| / ||exact|| over the exact rows of a layer's calls, or None where there were none."""
-        error, exact = sum((squares[layer].double() for squares in self._squares.values()), torch.zeros(2)).tolist()
+        error, exact, *_ = self._totals(layer)
         return (error / exact) ** 0.5 if exact else None
 
-    def relative_errors(self):
-        """(sum of the squared relative errors, number) of the calls that were measured; waits for the devices."""
-        sums = [counts.cpu().double().sum().item() for _, counts in sorted(self._relative.items(), key=str)]
+    def rows_left_out(self, layer):
+        """How many exact rows of a head, over a layer's calls, held NaN or infinity, or the output there did."""
+        return round(self._totals(layer)[4])
+
+    def _totals(self, layer):
+        return sum((totals[layer].double() for totals in self._errors.values()), torch.zeros(5)).tolist()
+
+    def relative_errors(self, with_fitted=False):
+        """(sum of the squared relative errors, number) of the calls that were measured; waits for the devices.
+
+        with_fitted: over the rows that a ratio was fitted on, too, which are more and have a little less error.
+        """
+        column = 3 if with_fitted else 2
+        sums = [totals.cpu()[:, column].double().sum().item() for _, totals in sorted(self._errors.items(), key=str)]
         return sum(sums), self._measured
 
     def clear(self):
         self._bounds.clear()
         self._bad.clear()
-        self._squares.clear()
-        self._relative.clear()
+        self._errors.clear()
         self._measured = 0

@@ -10,7 +10,7 @@ import torch
 from ...sla2_kernels.support import on_device
 from .call_times import CallTimes
 from .device_counts import DeviceCounts
-from .error_target import ErrorTarget
+from .error_target import MAX_SPARSITY, ErrorTarget
 from .fitted_ratios import FittedRatios
 from .inexact_dense import is_sage, ragged_key_count
 from .routing_maps import wanted_maps
@@ -33,6 +33,7 @@ class LayerRecord:
         self.ratio_range = None
         self.attention_error = None
         self.not_finite = 0
+        self.rows_left_out = 0  # of the exact rows, for NaN or infinity
         self.milliseconds = {}
         self.times = defaultdict(CallTimes)
 
@@ -164,10 +165,10 @@ class RunRecord:
             self.shortest = keys if self.shortest is None else min(self.shortest, keys)
             self._on_devices.add_ratio(layer, ratio)
 
-    def count_squares(self, layer, squares):
-        """squares: float32 (2,), see DeviceCounts.add_squares()."""
+    def count_errors(self, layer, out, dense, rows):
+        """The arguments are those of DeviceCounts.add_errors()."""
         with self.lock:
-            self._on_devices.add_squares(layer, squares)
+            self._on_devices.add_errors(layer, out, dense, rows)
 
     def target(self, error):
         """The run's ErrorTarget for this attention error."""
@@ -177,9 +178,9 @@ class RunRecord:
             return self.error_target
 
     def relative_errors(self):
-        """(sum of the squared relative errors, number) of the calls measured so far; waits for the devices."""
+        """(sum of the squared relative errors over all exact rows, number) of the calls measured so far; waits for the devices."""
         with self.lock:
-            return self._on_devices.relative_errors()
+            return self._on_devices.relative_errors(with_fitted=True)
 
     def count_loops(self, loops):
         """loops: what watch_loops() saw during one sparse call."""
@@ -259,8 +260,7 @@ class RunRecord:
         self._sigma_memo = (None, None)
         if failure is None:
             self._on_devices.fetch()
-            total, count = self._on_devices.relative_errors()
-            self.attention_error = (total / count) ** 0.5 if count else None
+            self.attention_error = self._attention_error()
         for layer, record in self.layers.items():
             if failure is None:
                 self._collect(layer, record)
@@ -268,6 +268,7 @@ class RunRecord:
         self._on_devices.clear()
         self.fitted_ratios.clear()
         self._note_bad_outputs()
+        self._note_errors()
         self._note_unmet()
         if self.plan is not None and any(record.sparse for record in self.layers.values()):
             self.note(self.plan.sentence)
@@ -276,10 +277,18 @@ class RunRecord:
         if failure is None and output is not None:
             self.latent_sample = sample_of(output)
 
+    def _attention_error(self):
+        """Root mean square over the measured calls; with a target over the steps, of which it chooses those that measure."""
+        total, count = self._on_devices.relative_errors()
+        if self.error_target is not None:
+            return self.error_target.run_error(*self._on_devices.relative_errors(with_fitted=True))
+        return (total / count) ** 0.5 if count else None
+
     def _collect(self, layer, record):
         record.not_finite = self._on_devices.bad_outputs(layer)
         record.ratio_range = self._on_devices.ratio_range(layer)
         record.attention_error = self._on_devices.error(layer)
+        record.rows_left_out = self._on_devices.rows_left_out(layer)
         means = {kind: times.mean() for kind, times in record.times.items()}
         record.milliseconds = {kind: mean for kind, mean in means.items() if mean is not None}
 
@@ -289,6 +298,19 @@ class RunRecord:
             calls = ", ".join(f"{count} in layer {layer}" for layer, count in bad.items())
             self.note(
                 f"sparse outputs with NaN or infinity: {calls}; try bit_width 16bit, or these layers in dense_layers"
+            )
+
+    def _note_errors(self):
+        left_out = sum(record.rows_left_out for record in self.layers.values())
+        if left_out:
+            self.note(
+                f"{left_out} sampled rows with NaN or infinity have no part in the ratios and the attention error"
+            )
+        target, found = self.error_target, self.attention_error
+        if found is not None and target is not None and target.ends_at_the_highest and found < 0.9 * target.error:
+            self.note(
+                f"target_error {target.error:g} was not used up: more than {100 * MAX_SPARSITY:g}% is never skipped, and that "
+                "was exact enough for the last steps"
             )
 
     def _note_unmet(self):

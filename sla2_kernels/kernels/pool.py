@@ -118,6 +118,19 @@ def pools(k, q=None, v=None, *, queries=False, balance=False, channels=False):
     return found
 
 
+def block_means(x, block):
+    """Means of blocks of ``block`` tokens of x (B, H, T, D), any stride: float32 (B * H, blocks, D), as in pools()."""
+    batch, heads, tokens, head_dim = x.shape
+    blocks = block_count(tokens, block)
+    means = torch.empty(batch * heads, blocks, head_dim, dtype=torch.float32, device=x.device)
+    launch(
+        _pools, (blocks, batch * heads), x, x, x, None, means, None, None, *x.stride(), *x.stride(), *x.stride(),
+        heads, tokens, tokens, 0, blocks,
+        D=head_dim, Q_ROWS=Q_BLOCK, K_ROWS=block, SAMPLED=SAMPLED, STEP=STEP, options={"num_warps": 2},
+    )  # fmt: skip
+    return means
+
+
 def smooth(pooled, tokens, means=None):
     """Subtracts K's mean over tokens from its block means (B * H, T, D) in place; returns that mean, float32 (B * H, D).
 

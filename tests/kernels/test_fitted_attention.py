@@ -5,7 +5,14 @@ import torch
 from operator_inputs import attention_inputs, relative_error
 
 from sla2_kernels import select_key_blocks, sla2_attention
-from sla2_kernels.fitted_attention import FITTED_ROWS, SAMPLE_ROWS, fitted_attention, sample_rows, squared_error
+from sla2_kernels.fitted_attention import (
+    FITTED_ROWS,
+    SAMPLE_ROWS,
+    add_errors,
+    fitted_attention,
+    sample_rows,
+    squared_error,
+)
 from sla2_kernels.reference import fitted_ratio, sla2_reference
 
 SPARSITY = 0.6
@@ -59,6 +66,48 @@ def test_rows_that_are_not_finite_are_no_error(generator):
     kept = dense.clone()
     kept[0, 1, 1] = 0
     assert torch.allclose(squared_error(out, dense, rows), kept.square().sum().expand(2))
+
+
+def test_the_totals_tell_judged_rows_from_all_and_count_those_left_out(generator):
+    dense = torch.randn(2, 3, 32, 8, generator=generator)
+    rows, out, totals = sample_rows(300, 1), torch.zeros(2, 3, 300, 8), torch.ones(5)
+    out[:, :, rows] = 1.1 * dense
+    out[:, :, rows[:FITTED_ROWS]] -= 0.05 * dense[:, :, :FITTED_ROWS]  # fitted rows have less error
+    out[1, 2, rows[30], 0] = torch.inf
+    judged, energy = dense[:, :, FITTED_ROWS:].clone(), dense.square().sum()
+    judged[1, 2, 30 - FITTED_ROWS] = 0
+    energy -= dense[1, 2, 30].square().sum()
+    add_errors(totals, out, dense, rows)
+    wanted = 0.01 * judged.square().sum(), judged.square().sum(), torch.tensor(0.01)
+    everything = (0.0025 * dense[:, :, :FITTED_ROWS].square().sum() + wanted[0]) / energy
+    torch.testing.assert_close(totals - 1, torch.stack([*wanted, everything, torch.tensor(1.0)]), rtol=1e-3, atol=1e-4)
+
+
+def test_totals_of_calls_without_any_energy_stay(generator):
+    totals = torch.zeros(5)
+    add_errors(totals, torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 32, 8), sample_rows(64, 1))
+    assert totals.tolist() == [0.0] * 5
+
+
+def test_rows_that_are_not_finite_have_no_part_in_the_ratio(generator):
+    inputs = attention_inputs(generator, tokens=300, head_dim=32)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    rows, options = sample_rows(300, 5), {"sparsity": SPARSITY, "precision": "16bit"}
+    selected = select_key_blocks(q, k, sparsity=SPARSITY)
+    expected, _ = fitted_ratio(q, k, v, selected, rows[1:FITTED_ROWS])
+    broken = q.clone()
+    broken[:, :, rows[0]] = torch.nan
+    found = fitted_attention(broken, k, v, rows=rows, key_blocks=selected, **options)
+    assert (found.ratio - expected).abs().max() < 1e-5
+    assert found.dense[:, :, 0].isnan().all() and found.dense[:, :, 1:].isfinite().all()
+
+
+def test_where_both_branches_agree_the_ratio_is_the_selected_mass(generator):
+    inputs = attention_inputs(generator, tokens=300, head_dim=32)
+    v = torch.ones_like(inputs.v)  # every average of it is 1, so that the fit is singular
+    found = fitted_attention(inputs.q, inputs.k, v, rows=sample_rows(300, 5), sparsity=SPARSITY, precision="16bit")
+    assert ((found.ratio > 0) & (found.ratio < 1)).all()
+    torch.testing.assert_close(found.out, v)
 
 
 def test_it_has_no_gradients(generator):

@@ -93,6 +93,7 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
         "layer 1: 0 accelerated, 3 dense",
         "layer 2: 3 accelerated, 0 dense",
     ]
+    bars_are_coloured_by_error(canvas)
     assert colours(canvas, REPORT_CANVAS) >= 2
     choose_by_keyboard(canvas)
     scrolling = "[...document.querySelectorAll('.sla2')].filter((e) => e.scrollHeight > e.clientHeight).length"
@@ -103,6 +104,22 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
         canvas.js(f"({canvas.node('SLA2ApplyAttention')}.mode = a)", mode)
         canvas.queue()
         assert words in canvas.panel("SLA2ApplyAttention")
+
+
+def bars_are_coloured_by_error(canvas):
+    """The larger a layer's attention error, the more of the second colour; full at 0.3. A layer that ran dense has no bar."""
+    bars = canvas.js(
+        "[...document.querySelectorAll('.sla2 svg g')].map((bar) => [bar.querySelector('title').textContent, "
+        "getComputedStyle(bar.querySelectorAll('rect')[1]).fill])"
+    )
+    measured = [(re.search(r"attention error (\S+)", title), fill) for title, fill in bars]
+    errors = [float(found[1]) for found, _ in measured if found]
+    assert len(errors) == 2  # of three layers, one of which ran dense
+    for found, fill in measured:
+        red = float(re.search(r"[\d.]+", fill.removeprefix("color(srgb"))[0]) * (255 if "srgb" in fill else 1)
+        share = min(1, float(found[1]) / 0.3) if found else 0
+        assert red == pytest.approx(0x2F + share * (0xE0 - 0x2F), abs=2)
+    assert "orange: 0.3 or more" in canvas.panel("SLA2Report")
 
 
 def test_another_workflow_with_the_same_settings_is_told_on_its_own_node(canvas, sampling_prompt):

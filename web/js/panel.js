@@ -43,7 +43,7 @@ const STYLE = `
 .sla2 .sla2-frames:focus-within { outline: 2px solid var(--p-primary-color, #4a90e2); }
 .sla2 label input { flex: 1; min-width: 0; }
 .sla2 .sla2-brushes button[aria-pressed="true"] { outline: 2px solid currentColor; outline-offset: -1px; }
-.sla2 { --sla2-main: #2f7fd6; --sla2-rest: #8a8a8a; }
+.sla2 { --sla2-main: #2f7fd6; --sla2-worse: #e0761b; --sla2-rest: #8a8a8a; }
 `;
 
 export function el(tag, { text, ...attributes } = {}, ...children) {

@@ -6,6 +6,7 @@ import { fromServer, t } from "./texts.js";
 const WIDTH = 320;
 const BARS = 70;
 const MAP = 240;
+const LARGE_ERROR = 0.3; // attention error from which on a bar has the other colour entirely
 
 export function showReport(node, output) {
   const data = output.sla2_report?.[0];
@@ -20,11 +21,26 @@ export function showReport(node, output) {
   const choice = maps ? mapChooser(node, maps) : null;
   panel.show(
     head,
-    el("p", { class: "sla2-quiet", text: t`accelerated calls per layer` }),
+    el("p", { class: "sla2-quiet", text: barsCaption(data.layers) }),
     layerBars(data.layers, choice),
     ...(choice ? [choice.controls, choice.picture, choice.caption] : []),
     el("details", {}, el("summary", { text: t`every layer as text` }), el("pre", { text: text.join("\n") })),
   );
+}
+
+function hasError(row) {
+  return typeof row.attention_error === "number";
+}
+
+function barsCaption(layers) {
+  if (!layers.some(hasError)) return t`accelerated calls per layer`;
+  return t`accelerated calls per layer; blue: attention error 0, orange: ${LARGE_ERROR} or more`;
+}
+
+function barColour(row) {
+  if (!hasError(row)) return "var(--sla2-main)";
+  const share = Math.min(1, row.attention_error / LARGE_ERROR);
+  return `color-mix(in srgb, var(--sla2-worse) ${(100 * share).toFixed(1)}%, var(--sla2-main))`;
 }
 
 function layerBars(layers, choice) {
@@ -43,7 +59,7 @@ function layerBars(layers, choice) {
       "g",
       {},
       svg("rect", { ...at, y: 0, height: BARS, fill: "var(--sla2-rest)", "fill-opacity": total ? 0.35 : 0.1 }),
-      svg("rect", { ...at, y: BARS - height, height, fill: "var(--sla2-main)" }),
+      svg("rect", { ...at, y: BARS - height, height, style: `fill: ${barColour(row)}` }),
       svg("title", { text: sentence(row, dense) }),
     );
     bar.addEventListener("click", () => choice?.chooseLayer(row.layer));
@@ -61,7 +77,7 @@ function layerBars(layers, choice) {
 function sentence(row, dense) {
   const parts = [t`layer ${row.layer}: ${row.sparse} accelerated, ${dense} dense`];
   if (row.sparsity !== null) parts.push(t`skips ${(100 * row.sparsity).toFixed(1)}%`);
-  if (typeof row.attention_error === "number") parts.push(t`attention error ${row.attention_error.toFixed(3)}`);
+  if (hasError(row)) parts.push(t`attention error ${row.attention_error.toFixed(3)}`);
   for (const [kind, value] of Object.entries(row.milliseconds)) parts.push(kind === "sparse" ? t`${value.toFixed(2)} ms per sparse call` : t`${value.toFixed(2)} ms per dense call`);
   for (const [reason, count] of Object.entries(row.dense)) parts.push(`${count} x ${fromServer(reason)}`);
   return parts.join("\n");
