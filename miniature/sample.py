@@ -32,6 +32,7 @@ def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
 def sample_latents(
     model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 30, cfg: float = 3.0,
     shift: float = SHIFT, device: torch.device | str = "cpu", attention: Attention = dense_attention,
+    rope_scale: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """Normalised latents (1, 16, T, h, w) by Euler steps along the flow; noise is drawn on the CPU, so seeds carry over.
 
@@ -39,7 +40,7 @@ def sample_latents(
         context: (1, 16, 4096) from captions.embed().
         shape: of the latents.
         cfg: guidance scale; 1 turns guidance off.
-        attention: replaces dense self attention, see WanModel.forward.
+        attention, rope_scale: see WanModel.forward.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     context = context.to(device)
@@ -47,9 +48,9 @@ def sample_latents(
     levels = noise_schedule(steps, shift).tolist()
     for level, following in itertools.pairwise(levels):
         t = torch.full((shape[0],), level * 1000, device=device)
-        velocity = model(x, t, context, attention).float()
+        velocity = model(x, t, context, attention, rope_scale).float()
         if cfg != 1:
-            base = model(x, t, empty, attention).float()
+            base = model(x, t, empty, attention, rope_scale).float()
             velocity = base + cfg * (velocity - base)
         x = x + (following - level) * velocity
     return x

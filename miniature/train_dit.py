@@ -58,12 +58,12 @@ def noise_levels(batch: int, shift: float, generator: torch.Generator) -> torch.
     return shift * u / (1 + (shift - 1) * u)
 
 
-def flow_loss(model, clean, noise, t, context) -> torch.Tensor:
+def flow_loss(model, clean, noise, t, context, rope_scale: float = 1.0) -> torch.Tensor:
     """(B,) mean squared error of the velocity noise - clean at noise level t."""
     level = t.view(-1, 1, 1, 1, 1)
     noisy = torch.lerp(clean, noise, level)
     with torch.autocast(clean.device.type, torch.bfloat16):
-        velocity = model(noisy, t * 1000, context)
+        velocity = model(noisy, t * 1000, context, rope_scale=rope_scale)
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
 
 
