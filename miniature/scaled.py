@@ -3,7 +3,8 @@
 A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number and motion can be learned where a clip costs a
 hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over the
 distances that they have at 480 pixels (ComfyUI: the stock node ScaleROPE). The objects never meet: "bounce" moves each
-up and down in its own half, "circle" moves both on opposite sides of one circle.
+up and down in its own half, "circle" moves both on opposite sides of one circle. Size and speed hardly vary; where the objects
+start, which way they go and spin, and the floor are the seed's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def rope_scale(height: int) -> float:
 
 
 def mean_radius(height: int, width: int) -> float:
-    """Mean radius of the objects in pixels; they differ from it by at most 10%."""
+    """Mean radius of the objects in pixels; they differ from it by at most 5%."""
     return RADIUS * height
 
 
@@ -50,10 +51,12 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     time = torch.arange(frames)[None, :, None]
     aspect = width / height
     # In heights from here on.
-    radius = RADIUS * uniform(0.9, 1.1, 2)
-    angle = uniform(0.0, 2 * math.pi, 2)[:, None] + (uniform(0.04, 0.06, 2) * sign(2))[:, None] * time
-    bounce = _bounce(time, radius, aspect, uniform(-0.07, 0.07, 2), uniform(0.0, 2.0, 2), uniform(0.011, 0.014, 2))
-    circle = _circle(time, aspect, uniform(-0.02, 0.02, 2), uniform(0.0, 2 * math.pi, 1), uniform(0.04, 0.05, 1) * sign(1))
+    radius = RADIUS * uniform(0.95, 1.05, 2)
+    angle = uniform(0.0, 2 * math.pi, 2)[:, None] + (uniform(0.048, 0.052, 2) * sign(2))[:, None] * time
+    bounce = _bounce(time, radius, aspect, uniform(-0.03, 0.03, 2), uniform(0.0, 2.0, 2), uniform(0.0122, 0.0128, 2))
+    circle = _circle(
+        time, aspect, uniform(-0.01, 0.01, 2), uniform(0.0, 2 * math.pi, 1), uniform(0.044, 0.046, 1) * sign(1)
+    )
     position = torch.where((kind[:, 2] == 0)[:, None, None, None], bounce, circle)
     direction = torch.tensor([0.0, 1.0, -1.0])[kind[:, 4]]
     return Scenes(
@@ -61,7 +64,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
         position=position * height,
         angle=angle,
         radius=radius * height,
-        pan=direction * uniform(0.005, 0.007) * height,
+        pan=direction * uniform(0.0058, 0.0062) * height,
         floor_wave=floor_waves(kind[:, 3], uniform(0.0, 1.0, 4, 2)) / (FLOOR_SCALE * height),
         floor_phase=uniform(0.0, 2 * math.pi, 4),
         brightness=uniform(0.92, 1.06),

@@ -194,7 +194,9 @@ class WanModel(nn.Module):
         x = self.head(x, e).reshape(b, *grid, PATCH, PATCH, c)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, frames, height, width)
 
-    def _rope(self, grid: tuple[int, int, int], device: torch.device, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rope(
+        self, grid: tuple[int, int, int], device: torch.device, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last few grids' tables, kept because building one costs more than a training step's launch."""
         cache = self.__dict__.setdefault("_rope_cache", {})
         key = (grid, device, scale)
