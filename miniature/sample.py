@@ -15,6 +15,7 @@ import torch
 
 from . import images
 from .captions import embed, split_captions
+from .scaled import rope_scale
 from .vae import WanVAE, denormalise_latents
 from .wan import Attention, WanConfig, WanModel, dense_attention
 
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=320, help="a multiple of 16")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
+    parser.add_argument("--scaled", action="store_true", help="weights of train_long: RoPE by the picture's height")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -88,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     model, vae = load_models(args.weights, args.device)
     captions = args.caption or [str(caption) for caption in split_captions()[1][::6]]
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
+    rope = rope_scale(args.height) if args.scaled else 1.0
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     for number, caption in enumerate(captions):
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.no_grad(),
         ):
             latents = sample_latents(model, embed(caption), shape=shape, seed=args.seed + number, steps=args.steps,
-                                     cfg=args.cfg, device=args.device)  # fmt: skip
+                                     cfg=args.cfg, shift=args.shift, device=args.device, rope_scale=rope)  # fmt: skip
             results.append(vae.decode(denormalise_latents(latents))[0].float().cpu())
         images.write_webp(args.out / f"sample_{number}.webp", results[-1])
         print(f"sample_{number}.webp: {caption}")
