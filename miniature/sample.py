@@ -15,6 +15,7 @@ import torch
 
 from . import images
 from .captions import embed, split_captions
+from .scaled import rope_scale
 from .vae import WanVAE, denormalise_latents
 from .wan import Attention, WanConfig, WanModel, dense_attention
 from .weight_files import WEIGHTS, weight_file
@@ -32,6 +33,7 @@ def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
 def sample_latents(
     model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 30, cfg: float = 3.0,
     shift: float = SHIFT, device: torch.device | str = "cpu", attention: Attention = dense_attention,
+    rope_scale: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """Normalised latents (1, 16, T, h, w) by Euler steps along the flow; noise is drawn on the CPU, so seeds carry over.
 
@@ -39,7 +41,7 @@ def sample_latents(
         context: (1, 16, 4096) from captions.embed().
         shape: of the latents.
         cfg: guidance scale; 1 turns guidance off.
-        attention: replaces dense self attention, see WanModel.forward.
+        attention, rope_scale: see WanModel.forward.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     context = context.to(device)
@@ -47,9 +49,9 @@ def sample_latents(
     levels = noise_schedule(steps, shift).tolist()
     for level, following in itertools.pairwise(levels):
         t = torch.full((shape[0],), level * 1000, device=device)
-        velocity = model(x, t, context, attention).float()
+        velocity = model(x, t, context, attention, rope_scale).float()
         if cfg != 1:
-            base = model(x, t, empty, attention).float()
+            base = model(x, t, empty, attention, rope_scale).float()
             velocity = base + cfg * (velocity - base)
         x = x + (following - level) * velocity
     return x
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=320, help="a multiple of 16")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
+    parser.add_argument("--scaled", action="store_true", help="weights of train_long: RoPE by the picture's height")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -87,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     model, vae = load_models(args.weights, args.device)
     captions = args.caption or [str(caption) for caption in split_captions()[1][::6]]
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
+    rope = rope_scale(args.height) if args.scaled else 1.0
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     for number, caption in enumerate(captions):
@@ -95,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.no_grad(),
         ):
             latents = sample_latents(model, embed(caption), shape=shape, seed=args.seed + number, steps=args.steps,
-                                     cfg=args.cfg, device=args.device)  # fmt: skip
+                                     cfg=args.cfg, shift=args.shift, device=args.device, rope_scale=rope)  # fmt: skip
             results.append(vae.decode(denormalise_latents(latents))[0].float().cpu())
         images.write_webp(args.out / f"sample_{number}.webp", results[-1])
         print(f"sample_{number}.webp: {caption}")

@@ -58,17 +58,19 @@ def noise_levels(batch: int, shift: float, generator: torch.Generator) -> torch.
     return shift * u / (1 + (shift - 1) * u)
 
 
-def flow_loss(model, clean, noise, t, context) -> torch.Tensor:
+def flow_loss(model, clean, noise, t, context, rope_scale: float = 1.0) -> torch.Tensor:
     """(B,) mean squared error of the velocity noise - clean at noise level t."""
     level = t.view(-1, 1, 1, 1, 1)
     noisy = torch.lerp(clean, noise, level)
     with torch.autocast(clean.device.type, torch.bfloat16):
-        velocity = model(noisy, t * 1000, context)
+        velocity = model(noisy, t * 1000, context, rope_scale=rope_scale)
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
 
 
 @torch.no_grad()
-def validation_loss(model, data: LatentSet, contexts: torch.Tensor, levels: int = 8, clips: int | None = None) -> float:
+def validation_loss(
+    model, data: LatentSet, contexts: torch.Tensor, levels: int = 8, clips: int | None = None, rope_scale: float = 1.0
+) -> float:
     """Mean flow loss over the clips at evenly spaced noise levels, with noise that is the same at every call."""
     device = data.latents.device
     total, count = 0.0, 0
@@ -77,7 +79,7 @@ def validation_loss(model, data: LatentSet, contexts: torch.Tensor, levels: int 
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1000 + i)).to(device)
         for level in range(levels):
             t = torch.full((1,), (level + 0.5) / levels, device=device)
-            total += flow_loss(model, clean, noise, t, contexts[data.caption[i : i + 1]])
+            total += flow_loss(model, clean, noise, t, contexts[data.caption[i : i + 1]], rope_scale)
             count += 1
     return (total / count).item()
 

@@ -1,7 +1,7 @@
 """Train the miniature on to real length, in sittings: up to 81 frames of 832 x 480, 32,760 tokens.
 
-    python -m miniature.train_long --out one --minutes 6 --layers 9 --decoder-seconds 50 --mix image=2,short=4,low=4 low=1,full=1
-    python -m miniature.train_long --out two --from one --minutes 7 --mix low=1,full=4 --finish
+    python -m miniature.train_long --out one --minutes 6 --layers 9 --decoder-seconds 50 --mix small=3,square=1 low=1,short=1 full=1
+    python -m miniature.train_long --out two --from one --minutes 7 --mix small=1,full=5 --finish
     python -m miniature.train_long --out tiny --tiny --steps 4 --minutes 0          a trial on a CPU, in seconds
 
 A sitting renders and encodes clips, trains until its minutes are over, and saves: live.safetensors (where the next sitting
@@ -10,7 +10,8 @@ one (--from) or with those that are shipped, grown to --layers. The optimiser's 
 steps long, and each sitting warms up for 100. Several mixes share the sitting's time equally, one after the other. Seeds of clips and noise follow from --seed and the sitting's number, so
 that no sitting sees the clips of another. --finish lowers the learning rate to zero over the second half of a sitting.
 
-Sizes: image, 1 frame of 832 x 480; short, 17 frames of it; low, 81 frames of 416 x 256; full, 81 frames of 832 x 480.
+Sizes: small, 81 frames of 208 x 128; square, 45 frames of 160 x 160 (the demo's); low, 81 frames of 416 x 256; short, 17 frames
+of 832 x 480; full, 81 frames of it. All show the same world (scaled.py): layout, number and motion are learned small.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import scaled
 from .captions import embed, split_captions
 from .grow import grow
 from .optim import Average, Budget, Log, Optimiser, save_weights
@@ -41,6 +43,7 @@ from .wan import WanBlock, WanConfig, WanModel
 from .weight_files import weight_file
 
 LIVE_FILE, LOG_FILE = "live.safetensors", "long_log.json"
+TESTED = ("small", "full")  # sizes of the validation losses
 ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -56,25 +59,33 @@ class Size:
     shift: float
 
     @property
+    def rope(self) -> float:
+        return scaled.rope_scale(self.height)
+
+    @property
     def extent(self) -> tuple[int, int, int]:
         return self.frames, self.height, self.width
 
 
-# Token counts are multiples of 8: others make the compiler begin anew.
+# Token counts are multiples of 8: others make the compiler begin anew. The more tokens an object has, the higher the noise at
+# which its place is decided: shifts grow with the picture's side.
 REAL = {
-    "image": Size(1, 480, 832, 2400, 56, 3.0),
-    "short": Size(17, 480, 832, 300, 8, 5.0),
-    "low": Size(81, 256, 416, 500, 8, 5.0),
-    "full": Size(81, 480, 832, 250, 2, 8.0),
+    "small": Size(81, 128, 208, 3072, 64, 6.0),
+    "square": Size(45, 160, 160, 512, 64, 6.0),
+    "low": Size(81, 256, 416, 256, 8, 10.0),
+    "short": Size(17, 480, 832, 160, 8, 14.0),
+    "full": Size(81, 480, 832, 128, 2, 18.0),
 }
 TINY = {
-    "image": Size(1, 32, 48, 4, 3, 5.0),
-    "short": Size(5, 32, 48, 3, 2, 5.0),
+    "small": Size(9, 16, 32, 4, 3, 5.0),
+    "square": Size(5, 32, 32, 4, 3, 5.0),
     "low": Size(9, 16, 32, 3, 2, 5.0),
+    "short": Size(5, 32, 48, 3, 2, 5.0),
     "full": Size(9, 32, 48, 2, 2, 8.0),
 }
 # (size, clips, latent frames, side of the window in latents or None) of the decoder's batches
-DECODER = {False: [("full", 4, 21, 12), ("low", 4, 21, 12), ("low", 2, 5, None), ("full", 4, 21, 12), ("full", 1, 3, None)],
+DECODER = {False: [("full", 4, 21, 12), ("small", 2, 21, None), ("low", 4, 21, 12), ("square", 3, 12, None), ("full", 1, 3, None),
+                   ("small", 2, 21, None), ("low", 2, 5, None)],
            True: [("full", 2, 3, 2), ("low", 1, 2, None)]}  # fmt: skip
 
 
@@ -123,7 +134,7 @@ class Data:
             chosen = [order[i % len(order)] for i in range(sizes[name].clips)]
             begin = time.monotonic()
             self.pools[name] = fill_pool(
-                vae, captions, chosen, size=sizes[name].extent, seed=seed + number, device=device
+                vae, captions, chosen, size=sizes[name].extent, seed=seed + number, device=device, world=scaled
             )
             seconds = time.monotonic() - begin
             log.record(
@@ -131,8 +142,8 @@ class Data:
             )
         held = [len(train) + i * len(held_out) // test_clips for i in range(test_clips)]
         self.test = {
-            name: fill_pool(vae, captions, held, size=sizes[name].extent, seed=11, device=device)
-            for name in ("low", "full")
+            name: fill_pool(vae, captions, held, size=sizes[name].extent, seed=11, device=device, world=scaled)
+            for name in TESTED
         }  # the same clips in every sitting
 
 
@@ -169,7 +180,7 @@ def train(model, data: Data, sizes, mixes, args, *, budget: Budget, seed: int, l
         context = data.contexts[torch.where(dropped, EMPTY, pool.caption[index])]
         clean = pool.latents[index].float()
         t = noise_levels(size.batch, size.shift, generator).to(device)
-        loss = flow_loss(model, clean, torch.randn_like(clean), t, context).mean()
+        loss = flow_loss(model, clean, torch.randn_like(clean), t, context, size.rope).mean()
         loss.backward()
         factor = optimiser.step(progress)
         average.update()
@@ -229,7 +240,7 @@ def gradient_error(model: WanModel, state, size: Size, device) -> float:
     gradients = []
     for one, backend in ((model, contextlib.nullcontext()), (plain, attention_backend("flash", device))):
         with backend:
-            flow_loss(one, clean, noise, t, context).mean().backward()
+            flow_loss(one, clean, noise, t, context, size.rope).mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
         one.zero_grad(set_to_none=True)
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
@@ -262,9 +273,11 @@ def sit(args) -> None:
     mixes = [parse_mix(text) for text in args.mix]
     names = list(dict.fromkeys(name for mix in mixes for name in mix))
     with attention_backend(args.attention, device):
-        for name in names if args.compile else ():
+        if args.compile:
+            name = "full" if "full" in names else names[0]
             log.record(stage="check", size=name, gradient_error=gradient_error(model, state, sizes[name], device))
-    names += [name for name in ("low", "full") if args.decoder_seconds and name not in names]
+    if args.decoder_seconds:
+        names = list(dict.fromkeys([*names, *(name for name, *_ in DECODER[args.tiny])]))
     data = Data(vae, sizes, names, seed=seed, test_clips=args.test_clips, log=log, device=device)
     if args.decoder_seconds:
         batches = [(data.pools[name], *rest) for name, *rest in DECODER[args.tiny]]
@@ -283,13 +296,21 @@ def sit(args) -> None:
     budget.restart()
     judge = build(state, False, device).eval()
     for name, pool in data.test.items():
-        log.result(**{f"validation_loss_{name}_before": validation_loss(judge, pool, data.contexts)})
+        log.result(
+            **{
+                f"validation_loss_{name}_before": validation_loss(
+                    judge, pool, data.contexts, rope_scale=sizes[name].rope
+                )
+            }
+        )
     with attention_backend(args.attention, device):
         average = train(model, data, sizes, mixes, args, budget=budget, seed=seed, log=log, save=save, device=device)
         save(average)
     judge.load_state_dict({k: v.bfloat16().float() for k, v in average.state_dict().items()})
     for name, pool in data.test.items():
-        log.result(**{f"validation_loss_{name}": validation_loss(judge, pool, data.contexts)})
+        log.result(
+            **{f"validation_loss_{name}": validation_loss(judge, pool, data.contexts, rope_scale=sizes[name].rope)}
+        )
     if device.type == "cuda":
         log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     log.result(seconds=time.monotonic() - start)
@@ -305,9 +326,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, required=True, help="of this sitting, from its start to the last step")
     parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock")
     parser.add_argument("--layers", type=int, help="grow the transformer to this many blocks first")
-    parser.add_argument(
-        "--mix", nargs="+", default=["image=2,short=4,low=4,full=1"], help="shares of the steps by size"
-    )
+    parser.add_argument("--mix", nargs="+", default=["small=1", "low=1,full=1"], help="shares of the steps by size")
     parser.add_argument("--finish", action="store_true", help="lower the learning rate to zero in this sitting")
     parser.add_argument("--decoder-seconds", type=float, default=0.0, help="train the VAE's decoder this long first")
     parser.add_argument("--decoder-lr", type=float, default=1e-3)

@@ -84,7 +84,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
         angle=angle,
         radius=radius,
         pan=direction * uniform(1.5, 2.5),
-        floor_wave=_floor_waves(kind[:, 3], uniform(0.0, 1.0, FLOOR_WAVES, 2)),
+        floor_wave=floor_waves(kind[:, 3], uniform(0.0, 1.0, FLOOR_WAVES, 2)),
         floor_phase=uniform(0.0, 2 * math.pi, FLOOR_WAVES),
         brightness=uniform(0.92, 1.06),
     )
@@ -136,7 +136,7 @@ def _circle(size, frames, centre, reach, turn, phase) -> torch.Tensor:
     return centre[:, None, None] * size + offset
 
 
-def _floor_waves(floor: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+def floor_waves(floor: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """(N, 4, 2) wave vectors: two axes for tiles, a slanted wave with a slow bend for waves, four slow ones for clouds."""
     n = floor.shape[0]
     period = torch.empty(n, FLOOR_WAVES)

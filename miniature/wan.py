@@ -56,9 +56,13 @@ def dense_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return out.transpose(1, 2)
 
 
-def rope_table(grid: tuple[int, int, int], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each (tokens, 1, 64) float32, for tokens in t-h-w raster order."""
-    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+def rope_table(
+    grid: tuple[int, int, int], device: torch.device | str = "cpu", scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each (tokens, 1, 64) float32, for tokens in t-h-w raster order, neighbours `scale` apart along h and w."""
+    steps = (1.0, scale, scale)
+    axes = [torch.arange(n, dtype=torch.float64) * step for n, step in zip(grid, steps, strict=True)]
+    axes = torch.meshgrid(*axes, indexing="ij")
     angles = []
     for position, width in zip(axes, ROPE_AXES, strict=True):
         frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -157,8 +161,9 @@ class WanModel(nn.Module):
         self.run_block = WanBlock.__call__  # not forward, which goes past FSDP's hooks
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, attention: Attention = dense_attention
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, attention: Attention = dense_attention,
+        rope_scale: float = 1.0,
+    ) -> torch.Tensor:  # fmt: skip
         """The velocity of x.
 
         Args:
@@ -167,12 +172,13 @@ class WanModel(nn.Module):
             context: (B, L, 4096) from captions.embed().
             attention: called once per layer instead of dense self attention, e.g. to record or to replace it:
                 attention(layer, q, k, v) -> out, all (B, N, H, 128).
+            rope_scale: distance of neighbouring tokens along h and w, ScaleROPE's scale_x and scale_y in ComfyUI.
         """
         b, c, frames, height, width = x.shape
         if height % PATCH or width % PATCH:
             raise ValueError(f"latent is {height}x{width}, the miniature needs even sides: change the video's size")
         grid = (frames, height // PATCH, width // PATCH)
-        rope = self._rope(grid, x.device)
+        rope = self._rope(grid, x.device, rope_scale)
         x = x.reshape(b, c, frames, grid[1], PATCH, grid[2], PATCH).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
         dtype, x = x.dtype, x.flatten(1, 3)
         # The residual stream keeps the input's dtype: float32 under autocast.
@@ -188,11 +194,13 @@ class WanModel(nn.Module):
         x = self.head(x, e).reshape(b, *grid, PATCH, PATCH, c)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, frames, height, width)
 
-    def _rope(self, grid: tuple[int, int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rope(
+        self, grid: tuple[int, int, int], device: torch.device, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last few grids' tables, kept because building one costs more than a training step's launch."""
         cache = self.__dict__.setdefault("_rope_cache", {})
-        key = (grid, device)
+        key = (grid, device, scale)
         if key not in cache:
             cache.clear() if len(cache) > 4 else None
-            cache[key] = rope_table(grid, device)
+            cache[key] = rope_table(grid, device, scale)
         return cache[key]

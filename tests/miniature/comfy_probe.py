@@ -60,7 +60,12 @@ def dit_gaps() -> dict:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x, t = torch.randn(2, 16, 3, 8, 10), torch.tensor([31.0, 870.0])
     context = torch.cat([captions.embed(str(caption)) for caption in captions.all_captions()[:2]])
-    return {"velocity": gap(ours(x, t, context), theirs(x, t, context))}
+    apart = {"rope_options": {"scale_x": 3.0, "scale_y": 3.0}}
+    return {
+        "velocity": gap(ours(x, t, context), theirs(x, t, context)),
+        "velocity_scaled": gap(ours(x, t, context, rope_scale=3.0), theirs(x, t, context, transformer_options=apart)),
+        "scale_matters": gap(ours(x, t, context, rope_scale=3.0), ours(x, t, context)),
+    }
 
 
 def loaded_files() -> dict:

@@ -35,6 +35,11 @@ def test_transformer_equals_comfyui_s(probe):
     assert probe["velocity"] < 1e-4
 
 
+def test_scaled_rope_is_that_of_scale_rope(probe):
+    assert probe["velocity_scaled"] < 1e-4
+    assert probe["scale_matters"] > 0.01
+
+
 def test_stock_loaders_detect_wan21_text_to_video(probe):
     assert probe["detected"] == "WAN21_T2V"
     sizes = {"dim": 256, "ffn_dim": 768, "num_layers": 2, "num_heads": 2, "model_type": "t2v"}

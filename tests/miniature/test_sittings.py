@@ -34,7 +34,7 @@ def sit(tiny_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(sit):
-    return sit("--layers", "3", "--decoder-seconds", "1", "--mix", "image=1", "low=1")
+    return sit("--layers", "3", "--decoder-seconds", "1", "--mix", "small=1", "low=1")
 
 
 def log_of(folder):
@@ -47,13 +47,13 @@ def test_a_sitting_writes_what_the_next_and_a_user_need(first):
     log = log_of(first)
     assert log["run"]["sitting"] == 1
     assert log["results"]["steps"] == log["results"]["decoder_steps"] == 3
-    losses = {f"validation_loss_{size}{when}" for size in ("low", "full") for when in ("", "_before")}
+    losses = {f"validation_loss_{size}{when}" for size in ("small", "full") for when in ("", "_before")}
     assert {name for name in log["results"] if name.startswith("validation")} == losses
     trained = [record for record in log["records"] if record["stage"] == "train"]
     assert [next(key for key in record if key.startswith("steps_")) for record in trained] == [
-        "steps_image", "steps_image", "steps_low"
+        "steps_small", "steps_small", "steps_low"
     ]  # fmt: skip
-    assert {record["size"] for record in log["records"] if record["stage"] == "encode"} == {"image", "low", "full"}
+    assert {record["size"] for record in log["records"] if record["stage"] == "encode"} == {"small", "low", "full"}
     assert wan.WanConfig.from_state_dict(load_file(first / DIT_FILE)).num_layers == 3
 
 
@@ -81,7 +81,7 @@ def test_the_next_sitting_goes_on_from_the_live_weights_with_other_clips(first, 
 
 
 def test_the_same_sitting_twice_gives_the_same_weights(first, sit):
-    again = sit("--layers", "3", "--decoder-seconds", "1", "--mix", "image=1", "low=1")
+    again = sit("--layers", "3", "--decoder-seconds", "1", "--mix", "small=1", "low=1")
     for name in (DIT_FILE, VAE_FILE, train_long.LIVE_FILE):
         one, two = load_file(first / name), load_file(again / name)
         assert all(torch.equal(one[key], two[key]) for key in one), name
@@ -149,13 +149,13 @@ def test_gradients_are_compared_with_plain_torch(tiny_weights):
 
 
 def test_a_mix_becomes_shares():
-    assert train_long.parse_mix("image=1,full=3,low=0") == {"image": 0.25, "full": 0.75}
+    assert train_long.parse_mix("short=1,full=3,low=0") == {"short": 0.25, "full": 0.75}
     generator = torch.Generator().manual_seed(0)
-    drawn = [train_long.draw_name({"image": 0.25, "full": 0.75}, generator) for _ in range(400)]
-    assert drawn.count("image") == pytest.approx(100, abs=30)
+    drawn = [train_long.draw_name({"short": 0.25, "full": 0.75}, generator) for _ in range(400)]
+    assert drawn.count("short") == pytest.approx(100, abs=30)
 
 
-@pytest.mark.parametrize("text", ["image", "image=x", "huge=1", "full=-1", "full=0"])
+@pytest.mark.parametrize("text", ["short", "short=x", "huge=1", "full=-1", "full=0"])
 def test_a_bad_mix_is_named(text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_long.main(["--out", str(tmp_path), "--minutes", "1", "--mix", text])
