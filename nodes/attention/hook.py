@@ -25,7 +25,7 @@ from .recomputation import backward_pass
 from .run_dense import RunDense, stop_where_asked
 from .steps import RunSteps, guidance_halves, planned_sparsity, step_count
 from .unreached import WITHOUT_OPTIONS, count_hidden, count_unmet, past_reason, require_met
-from .video_tokens import VideoSpan, token_count
+from .video_tokens import VideoSpan
 
 logger = logging.getLogger("sla2")
 
