@@ -1,7 +1,9 @@
-"""The sparse loop and the linear branch for Hopper (sm_90) in Gluon: a producer warp and two consumer warpgroups, persistent.
+"""The sparse loop and the linear branch for Hopper (sm_90) in Gluon: a producer warp and its consumer warpgroups, persistent.
 
 The producer brings Q tiles and pairs of selected key blocks by TMA through a ring of stages; each consumer holds half a
-query block (64 rows). In each step the scores of this pair and P V of the pair before are under way while the consumer
+query block (64 rows). In 8 bit two programs of one consumer share a multiprocessor, each with half a query block: faster than
+one program of two, although both bring the same key blocks. In 16 bit there is shared memory for one program, of two consumers.
+In each step the scores of this pair and P V of the pair before are under way while the consumer
 takes exponentials. H_i comes last through the same ring, and phi(Q_i) H_i is taken beside the last P V. The arithmetic is
 that of sparse_attention.py and linear_attention.py, but for Q's scale, which is one per row.
 
@@ -11,6 +13,8 @@ neighbours of the output.
 
 Here and below, "int8" stands for INT8 scores and FP8 P V, "16bit" for both products in 16 bit.
 """
+
+from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,9 +45,26 @@ HEAD_DIM = 128
 D = gl.constexpr(HEAD_DIM)
 BLOCK = gl.constexpr(K_BLOCK)
 HALF = gl.constexpr(Q_BLOCK // 2)  # query rows of a consumer
-# pairs of key blocks and Q tiles in flight: as many as the shared memory holds
-STAGES = {"int8": 5, "16bit": 3}
-Q_STAGES = {"int8": 2, "16bit": 1}
+
+
+@dataclass(frozen=True)
+class Program:
+    """consumers: warpgroups that multiply. stages, q_stages: pairs of key blocks and Q tiles in flight, as many as fit.
+
+    resident: programs per multiprocessor. options: Triton's.
+    """
+
+    consumers: int
+    stages: int
+    q_stages: int
+    resident: int
+    options: dict
+
+
+PROGRAMS = {
+    "int8": Program(1, 3, 1, resident=2, options={"num_warps": 4, "maxnreg": 128}),
+    "16bit": Program(2, 3, 1, resident=1, options={"num_warps": 4}),
+}
 
 
 @gluon.constexpr_function
@@ -93,28 +114,37 @@ def _half_of_sums(smem, stage, QK: gl.constexpr):
 
 
 @gluon.jit
+def _place_of(tile, q_blocks, CONSUMERS: gl.constexpr):
+    """(head of the group, query block, first half query block of this tile in its head)."""
+    TILES: gl.constexpr = 2 // CONSUMERS  # of a query block
+    slot = tile // (q_blocks * TILES)
+    place = tile % (q_blocks * TILES)
+    return slot, place // TILES, place * CONSUMERS
+
+
+@gluon.jit
 def _produce(descriptors, q_ring, kv_ring, selected, sizes, QK: gl.constexpr, LINEAR: gl.constexpr):
     """One warp: fills a stage of the Q ring per tile, a stage of the K and V ring per step, and one more with H_i."""
     q_desc, k_desc, v_desc, h_desc = descriptors
     q_smem, q_full, q_empty = q_ring
     k_smem, v_smem, full, empty = kv_ring
     heads, first_head, q_blocks, count, tiles = sizes
-    Q_BYTES: gl.constexpr = 2 * HALF * D * q_desc.dtype.primitive_bitwidth // 8
+    CONSUMERS: gl.constexpr = q_smem.shape[0] // q_full.shape[0]
+    Q_BYTES: gl.constexpr = CONSUMERS * HALF * D * q_desc.dtype.primitive_bitwidth // 8
     PAIR_BYTES: gl.constexpr = 4 * BLOCK * D * k_desc.dtype.primitive_bitwidth // 8
     SUMS_BYTES: gl.constexpr = D * D * 2
     V_ROWS: gl.constexpr = D if QK == "int8" else BLOCK
     turn = 0
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        slot = tile // q_blocks
-        q_block = tile % q_blocks
+        slot, q_block, half = _place_of(tile, q_blocks, CONSUMERS)
         bh = first_head + slot
         place = wait_empty(q_empty, turn)
         q_bar = q_full.index(place)
         mbarrier.expect(q_bar, Q_BYTES)
-        for half in gl.static_range(2):
-            at = [bh // heads, bh % heads, (2 * q_block + half) * HALF, 0]
-            load_async(q_desc, at, q_bar, q_smem.index(2 * place + half))
+        for part in gl.static_range(CONSUMERS):
+            at = [bh // heads, bh % heads, (half + part) * HALF, 0]
+            load_async(q_desc, at, q_bar, q_smem.index(CONSUMERS * place + part))
         turn += 1
         row = selected + (bh.to(gl.int64) * q_blocks + q_block) * count
         at0, at1 = _first_pair_at(row, count)
@@ -141,8 +171,8 @@ def _produce(descriptors, q_ring, kv_ring, selected, sizes, QK: gl.constexpr, LI
             stage = wait_empty(empty, step)
             bar = full.index(stage)
             mbarrier.expect(bar, SUMS_BYTES)
-            load_async(h_desc, [0, tile, 0, 0], bar, _half_of_sums(k_smem, stage, QK))
-            load_async(h_desc, [0, tile, BLOCK, 0], bar, _half_of_sums(v_smem, stage, QK))
+            load_async(h_desc, [0, slot * q_blocks + q_block, 0, 0], bar, _half_of_sums(k_smem, stage, QK))
+            load_async(h_desc, [0, slot * q_blocks + q_block, BLOCK, 0], bar, _half_of_sums(v_smem, stage, QK))
             step += 1
 
 
@@ -421,7 +451,7 @@ def _store_output(acc, out_plane, stride_n, stride_d, first_row, tokens, QK: gl.
 
 @gluon.jit
 def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl.constexpr, RATIO_KIND: gl.constexpr):
-    """One warpgroup: rows PART * 64 to PART * 64 + 63 of every query block of this program."""
+    """One warpgroup: half a query block, the PART-th, of every tile of this program."""
     q_smem, q_full, q_empty = q_ring
     k_smem, v_smem, full, empty = kv_ring
     selected, k_scale, v_exponent, balance, sums, block_ratio = inputs
@@ -431,18 +461,18 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
     ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     PHI: gl.constexpr = gl.DotOperandLayout(0, _accumulator(D, 16), 2)
     dtype: gl.constexpr = q_smem.dtype
+    CONSUMERS: gl.constexpr = q_smem.shape[0] // q_full.shape[0]
     turn = 0
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        slot = tile // q_blocks
-        q_block = tile % q_blocks
+        slot, q_block, half = _place_of(tile, q_blocks, CONSUMERS)
         bh = (first_head + slot).to(gl.int64)
         listed = selected + (bh * q_blocks + q_block) * count
         scales = k_scale + slot * k_blocks
         exponents = v_exponent + slot * k_blocks
 
         place = wait_full(q_full, turn)
-        queries = q_smem.index(2 * place + PART).reshape([HALF, D])
+        queries = q_smem.index(CONSUMERS * place + PART).reshape([HALF, D])
         q, q_scale = _queries(queries, balance + bh * (2 * D) + D, scale_log2, QK)
         p0, p1, row_max, row_sum = _first_pair(
             listed, q, q_scale, scales, exponents, kv_ring, step, count, k_tokens, QK
@@ -459,7 +489,7 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
         acc_t, a0, a1 = _start_pair_output(p0, p1, v_smem, stage_of(full, step - 1), acc, dtype, QK)
 
         row_sum = gl.convert_layout(gl.sum(row_sum, 1), ROW)
-        first_row = (2 * q_block + PART).to(gl.int64) * HALF
+        first_row = (half + PART).to(gl.int64) * HALF
         rows = first_row + gl.arange(0, HALF, ROW)
         inside = rows < q_tokens
         ratio_at = ratio_of_rows + bh * q_tokens + rows
@@ -473,7 +503,7 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
             else:
                 ratio = gl.zeros([HALF], gl.float32, ROW)
                 ratio = ratio + gl.load(block_ratio + bh * q_blocks + q_block)
-            phi, norm = _phi(queries, sums + tile.to(gl.int64) * ((D + 1) * D) + D * D, PHI)
+            phi, norm = _phi(queries, sums + (slot * q_blocks + q_block).to(gl.int64) * ((D + 1) * D) + D * D, PHI)
             leave(q_empty, turn)
             acc, ratio = _finish_mixed(acc_t, a0, a1, row_sum, ratio, phi, norm, kv_ring, step, QK)
             step += 1
@@ -489,40 +519,54 @@ def _hopper_sparse_attention(
     q_desc, k_desc, v_desc, h_desc, selected, k_scale, v_exponent, balance, sums, block_ratio, ratio, out,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, QK: gl.constexpr, RATIO_KIND: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, QK: gl.constexpr, RATIO_KIND: gl.constexpr,
 ):  # fmt: skip
     V_ROWS: gl.constexpr = D if QK == "int8" else BLOCK
     V_COLUMNS: gl.constexpr = BLOCK if QK == "int8" else D
     LINEAR: gl.constexpr = RATIO_KIND != "none"
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, HALF, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * Q_STAGES, 1, 1, HALF, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES, 1, 1, BLOCK, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2 * STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
     q_full = new_barriers(Q_STAGES, 1)
-    q_empty = new_barriers(Q_STAGES, 2)
+    q_empty = new_barriers(Q_STAGES, CONSUMERS)
     full = new_barriers(STAGES, 1)
-    empty = new_barriers(STAGES, 2)
+    empty = new_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     # constants survive only in tuples written in the call itself
-    gl.warp_specialize([
-        (_consume, (
-            UPPER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
-            (selected, k_scale, v_exponent, balance, sums, block_ratio),
-            (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
-            (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
-        )),
-        (_consume, (
-            LOWER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
-            (selected, k_scale, v_exponent, balance, sums, block_ratio),
-            (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
-            (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
-        )),
-        (_produce, (
-            (q_desc, k_desc, v_desc, h_desc), (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty), selected,
-            (heads, first_head, q_blocks, count, tiles), QK, LINEAR,
-        )),
-    ], [4, 1], [240, 24])  # fmt: skip
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (_consume, (
+                UPPER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
+                (selected, k_scale, v_exponent, balance, sums, block_ratio),
+                (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
+                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
+            )),
+            (_produce, (
+                (q_desc, k_desc, v_desc, h_desc), (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty), selected,
+                (heads, first_head, q_blocks, count, tiles), QK, LINEAR,
+            )),
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (
+                UPPER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
+                (selected, k_scale, v_exponent, balance, sums, block_ratio),
+                (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
+                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
+            )),
+            (_consume, (
+                LOWER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
+                (selected, k_scale, v_exponent, balance, sums, block_ratio),
+                (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
+                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
+            )),
+            (_produce, (
+                (q_desc, k_desc, v_desc, h_desc), (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty), selected,
+                (heads, first_head, q_blocks, count, tiles), QK, LINEAR,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
 
 
 def _descriptor(tensor, rows, columns):
@@ -558,14 +602,16 @@ def hopper_sparse_attention(
     heads, q_tokens = q.shape[1:3]
     q_blocks, count = selected.shape[1:]
     k_blocks = block_count(k.shape[2], K_BLOCK)
-    tiles = (group.stop - group.start) * q_blocks
+    program = PROGRAMS[qk]
+    tiles = (group.stop - group.start) * q_blocks * (2 // program.consumers)
     # warp_specialize() passes no None on, so a tensor that a call has no use for is replaced by any float32 one
     k_scale, v_exponent, balance = (work.k_scale, work.v_exponent, balance) if qk == "int8" else (ratio, ratio, ratio)
     sums = ratio if ratio_kind == "none" else work.query_sums
     block_ratio = ratio if block_ratio is None else block_ratio
     launch(
-        _hopper_sparse_attention, (min(tiles, programs(q.device)),),
+        _hopper_sparse_attention, (min(tiles, program.resident * programs(q.device)),),
         *_descriptors(q, k, v, work), selected, k_scale, v_exponent, balance, sums, block_ratio, ratio, out,
         *out.stride(), heads, group.start, q_tokens, k.shape[2], q_blocks, k_blocks, count, tiles, scale_log2,
-        STAGES=STAGES[qk], Q_STAGES=Q_STAGES[qk], QK=qk, RATIO_KIND=ratio_kind, options={"num_warps": 4},
+        CONSUMERS=program.consumers, STAGES=program.stages, Q_STAGES=program.q_stages, QK=qk, RATIO_KIND=ratio_kind,
+        options=program.options,
     )  # fmt: skip
