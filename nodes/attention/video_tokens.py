@@ -47,13 +47,6 @@ def latent_grid(inputs, patch_size):
     return tokens_of((1,) * (3 - len(shape)) + shape, patch_size)
 
 
-def token_count(latent_shape, patch_size):
-    """About how many tokens a latent of (B, C, ...) has, references left out; None where its shape is not that of a video."""
-    if latent_shape is None or len(latent_shape) != 2 + len(patch_size):
-        return None
-    return math.prod(tokens_of(latent_shape[2:], patch_size))
-
-
 def tokens_of(shape, patch_size):
     return tuple(math.ceil(cells / size) for cells, size in zip(shape, patch_size, strict=True))
 
