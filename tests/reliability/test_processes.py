@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sla2_kernels import sla2_attention
+from tooling.archive import packed_files
 from tooling.server import clean_environment
 
 ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
@@ -39,6 +40,31 @@ def test_beside_packs_that_own_our_modules_names(comfyui_path, comfy_scripts, tm
 
 def test_installed_twice_in_one_process(tmp_path):
     assert json.loads(printed("neighbourhood.py", ROOT, tmp_path, "twice", cwd=tmp_path)) == {"equal": True}
+
+
+NODES = """
+import asyncio, importlib.util, sys
+pack = sys.argv[1]
+spec = importlib.util.spec_from_file_location("pack", pack + "/__init__.py", submodule_search_locations=[pack])
+sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+asyncio.run(module.comfy_entrypoint())
+ours = {name: module for name, module in sys.modules.items() if name.startswith("pack.")}
+print(len(ours), [name for name, module in ours.items() if ".kernels." in name or "triton" in vars(module)])
+"""
+
+
+def test_importing_the_nodes_leaves_triton_alone(comfyui_path, comfy_scripts, tmp_path):
+    """Nothing but a kernel call may pay for Triton's import, or need it; of the files that the Registry ships."""
+    for name in packed_files():
+        target = tmp_path / "pack" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(ROOT / name)
+    (tmp_path / "nodes.py").write_text(NODES)
+    done = comfy_scripts.run(tmp_path / "nodes.py", tmp_path / "pack", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, using_triton = done.stdout.splitlines()[-1].split(maxsplit=1)
+    assert int(count) > 20 and using_triton == "[]"
 
 
 FIRST_CALLS = """

@@ -23,9 +23,9 @@ CASES = (
     (BF16, 64, "16bit", "learned", ALL),
     (BF16, 128, "fp8", "none", ALL),
     (BF16, 64, "int8", "none", ALL),
-    (FP16, 128, "int8", "learned", (86, 120)),
+    (FP16, 128, "int8", "learned", (86,)),
     (FP16, 128, "fp8", "none", (120,)),
-    (FP32, 128, "int8", "learned", (86, 90, 100, 120)),
+    (FP32, 128, "int8", "learned", (86, 90, 100)),
     (FP32, 128, "16bit", "estimated", (86, 90, 100)),
 )
 SPILLING = {"_int8_sparse_attention": 512, "_product_of_halves": 128}
