@@ -79,7 +79,7 @@ def _sentence(facts, sparsity, schedule):
     dense = {(): "no step dense", (DENSE_FIRST_STEP,): "step 1 dense", (DENSE_START,): "the first 10% dense"}[schedule]
     steps = "an unknown number of" if facts.steps is None else facts.steps
     run = [f"{steps} {'step' if steps == 1 else 'steps'}"]
-    run += [] if facts.begins_at is None else ["from noise" if facts.begins_at <= START else "on a begun latent"]
+    run += [] if facts.begins_at is None else ["from noise" if facts.begins_at <= START else "continuing a latent"]
     run += [] if facts.tokens is None else [f"{facts.tokens:,} tokens"]
     weights = "SLA weights" if facts.is_sla else "a trained ratio" if facts.trained else "no trained ratio"
     few = facts.steps is not None and facts.steps <= FEW_STEPS
