@@ -173,7 +173,7 @@ def _most_memory(table):
         for name, rows in table.items()
         if name.startswith("SLA2") and "compiled" not in name
         for part, row in rows.items()
-        if "peak_bytes" in row
+        if "peak_bytes" in row and "peak_bytes" in (_dense_row(table, part) or ())
     ]
     return max(shares, default=float("nan"))
 
@@ -188,7 +188,9 @@ def _call_cell(row, dense):
     if row is None or row["seconds_per_step"] is None:
         return "-"
     seconds = row["seconds_per_step"]
-    cell = f"{seconds:.3g} s ({dense['seconds_per_step'] / seconds:.2f}x)"
+    cell = f"{seconds:.3g} s"
+    if dense is not None and dense["seconds_per_step"] is not None:
+        cell += f" ({dense['seconds_per_step'] / seconds:.2f}x)"
     return cell if row.get("attention_seconds") is None else f"{cell}, {row['attention_seconds']:.2g} s"
 
 

@@ -73,6 +73,22 @@ def test_a_part_that_failed_as_a_whole_is_in_the_table():
     assert "| every variant | - |" in text and "Failed: every variant at H3: RuntimeError: no memory." in text
 
 
+def test_a_part_without_the_default_shows_seconds_alone():
+    rows = [
+        {"part": "H3", "variant": "SLA2", "seconds_per_step": 1.25, "attention_seconds": None, "peak_bytes": 2**31},
+        {"part": "LTX", "variant": "SLA2", "seconds_per_step": 0.5, "attention_seconds": None, "peak_bytes": 2**31},
+        {
+            "part": "LTX",
+            "variant": comfyui_variants.DENSE,
+            "seconds_per_step": None,
+            "failed": "RuntimeError: no kernel",
+        },
+    ]
+    facts = {"card": "a card", "comfyui": "0.33.0", "torch": "2.11"}
+    text = table.calls_markdown({"environment": facts, "parts": {"H3": {}, "LTX": {}}, "rows": rows})
+    assert "| **SLA2** | 1.25 s | 0.5 s |" in text
+
+
 def test_memory_is_shown_in_multiples_of_q():
     card = {"part": "memory", "model": "tiny", "loaded_bytes": 2**29, "weight_bytes": 2**30, "cap_gib": 16}
     rows = [
