@@ -35,13 +35,13 @@ BOXES = """(async () => {
     return [node.title, ...[drawn.left, drawn.top, drawn.right, drawn.bottom].map((side) => Math.round(side / scale))];
   });
 })()"""
-# by the first word of the workflow's name; tokens: 2 x 8 x 8, 3 x 8 x 8 at full size, 5 x 8 x 8
+# by the first word of the workflow's name; tokens: 2 x 8 x 8, for LTX 3 x 8 x 8 at full size
 SIZES = {
     "MiniMax": {"width": 256, "height": 256, "length": 5},
     "LTX": {"width": 128, "height": 128, "length": 17, "frames_number": 17},
-    "Wan": {"width": 128, "height": 128, "length": 17},
-    "wan2.1": {"width": 128, "height": 128, "length": 17, "steps": 2},
-    "miniature": {"width": 128, "height": 128, "length": 17, "steps": 2},
+    "Wan": {"width": 128, "height": 128, "length": 5},
+    "wan2.1": {"width": 128, "height": 128, "length": 5, "steps": 2},
+    "miniature": {"width": 128, "height": 128, "length": 5, "steps": 2},
 }
 OTHERS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json") if path.stem not in RECIPES)
 
