@@ -1,8 +1,8 @@
 """How large V's channels are, per head: the powers of two that INT8 V is divided by, so that one large channel does not
 take the others' precision.
 
-One program per head looks at up to SAMPLED rows, spread over all. A power that is too small or too large only costs
-precision: pack.py scales every block by its own largest element.
+One program per head looks at up to SAMPLED rows, spread over all. A power that is too small or too large costs precision
+alone: pack.py scales every block by its own largest element.
 """
 
 import torch
