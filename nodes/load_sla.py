@@ -66,7 +66,7 @@ def _tensors_of(path, name):
         state = comfy.utils.load_torch_file(path, safe_load=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # torch.load answers damage with errors of twenty kinds
+    except Exception as error:  # torch.load raises errors of many kinds for a damaged file
         said = str(error).split("\n")[0]
         raise ValueError(f"{name} cannot be read, it is damaged or no checkpoint: {printable(said)}.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None

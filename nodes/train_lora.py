@@ -1,4 +1,4 @@
-"""SLA2 Train LoRA: stage 2 on the model in the graph. It gets used to sparse attention, and its ratios to the LoRA."""
+"""SLA2 Train LoRA: stage 2 on the model in the graph. The model adapts to sparse attention, and the ratios to the LoRA."""
 
 import inspect
 import logging

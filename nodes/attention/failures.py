@@ -1,6 +1,6 @@
 """A sparse call that fails while it runs: memory, a kernel that cannot be built or loaded, NaN in its output. Dense attention takes over.
 
-Each failure is counted with its reason and said once per run. What is no failure of these kinds is raised as it came:
+Each failure is counted with its reason and said once per run. All other errors are raised unchanged:
 ComfyUI's interrupt, another pack's error, a mistake of ours.
 """
 

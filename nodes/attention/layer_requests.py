@@ -1,7 +1,7 @@
-"""Layers whose weights come with a wish of their own: trained for VSA, or asking for ComfyUI's own sparse attention.
+"""Layers whose weights need a certain attention: trained for VSA, or asking for ComfyUI's own sparse attention.
 
 VSA: FastH3 has a gate in each layer (``to_gate_compress``) that only VSA uses. The layer learned to rely on VSA's coarse branch,
-so that any other sparse attention spoils it: SLA2 leaves it to dense attention.
+so any other sparse attention degrades it: SLA2 runs it dense.
 
 comfy_kitchen_sol: a checkpoint or a LoRA can ask for it per layer (ComfyUI 0.38 and newer: ``comfy_attention.config``, one
 request or a list). It brings no weights, and placing SLA2 on the MODEL is the later and the more explicit choice: SLA2 takes the

@@ -1,4 +1,4 @@
-"""Self-attention calls that no override can take over, and model calls that come to none: counted, each with what is known of why."""
+"""Self-attention calls that bypass all overrides, and model calls without a marked one: counted, with the reason if it is known."""
 
 from .model_marks import has_layers, on_the_way
 from .run_dense import say_once, stop_where_asked

@@ -1,6 +1,6 @@
-"""Dense attention that others bring and that is wrong for some calls: which of the calls that SLA2 hands on are such.
+"""Dense attention of another package that is wrong for some calls: which of the calls that SLA2 passes on are affected.
 
-sageattention 1.0.6, which ``pip install sageattention`` gives, counts the missing keys of a ragged last block as keys.
+sageattention 1.0.6, which ``pip install sageattention`` gives, counts the padding of a ragged last block as keys.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Which run of a MODEL made the samples that a report is given.
 
-A latent is known again by its values. What was made of it, as an image is, is known by the nodes that it came through.
+A latent is recognised by its values; what was made from it, such as an image, by the nodes that it came through.
 """
 
 from .record import difference, sample_of

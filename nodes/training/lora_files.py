@@ -40,7 +40,7 @@ def save_both(lora, router, family):
         try:
             sentences.append(f"The {what} is saved as {save(make(), stem)} in models/{folder}.")
         except (ValueError, TypeError, RuntimeError) as error:  # the other file can still be saved
-            # only a clause here: the user is told first why the training ended
+            # only a clause: it follows the sentence why the training ended
             sentences.append(f"The {what} is lost: {str(error).rstrip('.')}.")
             if not isinstance(error, ValueError):
                 logger.exception("SLA2 Train LoRA: the %s could not be made or saved", what)

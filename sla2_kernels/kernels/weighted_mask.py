@@ -1,4 +1,4 @@
-"""What hopper_masked_sum.py multiplies h_j with, the 0/1 mask 1 - M_c times each key block's power of two; and Z_i.
+"""The factors of h_j in hopper_masked_sum.py, the 0/1 mask 1 - M_c times each key block's power of two; and Z_i.
 
 In FP8 h_j is over a power of two per key block, which the mask gives back, relative to the head's largest: that one counts
 as 2^8, and blocks down to 2^-17 of it count at all. z_j is not in FP8: Z_i, its masked sum, is taken here.

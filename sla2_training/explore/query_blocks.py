@@ -1,4 +1,4 @@
-"""How finely the router picks: one choice of key blocks for 128 query tokens, or one for every 64 of them."""
+"""Granularity of the selection: one set of key blocks for 128 query tokens, or one for every 64 of them."""
 
 from dataclasses import replace
 

@@ -93,9 +93,16 @@ class Comfy:
 
 
 APPLY = {
-    "sparsity": 0.75, "bit_width": "16bit", "ratio_mode": "learned", "fixed_ratio": 0.9, "start_percent": 0.0,
-    "end_percent": 1.0, "dense_layers": "", "minimum_tokens": 0, "on_unsupported": "run dense and say so",
-}  # fmt: skip
+    "sparsity": 0.75,
+    "bit_width": "16bit",
+    "ratio_mode": "learned",
+    "fixed_ratio": 0.9,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "dense_layers": "",
+    "minimum_tokens": 0,
+    "on_unsupported": "run dense and say so",
+}
 
 
 class Prompt(dict):

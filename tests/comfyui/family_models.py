@@ -49,9 +49,17 @@ AUDIO = {
     "connector_num_attention_heads": 1,
 }
 H3 = {
-    "hidden_size": 256, "num_layers": 2, "token_refiner_num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128,
-    "ffn_hidden_size": 128, "text_dim": 64, "timestep_input_dim": 32, "time_embed_hidden_size": 64, "time_embed_dim": 32,
-}  # fmt: skip
+    "hidden_size": 256,
+    "num_layers": 2,
+    "token_refiner_num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "ffn_hidden_size": 128,
+    "text_dim": 64,
+    "timestep_input_dim": 32,
+    "time_embed_hidden_size": 64,
+    "time_embed_dim": 32,
+}
 
 
 def rand(*shape, seed=0):

@@ -56,9 +56,18 @@ def run(model, steps=STEPS):
     latent = torch.zeros(1, 16, 3, 16, 16)
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, torch.randn(latent.shape, generator=torch.Generator().manual_seed(2)), steps, 1.0, "euler", "simple",
-            [[text, {}]], [[text, {}]], latent, disable_pbar=True, seed=3,
-        )  # fmt: skip
+            model,
+            torch.randn(latent.shape, generator=torch.Generator().manual_seed(2)),
+            steps,
+            1.0,
+            "euler",
+            "simple",
+            [[text, {}]],
+            [[text, {}]],
+            latent,
+            disable_pbar=True,
+            seed=3,
+        )
 
 
 def found(model, core=None):

@@ -34,24 +34,43 @@ LTX_TRANSFORMER = (
     LTX
     | AUDIO
     | {
-        "attention_head_dim": 128, "cross_attention_dim": 256, "apply_gated_attention": True, "cross_attention_adaln": True,
-        "caption_proj_before_connector": True, "caption_projection_first_linear": False, "caption_channels": 256,
-        "connector_attention_head_dim": 128, "connector_num_attention_heads": 2, "connector_num_layers": 1,
-        "audio_connector_attention_head_dim": 64, "audio_connector_num_attention_heads": 1,
+        "attention_head_dim": 128,
+        "cross_attention_dim": 256,
+        "apply_gated_attention": True,
+        "cross_attention_adaln": True,
+        "caption_proj_before_connector": True,
+        "caption_projection_first_linear": False,
+        "caption_channels": 256,
+        "connector_attention_head_dim": 128,
+        "connector_num_attention_heads": 2,
+        "connector_num_layers": 1,
+        "audio_connector_attention_head_dim": 64,
+        "audio_connector_num_attention_heads": 1,
         "connector_apply_gated_attention": True,
     }
-)  # fmt: skip
+)
 WAN_VAE = {
-    "dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+    "dim": 8,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
     "temperal_downsample": [False, True, True],
-}  # fmt: skip
+}
 HALVING = ["compress_all", {"multiplier": 1}]
 LTX_VIDEO_VAE = {
-    "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128, "patch_size": 4, "norm_layer": "pixel_norm",
-    "latent_log_var": "uniform", "encoder_base_channels": 16, "decoder_base_channels": 16,
+    "dims": 3,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 128,
+    "patch_size": 4,
+    "norm_layer": "pixel_norm",
+    "latent_log_var": "uniform",
+    "encoder_base_channels": 16,
+    "decoder_base_channels": 16,
     "encoder_blocks": [HALVING, HALVING, HALVING, ["res_x", {"num_layers": 1}]],
     "decoder_blocks": [HALVING, HALVING, HALVING, ["res_x", {"num_layers": 1}]],
-}  # fmt: skip
+}
 LTX_AUDIO_VAE = {
     "model": {
         "params": {
@@ -66,9 +85,14 @@ LTX_AUDIO_VAE = {
     "preprocessing": {"stft": {"filter_length": 1024, "hop_length": 160}},
 }  # fmt: skip
 LTX_VOCODER = {
-    "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]], "upsample_rates": [5, 4, 2, 2, 2],
-    "upsample_kernel_sizes": [16, 16, 8, 4, 4], "upsample_initial_channel": 64, "stereo": True, "resblock": "1",
-}  # fmt: skip
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3, 5]],
+    "upsample_rates": [5, 4, 2, 2, 2],
+    "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+    "upsample_initial_channel": 64,
+    "stereo": True,
+    "resblock": "1",
+}
 LTX_UPSCALER = {"in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3}
 
 
@@ -86,9 +110,12 @@ def attention_and_mlp(state):
     return [
         name.removesuffix(".weight")
         for name, tensor in state.items()
-        if name.startswith(("blocks.", "transformer_blocks.")) and name.endswith(".weight") and tensor.dim() == 2
-        and "adaln" not in name and "gate" not in name
-    ]  # fmt: skip
+        if name.startswith(("blocks.", "transformer_blocks."))
+        and name.endswith(".weight")
+        and tensor.dim() == 2
+        and "adaln" not in name
+        and "gate" not in name
+    ]
 
 
 def note(**layer):
@@ -140,8 +167,10 @@ def lora(state, rank=4):
 
 def halved(state):
     """What is not quantised is bfloat16 in these files."""
-    return {name: tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
-            for name, tensor in state.items()}  # fmt: skip
+    return {
+        name: tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
+        for name, tensor in state.items()
+    }
 
 
 def save(folder, name, state, metadata=None):

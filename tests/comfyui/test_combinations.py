@@ -19,9 +19,18 @@ def sample(prompt, model, width=256, height=256, frames=9, batch=1, longer=0, se
         text = prompt.add("ConditioningConcat", conditioning_to=text, conditioning_from=positive)
     latent = prompt.add("EmptyHunyuanLatentVideo", width=width, height=height, length=frames, batch_size=batch)
     return prompt.add(
-        "KSampler", model=model, positive=text, negative=negative, latent_image=latent, denoise=1.0, seed=seed,
-        steps=steps, cfg=6.0, sampler_name="euler", scheduler="simple",
-    )  # fmt: skip
+        "KSampler",
+        model=model,
+        positive=text,
+        negative=negative,
+        latent_image=latent,
+        denoise=1.0,
+        seed=seed,
+        steps=steps,
+        cfg=6.0,
+        sampler_name="euler",
+        scheduler="simple",
+    )
 
 
 def run(comfy, prompt, patched, **sampling):
@@ -153,9 +162,17 @@ def test_context_windows_change_the_token_count_within_a_run(comfy, new_prompt):
         more = {"retain_first_frame": False, "split_conds_to_windows": False}
         more = {name: value for name, value in more.items() if name in spec}
         return prompt.add(
-            "WanContextWindowsManual", model=model, context_length=13, context_overlap=4, context_schedule="standard_static",
-            context_stride=1, closed_loop=False, fuse_method="pyramid", freenoise=False, **more,
-        )  # fmt: skip
+            "WanContextWindowsManual",
+            model=model,
+            context_length=13,
+            context_overlap=4,
+            context_schedule="standard_static",
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+            freenoise=False,
+            **more,
+        )
 
     if not known(comfy, "WanContextWindowsManual"):
         pytest.skip("this ComfyUI has no context windows")

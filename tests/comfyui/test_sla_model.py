@@ -50,9 +50,17 @@ def sample(prompt, model):
     sampler = prompt.add("KSamplerSelect", sampler_name="lcm")
     sigmas = few_sigmas(prompt, model)
     return prompt.add(
-        "SamplerCustom", model=model, add_noise=True, noise_seed=3, cfg=1.0, positive=positive, negative=negative,
-        sampler=sampler, sigmas=sigmas, latent_image=latent,
-    )  # fmt: skip
+        "SamplerCustom",
+        model=model,
+        add_noise=True,
+        noise_seed=3,
+        cfg=1.0,
+        positive=positive,
+        negative=negative,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )
 
 
 def run(comfy, prompt, model, weights=None, **changes):

@@ -86,8 +86,17 @@ def test_routers_are_listed_from_models_sla2(comfy):
 def test_inputs_are_append_only(comfy):
     """Saved workflows store widget values by position: this list may grow at its end, nothing else."""
     spec = comfy.server.get("/object_info/SLA2ApplyAttention")["SLA2ApplyAttention"]["input"]
-    first = ["sparsity", "bit_width", "ratio_mode", "fixed_ratio", "start_percent", "end_percent", "dense_layers",
-             "minimum_tokens", "on_unsupported"]  # fmt: skip
+    first = [
+        "sparsity",
+        "bit_width",
+        "ratio_mode",
+        "fixed_ratio",
+        "start_percent",
+        "end_percent",
+        "dense_layers",
+        "minimum_tokens",
+        "on_unsupported",
+    ]
     assert [name for name in spec["required"] if name != "model"][: len(first)] == first
 
 

@@ -1,6 +1,7 @@
 """What both commands do before anything is installed: the virtual environment, ComfyUI's checkout."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_a_second_run_installs_nothing(environment):
     kept = Path(environment.python).stat().st_ino
     again.create()
     assert Path(again.python).stat().st_ino == kept
+
+
+def test_two_that_install_at_a_time_are_both_remembered(environment):
+    names = [f"package {number}" for number in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: environment._mark(name, [name]), names))
+    assert set(names) <= set(environment._read())
 
 
 def test_torch_is_the_cpu_build_without_a_gpu(environment, monkeypatch):

@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import run_tests
 from tooling.audit import judge
-from tooling.environment import Environment
+from tooling.environment import Environment, SetupError
 
 MARKED = """
 import pytest
@@ -70,6 +71,26 @@ def test_compiled_modules_are_kept_in_the_environment(monkeypatch, tmp_path):
     (tmp_path / "module.py").write_text("x = 1")
     subprocess.run([sys.executable, "-c", "import module"], cwd=tmp_path, check=True)
     assert list((tmp_path / "venv" / "bytecode").rglob("module.*.pyc")) and not (tmp_path / "__pycache__").exists()
+
+
+class Nowhere:
+    def create(self):
+        pass
+
+
+def test_the_oldest_triton_is_installed_while_the_rest_is_and_its_failure_is_one_of_the_set_up(monkeypatch):
+    begun = threading.Event()
+
+    def fails(environment):
+        begun.set()
+        raise SetupError("no Triton 3.2")
+
+    monkeypatch.setattr(run_tests, "oldest_triton", fails)
+    monkeypatch.setattr(run_tests, "prepare", lambda *_: begun.wait(60) or pytest.fail("one after the other"))
+    with pytest.raises(SetupError, match=r"no Triton 3\.2"):
+        run_tests.set_up(Nowhere(), None, everything=True)
+    monkeypatch.setattr(run_tests, "prepare", lambda *_: None)
+    run_tests.set_up(Nowhere(), None, everything=False)
 
 
 def test_lost_kernel_tests_are_loud_and_no_success(repository):

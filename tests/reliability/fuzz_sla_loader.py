@@ -58,8 +58,15 @@ WRONG = {
     "quantised": {"net.blocks.0.self_attn.q.int8_weight": torch.zeros(1, dtype=torch.int8)},
     "nothing of SLA's": {NAME.format(n, kind): None for n in (0, 1) for kind in ("weight", "bias")},
 }
-NO_TABLE = {"a list": [torch.ones(2)], "a tensor": torch.ones(2), "a number": 3, "nothing": None, "an empty table": {},
-            "a table of another kind": {"state_dict": [1]}, "names that are numbers": {1: torch.ones(1), 2: 3}}  # fmt: skip
+NO_TABLE = {
+    "a list": [torch.ones(2)],
+    "a tensor": torch.ones(2),
+    "a number": 3,
+    "nothing": None,
+    "an empty table": {},
+    "a table of another kind": {"state_dict": [1]},
+    "names that are numbers": {1: torch.ones(1), 2: 3},
+}
 
 
 def mutated(content, draw):

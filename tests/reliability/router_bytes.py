@@ -135,5 +135,13 @@ def other_metadata(draw, content):
 
 
 WAYS = [
-    cut, flipped_bits, moved_bytes, claimed_header, other_offsets, other_tensor, not_finite, other_names, other_metadata,
-]  # fmt: skip
+    cut,
+    flipped_bits,
+    moved_bytes,
+    claimed_header,
+    other_offsets,
+    other_tensor,
+    not_finite,
+    other_names,
+    other_metadata,
+]

@@ -174,9 +174,16 @@ def train(prompt, model, **changes):
     positive, negative = (prompt.add("SLA2TestConditioning", number=n, image=False, label=unique()) for n in (1, 2))
     latent = prompt.add("EmptyHunyuanLatentVideo", width=256, height=256, length=9, batch_size=1)
     settings = {
-        "seed": 5, "steps": 3, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple", "sparsities": "0.75",
-        "training_steps": 6, "learning_rate": 0.002, "query_blocks": 4,
-    }  # fmt: skip
+        "seed": 5,
+        "steps": 3,
+        "cfg": 6.0,
+        "sampler_name": "uni_pc",
+        "scheduler": "simple",
+        "sparsities": "0.75",
+        "training_steps": 6,
+        "learning_rate": 0.002,
+        "query_blocks": 4,
+    }
     router = prompt.add(
         "SLA2TrainRouter", model=model, positive=positive, negative=negative, latent_image=latent, **settings | changes
     )

@@ -153,9 +153,17 @@ def one_repeated_token(x):
 
 
 HARD = [
-    outliers, one_huge_key, equal_keys, one_hot_values, all_zero, zero_values_and_queries, dead_channels, subnormal,
-    largest_float16, one_repeated_token,
-]  # fmt: skip
+    outliers,
+    one_huge_key,
+    equal_keys,
+    one_hot_values,
+    all_zero,
+    zero_values_and_queries,
+    dead_channels,
+    subnormal,
+    largest_float16,
+    one_repeated_token,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

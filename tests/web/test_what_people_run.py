@@ -33,11 +33,11 @@ BOXES = """(async () => {
     return [node.title, ...[drawn.left, drawn.top, drawn.right, drawn.bottom].map((side) => Math.round(side / scale))];
   });
 })()"""
-# by how the workflow's name begins; tokens: 2 x 8 x 8, 3 x 8 x 8 at full size, 5 x 8 x 8
-SMALL = {"width": 128, "height": 128, "length": 17}
+# by how the workflow's name begins; tokens: 2 x 8 x 8, for LTX 3 x 8 x 8 at full size
+SMALL = {"width": 128, "height": 128, "length": 5}
 SIZES = {
     "MiniMax": {"width": 256, "height": 256, "length": 5},
-    "LTX": SMALL | {"frames_number": 17},
+    "LTX": SMALL | {"length": 17, "frames_number": 17},
     "Wan 2.2": SMALL,
     "Wan 2.1": SMALL | {"steps": 2},
     "First": SMALL | {"steps": 2},
