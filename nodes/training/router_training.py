@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import threading
+import weakref
 from collections import Counter
 
 from ...sla2_training import RouterTrainer
@@ -58,12 +59,16 @@ class RouterTraining:
         return install(patched, AttentionSettings(dense_layers=frozenset(range(self.facts.num_layers))), None)
 
     def _override(self, base):
+        # no reference to the training in its model: a model that Python's cycle search has to find goes together with the one it was
+        # cloned from, and ComfyUI then takes what both were made of for a memory leak
+        meet = weakref.WeakMethod(self._meet)
+
         def sla2_training_override(func, *args, **kwargs):
             below = func if base is None else functools.partial(base, func)
             out = below(*args, **kwargs)
             options = kwargs.get("transformer_options") or {}
             if options.get(CALL) is not None and options.get(LAYER) is not None:
-                self._meet(options[CALL], options[LAYER], args, kwargs)
+                meet()(options[CALL], options[LAYER], args, kwargs)
             return out
 
         return sla2_training_override

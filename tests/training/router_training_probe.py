@@ -4,8 +4,10 @@ then its file saved, loaded and used. Prints one line of JSON. Started by test_r
     python router_training_probe.py COMFYUI REPOSITORY FOLDER FAMILY ...
 """
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 comfyui, repository, folder, *wanted = sys.argv[1:]
@@ -62,7 +64,7 @@ def probe(name):
     patched = pack_module("nodes.attention.patching").install(patcher, settings, router)
     out = sample(patched, inputs)
     (run,) = patched.get_attachment("sla2").runs.finished()
-    return {
+    found = {
         "family": router.model_family,
         "layers": router.num_layers,
         "steps": training.trainer.steps,
@@ -73,6 +75,12 @@ def probe(name):
         "ratios": [layer.alpha_logits is not None for layer in router.layers],
         "difference": float((out - plain).norm() / plain.norm()),
     }
+    gc.disable()
+    model = weakref.ref(training.model)
+    del training
+    found["freed"] = model() is None
+    gc.enable()
+    return found
 
 
 print(json.dumps({name: probe(name) for name in wanted}))
