@@ -26,7 +26,7 @@ from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_q
 
 logger = logging.getLogger("sla2")
 
-HEAD_GROUPS = 2  # of a process that shares a call: one is computed while the other is exchanged
+HEAD_GROUPS = 1  # of a process that shares a call; with 2 one is computed while the other is exchanged: not timed yet
 
 
 @dataclass
@@ -337,8 +337,8 @@ def apply_sla2(
         backend: as in sla2_attention. A call that the operator has no fast path for runs dense and is counted with the
             reason; "torch" computes it block by block on any device.
         exchange: what GPUs that share a video send each other (context parallelism): "16bit" is q, k and v in their own
-            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and outputs as
-            close to exact ones as INT8 is. It pays where GPUs are joined by PCI Express.
+            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and an error 4 to 17% above
+            INT8's. Meant for GPUs joined by PCI Express; checked between CPU processes, not timed on GPUs yet.
 
     Raises:
         TypeError: transformer is not a Wan transformer, or router is no RouterWeights.

@@ -68,7 +68,7 @@ def parse(argv=None):
     parser.add_argument("--model", choices=("miniature", "14B"), default="miniature", help="that is trained")
     parser.add_argument("--steps", type=int, default=30, help="of training")
     parser.add_argument("--batch", type=int, default=16, help="videos per step, over all GPUs")
-    parser.add_argument("--micro-batch", type=int, default=None, help="videos at a time on one GPU; else 8 at most")
+    parser.add_argument("--micro-batch", type=int, default=None, help="videos at a time on one GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="small tensors and random models")
     parser.add_argument("--out", type=Path, help="results file")

@@ -26,7 +26,7 @@ TINY_LATENTS = (1, 16, 3, 24, 20)  # 360 tokens
 TEXT_TOKENS = 512
 RESERVED = 24e9  # bytes for what a step computes
 # name -> (exchange, groups of heads), None is dense; one GPU exchanges nothing
-WAYS = {"SLA2": ("16bit", 2), "dense": None, "SLA2, one group": ("16bit", 1), "SLA2, 8-bit exchange": ("8bit", 2)}
+WAYS = {"SLA2": ("16bit", 1), "dense": None, "SLA2, two groups": ("16bit", 2), "SLA2, 8-bit exchange": ("8bit", 2)}
 ALONE = ("SLA2", "dense")
 
 

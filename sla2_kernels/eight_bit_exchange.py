@@ -55,7 +55,7 @@ class EightBitExchange:
     """Messages of q, k and v (B, N / P, H, D) from process ``rank`` to each of P; routing: PoolRouting."""
 
     def __init__(self, q, k, v, processes, rank, routing):
-        self._routing, self._dtype, self.takes_triton = routing, q.dtype, routing.takes_triton(q)
+        self._routing, self._dtype, self.triton = routing, q.dtype, routing.takes_triton(q)
         self._shares = [Share(p * q.shape[1], (p + 1) * q.shape[1]) for p in range(processes)]
         own = self._shares[rank]
         self._qkv = [x.unflatten(2, (processes, -1)) for x in (q, k, v)]
@@ -74,7 +74,9 @@ class EightBitExchange:
         fields = layout.fields(sent)
         for place, x in enumerate(self._qkv):
             shift = self._shift[:, :, part] if place == K_PLACE else None
-            _encode(x[:, :, :, part], shift, fields["codes"][:, :, :, place], fields["scales"][:, :, :, place], self)
+            _encode(
+                x[:, :, :, part], shift, fields["codes"][:, :, :, place], fields["scales"][:, :, :, place], self.triton
+            )
         fields["shift"].copy_(self._shift[:, :, part])
         for name, pools in zip(("q_pools", "k_pools"), self._pools, strict=True):
             fields[name][:, :, :, : pools.shape[3]].copy_(pools[:, :, part])
@@ -87,7 +89,7 @@ class EightBitExchange:
         heads_here = heads.stop - heads.start
         fields = self._layout(heads_here).fields(received)
         whole = torch.empty(fields["codes"].shape, dtype=self._dtype, device=received.device)
-        _decode(fields["codes"], fields["scales"], fields["shift"], whole, self)
+        _decode(fields["codes"], fields["scales"], fields["shift"], whole, self.triton)
         pools = [self._all_pools(fields, place) for place in (0, 1)]
         selected = self._routing.key_blocks(*pools, self._shares[-1].end, heads, self._dtype)
         return *whole.flatten(0, 1).transpose(0, 1).unbind(2), heads, selected
@@ -149,12 +151,12 @@ class _Layout:
         return {n: messages[:, at].view(dtype).unflatten(1, shape) for n, (at, dtype, shape) in self._places.items()}
 
 
-def _encode(x, shift, codes, scales, exchange):
+def _encode(x, shift, codes, scales, triton):
     """Fills codes, int8 (P, N / P, B, G, D), and scales, float32 (P, N / P, B, G), of x (B, N / P, P, G, D).
 
     shift: float32 (P, B, G, D) to subtract first, or None. A row with NaN or infinity gets the scale NaN.
     """
-    if exchange.takes_triton:
+    if triton:
         from .kernels.exchange_rows import encode
 
         with on_device(x.device):
@@ -168,9 +170,9 @@ def _encode(x, shift, codes, scales, exchange):
     codes.copy_((rows / scale[..., None]).round().nan_to_num(0.0))
 
 
-def _decode(codes, scales, shift, whole, exchange):
+def _decode(codes, scales, shift, whole, triton):
     """Fills whole, (P, N / P, B, 3, G, D), of codes alike, scales (P, N / P, B, 3, G) and k's shift (P, B, G, D)."""
-    if exchange.takes_triton:
+    if triton:
         from .kernels.exchange_rows import decode
 
         with on_device(codes.device):

@@ -53,13 +53,14 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
     else:
         exchange = EightBitExchange(q, k, v, processes, rank, routing)
     parts = _equal_parts(share, head_groups)
+    overlaps = len(parts) > 1
     # all of them are under way before the first is waited for
-    arriving = [_Transfer(exchange.message(part), group) for part in parts]
+    arriving = [_Transfer(exchange.message(part), group, overlaps) for part in parts]
     leaving = []
     for part in parts:
         heads = slice(rank * share + part.start, rank * share + part.stop)
         out = attend(*exchange.opened(arriving.pop(0).wait(), heads))
-        leaving.append(_Transfer(out.transpose(0, 1).contiguous().unflatten(0, (processes, -1)), group))
+        leaving.append(_Transfer(out.transpose(0, 1).contiguous().unflatten(0, (processes, -1)), group, overlaps))
     # (P, N / P, B, G, D) each
     returned = [transfer.wait().permute(2, 1, 0, 3, 4) for transfer in leaving]
     return torch.cat(returned, dim=3).flatten(2, 3)
@@ -80,8 +81,12 @@ class WholeExchange:
 
     def message(self, part):
         """What goes to each process, (P, N / P, B, 3, G, D): of its heads those in the slice ``part``."""
+        batch, tokens, processes, _, head_dim = self._parts[0].shape
         # token before batch: the received parts then form one sequence, and q, k and v are views of it
-        return torch.stack([x[:, :, :, part].permute(2, 1, 0, 3, 4) for x in self._parts], dim=3)
+        sent = self._parts[0].new_empty(processes, tokens, batch, 3, part.stop - part.start, head_dim)
+        for place, x in enumerate(self._parts):
+            sent[:, :, :, place] = x[:, :, :, part].permute(2, 1, 0, 3, 4)
+        return sent
 
     def opened(self, received, heads):
         """Arguments of attend()."""
@@ -89,30 +94,37 @@ class WholeExchange:
 
 
 class _Transfer:
-    """An exchange under way: the p-th part of dimension 0 goes to process p, whose part for this one comes in its place."""
+    """An exchange: the p-th part of dimension 0 goes to process p, whose part for this one comes in its place.
 
-    def __init__(self, sent, group):
-        self._works = []
+    overlaps: whether it is only started, so that what is called before wait() runs beside it.
+    """
+
+    def __init__(self, sent, group, overlaps=False):
+        self._sent = sent  # read until the exchange is over
+        self._works = [] if overlaps else None
         self._received = _Exchange.apply(sent, group, self._works)
 
     def wait(self):
         """What came; on a GPU it is the current stream that waits, not the host."""
-        for work in self._works:
+        for work in self._works or ():
             work.wait()
+        self._sent = None
         return self._received
 
 
 class _Exchange(torch.autograd.Function):
-    """Appends to ``works`` what must be waited for before the result is read; in the backward pass it is waited for at once."""
+    """works: None, or the list that gets what must be waited for before the result is read."""
 
     @staticmethod
     def forward(ctx, sent, group, works):
         ctx.group = group
         received = torch.empty_like(sent)
-        works.append(dist.all_to_all_single(received, sent, group=group, async_op=True))
+        work = dist.all_to_all_single(received, sent, group=group, async_op=works is not None)
+        if works is not None:
+            works.append(work)
         return received
 
     @staticmethod
     def backward(ctx, grad):
         # the exchange is its own inverse
-        return _Transfer(grad.contiguous(), ctx.group).wait(), None, None
+        return _Exchange.apply(grad.contiguous(), ctx.group, None), None, None

@@ -62,9 +62,9 @@ def _decode(
 
 
 def encode(x, shift, codes, scales):
-    """Fills codes, int8 (P, N, B, H, D), and scales, float32 (P, N, B, H), of x (B, N, P, H, D), any strides but of D.
+    """Fills codes, int8 (P, N, B, H, D), and scales, float32 (P, N, B, H), of x (B, N, P, H, D), any strides.
 
-    shift: float32 (P, B, H, D), contiguous in D, to subtract first, or None.
+    All but x are contiguous in D. shift: float32 (P, B, H, D) to subtract first, or None.
     """
     batch, tokens, processes, heads, head_dim = x.shape
     shift_strides = (0, 0, 0) if shift is None else shift.stride()[:3]

@@ -60,9 +60,9 @@ def test_tables():
         return {"seconds": seconds, "parts": parts, "bytes": 2e9, "error": 0.0}
 
     ways = {"dense": row(8.0, rest=1.0), "SLA2": row(4.0, attention=0.5, exchange=0.0, rest=3.5)}
-    shared = {"SLA2, one group": row(2.5, attention=0.25, exchange=0.3, rest=1.8)}
+    shared = {"SLA2, two groups": row(2.5, attention=0.25, exchange=0.3, rest=1.8)}
     runs = {2: {"layers": 4, "alone": ways, "together": shared}, 4: {"layers": 4, "together": shared}}
     assert step_table(runs).splitlines()[-2:] == [
-        f"| {count} | 4 | SLA2, one group | 2.500 | 1.60x | 3.20x | attention 0.250, exchange 0.300, rest 1.800 | 2.0 | 0.0e+00 |"
+        f"| {count} | 4 | SLA2, two groups | 2.500 | 1.60x | 3.20x | attention 0.250, exchange 0.300, rest 1.800 | 2.0 | 0.0e+00 |"
         for count in (2, 4)
     ]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 
+import sla2_diffusers
 from sla2_diffusers import apply_sla2
 from sla2_kernels import RouterLayer, RouterWeights, sla2_attention
 from sla2_kernels.pool_routing import PoolRouting
@@ -22,6 +23,7 @@ LENGTHS = (300, 1160, 1024)
 WAYS = {
     "SLA2 first": {"exchange": "16bit"},
     "SLA2 last": {"exchange": "16bit"},
+    "two groups": {"exchange": "16bit"},
     "8 bit": {"exchange": "8bit"},
     "untrained": {"exchange": "16bit"},
 }
@@ -152,6 +154,7 @@ def work(rank, processes, folder):
     torch.accelerator.device_count = lambda: 1
     for way in WAYS:
         model = transformer()
+        sla2_diffusers.HEAD_GROUPS = 2 if way == "two groups" else 1
         handle = applied(model, way) if way != "SLA2 last" else None
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=processes))
         handle = handle or applied(model, way)

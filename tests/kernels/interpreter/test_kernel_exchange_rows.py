@@ -26,7 +26,7 @@ def test_rows_come_back_within_half_a_step_and_select_the_same(generator):
     k = k + 7
     proj = normal(generator, 4, 32, 32)
     made = exchanges(q, k, v, processes, PoolRouting(0.5, proj, None, backend="triton", keep_diagonal=True))
-    assert all(one.takes_triton for one in made)
+    assert all(one.triton for one in made)
     rank, share = processes - 1, 4 // processes
     heads = slice(rank * share, rank * share + 1)
     *opened, same_heads, selected = opened_by(rank, made, slice(0, 1), heads)
