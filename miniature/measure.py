@@ -127,9 +127,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
-    parser.add_argument(
-        "--world", choices=WORLDS, default="scaled", help="scaled: train_long's; free: that of weights/"
-    )
+    parser.add_argument("--world", choices=WORLDS, default="free", help="that of weights/; scaled: train_long's")
     parser.add_argument("--loss-clips", type=int, default=0, help="clips for the flow-matching loss; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -10,7 +10,7 @@ one (--from) or with those that are shipped, grown to --layers. The optimiser's 
 steps long, and each sitting warms up for 100. Several mixes share the sitting's time equally, one after the other. Seeds of clips and noise follow from --seed and the sitting's number, so
 that no sitting sees the clips of another. --finish lowers the learning rate to zero over the second half of a sitting.
 
-Sizes: small, 81 frames of 208 x 128; square, 45 frames of 160 x 160 (the demo's); low, 81 frames of 416 x 256; short, 17 frames
+Sizes: small, 81 frames of 208 x 128; square, 45 frames of 160 x 160; low, 81 frames of 416 x 256; short, 17 frames
 of 832 x 480; full, 81 frames of it. All show the same world (scaled.py): layout, number and motion are learned small.
 """
 
@@ -249,6 +249,13 @@ def gradient_error(model: WanModel, state, size: Size, device) -> float:
     return error
 
 
+def validate(judge: WanModel, data: Data, sizes: dict[str, Size], log: Log, when: str = "") -> None:
+    """Log the loss on the held-out clips of every tested size as validation_loss_SIZE + when."""
+    for name, pool in data.test.items():
+        loss = validation_loss(judge, pool, data.contexts, rope_scale=sizes[name].rope)
+        log.result(**{f"validation_loss_{name}{when}": loss})
+
+
 def sit(args) -> None:
     """One sitting, from preparation to saved files."""
     start = time.monotonic()
@@ -283,7 +290,8 @@ def sit(args) -> None:
         batches = [(data.pools[name], *rest) for name, *rest in DECODER[args.tiny]]
         budget = Budget(args.decoder_seconds, args.steps)
         steps = tune_decoder(vae, batches, budget=budget, lr=args.decoder_lr, log=log,
-                             generator=torch.Generator().manual_seed(seed), print_seconds=args.print_seconds)  # fmt: skip
+                             generator=torch.Generator().manual_seed(seed), print_seconds=args.print_seconds,
+                             share=args.decoder_share)  # fmt: skip
         log.result(decoder_steps=steps)
     save_weights(args.out / VAE_FILE, vae.state_dict(), torch.float16, VAE_ABOUT)
 
@@ -295,22 +303,12 @@ def sit(args) -> None:
     budget = Budget(args.minutes * 60, args.steps, start)
     budget.restart()
     judge = build(state, False, device).eval()
-    for name, pool in data.test.items():
-        log.result(
-            **{
-                f"validation_loss_{name}_before": validation_loss(
-                    judge, pool, data.contexts, rope_scale=sizes[name].rope
-                )
-            }
-        )
+    validate(judge, data, sizes, log, "_before")
     with attention_backend(args.attention, device):
         average = train(model, data, sizes, mixes, args, budget=budget, seed=seed, log=log, save=save, device=device)
         save(average)
     judge.load_state_dict({k: v.bfloat16().float() for k, v in average.state_dict().items()})
-    for name, pool in data.test.items():
-        log.result(
-            **{f"validation_loss_{name}": validation_loss(judge, pool, data.contexts, rope_scale=sizes[name].rope)}
-        )
+    validate(judge, data, sizes, log)
     if device.type == "cuda":
         log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     log.result(seconds=time.monotonic() - start)
@@ -329,6 +327,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mix", nargs="+", default=["small=1", "low=1,full=1"], help="shares of the steps by size")
     parser.add_argument("--finish", action="store_true", help="lower the learning rate to zero in this sitting")
     parser.add_argument("--decoder-seconds", type=float, default=0.0, help="train the VAE's decoder this long first")
+    parser.add_argument("--decoder-share", type=float, default=1.0, help="how far its weights move to the trained ones")
     parser.add_argument("--decoder-lr", type=float, default=1e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--adam-lr", type=float, default=1e-3)

@@ -42,8 +42,13 @@ def window(
     return latents, video
 
 
-def tune_decoder(vae: WanVAE, batches, *, budget: Budget, lr: float, generator, log: Log, print_seconds=5.0) -> int:
+def tune_decoder(
+    vae: WanVAE, batches, *, budget: Budget, lr: float, generator, log: Log, print_seconds=5.0, share: float = 1.0
+) -> int:
     """Train in turns on batches [(pool, clips, latent frames, window side or None)]; the averaged weights stay in the VAE.
+
+    share: how far the VAE's weights go from those before to those after. Short clips lose a little by the training, and
+        least where the weights stop short of its end, which takes nearly as much of the drift away.
 
     Returns the number of steps.
     """
@@ -52,6 +57,7 @@ def tune_decoder(vae: WanVAE, batches, *, budget: Budget, lr: float, generator, 
     trained = torch.nn.ModuleDict({"decoder": vae.decoder, "conv2": vae.conv2}).requires_grad_(True)
     optimiser = Optimiser(trained, is_hidden_convolution, muon_lr=lr, adam_lr=lr, hold=0.3)
     average = Average(trained, 0.995)
+    before = {name: value.detach().clone() for name, value in trained.named_parameters()}
     step, printed, errors = 0, time.monotonic(), []
     while (progress := budget.progress(step)) < 1:
         pool, clips, frames, side = batches[step % len(batches)]
@@ -72,6 +78,6 @@ def tune_decoder(vae: WanVAE, batches, *, budget: Budget, lr: float, generator, 
             if not math.isfinite(quality):
                 raise FloatingPointError(f"decoder training diverged at step {step}: lower --decoder-lr (now {lr})")
             printed, errors = time.monotonic(), []
-    trained.load_state_dict(average.state_dict())
+    trained.load_state_dict({k: torch.lerp(before[k], after, share) for k, after in average.state_dict().items()})
     vae.requires_grad_(False)
     return step
