@@ -70,6 +70,10 @@ class Editor:
         self.canvas.js(UNDO)
         self.page.wait_for_timeout(400)
 
+    def redo(self):
+        self.canvas.js(UNDO.replace("undo", "redo"))
+        self.page.wait_for_timeout(400)
+
     def colour(self, column, layer, layers=30):
         """Of a cell's middle, as drawn."""
         return self.map.evaluate(
@@ -93,6 +97,10 @@ def test_each_stroke_is_one_rule_and_one_step_of_the_undo(editor):
     assert editor.text == "layers 7: 0.85; 0%-20%: dense" and editor.map.is_visible()
     editor.undo()
     assert editor.text == "layers 7: 0.85"
+    editor.redo()
+    assert editor.text == "layers 7: 0.85; 0%-20%: dense"
+    editor.redo()
+    assert editor.text == "layers 7: 0.85; 0%-20%: dense; 50%-100%, layers 10-12: 0.95" and editor.map.is_visible()
 
 
 def test_over_a_wire_there_is_nothing_to_paint(editor):
