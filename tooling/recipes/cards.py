@@ -31,7 +31,7 @@ class Card:
     frames: bool = False
 
 
-H3 = (CALLS, "MiniMax H3, 768p", "SLA2, skips 90%, fitted ratio")
+H3 = (CALLS, "MiniMax H3, int8 weights", "SLA2, skips 90%, fitted ratio")
 LTX = (CALLS, "LTX-2, second stage, int8 weights", "SLA2, skips 90%, fitted ratio")
 WAN_2_2 = (CALLS, "Wan 2.2 14B, 720p, int8 weights (10 of 40 blocks)", "SLA2, skips 90%, fitted ratio")
 WAN_1_3B = (STEPS, "1.3B-480p", "SLA2, skips 97%, auto, estimated ratio")
