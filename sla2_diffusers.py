@@ -337,7 +337,7 @@ def apply_sla2(
         backend: as in sla2_attention. A call that the operator has no fast path for runs dense and is counted with the
             reason; "torch" computes it block by block on any device.
         exchange: what GPUs that share a video send each other (context parallelism): "16bit" is q, k and v in their own
-            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and an error 4 to 17% above
+            dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and an error 3 to 17% above
             INT8's. Meant for GPUs joined by PCI Express; checked between CPU processes, not timed on GPUs yet.
 
     Raises:
