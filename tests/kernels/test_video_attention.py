@@ -81,7 +81,10 @@ def test_references_run_sparse_between_rows_that_stay_exact(layout, reference_ke
     ("changes", "sentence"),
     [
         ({"references": [(30, 700)]}, "references must name tokens of 0 to 640"),
-        ({"front": 100, "references": [(30, 90)], "reference_keys": "some"}, 'reference_keys must be "routed" or "exact"'),
+        (
+            {"front": 100, "references": [(30, 90)], "reference_keys": "some"},
+            'reference_keys must be "routed" or "exact"',
+        ),
         ({"method": "sla"}, 'or "sla" with proj_l'),
         ({"method": "best"}, "got 'best'"),
         ({"front": 600, "back": 40}, "leave video tokens, got 600 and 40 of 640"),
