@@ -93,8 +93,8 @@ class Miniature:
             self._clips = encode_clips(self.vae, held_out, chosen, seed=SEED + 12, **options)
             self._contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
 
-        def model(x, t, context):
-            return self.model(x, t, context, attention)
+        def model(x, t, context, **options):
+            return self.model(x, t, context, attention, **options)
 
         return float(validation_loss(model, self._clips, self._contexts, levels=self.levels))
 

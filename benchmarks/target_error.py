@@ -55,7 +55,7 @@ class NodeAttention:
         self._names = module("nodes.attention.model_call")
         layout = SimpleNamespace(
             grid=lambda inputs, patch: grid, front=lambda model, inputs, patch: 0, by_frame=False, text_mask=True,
-            family="wan", token_order="raster",  # noqa: S106
+            family="wan", token_order="raster", references=lambda inputs: lambda front, video, tokens: (),  # noqa: S106
         )  # fmt: skip
         self._config, self._sigmas, self._device, self._see = config, noise_schedule(steps), device, see
         facts = module("nodes.attention.layouts").ModelFacts(
@@ -64,7 +64,6 @@ class NodeAttention:
         chosen = module("nodes.settings.values").AttentionSettings(**{"minimum_tokens": 0} | settings)
         self.hook = module("nodes.attention.hook").AttentionHook(chosen, None, facts, None, Sampling())
         self._override = module("nodes.attention.override").make_override(self.hook, None)
-        self._latent_shape = (1, 16, grid[0], 2 * grid[1], 2 * grid[2])
         self._calls, self._options = 0, {}
         self.hook.begin_run()
 
@@ -85,7 +84,7 @@ class NodeAttention:
         self._calls += 1
         sigmas = self._sigmas[step : step + 1].to(self._device)
         self._options = {"sigmas": sigmas, "sample_sigmas": self._sigmas, "cond_or_uncond": [half]}
-        self.hook.before_model(self._device, self._options, self._latent_shape)
+        self.hook.before_model(self._device, self._options)
         self._options[self._names.OVERRIDE] = self._override
         self.hook.model_call(SimpleNamespace(), dict, self._options)
 

@@ -11,7 +11,7 @@ from .attention.neighbours import attention_stack, stack_lines
 from .compat.executing import executing_context
 from .page.text import plain
 from .runs.report_text import report_data, report_text
-from .runs.run_of_samples import find_run, makers_of
+from .runs.run_of_samples import find_run, makers_of, still_fed
 from .runs.to_paste import line_to_paste
 
 
@@ -52,8 +52,9 @@ class SLA2Report(io.ComfyNode):
             text, data = "This MODEL did not come through SLA2 Apply Attention: nothing was measured.", None
         else:
             runs, context = hook.runs.finished(), executing_context()
-            makers = makers_of(runs, cls.hidden.dynprompt, cls.hidden.unique_id, "samples")
-            run, caveat = find_run(runs, samples, makers, context and context[0])
+            graph, node = cls.hidden.dynprompt, cls.hidden.unique_id
+            makers = makers_of(runs, graph, node, "samples")
+            run, caveat = find_run(runs, samples, makers, context and context[0], still_fed(runs, graph, node))
             stack = attention_stack(model, hook, run)
             text, data = report_text(hook, run, caveat), report_data(hook, run, caveat) | {"stack": stack}
             if run is not None:

@@ -34,7 +34,8 @@ def balance(q, k):
     def sampled(x):
         return x[torch.arange(BALANCE_ROWS, device=x.device) * x.shape[0] // BALANCE_ROWS]
 
-    spreads = sampled(q).square().mean(dim=0), sampled(k).var(dim=0, correction=0)
+    # NaN and infinity in a row of Q stay what its own block suffers from; in K they reach the whole head in any case
+    spreads = sampled(q).nan_to_num(0.0, 0.0, 0.0).square().mean(dim=0), sampled(k).var(dim=0, correction=0)
     spread_q, spread_k = (spread.maximum(spread.amax() * MIN_SPREAD) for spread in spreads)
     factor = (spread_q / spread_k) ** 0.25
     # where a sample is all zeros or not finite

@@ -63,14 +63,16 @@ class FittedRatios:
         """CallRatio of the next call of a kind. steps: of the run; None, where nobody knows them, fits every call.
 
         measures: whether an ErrorTarget wants this call's error, which a call that fits can measure; None without one. The
-        draw depends on the layer and on how many calls came before, so that a prompt repeated has the same bits, and both
-        halves of guidance, whose errors in a row are alike, measure different ones.
+        draw depends on the layer and on how many calls of its half of guidance came before: a prompt repeated has the same
+        bits, on one device or two. For an ErrorTarget the halves, whose errors in a row are alike, measure different rows.
         """
-        kept, (layer, device, *_) = self.prepare(kind, heads), kind
+        kept, (layer, device, _, halves) = self.prepare(kind, heads), kind
         with self._lock:
             number, kept.calls = kept.calls, kept.calls + 1
-            draw = self._draws[layer, device]
-            self._draws[layer, device] += 1
+            draw = self._draws[layer, device, halves]
+            self._draws[layer, device, halves] += 1
+        if measures is not None:
+            draw = 2 * draw + (halves == (1,))
         if measures is None:
             measures = steps is None or steps <= SHORT_RUN or number % EVERY == 0
         return CallRatio(draw * DRAWS + layer if measures or not kept.filled else None, kept)

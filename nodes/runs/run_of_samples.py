@@ -11,13 +11,14 @@ CACHED = "the sampler did not run in this prompt (its result came from the cache
 APPLY = "SLA2ApplyAttention"
 
 
-def find_run(runs, samples, makers, prompt_id):
+def find_run(runs, samples, makers, prompt_id, fed=False):
     """(run, caveat): the run that made these samples, or the newest that may have, with a sentence on what is not certain.
 
-    (None, None) where no node that made them ran this model, and nothing did in this prompt.
+    (None, None) where no node that made them ran this model, no node that ran it still gets it, and nothing did in this prompt.
 
     runs: closed RunRecords of one model, oldest first. samples: LATENT or IMAGE. makers: ids of the nodes that these samples
     come from and that ran this model, as of ``makers_of``, None where nobody knows. prompt_id: of the prompt that executes.
+    fed: what ``still_fed`` says.
     """
     if not runs:
         return None, None
@@ -25,7 +26,12 @@ def find_run(runs, samples, makers, prompt_id):
     if distance <= SAME_LATENT:
         was_now = prompt_id is None or run.context is None or run.context[0] == prompt_id
         return run, None if was_now else f"{CACHED}: its own run is shown"
-    if makers is not None and not makers and all(run.context and run.context[0] != prompt_id for run in runs):
+    if (
+        makers is not None
+        and not makers
+        and not fed
+        and all(run.context and run.context[0] != prompt_id for run in runs)
+    ):
         return None, None
     run, caveat = _made_by(runs, makers, prompt_id)
     if isinstance(samples, dict) and distance != float("inf"):
@@ -88,6 +94,13 @@ def makers_of(runs, graph, node_id, input_name, model_input="model"):
         else:
             ahead += graph.get_node(link[0])["inputs"].values()
     return found
+
+
+def still_fed(runs, graph, node_id, model_input="model"):
+    """Whether a node that ran this model, such as a trainer whose result is cached, still gets it from the Apply before this input."""
+    applied = graph is not None and graph.has_node(node_id) and _nearest_apply(graph, node_id, model_input)
+    ran = {run.context[1] for run in runs if run.context} if applied else ()
+    return any(graph.has_node(node) and applied in _before(graph, node) for node in ran)
 
 
 def _nearest_apply(graph, node_id, input_name):

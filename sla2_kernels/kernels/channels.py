@@ -41,7 +41,8 @@ def balance_channels(
         k_rows = _sampled_rows(start, k_tokens, SAMPLED, STEP)
         q_tile = tl.load(tile_at(q_plane, q_rows, d, q_stride_n, q_stride_d)).to(tl.float32)  # [STEP, D]
         k_tile = tl.load(tile_at(k_plane, k_rows, d, k_stride_n, k_stride_d)).to(tl.float32) - first
-        q_squares += tl.sum(q_tile * q_tile, axis=0)
+        # a NaN or infinity in Q is to spoil its own block alone
+        q_squares += tl.sum(tl.where(tl.abs(q_tile) < float("inf"), q_tile * q_tile, 0.0), axis=0)
         k_squares += tl.sum(k_tile * k_tile, axis=0)
         k_total += tl.sum(k_tile, axis=0)
     k_squares -= k_total * k_total / SAMPLED

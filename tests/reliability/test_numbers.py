@@ -58,7 +58,10 @@ def same_bits(a, b):
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_nan_and_infinity_stay_where_attention_takes_them(name, value, precision):
-    """In q: its query block (16 bit: its row). In k: its head. In v: its head, at 16 bit its channel. Not one bit elsewhere."""
+    """In q: its query block (16 bit: its row). In k: its head. In v: its head, at 16 bit its channel. Not one bit elsewhere.
+
+    But for q at INT8, whose channels are balanced by rows of the whole head: the head's other rows are rounded otherwise.
+    """
     clean, spoilt = make(batch=2, heads=2), make(batch=2, heads=2)
     getattr(spoilt, name)[1, 0, 130, 3] = value
     expected, found = run(clean, precision), run(spoilt, precision)
@@ -66,6 +69,10 @@ def test_nan_and_infinity_stay_where_attention_takes_them(name, value, precision
     if name == "q":
         reached[1, 0, 128:] = True
     else:
+        reached[1, 0] = True
+    if precision == "int8" and name == "q":
+        rest = found[1, 0, :128], expected[1, 0, :128]
+        assert (rest[0] - rest[1]).norm() < 0.05 * rest[1].norm()
         reached[1, 0] = True
     assert torch.equal(found[~reached], expected[~reached])
     if precision == "16bit" and name == "q":

@@ -62,7 +62,7 @@ def sampling_prompt():
     apply = {
         "model": ["1", 0], "sparsity": 0.75, "bit_width": "16bit", "ratio_mode": "learned", "fixed_ratio": 0.8,
         "start_percent": 0.0, "end_percent": 1.0, "dense_layers": "1", "minimum_tokens": 0,
-        "on_unsupported": "run dense and say so",
+        "on_unsupported": "run dense and say so", "preset": "custom",
     }  # fmt: skip
     conditioning = {"number": 1, "image": False, "label": ""}
     return {

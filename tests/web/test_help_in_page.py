@@ -40,7 +40,7 @@ def test_help_comes_in_the_browsers_language_and_else_in_english(foreign, node):
 
 def test_the_schedule_map_speaks_the_browsers_language(foreign):
     canvas, language = foreign
-    canvas.load_prompt({"1": {"class_type": "SLA2ApplyAttention", "inputs": {}}})
+    canvas.load_prompt({"1": {"class_type": "SLA2ApplyAttention", "inputs": {"preset": "custom"}}})
     words = {"zh": "时间表图"}.get(language, "Schedule as a map")
     canvas.page.locator("summary", has_text=words).wait_for()
     assert canvas.errors == []
