@@ -103,6 +103,14 @@ def prompt_of(canvas):
     return canvas.js(PROMPT)
 
 
+def settle(canvas):
+    """Waits until nothing in the graph changes by itself: the page takes that for a step of the user's, and forgets what to redo."""
+    before, deadline = None, time.monotonic() + 10
+    while (now := canvas.js("JSON.stringify(app.graph.serialize())")) != before and time.monotonic() < deadline:
+        before = now
+        canvas.page.wait_for_timeout(300)
+
+
 def nodes_after(canvas, keys, count):
     """How many nodes of ours the workflow has some time after these keys; ``count`` is waited for."""
     canvas.page.locator("#graph-canvas").focus()
@@ -110,12 +118,13 @@ def nodes_after(canvas, keys, count):
     deadline = time.monotonic() + 5
     while len(canvas.js(OURS)) != count and time.monotonic() < deadline:
         canvas.page.wait_for_timeout(100)
-    canvas.page.wait_for_timeout(300)
+    settle(canvas)
     return len(canvas.js(OURS))
 
 
 def test_inside_a_subgraph_it_is_one_step_of_the_undo(canvas):
     canvas.load(video_templates()["video_wan2_2_14B_i2v"])
+    settle(canvas)
     plain = prompt_of(canvas)
     assert "SLA2 on 2 models" in execute(canvas, "SLA2.Accelerate")
     accelerated = prompt_of(canvas)
