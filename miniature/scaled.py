@@ -14,7 +14,7 @@ import math
 import torch
 
 from .captions import Caption
-from .videos import Scenes, floor_waves
+from .videos import Scenes, draws, floor_waves
 
 FULL_HEIGHT = 480  # pixels: where RoPE is as ComfyUI has it
 RADIUS = 0.15  # mean, in heights
@@ -39,14 +39,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     if width < height:
         raise ValueError(f"{width}x{height}: this world is at least as wide as it is high, swap width and height")
     n = len(captions)
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return torch.rand(n, *shape, generator=generator) * (high - low) + low
-
-    def sign(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 2, (n, *shape), generator=generator).float() * 2 - 1
-
+    uniform, sign = draws(n, seed)
     kind = torch.tensor([caption.indices() for caption in captions]).reshape(n, 5)
     time = torch.arange(frames)[None, :, None]
     aspect = width / height

@@ -7,6 +7,7 @@ is a closed formula of its position, so a crop costs no more than its own pixels
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -47,6 +48,19 @@ class Scenes:
         return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
+def draws(n: int, seed: int) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """(uniform(low, high, *shape), sign(*shape)): random numbers (n, *shape), one after the other from this seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    def sign(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 2, (n, *shape), generator=generator).float() * 2 - 1
+
+    return uniform, sign
+
+
 def simulate(captions: list[Caption], *, frames: int, height: int, width: int, seed: int) -> Scenes:
     """One scene per caption, on the CPU; equal seeds give equal scenes.
 
@@ -56,14 +70,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
         seed: any integer.
     """
     n = len(captions)
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return torch.rand(n, *shape, generator=generator) * (high - low) + low
-
-    def sign(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 2, (n, *shape), generator=generator).float() * 2 - 1
-
+    uniform, sign = draws(n, seed)
     kind = torch.tensor([caption.indices() for caption in captions]).reshape(n, 5)
     size = torch.tensor([width, height], dtype=torch.float32)
     radius = uniform(0.11, 0.15, 2) * _radius_unit(height, width)

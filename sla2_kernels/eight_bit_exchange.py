@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .quantization import INT8_MAX
 from .router import K_BLOCK, Q_BLOCK, compute_dtype
 from .support import on_device
 
-INT8_MAX = 127.0
 ALIGNMENT = 16  # bytes: what kernels read widely
 K_PLACE = 1  # k's among q, k, v
 

@@ -15,7 +15,7 @@ from .arguments import TOKENS_DIM, check_selection, checked_count, checked_spars
 from .router import K_BLOCK, Q_BLOCK, block_count
 from .selection import RoutedBlocks
 from .stretches import Stretches, gathered_queries
-from .support import on_device, resolve_backend
+from .support import resolve_backend
 
 REFERENCE_KEYS = ("routed", "exact")
 REFERENCE_FLOOR = 1  # key blocks of each reference; what it costs: docs/ROUTER_DECISIONS.md, "References"
@@ -200,10 +200,9 @@ def _select(
     if resolve_backend(backend, q.device, q.dtype, q.shape[3], "16bit").name == "triton":
         from . import triton_backend
 
-        with on_device(q.device):
-            return triton_backend.route_marked(
-                q, k, proj_q, proj_k, count, marks, lambda *scores: _raise_floors(scores[0], ranges, floor, *scores[1:])
-            )
+        return triton_backend.route_marked(
+            q, k, proj_q, proj_k, count, marks, lambda *scores: _raise_floors(scores[0], ranges, floor, *scores[1:])
+        )
     return _route(q, k, proj_q, proj_k, marks, ranges, floor, count)
 
 

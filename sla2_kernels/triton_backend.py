@@ -121,10 +121,8 @@ def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None
     device, shape = q_pooled.device, q_pooled.shape[:2]
     with on_device(device):
         proj_q, proj_k = _as_read(q_pooled, proj_q, proj_k)
-        q_pooled, smoothed = (
-            q_pooled.flatten(0, 1).contiguous(),
-            k_pooled.flatten(0, 1).clone(memory_format=torch.contiguous_format),
-        )
+        q_pooled = q_pooled.flatten(0, 1).contiguous()
+        smoothed = k_pooled.flatten(0, 1).clone(memory_format=torch.contiguous_format)
         smooth(smoothed, tokens)
         selected = torch.empty(*q_pooled.shape[:2], count, dtype=torch.int32, device=device)
         ranked = scores(project(q_pooled, proj_q), project(smoothed, proj_k), diagonal)

@@ -40,10 +40,7 @@ def against_rival(dense_model, sampled):
     """Rival: ComfyUI's own sparse attention on the dense model; where it fails, what was measured is not lost."""
     try:
         return Rival(SETTING, sampled("with ComfyUI's own sparse attention", with_rival(dense_model)))
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # no kernels for this card, no memory, or a node of another release
+    # no kernels for this card, no memory, or a node of another release
+    except (RuntimeError, ValueError, TypeError) as error:
         logger.exception("SLA2 Compare: ComfyUI's own sparse attention failed")
         return Rival(SETTING, None, plain(str(error)))

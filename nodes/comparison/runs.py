@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..runs.to_paste import joined
+
 MAX_CEILING = 100  # above it only measuring errors speak
 NOT_MEASURED = "not measured"
 
@@ -79,8 +81,8 @@ def amdahl_ceiling(share):
 def comparison_data(dense, sla2, device_name, setting, found, rival=None):
     """{"headline", "rows": [[name, value], ...], "break_even": tokens or None} for the page.
 
-    dense, sla2: Measured. rival: Rival, or None where this ComfyUI has no sparse attention of its own. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
-    tried), or None where it was not looked for.
+    dense, sla2: Measured. setting: words such as "skips 90%, keeps 10%". found: (break-even tokens or None, longest length
+    tried), or None where it was not looked for. rival: Rival, or None where this ComfyUI has no sparse attention of its own.
     """
     if sla2.sparse_calls:
         headline, rows = _speed(dense, sla2, setting), _speed_rows(dense, sla2)
@@ -145,7 +147,7 @@ def line_to_paste(card, model, dense, sla2, rival, versions):
     steps = ", ".join(f"{name} {one.step_s:.3f}" for name, one in beside)
     parts = [card, model, f"seconds per step: {steps}", f"latent error {relative_error(sla2.latent, dense.latent)}"]
     parts += [f"peak memory {_memory(dense.peak, sla2.peak)}", sla2.error_words, versions]
-    return "to paste: " + " | ".join(part for part in parts if part)
+    return joined(parts)
 
 
 def comparison_text(data):

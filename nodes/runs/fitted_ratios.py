@@ -71,10 +71,10 @@ class FittedRatios:
             number, kept.calls = kept.calls, kept.calls + 1
             draw = self._draws[layer, device, halves]
             self._draws[layer, device, halves] += 1
-        if measures is not None:
-            draw = 2 * draw + (halves == (1,))
         if measures is None:
             measures = steps is None or steps <= SHORT_RUN or number % EVERY == 0
+        else:
+            draw = 2 * draw + (halves == (1,))
         return CallRatio(draw * DRAWS + layer if measures or not kept.filled else None, kept)
 
     def clear(self):

@@ -279,9 +279,9 @@ class RunRecord:
 
     def _attention_error(self):
         """Root mean square over the measured calls; with a target over the steps, of which it chooses those that measure."""
-        total, count = self._on_devices.relative_errors()
         if self.error_target is not None:
             return self.error_target.run_error(*self._on_devices.relative_errors(with_fitted=True))
+        total, count = self._on_devices.relative_errors()
         return (total / count) ** 0.5 if count else None
 
     def _collect(self, layer, record):
