@@ -45,7 +45,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     aspect = width / height
     # In heights from here on.
     radius = RADIUS * uniform(0.95, 1.05, 2)
-    angle = uniform(0.0, 2 * math.pi, 2)[:, None] + (uniform(0.048, 0.052, 2) * sign(2))[:, None] * time
+    angle = uniform(0.0, 2 * math.pi, 2)[:, None] + (uniform(0.0145, 0.0155, 2) * sign(2))[:, None] * time
     bounce = _bounce(time, radius, aspect, uniform(-0.03, 0.03, 2), uniform(0.0, 2.0, 2), uniform(0.0122, 0.0128, 2))
     circle = _circle(
         time, aspect, uniform(-0.01, 0.01, 2), uniform(0.0, 2 * math.pi, 1), uniform(0.044, 0.046, 1) * sign(1)

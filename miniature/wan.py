@@ -56,6 +56,9 @@ def dense_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return out.transpose(1, 2)
 
 
+dense_attention.ignores_layer = True
+
+
 def rope_table(
     grid: tuple[int, int, int], device: torch.device | str = "cpu", scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,8 +191,8 @@ class WanModel(nn.Module):
         context = self.text_embedding(context.to(x.dtype))
         run = self.run_block if self.training else WanBlock.__call__
         for layer, block in enumerate(self.blocks):
-            # Dense attention ignores the number; a constant one lets all layers share one compiled block.
-            number = 0 if attention is dense_attention else layer
+            # Where attention ignores the number, a constant one lets all layers share one compiled block.
+            number = 0 if getattr(attention, "ignores_layer", False) else layer
             x = run(block, x, modulation, rope, context, number, attention)
         x = self.head(x, e).reshape(b, *grid, PATCH, PATCH, c)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, frames, height, width)
