@@ -61,11 +61,12 @@ class Optimiser:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if is_matrix(name, p)]
         others = [p for name, p in named if not is_matrix(name, p)]
-        fused = others[0].is_cuda
-        self.parts = [
-            (Muon(matrices, lr=muon_lr), muon_lr),
-            (torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused), adam_lr),
-        ]
+        self.parts = []
+        if matrices:
+            self.parts.append((Muon(matrices, lr=muon_lr), muon_lr))
+        if others:
+            options = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": others[0].is_cuda}
+            self.parts.append((torch.optim.AdamW(others, lr=adam_lr, **options), adam_lr))
         self.model, self.hold, self.steps = model, hold, 0
 
     def step(self, progress: float) -> float:
