@@ -1,7 +1,7 @@
 """Distil the miniature into a LoRA that needs a few steps and no guidance.
 
     python -m miniature.distil --out few --from two --minutes 3 --student-steps 4 --guidance 3 --attention cudnn --mix small=1 small=1,full=1
-    python -m miniature.distil --out few --from two --minutes 2 --student-steps 4 --mix full=1 --resume
+    python -m miniature.distil --out few --from two --minutes 2 --student-steps 8 --mix small=1,full=1 --resume
     python -m miniature.distil --out tiny --tiny --steps 4 --minutes 0        a trial on a CPU, in seconds
 
 The student takes --student-steps Euler steps at guidance 1 along the noise schedule of miniature.sample. For each of them it learns
@@ -14,7 +14,8 @@ velocity) per step, and then the student is trained on --reuse times as many seg
 the sizes' shares of the time (sizes as in train_long); several mixes share the run's time equally, one after the other.
 
 Writes wan_miniature_4_steps_lora.safetensors (averaged, 16 bit, for ComfyUI's Load LoRA; named by --student-steps), live_lora.safetensors
-(where --resume continues, with other noises) and distil_log.json. It reports the relative error of the student's final latents against the
+(where --resume continues, with other noises, for as many steps or for others) and distil_log_1.json, _2 after a --resume. 4 and 8 steps
+have noise levels in common, at which their mean velocities differ: a LoRA for each is better than one for both. It reports the relative error of the student's final latents against the
 teacher's from the same noise, beside that of the teacher's weights in as few steps, with guidance and without.
 """
 
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from .captions import embed, split_captions
-from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora
+from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora, set_lora
 from .measure import WORLDS
 from .optim import Average, Budget, Log, Optimiser
 from .sample import WEIGHTS, noise_schedule
@@ -42,8 +42,11 @@ from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, p
 from .wan import WanModel
 from .weight_files import weight_file
 
-LIVE_FILE, LOG_FILE = "live_lora.safetensors", "distil_log.json"
-ATTENTION_TOKENS = 8000  # of a video whose self-attention costs as much as the rest (H200: 0.5 us a token at 2,184, 2.7 at 32,760)
+LIVE_FILE, LOG_FILE = "live_lora.safetensors", "distil_log_{}.json"
+WARMUP = 30  # steps
+ATTENTION_TOKENS = (
+    8000  # of a video whose self-attention costs as much as the rest (H200: 0.5 us a token at 2,184, 2.7 at 32,760)
+)
 
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # (x, noise level) -> velocity, both (B, 16, T, h, w) float32
 
@@ -143,7 +146,11 @@ class Test:
             noise = torch.randn(latent_shape(sizes[name], clips), generator=generator).to(device)
             context = [embed(str(held_out[i * len(held_out) // clips])) for i in range(clips)]
             context = torch.cat(context).to(device)
-            self.parts[name] = noise, context, self.end(teacher, noise, context, rope, args.teacher_steps, args.guidance)
+            self.parts[name] = (
+                noise,
+                context,
+                self.end(teacher, noise, context, rope, args.teacher_steps, args.guidance),
+            )
 
     @torch.no_grad()
     def end(self, model, noise, context, rope: float, steps: int, guidance: float) -> torch.Tensor:
@@ -173,7 +180,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return {key: value.float() for key, value in load_file(file).items()}
 
 
-def train(student, teacher, judge, state, args, *, sizes, ropes, mixes, budget: Budget, seed: int, log: Log, save, device):
+def train(
+    student, teacher, judge, state, args, *, sizes, ropes, mixes, budget: Budget, seed: int, log: Log, save, device
+):
     """Rounds of segments and steps on them until the budget is used up; returns the averaged LoRA.
 
     judge: a model like the teacher; it gets the student's merged weights to go its way, without gradients.
@@ -181,7 +190,7 @@ def train(student, teacher, judge, state, args, *, sizes, ropes, mixes, budget: 
     captions = split_captions()[0]
     contexts = torch.cat([embed(str(caption)) for caption in captions]).to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimiser = Optimiser(student, lambda name, p: args.muon, muon_lr=args.lr, adam_lr=args.lr, hold=0.5)
+    optimiser = Optimiser(student, lambda name, p: False, adam_lr=args.lr, hold=0.5, warmup=WARMUP)
     average = Average(student, 0.98)
     replay = {name: Replay(args.keep) for name in ropes}
     spent, now_mix = {}, None
@@ -227,7 +236,7 @@ def train(student, teacher, judge, state, args, *, sizes, ropes, mixes, budget: 
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"training diverged at step {step}: lower --lr")
             printed, seen = now, {}
-        if now - saved > args.save_seconds:
+        if now - saved > args.save_seconds and budget.progress(step) < 1:
             save(average, step)
             saved = time.monotonic()
     log.result(steps=step, rounds=rounds)
@@ -239,15 +248,14 @@ def distil(args) -> None:
     start = time.monotonic()
     device, sizes = torch.device(args.device), TINY if args.tiny else REAL
     prepare(args, device)
-    live, number = args.out / LIVE_FILE, 1
-    if args.resume:
-        number = json.loads((args.out / LOG_FILE).read_text())["run"]["number"] + 1
+    live = args.out / LIVE_FILE
+    number = 1 + (len(list(args.out.glob(LOG_FILE.format("*")))) if args.resume else 0)
     seed = args.seed + 1000 * number
     torch.manual_seed(seed)
     header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     header |= {"number": number, "torch": torch.__version__}
     header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    log = Log(args.out / LOG_FILE, header)
+    log = Log(args.out / LOG_FILE.format(number), header)
     print(header, flush=True)
 
     state = {key: value.to(device) for key, value in load_weights(args.start).items()}
@@ -255,8 +263,7 @@ def distil(args) -> None:
     teacher, judge, student = (build(state, args.compile, device).train().requires_grad_(False) for _ in range(3))
     add_lora(student, args.rank, args.seed)
     if args.resume:
-        resumed = {key.removeprefix("diffusion_model.").removesuffix(".weight"): value for key, value in load_lora(live).items()}
-        student.load_state_dict({key: value for key, value in resumed.items() if ".lora_" in key}, strict=False)
+        set_lora(student, load_lora(live))
     mixes = [parse_mix(text) for text in args.mix]
     names = dict.fromkeys(name for mix in mixes for name in mix)
     ropes = {name: rope_scale(sizes[name].height) if args.world == "scaled" else 1.0 for name in names}
@@ -292,26 +299,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the live LoRA in --out")
     parser.add_argument("--minutes", type=float, required=True, help="of this run, from its start to the last step")
     parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock")
-    parser.add_argument("--student-steps", default="4", help="numbers of sampling steps that one LoRA serves, e.g. 4 or 4,8")
+    parser.add_argument(
+        "--student-steps", default="4", help="numbers of sampling steps that one LoRA serves, e.g. 4 or 4,8"
+    )
     parser.add_argument("--teacher-steps", type=int, default=20, help="of the whole schedule, rounded up")
     parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher")
     parser.add_argument("--shift", type=float, default=12.0, help="of the noise levels, ComfyUI's ModelSamplingSD3")
-    parser.add_argument("--world", choices=WORLDS, default="scaled", help="of the weights: train_long's, or that of weights/")
+    parser.add_argument(
+        "--world", choices=WORLDS, default="scaled", help="of the weights: train_long's, or that of weights/"
+    )
     parser.add_argument("--mix", nargs="+", default=["small=1", "small=1,full=1"], help="shares of the time by size")
     parser.add_argument("--own", type=float, default=0.5, help="share of the rounds that go the student's own way")
     parser.add_argument("--reuse", type=int, default=3, help="how often a segment is trained on, on average")
     parser.add_argument("--keep", type=int, default=4, help="rounds of a size that segments are drawn from")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--muon", action="store_true")
     parser.add_argument("--attention", choices=("any", *ATTENTION), default="any", help="torch's attention backend")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--test-clips", type=int, default=16, help="most held-out captions per size; a size's batch at most")
+    parser.add_argument(
+        "--test-clips", type=int, default=16, help="most held-out captions per size; a size's batch at most"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="sizes for a trial of the code on a CPU, not for quality")
     parser.add_argument("--print-seconds", type=float, default=5.0)
-    parser.add_argument("--save-seconds", type=float, default=30.0, help="files are also written, and tested, this often")
+    parser.add_argument(
+        "--save-seconds", type=float, default=30.0, help="files are also written, and tested, this often"
+    )
     args = parser.parse_args(argv)
     try:
         args.student_steps = tuple(sorted({int(count) for count in args.student_steps.split(",")}))

@@ -50,6 +50,21 @@ def lora_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{PREFIX}{key}.weight": value for key, value in state.items() if ".lora_" in key}
 
 
+@torch.no_grad()
+def set_lora(model: nn.Module, lora: dict[str, torch.Tensor]) -> None:
+    """Give a model of add_lora() the factors of load_lora().
+
+    Raises:
+        ValueError: the LoRA has other layers or another rank.
+    """
+    for key, value in lora_of(model.state_dict()).items():
+        if key not in lora or lora[key].shape != value.shape:
+            raise ValueError(
+                f"the LoRA has no {key} of shape {tuple(value.shape)}: ask for the rank that it was trained with"
+            )
+        value.copy_(lora[key])
+
+
 def save_lora(path: Path, lora: dict[str, torch.Tensor], dtype: torch.dtype, about: str) -> None:
     """Write what lora_of() returns; alpha is the rank, so that strength 1 adds lora_up @ lora_down."""
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in lora.items()}
@@ -71,7 +86,9 @@ def load_lora(path: Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no LoRA at {path}: give a file that miniature.distil wrote")
     lora = {key: value.float() for key, value in load_file(path).items()}
     if not lora or not all(key.startswith(PREFIX) for key in lora):
-        raise ValueError(f"{path} is not a LoRA of {PREFIX}LAYER.lora_up.weight tensors: give one that miniature.distil wrote")
+        raise ValueError(
+            f"{path} is not a LoRA of {PREFIX}LAYER.lora_up.weight tensors: give one that miniature.distil wrote"
+        )
     return lora
 
 

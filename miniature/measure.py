@@ -122,7 +122,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for measure.json and measure.png")
     parser.add_argument("--source", choices=("model", "vae", "rendered"), default="model", help="what makes the videos")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the transformer and VAE files")
-    parser.add_argument("--lora", type=Path, help="LoRA file to merge, for example distil's: with its --steps and --cfg 1")
+    parser.add_argument(
+        "--lora", type=Path, help="LoRA file to merge, for example distil's: with its --steps and --cfg 1"
+    )
     parser.add_argument("--captions", type=int, default=24, help="how many of the 24 held-out captions")
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16, at least 160")
