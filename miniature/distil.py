@@ -219,7 +219,9 @@ def train(
 
         for _ in range(count * args.reuse):
             x, level, target, caption = replay[name].draw(size.batch, generator)
-            velocity = velocity_of(student, contexts[caption], ropes[name])(x.float(), level)
+            # An input that needs a gradient spares the first block a compilation of its own.
+            x = x.float().requires_grad_()
+            velocity = velocity_of(student, contexts[caption], ropes[name])(x, level)
             loss = (velocity - target.float()).square().mean()
             loss.backward()
             factor = optimiser.step(budget.progress(step))
