@@ -13,10 +13,11 @@ Work goes in rounds: a batch of noises of one size is taken down the whole sched
 velocity) per step, and then the student is trained on --reuse times as many segments, drawn from the last --keep rounds of that size. --mix gives
 the sizes' shares of the time (sizes as in train_long); several mixes share the run's time equally, one after the other.
 
-Writes wan_miniature_4_steps_lora.safetensors (averaged, 16 bit, for ComfyUI's Load LoRA; named by --student-steps), live_lora.safetensors
-(where --resume continues, with other noises, for as many steps or for others) and distil_log_1.json, _2 after a --resume. 4 and 8 steps
-have noise levels in common, at which their mean velocities differ, and the model is told the level alone: train a LoRA for each. It reports the relative error of the student's final latents against the
-teacher's from the same noise, beside that of the teacher's weights in as few steps, with guidance and without.
+Writes wan_miniature_4_steps_lora.safetensors (averaged, 16 bit, for ComfyUI's Load LoRA; named by --student-steps),
+live_lora.safetensors (where --resume continues, with other noises, for as many steps or for others) and distil_log_1.json, _2 after
+a --resume. 4 and 8 steps have noise levels in common, at which their mean velocities differ, and the model is told the level
+alone: train a LoRA for each. The log has the relative error of the student's final latents against the teacher's from
+the same noise, beside that of the teacher's weights in as few steps, with guidance and without.
 """
 
 from __future__ import annotations
