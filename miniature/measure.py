@@ -44,7 +44,9 @@ class Source:
         self.size = (args.frames, args.height, args.width)
         self.world = WORLDS[args.world]
         self.rope_scale = scaled.rope_scale(args.height) if args.world == "scaled" else 1.0
-        self.model, self.vae = load_models(args.weights, self.device) if args.source != "rendered" else (None, None)
+        self.model, self.vae = (
+            load_models(args.weights, self.device, args.lora) if args.source != "rendered" else (None, None)
+        )
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
@@ -100,7 +102,7 @@ def measure(source: Source, captions: list[Caption], out: Path) -> dict:
         shown.append(video[:, moments.to(video.device)].cpu())
     report = {"passed": sum(row["passed"] for row in rows), "of": len(rows), "size": source.size,
               "source": source.args.source, "world": source.args.world, "steps": source.args.steps, "cfg": source.args.cfg,
-              "shift": source.args.shift, "rows": rows}  # fmt: skip
+              "shift": source.args.shift, "lora": source.args.lora and source.args.lora.name, "rows": rows}  # fmt: skip
     if source.args.loss_clips:
         report["validation_loss"] = source.loss(source.args.loss_clips)
     images.write_png(out / "measure.png", images.contact_sheet(shown, shrink=max(1, source.size[1] // 120)))
@@ -120,6 +122,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for measure.json and measure.png")
     parser.add_argument("--source", choices=("model", "vae", "rendered"), default="model", help="what makes the videos")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the transformer and VAE files")
+    parser.add_argument(
+        "--lora", type=Path, help="LoRA file to merge, for example distil's: with its --steps and --cfg 1"
+    )
     parser.add_argument("--captions", type=int, default=24, help="how many of the 24 held-out captions")
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16, at least 160")

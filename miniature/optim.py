@@ -57,20 +57,23 @@ def orthogonalise(matrix: torch.Tensor, rounds: int = 5) -> torch.Tensor:
 class Optimiser:
     """Muon for the matrices named, AdamW for the rest, one schedule: warm up, hold, fall linearly to zero."""
 
-    def __init__(self, model: nn.Module, is_matrix, *, muon_lr: float, adam_lr: float, hold: float):
+    def __init__(
+        self, model: nn.Module, is_matrix, *, adam_lr: float, hold: float, muon_lr: float = 0.0, warmup: int = 100
+    ):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if is_matrix(name, p)]
         others = [p for name, p in named if not is_matrix(name, p)]
-        fused = others[0].is_cuda
-        self.parts = [
-            (Muon(matrices, lr=muon_lr), muon_lr),
-            (torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused), adam_lr),
-        ]
-        self.model, self.hold, self.steps = model, hold, 0
+        self.parts = []
+        if matrices:
+            self.parts.append((Muon(matrices, lr=muon_lr), muon_lr))
+        if others:
+            options = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": others[0].is_cuda}
+            self.parts.append((torch.optim.AdamW(others, lr=adam_lr, **options), adam_lr))
+        self.model, self.hold, self.warmup, self.steps = model, hold, warmup, 0
 
     def step(self, progress: float) -> float:
         """Apply the gradients at this share (0 to 1) of the budget; returns the learning-rate factor used."""
-        factor = min(1.0, (self.steps + 1) / 100, max(0.0, (1 - progress) / (1 - self.hold)))
+        factor = min(1.0, (self.steps + 1) / self.warmup, max(0.0, (1 - progress) / (1 - self.hold)))
         self.steps += 1
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser, lr in self.parts:

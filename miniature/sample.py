@@ -15,6 +15,7 @@ import torch
 
 from . import images
 from .captions import embed, split_captions
+from .lora import load_lora, merge_lora
 from .scaled import rope_scale
 from .vae import WanVAE, denormalise_latents
 from .wan import Attention, WanConfig, WanModel, dense_attention
@@ -40,7 +41,7 @@ def sample_latents(
     Args:
         context: (1, 16, 4096) from captions.embed().
         shape: of the latents.
-        cfg: guidance scale; 1 turns guidance off.
+        cfg: guidance scale; 1 turns guidance off, and a step calls the model once instead of twice.
         attention, rope_scale: see WanModel.forward.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -57,15 +58,19 @@ def sample_latents(
     return x
 
 
-def load_models(folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> tuple[WanModel, WanVAE]:
-    """The trained transformer and VAE in float32, ready to use.
+def load_models(
+    folder: Path = WEIGHTS, device: torch.device | str = "cpu", lora: Path | None = None
+) -> tuple[WanModel, WanVAE]:
+    """The trained transformer and VAE in float32, ready to use; a LoRA file is merged into the transformer.
 
     Raises:
-        FileNotFoundError: the weight files are not in the folder.
+        FileNotFoundError: the weight files are not in the folder, or the LoRA is not there.
+        ValueError: the LoRA is not one of this transformer.
     """
     from safetensors.torch import load_file
 
     state = {k: v.float() for k, v in load_file(weight_file("wan_miniature_dit.safetensors", folder)).items()}
+    state = merge_lora(state, load_lora(lora)) if lora else state
     model = WanModel(WanConfig.from_state_dict(state))
     model.load_state_dict(state)
     vae = WanVAE.from_state_dict(load_file(weight_file("wan_miniature_vae.safetensors", folder)))
@@ -75,20 +80,21 @@ def load_models(folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> t
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--lora", type=Path, help="LoRA file to merge into the transformer, for example distil's")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--caption", action="append", help="may be repeated; default: four held-out captions")
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--height", type=int, default=320, help="a multiple of 16")
     parser.add_argument("--width", type=int, default=320, help="a multiple of 16")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
     parser.add_argument("--scaled", action="store_true", help="weights of train_long: RoPE by the picture's height")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
-    model, vae = load_models(args.weights, args.device)
+    model, vae = load_models(args.weights, args.device, args.lora)
     captions = args.caption or [str(caption) for caption in split_captions()[1][::6]]
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
     rope = rope_scale(args.height) if args.scaled else 1.0

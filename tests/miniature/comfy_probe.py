@@ -25,7 +25,7 @@ from comfy.latent_formats import Wan21
 from comfy.ldm.wan.model import WanModel as ComfyWan
 from comfy.ldm.wan.vae import WanVAE as ComfyVAE
 
-from miniature import captions, sample, vae, videos, wan
+from miniature import captions, lora, sample, vae, videos, wan
 
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
@@ -93,7 +93,25 @@ def loaded_files() -> dict:
         [[context, {}]], [[torch.zeros_like(context), {}]], torch.zeros(shape), disable_pbar=True,
     )  # fmt: skip
     config = patcher.model.model_config
+    few = lora.add_lora(sample.load_models(Path(weights))[0], 8)
+    for name, p in few.named_parameters():
+        if name.endswith("lora_up"):
+            p.add_(torch.randn_like(p))
+    file = Path(weights) / "few_steps_lora.safetensors"
+    lora.save_lora(file, lora.lora_of(few.state_dict()), torch.bfloat16, "a LoRA of 4 steps")
+    merged = sample.load_models(Path(weights), lora=file)[0]
+    distilled = sample.sample_latents(merged, context, shape=shape, seed=5, steps=steps, cfg=1.0)
+    undistilled = sample.sample_latents(our_dit, context, shape=shape, seed=5, steps=steps, cfg=1.0)
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(file)), 1.0, 0.0)
+    file.unlink()
+    with_lora = comfy.sample.sample_custom(
+        patched, noise, 1.0, comfy.samplers.sampler_object("euler"), sample.noise_schedule(steps),
+        [[context, {}]], [[torch.zeros_like(context), {}]], torch.zeros(shape), disable_pbar=True,
+    )  # fmt: skip
     return {
+        "lora_layers": len(patched.patches),
+        "lora_sampled": gap(vae.denormalise_latents(distilled), with_lora),
+        "lora_matters": gap(distilled, undistilled),
         "detected": type(config).__name__,
         "detected_sizes": {
             k: config.unet_config[k] for k in ("dim", "ffn_dim", "num_layers", "num_heads", "model_type")

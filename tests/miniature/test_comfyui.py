@@ -51,3 +51,8 @@ def test_loaded_files_encode_decode_and_sample_alike(probe):
     assert probe["file_encode"] < 1e-3
     assert probe["file_decode"] < 1e-3
     assert probe["sampled"] < 2e-3
+
+
+def test_the_stock_loader_takes_the_lora_of_a_few_steps(probe):
+    assert probe["lora_layers"] == 2 * 10
+    assert probe["lora_sampled"] < 0.02 * probe["lora_matters"]
