@@ -12,6 +12,7 @@ import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered, rootOf } from "./graph.js";
 import { graphsOf, isOff } from "./model_wires.js";
 import { takePlaces } from "./panel.js";
+import { translateRefusals } from "./refusals.js";
 import { fromServer, setTranslations } from "./texts.js";
 import { chain } from "./widgets.js";
 
@@ -78,6 +79,7 @@ app.registerExtension({
     }
     api.addEventListener("execution_success", afterRun);
     api.addEventListener("execution_error", onError);
+    translateRefusals(api);
   },
   nodeCreated(node) {
     if (node.comfyClass === "SLA2ApplyAttention") {
