@@ -5,5 +5,7 @@ import comfyui_version
 
 def needs_comfyui(node, version, what):
     """The error for validate_inputs to raise. version: the first ComfyUI that has ``what``."""
-    sentence = f"{node} needs ComfyUI {version} or newer, {what}; this is {comfyui_version.__version__}: update ComfyUI."
+    sentence = (
+        f"{node} needs ComfyUI {version} or newer, {what}; this is {comfyui_version.__version__}: update ComfyUI."
+    )
     return RuntimeError(sentence)
