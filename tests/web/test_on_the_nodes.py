@@ -8,6 +8,8 @@ import time
 import pytest
 from canvas import READY, Canvas
 
+from tooling.paths import PACK_FOLDER
+
 pytestmark = pytest.mark.web
 LOOKS = [(False, False), (False, True), (True, False), (True, True)]
 # the routing map, not the schedule's
@@ -374,3 +376,23 @@ def test_why_a_prompt_is_refused_is_shown_in_the_pages_language(chinese, vue, sa
         chinese.page.get_by_text(sentence).first.wait_for(timeout=5000)
         chinese.picture(f"refused_{'vue' if vue else 'classic'}_{name}")
     assert chinese.errors == []
+
+
+def test_the_pages_default_graph_takes_no_file_of_the_miniature(canvas):
+    """Refused as without the miniature, whose VAE became what the graph was to run with where there was no other."""
+    canvas.js("app.loadGraphData()")
+    chosen = [canvas.value(kind, name) for kind, name in (("VAELoader", "vae_name"), ("UNETLoader", "unet_name"))]
+    assert canvas.js("fetch('/models/vae').then((r) => r.json())") == ["wan_miniature_vae.safetensors"]
+    assert chosen == ["pixel_space", "tiny_vace.safetensors"]  # core's own entry, and the first of the user's files
+    answer = canvas.js(
+        "app.graphToPrompt().then((p) => fetch('/prompt', { method: 'POST', body: JSON.stringify({ prompt: p.output }) }))"
+        ".then((r) => r.json())"
+    )
+    assert [node["class_type"] for node in answer["node_errors"].values()] == ["CLIPLoader"]
+    node = (
+        "{ widgets_values: [a], widgets: [{ value: 'wan_miniature_dit', options: { values: ['wan_miniature_dit'] } }] }"
+    )
+    left = f"((n) => (m.leaveOutMiniature(n), n.widgets[0].value))({node})"
+    script = f"import('/extensions/{PACK_FOLDER}/js/miniature_files.js').then((m) => {left})"
+    assert canvas.js(script, "z_image.safetensors") == "z_image.safetensors"
+    assert canvas.js(script, "wan_miniature_dit") == "wan_miniature_dit"

@@ -10,6 +10,7 @@ import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
 import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered, rootOf } from "./graph.js";
+import { leaveOutMiniature } from "./miniature_files.js";
 import { graphsOf, isOff } from "./model_wires.js";
 import { takePlaces } from "./panel.js";
 import { translateRefusals } from "./refusals.js";
@@ -93,6 +94,7 @@ app.registerExtension({
     if (draw) chain(node, "onExecuted", (output) => draw(node, output));
   },
   loadedGraphNode(node) {
+    leaveOutMiniature(node);
     if (!node.comfyClass?.startsWith("SLA2")) return;
     restore(node);
     if (node.graph === app.canvas?.graph) takePlaces(node); // of a graph that is not shown nothing has a place
