@@ -35,9 +35,7 @@ OLDEST_TRITON = "3.2.0"
 TEMPLATES = "comfyui-workflow-templates-json==0.1.123"  # newer than what the tested ComfyUI brings
 NEWEST_PAGE = "comfyui-frontend-package==1.58.1"  # likewise
 # what differed between pages: menus, links, subgraphs, the undo, both renderers
-IN_THE_NEWEST_PAGE = (
-    "subgraph or menu or user_placed or stroke_is_one or say_what_happened and (classic_dark or vue_light)"
-)
+IN_THE_NEWEST_PAGE = "subgraph or menu or user_placed or stroke_is_one or refused or default_graph or say_what_happened and (classic_dark or vue_light)"
 TRITON_HAS_WHEELS = sys.platform == "linux"
 OLDEST_TRITON_HAS_WHEEL = TRITON_HAS_WHEELS and sys.version_info < (3, 14)
 INTERPRETER, COMPILE, WEB = (ROOT / "tests" / name for name in ("kernels/interpreter", "kernels/compile", "web"))

@@ -123,7 +123,7 @@ class SLA2ApplyAttention(io.ComfyNode):
     ):
         """Refuses bad settings when the prompt is queued, before a model is loaded. None: a wire, whose value comes later.
 
-        ComfyUI shows a sentence that is raised once, on this node, and one that is returned for every input named here.
+        The page shows a sentence that is raised at once; one that is returned only in its details, for every input named here.
         """
         if dense_layers is not None:
             check_layers(dense_layers)

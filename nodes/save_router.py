@@ -37,12 +37,8 @@ class SLA2SaveRouter(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix=None):
         """Refuses a bad name when the prompt is queued, before hours of training. None: a wire, whose value comes later."""
-        if filename_prefix is None:
-            return True
-        try:
+        if filename_prefix is not None:
             checked_prefix(filename_prefix, router_folder())
-        except ValueError as error:
-            return str(error)
         return True
 
     @classmethod

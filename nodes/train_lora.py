@@ -112,10 +112,10 @@ class SLA2TrainLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        """Refuses the prompt on an older ComfyUI before anything of it runs; ComfyUI shows a refusal beside an input: model."""
+        """Refuses the prompt on an older ComfyUI before anything of it runs. model: without an input ComfyUI does not call this."""
         if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
             return True
-        return needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
+        raise needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
 
     @classmethod
     def execute(

@@ -84,13 +84,9 @@ class SLA2TrainRouter(io.ComfyNode):
     def validate_inputs(cls, sparsities=None):
         """Refuses the prompt before anything of it runs. sparsities: None where a wire brings them."""
         if not hasattr(comfy.model_management, "in_training"):
-            return needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
-        if sparsities is None:
-            return True
-        try:
+            raise needs_comfyui("SLA2 Train Router", "0.14", "which can be told that gradients are on")
+        if sparsities is not None:
             parse_sparsities(sparsities)
-        except ValueError as error:
-            return str(error)  # ComfyUI shows it beside the one input that is named here
         return True
 
     @classmethod

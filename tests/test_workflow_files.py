@@ -1,6 +1,7 @@
 """The workflows and the blueprint as files: what the page's schema asks of them, and where their nodes come from."""
 
 import json
+import math
 
 import pytest
 
@@ -46,3 +47,60 @@ def test_origins_are_those_of_pyproject():
     assert project_field("name") == project["project"]["name"]
     assert project_field("version") == project["project"]["version"]
     assert f">={project_field('requires-comfyui')}" == project["tool"]["comfy"]["requires-comfyui"]
+
+
+TITLE, SLOT = 30, 20  # heights in the page
+SWITCH = "ComfySwitchNode"
+
+
+def is_dense_end(node):
+    """Where a branch without SLA2 ends: a sampler, or the switch between both."""
+    return node["type"] == SWITCH or node["type"] == "KSampler" and "(dense)" in node.get("title", "")
+
+
+BRANCHED = [
+    file
+    for file in SHIPPED
+    if any(is_dense_end(node) for node in json.loads(file.read_text(encoding="utf-8"))["nodes"])
+]
+
+
+def inputs_of(workflow, node):
+    """(source, its slot, slot of ``node``) of each MODEL wire into a node."""
+    nodes = {each["id"]: each for each in workflow["nodes"]}
+    wires = (link for link in workflow["links"] if link[3] == node["id"] and link[5] == "MODEL")
+    return [(nodes[source], slot, own) for _, source, slot, _, own, _ in wires]
+
+
+def passes_apply(workflow, node):
+    return node["type"] == "SLA2ApplyAttention" or any(
+        passes_apply(workflow, source) for source, *_ in inputs_of(workflow, node)
+    )
+
+
+def wire(source, slot, target, own):
+    """Points of a wire as the page draws it: a curve that leaves and arrives level."""
+    (x, y), (width, _), (end_x, end_y) = source["pos"], source["size"], target["pos"]
+    x, y, end_y = x + width, y + (slot + 0.7) * SLOT, end_y + (own + 0.7) * SLOT
+    reach = math.hypot(end_x - x, end_y - y) / 4
+    for t in (number / 64 for number in range(1, 64)):
+        shares = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
+        xs, ys = (x, x + reach, end_x - reach, end_x), (y, y, end_y, end_y)
+        yield sum(map(float.__mul__, shares, map(float, xs))), sum(map(float.__mul__, shares, map(float, ys)))
+
+
+@pytest.mark.parametrize("file", BRANCHED, ids=lambda file: file.stem)
+def test_a_dense_branch_is_not_wired_to_apply_and_does_not_look_it(file):
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"] if node["type"] == "SLA2ApplyAttention"]
+    for node in filter(is_dense_end, workflow["nodes"]):
+        dense = [wired for wired in inputs_of(workflow, node) if not passes_apply(workflow, wired[0])]
+        assert len(dense) == 1 and (node["type"] == SWITCH or len(inputs_of(workflow, node)) == 1), node.get("title")
+        source, slot, own = dense[0]
+        behind = [
+            box
+            for box in boxes
+            for x, y in wire(source, slot, node, own)
+            if box[0] <= x <= box[0] + box[2] and box[1] - TITLE <= y <= box[1] + box[3]
+        ]
+        assert behind == [], f"the wire into {node['title']} passes behind SLA2 Apply Attention"

@@ -4,5 +4,8 @@ import comfyui_version
 
 
 def needs_comfyui(node, version, what):
-    """The sentence for validate_inputs. version: the first ComfyUI that has ``what``."""
-    return f"{node} needs ComfyUI {version} or newer, {what}; this is {comfyui_version.__version__}: update ComfyUI."
+    """The error for validate_inputs to raise. version: the first ComfyUI that has ``what``."""
+    sentence = (
+        f"{node} needs ComfyUI {version} or newer, {what}; this is {comfyui_version.__version__}: update ComfyUI."
+    )
+    return RuntimeError(sentence)

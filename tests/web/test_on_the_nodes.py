@@ -6,6 +6,9 @@ import re
 import time
 
 import pytest
+from canvas import READY, Canvas
+
+from tooling.paths import PACK_FOLDER
 
 pytestmark = pytest.mark.web
 LOOKS = [(False, False), (False, True), (True, False), (True, True)]
@@ -324,3 +327,72 @@ def test_while_a_router_trains_its_loss_is_drawn(canvas, renderer, sampling_prom
     assert canvas.page.locator(".sla2 svg polyline").count() == 1
     assert "step 8" in canvas.page.locator(".sla2 svg").text_content()
     assert "mean loss" in canvas.panel("SLA2TrainRouter")
+
+
+@pytest.fixture(scope="module")
+def chinese(server, browser, pictures):
+    """A page of its own in Chinese; the server keeps the language for all pages that are opened later."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    canvas = Canvas(context.new_page(), server.url, pictures)
+    canvas.setting("Comfy.Locale", "zh")
+    canvas.page.reload()
+    canvas.page.wait_for_function(READY, timeout=60_000)
+    yield canvas
+    canvas.setting("Comfy.Locale", "en")
+    context.close()
+
+
+REFUSED = [
+    ("2", {"dense_layers": "0\uff0cfirst"}, "而 'first' 不是层或层的范围。"),
+    ("2", {"schedule": "layers 3-1: dense"}, "稠密层（dense_layers）中范围 '3-1' 的终点小于起点。"),
+    ("2", {"schedule": "0%-20% dense"}, "而 '0%-20% dense' 中没有冒号。"),
+    ("2", {"schedule": "first half: dense"}, "而 'first half' 不是步骤或层的范围。"),
+    ("2", {"schedule": "50%-20%: dense"}, "步骤 '50%-20%' 必须递增，且在 0% 到 100% 之间。"),
+    ("2", {"schedule": "step 0: dense"}, "步骤 'step 0'：步号从 1 开始，且必须递增。"),
+    ("2", {"schedule": "0%-20%: 1.5"}, "且小于 1 的稀疏度，而现在是 '1.5'。"),
+    ("2", {"schedule": "1" * 301}, "有一条 301 个字符的规则：最多 300 个。"),
+    ("2", {"start_percent": 0.8, "end_percent": 0.2}, "且都在 0 到 1 之间，而现在是 0.8 和 0.2。"),
+    ("2", {"preset": "automatic", "method": "top-k only"}, "请将预设设为 custom，并设置稀疏度。"),
+    ("8", {"sparsities": "0.9; 1.5"}, "稀疏度列表（sparsities）必须是 0 到 1 之间互不相同的数"),
+    ("9", {"filename_prefix": "../x"}, "SLA2 保存路由器：文件名前缀（filename_prefix）必须是 models/sla2 之内的名称"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_why_a_prompt_is_refused_is_shown_in_the_pages_language(chinese, vue, sampling_prompt):
+    chinese.look(vue=vue)
+    links = {"model": ["1", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
+    train = {"sparsities": "0.75", "training_steps": 8, "learning_rate": 0.003, "query_blocks": 4}
+    sampling_prompt["8"] = {"class_type": "SLA2TrainRouter", "inputs": links | sampling_prompt["6"]["inputs"] | train}
+    sampling_prompt["9"] = {"class_type": "SLA2SaveRouter", "inputs": {"router": ["8", 0], "filename_prefix": "x"}}
+    for name, settings, sentence in REFUSED[:1] + REFUSED[-1:] if vue else REFUSED:
+        prompt = json.loads(json.dumps(sampling_prompt))
+        for other in ("8", "9") if name == "2" else ("6", "7"):
+            del prompt[other]
+        prompt["2"]["inputs"] |= {"schedule": "", "method": "automatic", "dense_layers": ""}
+        prompt[name]["inputs"] |= settings
+        chinese.load_prompt(prompt)
+        chinese.js("app.queuePrompt(0, 1)")
+        chinese.page.get_by_text(sentence).first.wait_for(timeout=5000)
+        chinese.picture(f"refused_{'vue' if vue else 'classic'}_{name}")
+    assert chinese.errors == []
+
+
+def test_the_pages_default_graph_takes_no_file_of_the_miniature(canvas):
+    """Refused as without the miniature, whose VAE became what the graph was to run with where there was no other."""
+    canvas.js("app.loadGraphData()")
+    chosen = [canvas.value(kind, name) for kind, name in (("VAELoader", "vae_name"), ("UNETLoader", "unet_name"))]
+    assert canvas.js("fetch('/models/vae').then((r) => r.json())") == ["wan_miniature_vae.safetensors"]
+    assert chosen == ["pixel_space", "tiny_vace.safetensors"]  # core's own entry, and the first of the user's files
+    answer = canvas.js(
+        "app.graphToPrompt().then((p) => fetch('/prompt', { method: 'POST', body: JSON.stringify({ prompt: p.output }) }))"
+        ".then((r) => r.json())"
+    )
+    assert [node["class_type"] for node in answer["node_errors"].values()] == ["CLIPLoader"]
+    node = (
+        "{ widgets_values: [a], widgets: [{ value: 'wan_miniature_dit', options: { values: ['wan_miniature_dit'] } }] }"
+    )
+    left = f"((n) => (m.leaveOutMiniature(n), n.widgets[0].value))({node})"
+    script = f"import('/extensions/{PACK_FOLDER}/js/miniature_files.js').then((m) => {left})"
+    assert canvas.js(script, "z_image.safetensors") == "z_image.safetensors"
+    assert canvas.js(script, "wan_miniature_dit") == "wan_miniature_dit"

@@ -10,8 +10,10 @@ import { showReport } from "./report.js";
 import { showComparison } from "./comparison.js";
 import { addScheduleEditor } from "./schedule_editor.js";
 import { nodeOfExecution, remember, remembered, rootOf } from "./graph.js";
+import { leaveOutMiniature } from "./miniature_files.js";
 import { graphsOf, isOff } from "./model_wires.js";
 import { takePlaces } from "./panel.js";
+import { translateRefusals } from "./refusals.js";
 import { fromServer, setTranslations } from "./texts.js";
 import { chain } from "./widgets.js";
 
@@ -78,6 +80,7 @@ app.registerExtension({
     }
     api.addEventListener("execution_success", afterRun);
     api.addEventListener("execution_error", onError);
+    translateRefusals(api);
   },
   nodeCreated(node) {
     if (node.comfyClass === "SLA2ApplyAttention") {
@@ -91,6 +94,7 @@ app.registerExtension({
     if (draw) chain(node, "onExecuted", (output) => draw(node, output));
   },
   loadedGraphNode(node) {
+    leaveOutMiniature(node);
     if (!node.comfyClass?.startsWith("SLA2")) return;
     restore(node);
     if (node.graph === app.canvas?.graph) takePlaces(node); // of a graph that is not shown nothing has a place
