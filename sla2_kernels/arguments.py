@@ -55,6 +55,18 @@ def checked_count(name, value):
         raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
 
 
+def checked_room(room):
+    """room as (before, behind); raises ValueError unless it is two integers of at least 0."""
+    try:
+        before, behind = room
+    except (TypeError, ValueError):
+        raise ValueError(f"room must be two integers, (rows before, rows behind), got {_shown(room)}.") from None
+    before, behind = checked_count("room", before), checked_count("room", behind)
+    if before < 0 or behind < 0:
+        raise ValueError(f"room must be at least 0 before and behind, got {before} and {behind}.")
+    return before, behind
+
+
 def check_dimensions(name, tensor, layout):
     """Raises ValueError unless tensor is one of four dimensions."""
     _check_tensor(name, tensor, f"of 4 dimensions ({layout})")

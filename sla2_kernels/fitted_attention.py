@@ -18,6 +18,7 @@ from .arguments import (
     check_options,
     check_projections,
     check_sample,
+    checked_room,
     checked_scale,
     checked_sparsity,
 )
@@ -29,7 +30,7 @@ FITTED_ROWS = 24  # of them decide the ratio; the others can judge the result
 
 
 class Fitted(NamedTuple):
-    """out: in q's layout and dtype. ratio: float32 (B, H). dense: float32 (B, H, R, D), dense attention of the sampled rows."""
+    """out: in q's layout and dtype, ``room`` included. ratio: float32 (B, H). dense: float32 (B, H, R, D), dense attention of the sampled rows."""
 
     out: Tensor
     ratio: Tensor
@@ -96,6 +97,7 @@ def fitted_attention(
     key_blocks=None,
     backend="auto",
     keep_diagonal=False,
+    room=(0, 0),
 ):
     """SLA2 attention whose mixing ratio, one per video and head, is fitted by least squares on some query rows.
 
@@ -125,6 +127,7 @@ def fitted_attention(
     if count >= blocks:
         raise ValueError(f"a fitted ratio needs a key block that is left out, and {count} of {blocks} are selected.")
     check_sample(rows, fitted)
+    before, behind = checked_room(room)
     return Fitted(
         *torch.ops.sla2.fitted_attention(
             q,
@@ -142,5 +145,7 @@ def fitted_attention(
             backend,
             0 if keep_diagonal else None,
             is_routed,
+            before,
+            behind,
         )
     )

@@ -16,7 +16,7 @@ from .support import resolve_backend, without_autocast
 
 
 class _Call(NamedTuple):
-    """One call's tensors as views (B, H, N, D). result: what the operator returns, which ``out`` is a view of.
+    """One call's tensors as views (B, H, N, D). result: what the operator returns, which holds ``out``.
 
     key_blocks: ascending, distinct and in range, or None to route.
     """
@@ -29,14 +29,22 @@ class _Call(NamedTuple):
     result: Tensor
 
 
-def _prepared(q, k, v, key_blocks, heads_first, is_routed):
+def _prepared(q, k, v, key_blocks, heads_first, is_routed, room):
     # what is returned must not be a view, or a caller could not write into it under autograd
-    result = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    result = torch.empty(_with_room(q, heads_first, room), dtype=q.dtype, device=q.device)
+    out = result.narrow(2 if heads_first else 1, room[0], q.shape[2 if heads_first else 1])
     if not heads_first:
         q, k, v, out = (t.transpose(1, 2) for t in (q, k, v, out))
     if key_blocks is not None and not is_routed:
         key_blocks = distinct_blocks(key_blocks, block_count(k.shape[2], K_BLOCK))
     return _Call(q, k, v, key_blocks, out, result)
+
+
+def _with_room(q, heads_first, room):
+    """Shape of the result: q's, and ``room`` more rows, (before, behind)."""
+    shape, tokens = list(q.shape), 2 if heads_first else 1
+    shape[tokens] += sum(room)
+    return shape
 
 
 def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, backend):
@@ -65,10 +73,12 @@ def _attention(
     diagonal: Optional[int] = None,
     linear_branch: bool = True,
     is_routed: bool = False,
+    before: int = 0,
+    behind: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio per query row, key blocks used, flat); see sla2_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
-    call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
+    call = _prepared(q, k, v, key_blocks, heads_first, is_routed, (before, behind))
     ratio = ratio_per_block(alpha, call.q)
     options = {"scale": scale, "precision": precision, "linear_branch": linear_branch}
     if chosen.name == "triton":
@@ -101,10 +111,12 @@ def _fitted_attention(
     backend: str,
     diagonal: Optional[int] = None,
     is_routed: bool = False,
+    before: int = 0,
+    behind: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio, dense); see fitted_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
-    call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
+    call = _prepared(q, k, v, key_blocks, heads_first, is_routed, (before, behind))
     options = {"scale": scale, "precision": precision}
     dense = torch.empty(*call.q.shape[:2], rows.shape[0], q.shape[3], dtype=torch.float32, device=q.device)
     if chosen.name == "triton":
@@ -132,7 +144,7 @@ def _sizes(q, heads_first):
 @_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    linear_branch=True, is_routed=False,
+    linear_branch=True, is_routed=False, before=0, behind=0,
 ):  # fmt: skip
     batch, heads, tokens, _ = _sizes(q, heads_first)
     if key_blocks is None:
@@ -140,7 +152,7 @@ def _(
     else:
         count = key_blocks.shape[-1]
     return (
-        q.new_empty(q.shape),
+        q.new_empty(_with_room(q, heads_first, (before, behind))),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         # flat: torch.compile would compile anew for every dimension of size 1, and the count may be 1
         q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
@@ -150,11 +162,11 @@ def _(
 @_fitted_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    is_routed=False,
+    is_routed=False, before=0, behind=0,
 ):  # fmt: skip
     batch, heads, _, head_dim = _sizes(q, heads_first)
     return (
-        q.new_empty(q.shape),
+        q.new_empty(_with_room(q, heads_first, (before, behind))),
         q.new_empty((batch, heads), dtype=torch.float32),
         q.new_empty((batch, heads, rows.shape[0], head_dim), dtype=torch.float32),
     )
