@@ -55,16 +55,16 @@ def checked_count(name, value):
         raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
 
 
-def checked_room(room):
-    """room as (before, behind); raises ValueError unless it is two integers of at least 0."""
+def checked_pair(name, pair):
+    """A pair as two integers; raises ValueError for anything else, and below 0."""
     try:
-        before, behind = room
+        first, last = pair
     except (TypeError, ValueError):
-        raise ValueError(f"room must be two integers, (rows before, rows behind), got {_shown(room)}.") from None
-    before, behind = checked_count("room", before), checked_count("room", behind)
-    if before < 0 or behind < 0:
-        raise ValueError(f"room must be at least 0 before and behind, got {before} and {behind}.")
-    return before, behind
+        raise ValueError(f"{name} must be two integers, at the start and at the end, got {_shown(pair)}.") from None
+    first, last = checked_count(name, first), checked_count(name, last)
+    if first < 0 or last < 0:
+        raise ValueError(f"{name} must be two integers of at least 0, got {first} and {last}.")
+    return first, last
 
 
 def check_dimensions(name, tensor, layout):

@@ -4,8 +4,10 @@ The keys of those tokens are attended by every query, and their own queries atte
 the sequence: before the video's tokens (prefix) or after them (suffix).
 """
 
+from .arguments import TOKENS_DIM
 from .forced_blocks import select_with_forced_blocks
-from .selection import RoutedBlocks
+from .selection import RoutedBlocks, forced_block_counts
+from .stretches import MAX_OWN_BLOCKS
 
 
 def attend_video(
@@ -34,12 +36,14 @@ def attend_video(
         options: for ``attend``, ``room`` among them; the rest as in :func:`sla2_kernels.forced_blocks.select_with_forced_blocks`.
     """
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
-    key_blocks = None
-    if key_prefix or key_suffix:
-        key_blocks = RoutedBlocks(
-            select_with_forced_blocks(q, k, proj_q, proj_k, front=key_prefix, back=key_suffix, **routing)
-        )
-    return attend(q, k, v, proj_q=proj_q, proj_k=proj_k, key_blocks=key_blocks, **routing, **options)
+    forced = forced_block_counts(k.shape[TOKENS_DIM[layout]], key_prefix, key_suffix)
+    if forced.suffix and keep_diagonal and forced.selected(sparsity) - forced.prefix - forced.suffix < MAX_OWN_BLOCKS:
+        # among blocks that must be taken the operator prefers the first ones, and own ones might be too many
+        blocks = select_with_forced_blocks(q, k, proj_q, proj_k, front=key_prefix, back=key_suffix, **routing)
+        options["key_blocks"] = RoutedBlocks(blocks)
+    else:
+        options["exact_keys"] = key_prefix, key_suffix
+    return attend(q, k, v, proj_q=proj_q, proj_k=proj_k, **routing, **options)
 
 
 def with_exact_rows(out, dense, *, tokens, prefix, suffix, axis):

@@ -18,11 +18,11 @@ from .arguments import (
     check_options,
     check_projections,
     check_sample,
-    checked_room,
+    checked_pair,
     checked_scale,
     checked_sparsity,
 )
-from .router import K_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, block_count, selected_beside
 from .selection import checked_blocks
 
 SAMPLE_ROWS = 32
@@ -98,6 +98,7 @@ def fitted_attention(
     backend="auto",
     keep_diagonal=False,
     room=(0, 0),
+    exact_keys=(0, 0),
 ):
     """SLA2 attention whose mixing ratio, one per video and head, is fitted by least squares on some query rows.
 
@@ -121,13 +122,13 @@ def fitted_attention(
         raise ValueError(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
         )
-    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal)
+    key_blocks, is_routed, forced, diagonal = checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys)
     blocks, sparsity = block_count(k.shape[TOKENS_DIM[layout]], K_BLOCK), checked_sparsity(sparsity)
-    count = selected_block_count(sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
+    count = selected_beside(forced, sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
     if count >= blocks:
         raise ValueError(f"a fitted ratio needs a key block that is left out, and {count} of {blocks} are selected.")
     check_sample(rows, fitted)
-    before, behind = checked_room(room)
+    before, behind = checked_pair("room", room)
     return Fitted(
         *torch.ops.sla2.fitted_attention(
             q,
@@ -143,9 +144,10 @@ def fitted_attention(
             layout == "BHND",
             checked_scale(scale, head_dim),
             backend,
-            0 if keep_diagonal else None,
+            diagonal,
             is_routed,
             before,
             behind,
+            *forced,
         )
     )

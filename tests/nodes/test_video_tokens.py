@@ -91,20 +91,20 @@ def test_every_video_query_attends_the_other_tokens_exactly(bench):
 
 
 @pytest.mark.parametrize("method", ["sla2", "top-k only"])
-def test_the_selection_around_other_tokens_is_not_sorted_again(bench, pack_module, monkeypatch, method):
+def test_the_operator_selects_around_other_tokens_itself(bench, pack_module, monkeypatch, method):
     module, given = pack_module("nodes.attention.sparse_call"), []
     for name in ("sla2_attention", "fitted_attention", "sla_attention"):
         original = getattr(module, name)
 
         def watched(*args, original=original, **options):
-            given.append(options["key_blocks"])
+            given.append((options.get("key_blocks"), options["exact_keys"], options["room"]))
             return original(*args, **options)
 
         monkeypatch.setattr(module, name, watched)
     b = bench(grid=(5, 10, 10), front=100, method=method)
     b.model_call()
     b.attend(*call(), heads=HEADS)
-    assert [type(blocks).__name__ for blocks in given] == ["RoutedBlocks"]
+    assert given == [(None, (100, 0), (100, 0))]
 
 
 @pytest.mark.parametrize("layout", ["flat", "heads first", "heads first in and out"])
