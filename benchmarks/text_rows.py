@@ -22,6 +22,8 @@ from sla2_kernels import sla2_attention
 from sla2_kernels.exact_ends import attend_video, with_exact_rows
 from sla2_kernels.exact_rows import _all_blocks, exact_rows
 from sla2_kernels.fitted_attention import add_errors, fitted_attention, sample_rows
+from sla2_kernels.forced_blocks import select_with_forced_blocks
+from sla2_kernels.selection import RoutedBlocks
 
 from .breakdown import costliest_kernels, kernel_times
 from .measure import environment, is_gpu, median_ms
@@ -67,24 +69,32 @@ class Call:
             heads.append((both[0] / both[1]).sqrt())
         return float((off / square).sqrt()), float(max(heads))
 
-    def video(self, sparsity, fitted, room=(0, 0), rows=None):
-        """The video's rows, behind ``rows`` others (None: this call's) whose keys all are attended."""
+    def video(self, sparsity, fitted, room=(0, 0), rows=None, apart=False):
+        """The video's rows, behind ``rows`` others (None: this call's) whose keys all are attended.
+
+        apart: key blocks are selected by an operator of their own, as they were.
+        """
         rows = self.rows if rows is None else rows
         if fitted:
             attend = functools.partial(fitted_attention, rows=sample_rows(self.tokens - rows, 0, self.device))
         else:
             ratio = torch.full((self.q.shape[2],), 0.8, device=self.device)
             attend = functools.partial(sla2_attention, alpha=ratio)
+        routing = {"sparsity": sparsity, "layout": "BNHD", "keep_diagonal": True}
+        if apart:
+            blocks = RoutedBlocks(select_with_forced_blocks(self.q[:, rows:], self.k, front=rows, **routing))
+            out = attend(self.q[:, rows:], self.k, self.v, key_blocks=blocks, precision=self.precision, layout="BNHD")
+            return out.out if fitted else out
         out = attend_video(
-            attend, self.q[:, rows:], self.k, self.v, key_prefix=rows, key_suffix=0, sparsity=sparsity, layout="BNHD",
-            keep_diagonal=True, precision=self.precision, room=room,
+            attend, self.q[:, rows:], self.k, self.v, key_prefix=rows, key_suffix=0, precision=self.precision,
+            room=room, **routing,
         )  # fmt: skip
         return out.out if fitted else out
 
     def before(self, sparsity, fitted):
         """The whole output as it was made."""
         dense = attend_torch(self.text(), self.k, self.v, SDPBackend.FLASH_ATTENTION)
-        return torch.cat([dense, self.video(sparsity, fitted)], dim=1)
+        return torch.cat([dense, self.video(sparsity, fitted, apart=True)], dim=1)
 
     def now(self, sparsity, fitted):
         """The whole output as it is made."""
@@ -149,12 +159,14 @@ def measure_calls(call, sparsity, fitted):
     """Times of the whole call before and now, and of its parts."""
     kind = f"skips {100 * sparsity:g}%, {'fitted' if fitted else 'given'} ratio"
     before, now = call.before(sparsity, fitted), call.now(sparsity, fitted)
-    if not torch.equal(before[:, call.rows :], now[:, call.rows :]):
-        raise RuntimeError(f"{kind}: the video's rows differ between the call before and now.")
+    unlike = float((before[:, call.rows :] != now[:, call.rows :]).any(dim=-1).float().mean())
+    if unlike > 1e-3:  # two scores that are equal but for rounding may change places
+        raise RuntimeError(f"{kind}: {100 * unlike:.2f}% of the video's rows differ between the call before and now.")
     errors = [call.error(out)[0] for out in (before, now)]
     timed = {
         "operator, video tokens alone": lambda: call.video(sparsity, fitted, rows=0),
-        "operator, keys of text always attended": lambda: call.video(sparsity, fitted),
+        "operator, keys of text attended, before": lambda: call.video(sparsity, fitted, apart=True),
+        "operator, keys of text attended, now": lambda: call.video(sparsity, fitted),
         "whole call before (FlashAttention-2, cat)": lambda: call.before(sparsity, fitted),
         "whole call now": lambda: call.now(sparsity, fitted),
     }
