@@ -66,9 +66,11 @@ def sla2_attention(
             many keys as queries. Ignored with ``key_blocks``.
         linear_branch: False leaves the linear branch out, at no cost: the output is softmax attention over the selected
             key blocks alone, the ratio 1. Takes no alpha.
-        room: number of rows that the output has before and behind those of q, for the caller to fill: nothing is written there.
-        exact_keys: number of keys at the start and the end whose key blocks all queries attend; ``sparsity`` is then of the other
-            blocks, and ``keep_diagonal`` needs as many keys between them as queries. Ignored with ``key_blocks``.
+        room: (before, behind), number of rows that the output has beside those of q, for the caller to fill: nothing is
+            written there.
+        exact_keys: (first, last), number of keys at the start and the end that all queries attend, in whole key blocks;
+            ``sparsity`` is then of the other blocks, and ``keep_diagonal`` needs as many keys between them as queries.
+            Ignored with ``key_blocks``.
 
     Contents of proj_q, proj_k, alpha and key_blocks are checked on the CPU only, and not under torch.compile: on a GPU a
     check would wait for it.

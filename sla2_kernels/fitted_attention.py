@@ -30,7 +30,8 @@ FITTED_ROWS = 24  # of them decide the ratio; the others can judge the result
 
 
 class Fitted(NamedTuple):
-    """out: in q's layout and dtype, ``room`` included. ratio: float32 (B, H). dense: float32 (B, H, R, D), dense attention of the sampled rows."""
+    """out: in q's layout and dtype, ``room`` included. ratio: float32 (B, H). dense: float32 (B, H, R, D), dense attention of
+    the sampled rows."""
 
     out: Tensor
     ratio: Tensor

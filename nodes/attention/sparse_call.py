@@ -77,8 +77,9 @@ class ExactRows:
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
     """(out, ratio, kept, keys, ExactRows or None): the video's queries attend ``kept`` of ``keys`` keys exactly.
 
-    out: with room for the rows of the other queries; own_rows() are the video's. ratio: of each query row, float32 (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call
-    that keeps all blocks has nothing to fit.
+    out: with room for the rows of the other queries; own_rows() are the video's. ratio: of each query row, float32
+    (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call that keeps all blocks has nothing
+    to fit.
     """
     keys = part.k.shape[part.token_axis]
     forced = forced_block_counts(keys, exact.key_front, exact.key_back)
