@@ -80,7 +80,7 @@ class Stretches:
 
     @property
     def room(self):
-        """(before, behind): rows beside those of gathered_queries() that make the output whole, the video's already in place."""
+        """(before, behind): rows beside those of gathered_queries() that make the output whole, its longest piece in place."""
         begin = self._first_row
         return max(0, begin), max(0, self.tokens - begin - self.gathered_rows)
 
