@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from sla2_kernels.exact_ends import attend_video, with_exact_rows
+from sla2_kernels.exact_rows import exact_rows
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.references import (
     REFERENCE_FLOOR,
@@ -108,8 +109,7 @@ class Call:
     def dense(self, ranges):
         """Exact attention of these query rows, end to end, as (1, rows, H, D)."""
         q = torch.cat([self.q[:, start:stop] for start, stop in ranges], dim=1)
-        q, k, v = (x.transpose(1, 2) for x in (q, self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return exact_rows(q, self.k, self.v, layout="BNHD")
 
     def sparse(self, sparsity, reference_keys="routed", floor=REFERENCE_FLOOR, stretches=None):
         """The whole output with references sparse beside the video."""
@@ -118,6 +118,7 @@ class Call:
         out = attend_with_references(
             functools.partial(fitted_attention, rows=rows), self.q, self.k, self.v, stretches, sparsity=sparsity,
             reference_keys=reference_keys, floor=floor, layout="BNHD", keep_diagonal=True, precision=self.precision,
+            room=stretches.room,
         ).out  # fmt: skip
         return whole_output(out, self.dense, stretches, 1)
 
@@ -127,7 +128,7 @@ class Call:
         rows = sample_rows(stop - front, 0, self.device)
         out = attend_video(
             functools.partial(fitted_attention, rows=rows), self.q[:, front:], self.k, self.v, key_prefix=front, key_suffix=0,
-            sparsity=sparsity, layout="BNHD", keep_diagonal=True, precision=self.precision,
+            sparsity=sparsity, layout="BNHD", keep_diagonal=True, precision=self.precision, room=(front, 0),
         ).out  # fmt: skip
         return with_exact_rows(
             out, lambda own: self.dense([(own.start, own.stop)]), tokens=stop, prefix=front, suffix=0, axis=1
@@ -139,6 +140,7 @@ class Call:
         out = attend_video(
             functools.partial(fitted_attention, rows=rows), self.q[:, dense_rows:], self.k, self.v, key_prefix=dense_rows,
             key_suffix=0, sparsity=sparsity, layout="BNHD", keep_diagonal=True, precision=self.precision,
+            room=(dense_rows, 0),
         ).out  # fmt: skip
         tokens = self.stretches.tokens
         return with_exact_rows(

@@ -55,6 +55,18 @@ def checked_count(name, value):
         raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
 
 
+def checked_pair(name, pair):
+    """A pair as two integers; raises ValueError for anything else, and below 0."""
+    try:
+        first, last = pair
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be two integers, at the start and at the end, got {_shown(pair)}.") from None
+    first, last = checked_count(name, first), checked_count(name, last)
+    if first < 0 or last < 0:
+        raise ValueError(f"{name} must be two integers of at least 0, got {first} and {last}.")
+    return first, last
+
+
 def check_dimensions(name, tensor, layout):
     """Raises ValueError unless tensor is one of four dimensions."""
     _check_tensor(name, tensor, f"of 4 dimensions ({layout})")

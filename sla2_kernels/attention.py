@@ -14,6 +14,7 @@ from .arguments import (
     check_options,
     check_projections,
     check_selection,
+    checked_pair,
     checked_scale,
     checked_sparsity,
     refuse_forward_mode,
@@ -38,6 +39,8 @@ def sla2_attention(
     return_alpha=False,
     keep_diagonal=False,
     linear_branch=True,
+    room=(0, 0),
+    exact_keys=(0, 0),
 ):
     """Sparse-linear attention with a learned router (SLA2, arXiv 2602.12675, Eq. 13-16).
 
@@ -63,12 +66,17 @@ def sla2_attention(
             many keys as queries. Ignored with ``key_blocks``.
         linear_branch: False leaves the linear branch out, at no cost: the output is softmax attention over the selected
             key blocks alone, the ratio 1. Takes no alpha.
+        room: (before, behind), number of rows that the output has beside those of q, for the caller to fill: nothing is
+            written there.
+        exact_keys: (first, last), number of keys at the start and the end that all queries attend, in whole key blocks;
+            ``sparsity`` is then of the other blocks, and ``keep_diagonal`` needs as many keys between them as queries.
+            Ignored with ``key_blocks``.
 
     Contents of proj_q, proj_k, alpha and key_blocks are checked on the CPU only, and not under torch.compile: on a GPU a
     check would wait for it.
 
     Returns:
-        The output, contiguous, in q's layout and dtype; with ``return_alpha`` also float32 (B, H, N).
+        The output, contiguous, in q's layout and dtype, ``room`` included; with ``return_alpha`` also float32 (B, H, N).
 
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
@@ -81,7 +89,8 @@ def sla2_attention(
     check_alpha(alpha, heads)
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
-    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal)
+    key_blocks, is_routed, forced, diagonal = checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys)
+    before, behind = checked_pair("room", room)
     refuse_forward_mode(q, k, v, alpha)
     out, row_ratio, _ = torch.ops.sla2.attention(
         q,
@@ -96,9 +105,12 @@ def sla2_attention(
         layout == "BHND",
         checked_scale(scale, head_dim),
         backend,
-        0 if keep_diagonal else None,
+        diagonal,
         bool(linear_branch),
         is_routed,
+        before,
+        behind,
+        *forced,
     )
     return (out, row_ratio) if return_alpha else out
 

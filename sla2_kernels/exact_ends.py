@@ -4,11 +4,10 @@ The keys of those tokens are attended by every query, and their own queries atte
 the sequence: before the video's tokens (prefix) or after them (suffix).
 """
 
-import torch
-
+from .arguments import TOKENS_DIM
 from .forced_blocks import select_with_forced_blocks
-from .selection import RoutedBlocks
-from .support import without_autocast
+from .selection import RoutedBlocks, forced_block_counts
+from .stretches import MAX_OWN_BLOCKS
 
 
 def attend_video(
@@ -27,36 +26,33 @@ def attend_video(
     keep_diagonal=False,
     **options,
 ):
-    """What ``attend`` returns for the video's queries, with the keys at both ends exact.
+    """What ``attend`` returns for the video's queries, with the keys at both ends exact; see with_exact_rows().
 
     Args:
         attend: sla2_attention, fitted_attention or sla_attention, its other arguments bound.
         q: the queries of the video alone. k, v: all keys and values. See :func:`sla2_kernels.sla2_attention`.
         key_prefix, key_suffix: keys before and after the video's.
         sparsity: share of the video's key blocks that is skipped, 0 to below 1.
-        options: for ``attend``; the rest as in :func:`sla2_kernels.forced_blocks.select_with_forced_blocks`.
+        options: for ``attend``, ``room`` among them; the rest as in :func:`sla2_kernels.forced_blocks.select_with_forced_blocks`.
     """
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
-    key_blocks = None
-    if key_prefix or key_suffix:
-        key_blocks = RoutedBlocks(
-            select_with_forced_blocks(q, k, proj_q, proj_k, front=key_prefix, back=key_suffix, **routing)
-        )
-    return attend(q, k, v, proj_q=proj_q, proj_k=proj_k, key_blocks=key_blocks, **routing, **options)
+    forced = forced_block_counts(k.shape[TOKENS_DIM[layout]], key_prefix, key_suffix)
+    if forced.suffix and keep_diagonal and forced.selected(sparsity) - forced.prefix - forced.suffix < MAX_OWN_BLOCKS:
+        # among blocks that must be taken the operator prefers the first ones, and own ones might be too many
+        blocks = select_with_forced_blocks(q, k, proj_q, proj_k, front=key_prefix, back=key_suffix, **routing)
+        options["key_blocks"] = RoutedBlocks(blocks)
+    else:
+        options["exact_keys"] = key_prefix, key_suffix
+    return attend(q, k, v, proj_q=proj_q, proj_k=proj_k, **routing, **options)
 
 
 def with_exact_rows(out, dense, *, tokens, prefix, suffix, axis):
-    """The output of all ``tokens`` queries: ``out`` of the video's, and what ``dense(slice)`` computes of those at the ends.
+    """``out`` with what ``dense(slice)`` computes of the queries at both ends of all ``tokens`` written to it.
 
-    prefix, suffix: queries before and after the video's. axis: the token dimension of ``out``.
+    out: of attend_video() with room=(prefix, suffix). prefix, suffix: queries before and after the video's. axis: the token
+    dimension of ``out``.
     """
-    parts = [out]
-    if prefix:
-        parts.insert(0, dense(slice(0, prefix)))
-    if suffix:
-        parts.append(dense(slice(tokens - suffix, tokens)))
-    if len(parts) == 1:
-        return out
-    # under autocast the exact rows may have the other 16-bit dtype, and torch.cat refuses to join the two
-    with without_autocast(out.device):
-        return torch.cat([part.to(out.dtype) for part in parts], dim=axis)
+    for start, count in ((0, prefix), (tokens - suffix, suffix)):
+        if count:
+            out.narrow(axis, start, count).copy_(dense(slice(start, start + count)))
+    return out

@@ -18,10 +18,11 @@ from .arguments import (
     check_options,
     check_projections,
     check_sample,
+    checked_pair,
     checked_scale,
     checked_sparsity,
 )
-from .router import K_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, block_count, selected_beside
 from .selection import checked_blocks
 
 SAMPLE_ROWS = 32
@@ -29,7 +30,8 @@ FITTED_ROWS = 24  # of them decide the ratio; the others can judge the result
 
 
 class Fitted(NamedTuple):
-    """out: in q's layout and dtype. ratio: float32 (B, H). dense: float32 (B, H, R, D), dense attention of the sampled rows."""
+    """out: in q's layout and dtype, ``room`` included. ratio: float32 (B, H). dense: float32 (B, H, R, D), dense attention of
+    the sampled rows."""
 
     out: Tensor
     ratio: Tensor
@@ -96,6 +98,8 @@ def fitted_attention(
     key_blocks=None,
     backend="auto",
     keep_diagonal=False,
+    room=(0, 0),
+    exact_keys=(0, 0),
 ):
     """SLA2 attention whose mixing ratio, one per video and head, is fitted by least squares on some query rows.
 
@@ -119,12 +123,13 @@ def fitted_attention(
         raise ValueError(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
         )
-    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal)
+    key_blocks, is_routed, forced, diagonal = checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys)
     blocks, sparsity = block_count(k.shape[TOKENS_DIM[layout]], K_BLOCK), checked_sparsity(sparsity)
-    count = selected_block_count(sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
+    count = selected_beside(forced, sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
     if count >= blocks:
         raise ValueError(f"a fitted ratio needs a key block that is left out, and {count} of {blocks} are selected.")
     check_sample(rows, fitted)
+    before, behind = checked_pair("room", room)
     return Fitted(
         *torch.ops.sla2.fitted_attention(
             q,
@@ -140,7 +145,10 @@ def fitted_attention(
             layout == "BHND",
             checked_scale(scale, head_dim),
             backend,
-            0 if keep_diagonal else None,
+            diagonal,
             is_routed,
+            before,
+            behind,
+            *forced,
         )
     )

@@ -4,47 +4,14 @@ Joint video models carry such tokens before the video's or after them. The route
 but video; every block with one of the other tokens in it is added, so each query block keeps the same number of blocks.
 """
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from .arguments import TOKENS_DIM, check_selection, checked_count, checked_sparsity
-from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
-from .selection import select_blocks
-
-
-class ForcedBlocks(NamedTuple):
-    """Key blocks of a sequence: forced ones at the start, those that the router picks from, forced ones at the end."""
-
-    prefix: int
-    free: int
-    suffix: int
-
-    def selected(self, sparsity):
-        """Number of key blocks that each query block attends; ``sparsity`` is the share of the free ones that is skipped."""
-        return self.prefix + (selected_block_count(sparsity, self.free) if self.free else 0) + self.suffix
-
-    def attended_keys(self, tokens, sparsity):
-        """Upper bound on the keys, of ``tokens``, that each query attends exactly.
-
-        The last block may be short. Where it is free, which queries picked it depends on the selection, and it counts as whole:
-        the share of skipped keys that follows is never overstated.
-        """
-        if not self.free:
-            return tokens
-        free_keys = ((self.prefix + self.free) * K_BLOCK if self.suffix else tokens) - self.prefix * K_BLOCK
-        return tokens - free_keys + min(selected_block_count(sparsity, self.free) * K_BLOCK, free_keys)
-
-
-def forced_block_counts(tokens, prefix, suffix):
-    """ForcedBlocks of ``tokens`` keys, of which the first ``prefix`` and the last ``suffix`` are attended by every query."""
-    if prefix < 0 or suffix < 0 or prefix + suffix > tokens:
-        raise ValueError(f"front and back must be at least 0 and at most {tokens} together, got {prefix} and {suffix}.")
-    total = block_count(tokens, K_BLOCK)
-    first = block_count(prefix, K_BLOCK)
-    end = (tokens - suffix) // K_BLOCK if suffix else total
-    return ForcedBlocks(first, end - first, total - end) if end > first else ForcedBlocks(total, 0, 0)
+from .router import K_BLOCK, Q_BLOCK, block_count
+from .selection import forced_block_counts, select_blocks
 
 
 def select_with_forced_blocks(

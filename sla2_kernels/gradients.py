@@ -13,7 +13,7 @@ from .support import resolve_backend
 
 def save_for_backward(ctx, inputs, output):
     """Nothing but inputs, the selection and the ratios is kept: the backward pass computes the rest again."""
-    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _, ctx.linear_branch, _ = inputs
+    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _, ctx.linear_branch, _, ctx.before, *_ = inputs
     ctx.save_for_backward(q, k, v, alpha, output[1], output[2])
     ctx.precision, ctx.heads_first, ctx.scale, ctx.backend = precision, heads_first, scale, backend
 
@@ -21,11 +21,13 @@ def save_for_backward(ctx, inputs, output):
 def backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     """Gradients on the saved selection: 16-bit in Triton; in torch those of its own formats, recomputed chunk by chunk."""
     q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
+    tokens = 2 if ctx.heads_first else 1
+    grad_out = grad_out.narrow(tokens, ctx.before, q.shape[tokens])  # not of the rows that are the caller's
     *grads, grad_alpha = torch.ops.sla2.attention_backward(
         grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend,
         None if alpha is None else grad_row_ratio, ctx.linear_branch,
     )  # fmt: skip
-    return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 9
+    return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 13
 
 
 @torch.library.custom_op("sla2::attention_backward", mutates_args=())

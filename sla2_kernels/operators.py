@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from . import gradients, loops, router, torch_backend, torch_fit
-from .router import K_BLOCK, Q_BLOCK, block_count, ratio_per_block, selected_block_count
+from .router import K_BLOCK, Q_BLOCK, block_count, ratio_per_block, selected_beside
 from .selection import distinct_blocks
 from .support import resolve_backend, without_autocast
 
 
 class _Call(NamedTuple):
-    """One call's tensors as views (B, H, N, D). result: what the operator returns, which ``out`` is a view of.
+    """One call's tensors as views (B, H, N, D). result: what the operator returns, which holds ``out``.
 
     key_blocks: ascending, distinct and in range, or None to route.
     """
@@ -29,9 +29,10 @@ class _Call(NamedTuple):
     result: Tensor
 
 
-def _prepared(q, k, v, key_blocks, heads_first, is_routed):
+def _prepared(q, k, v, key_blocks, heads_first, is_routed, room):
     # what is returned must not be a view, or a caller could not write into it under autograd
-    result = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    result = torch.empty(_with_room(q, heads_first, room), dtype=q.dtype, device=q.device)
+    out = result.narrow(2 if heads_first else 1, room[0], q.shape[2 if heads_first else 1])
     if not heads_first:
         q, k, v, out = (t.transpose(1, 2) for t in (q, k, v, out))
     if key_blocks is not None and not is_routed:
@@ -39,13 +40,20 @@ def _prepared(q, k, v, key_blocks, heads_first, is_routed):
     return _Call(q, k, v, key_blocks, out, result)
 
 
-def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, backend):
+def _with_room(q, heads_first, room):
+    """Shape of the result: q's, and ``room`` more rows, (before, behind)."""
+    shape, tokens = list(q.shape), 2 if heads_first else 1
+    shape[tokens] += sum(room)
+    return shape
+
+
+def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, backend):
     """The key blocks of a call that plain torch computes; tells loops.py that it does, and why."""
     loops.took_loop(loops.TORCH, backend.why_not_triton)
     if call.key_blocks is not None:
         return call.key_blocks
-    count = selected_block_count(sparsity, block_count(call.k.shape[2], K_BLOCK))
-    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal)
+    count = selected_beside(forced, sparsity, block_count(call.k.shape[2], K_BLOCK))
+    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal, forced)
 
 
 @torch.library.custom_op("sla2::attention", mutates_args=())
@@ -65,20 +73,25 @@ def _attention(
     diagonal: Optional[int] = None,
     linear_branch: bool = True,
     is_routed: bool = False,
+    before: int = 0,
+    behind: int = 0,
+    first_forced: int = 0,
+    last_forced: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio per query row, key blocks used, flat); see sla2_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
-    call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
-    ratio = ratio_per_block(alpha, call.q)
+    call = _prepared(q, k, v, key_blocks, heads_first, is_routed, (before, behind))
+    ratio, forced = ratio_per_block(alpha, call.q), (first_forced, last_forced)
     options = {"scale": scale, "precision": precision, "linear_branch": linear_branch}
     if chosen.name == "triton":
         from . import triton_backend
 
         row_ratio, blocks = triton_backend.attention(
-            *call[:3], proj_q, proj_k, call.key_blocks, ratio, call.out, sparsity=sparsity, diagonal=diagonal, **options
-        )
+            *call[:3], proj_q, proj_k, call.key_blocks, ratio, call.out,
+            sparsity=sparsity, diagonal=diagonal, forced=forced, **options,
+        )  # fmt: skip
     else:
-        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
+        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, chosen)
         row_ratio = torch_backend.attention(*call[:3], blocks, ratio, call.out, **options)
     # an operator must not return its own input
     return call.result, row_ratio.float(), blocks.flatten().clone() if is_routed else blocks.flatten()
@@ -101,11 +114,15 @@ def _fitted_attention(
     backend: str,
     diagonal: Optional[int] = None,
     is_routed: bool = False,
+    before: int = 0,
+    behind: int = 0,
+    first_forced: int = 0,
+    last_forced: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio, dense); see fitted_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
-    call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
-    options = {"scale": scale, "precision": precision}
+    call = _prepared(q, k, v, key_blocks, heads_first, is_routed, (before, behind))
+    options, forced = {"scale": scale, "precision": precision}, (first_forced, last_forced)
     dense = torch.empty(*call.q.shape[:2], rows.shape[0], q.shape[3], dtype=torch.float32, device=q.device)
     if chosen.name == "triton":
         from . import triton_backend
@@ -113,10 +130,10 @@ def _fitted_attention(
         sample = triton_backend.Sample(rows, fitted, dense)
         row_ratio, _ = triton_backend.attention(
             *call[:3], proj_q, proj_k, call.key_blocks, None, call.out,
-            sparsity=sparsity, diagonal=diagonal, sample=sample, **options,
+            sparsity=sparsity, diagonal=diagonal, forced=forced, sample=sample, **options,
         )  # fmt: skip
         return call.result, row_ratio[..., 0].clone(), dense
-    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
+    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, chosen)
     with without_autocast(q.device):
         ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale)
     per_block = ratio[..., None].expand(-1, -1, block_count(call.q.shape[2], Q_BLOCK))
@@ -132,15 +149,15 @@ def _sizes(q, heads_first):
 @_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    linear_branch=True, is_routed=False,
+    linear_branch=True, is_routed=False, before=0, behind=0, first_forced=0, last_forced=0,
 ):  # fmt: skip
     batch, heads, tokens, _ = _sizes(q, heads_first)
     if key_blocks is None:
-        count = selected_block_count(sparsity, block_count(_sizes(k, heads_first)[2], K_BLOCK))
+        count = selected_beside((first_forced, last_forced), sparsity, block_count(_sizes(k, heads_first)[2], K_BLOCK))
     else:
         count = key_blocks.shape[-1]
     return (
-        q.new_empty(q.shape),
+        q.new_empty(_with_room(q, heads_first, (before, behind))),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         # flat: torch.compile would compile anew for every dimension of size 1, and the count may be 1
         q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
@@ -150,11 +167,11 @@ def _(
 @_fitted_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    is_routed=False,
+    is_routed=False, before=0, behind=0, first_forced=0, last_forced=0,
 ):  # fmt: skip
     batch, heads, _, head_dim = _sizes(q, heads_first)
     return (
-        q.new_empty(q.shape),
+        q.new_empty(_with_room(q, heads_first, (before, behind))),
         q.new_empty((batch, heads), dtype=torch.float32),
         q.new_empty((batch, heads, rows.shape[0], head_dim), dtype=torch.float32),
     )

@@ -50,14 +50,14 @@ def attend_with_references(
     keep_diagonal=False,
     **options,
 ):
-    """What ``attend`` returns for the queries of all stretches, in the order of :func:`gathered_queries`.
+    """What ``attend`` returns for the queries of all stretches, in the order of :func:`gathered_queries`; see whole_output().
 
     Args:
         attend: sla2_attention, fitted_attention or sla_attention, its other arguments bound.
         q, k, v: of the whole sequence. See :func:`sla2_kernels.sla2_attention`.
         stretches: Stretches of that sequence.
         sparsity: share of the routed key blocks that is skipped, 0 to below 1.
-        options: for ``attend``; the rest as in :func:`select_with_references`.
+        options: for ``attend``, ``room`` among them; the rest as in :func:`select_with_references`.
     """
     q = gathered_queries(q, stretches, TOKENS_DIM[layout])
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}

@@ -30,6 +30,12 @@ def selected_block_count(sparsity, key_block_count):
     return torch.sym_max(1, (kept + PARTS // 10**6) // PARTS)
 
 
+def selected_beside(forced, sparsity, blocks):
+    """The same where ``forced`` of the blocks, (at the start, at the end), are attended in any case: those, and of the others."""
+    free = blocks - sum(forced)
+    return sum(forced) + (selected_block_count(sparsity, free) if free else 0)
+
+
 def compute_dtype(q):
     """What plain torch computes in: float64 for float64 inputs, else float32."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -102,12 +108,16 @@ def top_k_blocks(scores, count):
     return order.sort(dim=-1).values.to(torch.int32)
 
 
-def route(q, k, proj_q, proj_k, count, diagonal=None):
+def route(q, k, proj_q, proj_k, count, diagonal=None, forced=(0, 0)):
     """The router's choice, int32 (B, H, T_m, count), ascending; what triton_backend.route() does in Triton.
 
-    diagonal: position among the keys of the first query's own key, or None; see with_diagonal().
+    diagonal: position among the keys of the first query's own key, or None; see with_diagonal(). forced: so many key blocks
+    at the start and the end are taken first.
     """
-    return _chosen(router_scores(q, k, proj_q, proj_k), count, diagonal)
+    scores = router_scores(q, k, proj_q, proj_k)
+    scores[..., : forced[0]] = torch.inf
+    scores[..., scores.shape[-1] - forced[1] :] = torch.inf
+    return _chosen(scores, count, diagonal)
 
 
 def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None):

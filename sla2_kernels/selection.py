@@ -6,9 +6,42 @@ import torch
 from torch import Tensor
 
 from . import router
-from .arguments import TOKENS_DIM, check_diagonal, check_key_blocks
-from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
+from .arguments import TOKENS_DIM, check_diagonal, check_key_blocks, checked_pair
+from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside, selected_block_count
 from .support import resolve_backend
+
+
+class ForcedBlocks(NamedTuple):
+    """Key blocks of a sequence: forced ones at the start, those that the router picks from, forced ones at the end."""
+
+    prefix: int
+    free: int
+    suffix: int
+
+    def selected(self, sparsity):
+        """Number of key blocks that each query block attends; ``sparsity`` is the share of the free ones that is skipped."""
+        return selected_beside((self.prefix, self.suffix), sparsity, sum(self))
+
+    def attended_keys(self, tokens, sparsity):
+        """Upper bound on the keys, of ``tokens``, that each query attends exactly.
+
+        The last block may be short. Where it is free, which queries picked it depends on the selection, and it counts as whole:
+        the share of skipped keys that follows is never overstated.
+        """
+        if not self.free:
+            return tokens
+        free_keys = ((self.prefix + self.free) * K_BLOCK if self.suffix else tokens) - self.prefix * K_BLOCK
+        return tokens - free_keys + min(selected_block_count(sparsity, self.free) * K_BLOCK, free_keys)
+
+
+def forced_block_counts(tokens, prefix, suffix):
+    """ForcedBlocks of ``tokens`` keys, of which the first ``prefix`` and the last ``suffix`` are attended by every query."""
+    if prefix < 0 or suffix < 0 or prefix + suffix > tokens:
+        raise ValueError(f"front and back must be at least 0 and at most {tokens} together, got {prefix} and {suffix}.")
+    total = block_count(tokens, K_BLOCK)
+    first = block_count(prefix, K_BLOCK)
+    end = (tokens - suffix) // K_BLOCK if suffix else total
+    return ForcedBlocks(first, end - first, total - end) if end > first else ForcedBlocks(total, 0, 0)
 
 
 class RoutedBlocks(NamedTuple):
@@ -17,21 +50,31 @@ class RoutedBlocks(NamedTuple):
     key_blocks: Tensor
 
 
-def checked_blocks(key_blocks, q, k, layout, keep_diagonal):
-    """(key blocks or None, whether they were RoutedBlocks) of a call's arguments; raises ValueError where they do not fit.
+def checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys=(0, 0)):
+    """What selects the key blocks of a call; raises ValueError where its arguments do not fit.
 
-    keep_diagonal needs as many keys as queries, but is ignored where ``key_blocks`` are given.
+    keep_diagonal needs as many keys between the exact ones as queries; both are ignored where ``key_blocks`` are given.
+
+    Returns:
+        (key blocks or None, whether they were RoutedBlocks, key blocks at the start and the end that hold exact keys, the place
+        among the keys of the first query's own key or None).
     """
     if isinstance(key_blocks, RoutedBlocks):
-        return key_blocks.key_blocks, True
+        return key_blocks.key_blocks, True, (0, 0), None
     if key_blocks is not None:
         tokens, keys = (t.shape[TOKENS_DIM[layout]] for t in (q, k))
         heads = q.shape[3 - TOKENS_DIM[layout]]
         rows = q.shape[0], heads, block_count(tokens, Q_BLOCK)
         check_key_blocks(key_blocks, rows, block_count(keys, K_BLOCK), q.device)
-    elif keep_diagonal:
-        check_diagonal(q, k)
-    return key_blocks, False
+        return key_blocks, False, (0, 0), None
+    (first, last), axis = checked_pair("exact_keys", exact_keys), TOKENS_DIM[layout]
+    keys = k.shape[axis]
+    if first + last > keys:
+        raise ValueError(f"exact_keys must be at most {keys} together, got {first} and {last}.")
+    forced = forced_block_counts(keys, first, last)
+    if keep_diagonal:
+        check_diagonal(q, k.narrow(axis, first, keys - first - last))
+    return None, False, (forced.prefix, forced.suffix), first if keep_diagonal else None
 
 
 def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal):

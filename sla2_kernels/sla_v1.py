@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import check_dimensions, check_linear_projection, check_options
+from .arguments import TOKENS_DIM, check_dimensions, check_linear_projection, check_options
 from .attention import sla2_attention
 from .support import without_autocast
 
@@ -85,11 +85,11 @@ def _wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=False, **options):
+def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=False, room=(0, 0), **options):
     """SLA: O_s + proj_l(O_l).
 
     Args:
-        q, k, v, sparsity, layout: as in :func:`sla2_kernels.sla2_attention`; so are ``options`` (precision, scale,
+        q, k, v, sparsity, layout, room: as in :func:`sla2_kernels.sla2_attention`; so are ``options`` (precision, scale,
             key_blocks, backend) and the errors.
         proj_l: (weight (D, D), bias (D,)) as torch.nn.Linear applies them, or None for O_s alone ("top-k only").
 
@@ -100,14 +100,15 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     check_dimensions("q", q, layout)
     check_linear_projection(proj_l, q.shape[3])
     out, share = sla2_attention(
-        q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, **options
+        q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, room=room, **options
     )
     if proj_l is not None:
+        own = out.narrow(TOKENS_DIM[layout], room[0], q.shape[TOKENS_DIM[layout]])
         if layout == "BNHD":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         weight, bias = (t.to(q.device, q.dtype) for t in proj_l)
         # in q's dtype, as the softmax branch is; torch.cat fails where autocast has the other 16-bit type
         with without_autocast(q.device):
             linear = torch.nn.functional.linear(linear_over_all_keys(q, k, v), weight, bias)
-        out = out + (linear if layout == "BHND" else linear.transpose(1, 2))
+        own += linear if layout == "BHND" else linear.transpose(1, 2)
     return (out, share) if return_alpha else out

@@ -65,6 +65,31 @@ class Stretches:
         *others, last = self.ordered
         return [*(_whole_blocks(*stretch) for stretch in others), [last]]
 
+    def pieces(self):
+        """[(first token, first row of gathered_queries(), rows), ...]: where the output of every token is computed, once."""
+        found, at = [], 0
+        for (start, stop), parts in zip(self.ordered, self.query_parts(), strict=True):
+            length, rows = stop - start, sum(end - first for first, end in parts)
+            # behind the whole blocks of a longer stretch comes its last block, which reaches back
+            full = length // Q_BLOCK * Q_BLOCK if rows > length >= Q_BLOCK else length
+            found.append((start, at, full))
+            if full < length:
+                found.append((start + full, at + rows - (length - full), length - full))
+            at += rows
+        return found
+
+    @property
+    def room(self):
+        """(before, behind): rows beside those of gathered_queries() that make the output whole, its longest piece in place."""
+        begin = self._first_row
+        return max(0, begin), max(0, self.tokens - begin - self.gathered_rows)
+
+    @property
+    def _first_row(self):
+        """The token in whose place the first row of gathered_queries() stands; below 0 where that is before all tokens."""
+        start, row, _ = max(self.pieces(), key=lambda piece: piece[2])
+        return start - row
+
     def query_ranges(self):
         """(first token, end) of each query block of gathered_queries(), a block that repeats its stretch being all of it."""
         ranges = []
@@ -124,28 +149,28 @@ def gathered_queries(q, stretches, axis):
         )
 
 
-def whole_output(out, dense, stretches, axis):
-    """The output of the whole sequence.
+def gathered_rows(out, stretches, axis):
+    """The rows of gathered_queries() in an output ``out`` with Stretches.room; ``axis`` is its token dimension."""
+    return out.narrow(axis, stretches.room[0], stretches.gathered_rows)
 
-    out: of gathered_queries(), ``axis`` its token dimension. dense(ranges): exact attention of the query rows in these
-    (start, stop), end to end, as a tensor of out's layout; called once, or not at all.
+
+def whole_output(out, dense, stretches, axis):
+    """The output of the whole sequence, a view of ``out``, which is written to.
+
+    out: of gathered_queries() with Stretches.room, ``axis`` its token dimension. dense(ranges): exact attention of the query
+    rows in these (start, stop), end to end, as a tensor of out's layout; called once, or not at all.
     """
-    pieces, at = {}, 0
-    for (start, stop), parts in zip(stretches.ordered, stretches.query_parts(), strict=True):
-        length, rows = stop - start, sum(end - first for first, end in parts)
-        full = min(length, length // Q_BLOCK * Q_BLOCK if rows > length else length)
-        if full < length < Q_BLOCK:
-            pieces[start] = [out.narrow(axis, at, length)]
-        else:
-            tail = length - full
-            pieces[start] = [out.narrow(axis, at, full)] + ([out.narrow(axis, at + rows - tail, tail)] if tail else [])
-        at += rows
+    begin, gathered = stretches._first_row, gathered_rows(out, stretches, axis)
+    whole = out.narrow(axis, max(0, -begin), stretches.tokens)
+    moved = [piece for piece in stretches.pieces() if piece[0] - piece[1] != begin]
+    # copied before any is written: a place may hold rows that are still to be moved
+    rows = [gathered.narrow(axis, row, count).clone() for _, row, count in moved]
+    for (start, _, count), piece in zip(moved, rows, strict=True):
+        whole.narrow(axis, start, count).copy_(piece)
     exact = stretches.exact
     if exact:
         computed, at = dense(exact), 0
         for start, stop in exact:
-            pieces[start] = [computed.narrow(axis, at, stop - start)]
+            whole.narrow(axis, start, stop - start).copy_(computed.narrow(axis, at, stop - start))
             at += stop - start
-    # under autocast the exact rows may have the other 16-bit dtype, and torch.cat refuses to join the two
-    with without_autocast(out.device):
-        return torch.cat([piece.to(out.dtype) for start in sorted(pieces) for piece in pieces[start]], dim=axis)
+    return whole

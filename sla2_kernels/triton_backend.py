@@ -24,7 +24,7 @@ from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
 from .kernels.weighted_mask import weighted_mask
 from .loops import HOPPER, TRITON, took_loop
-from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside
 from .support import capability, interpreting, on_device
 
 HIGHEST, LOWEST = INT32_MAX.value, INT32_MIN.value  # of the scores
@@ -89,12 +89,12 @@ def _smoothed(found, k, dtype):
     return means, smooth(found.k, k.shape[2], means)
 
 
-def _route(q, k, v, proj_q, proj_k, selected, dtype, diagonal=None, **samples):
+def _route(q, k, v, proj_q, proj_k, selected, dtype, diagonal=None, forced=(0, 0), **samples):
     """Fills ``selected``, int32 (B * H, T_m, n), ascending. dtype: of the mask, None makes none. samples: as in pools()."""
     found = pools(k, q, v, queries=True, **samples)
     means, mean = _smoothed(found, k, q.dtype)
     q_routed, k_routed = project(found.q, proj_q), project(found.k, proj_k)
-    unselected = select(scores(q_routed, k_routed, diagonal), found.k.shape[1], selected, dtype)
+    unselected = select(scores(q_routed, k_routed, diagonal, forced), found.k.shape[1], selected, dtype)
     return Routing(unselected, means, mean, found)
 
 
@@ -238,6 +238,7 @@ class _Settings:
     qk: str
     pv: str
     diagonal: int | None
+    forced: tuple[int, int]
     routing: bool
     linear: bool
     hopper: bool
@@ -256,13 +257,13 @@ class _Settings:
 
 def attention(
     q, k, v, proj_q, proj_k, key_blocks, ratios, out, *,
-    sparsity, scale, precision, diagonal=None, linear_branch=True, sample=None,
+    sparsity, scale, precision, diagonal=None, forced=(0, 0), linear_branch=True, sample=None,
 ):  # fmt: skip
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
     or None to route. ratios: (H, T_m) or (B * H, T_m), or None to estimate them, or with a Sample to fit them on it; then
-    each query block leaves a key block out. diagonal: see kernels/score.py.
+    each query block leaves a key block out. diagonal, forced: see kernels/score.py; ``sparsity`` is of the key blocks that are not forced.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
@@ -275,7 +276,7 @@ def attention(
             ratios = ratios.repeat(q.shape[0], 1)
         ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
-            selected = _new_selection(q, selected_block_count(sparsity, blocks))
+            selected = _new_selection(q, selected_beside(forced, sparsity, blocks))
         else:
             selected = key_blocks.flatten(0, 1).contiguous()
         linear = linear_branch and selected.shape[2] < blocks
@@ -287,7 +288,7 @@ def attention(
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         rows, dense, fitted = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.fitted)
         tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, rows, dense)
-        settings = _Settings(scale, qk, pv, diagonal, routing, linear, why_not_hopper is None, fitted)
+        settings = _Settings(scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted)
         cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
     return ratio, selected.unflatten(0, q.shape[:2])
 
@@ -325,7 +326,7 @@ def _routing(t, s):
     samples = {"balance": s.qk == "int8", "channels": s.pv == "int8"}
     if s.routing:
         dtype = _sums_dtype(t.q) if s.linear else None
-        return _route(t.q, t.k, t.v, t.proj_q, t.proj_k, t.selected, dtype, s.diagonal, **samples)
+        return _route(t.q, t.k, t.v, t.proj_q, t.proj_k, t.selected, dtype, s.diagonal, s.forced, **samples)
     if s.linear or s.qk != "16bit":
         found = pools(t.k, t.q, t.v, **samples)
         return Routing(t.unselected, *_smoothed(found, t.k, t.q.dtype), found)

@@ -10,11 +10,11 @@ State is the caller's: nothing is kept between calls, any thread may call.
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count
 from .attention import sla2_attention
 from .exact_ends import attend_video, with_exact_rows
+from .exact_rows import exact_rows
 from .references import REFERENCE_KEYS, attend_with_references
 from .sla_v1 import sla_attention
 from .stretches import Stretches, whole_output
@@ -53,7 +53,7 @@ def video_attention(
         sparsity: share of the video's key blocks that is skipped, 0 to below 1.
         precision: "16bit", "int8", "fp8", or "auto": the fastest of the device.
         method: "sla2", "top-k only" (no linear part), or "sla" (SLA v1) with ``proj_l`` = (weight, bias) of the layer.
-        dense: dense(q, k, v) in the same layout, for the exact rows; None is torch's scaled_dot_product_attention.
+        dense: dense(q, k, v) in the same layout, for the exact rows; None is :func:`sla2_kernels.exact_rows.exact_rows`.
         backend: as in :func:`sla2_kernels.sla2_attention`.
         keep_diagonal: each query block always takes the key blocks of its own tokens: right for an untrained router, or
             ``weights.keep_diagonal`` of a trained one.
@@ -96,9 +96,10 @@ def video_attention(
         "backend": backend,
         "keep_diagonal": keep_diagonal,
     }
-    exact = dense or functools.partial(_dense, layout=layout, scale=scale)
+    exact = dense or functools.partial(exact_rows, layout=layout, scale=scale)
     if references:
         stretches = Stretches(tokens, (front, tokens - back), tuple(tuple(reference) for reference in references))
+        routing["room"] = stretches.room
         out = attend_with_references(attend, q, k, v, stretches, reference_keys=reference_keys, **routing)
 
         def dense_ranges(ranges):
@@ -106,7 +107,7 @@ def video_attention(
 
         return whole_output(out, dense_ranges, stretches, axis)
     video = q.narrow(axis, front, tokens - front - back)
-    out = attend_video(attend, video, k, v, key_prefix=front, key_suffix=back, **routing)
+    out = attend_video(attend, video, k, v, key_prefix=front, key_suffix=back, room=(front, back), **routing)
 
     def dense_rows(rows):
         return exact(q.narrow(axis, rows.start, rows.stop - rows.start), k, v)
@@ -122,10 +123,3 @@ def why_dense(q, *, layout="BHND", precision="auto", minimum_tokens=MINIMUM_TOKE
     if tokens < minimum_tokens:
         return f"the sequence has {tokens} tokens, minimum_tokens is {minimum_tokens}"
     return unsupported_reason(q.device, q.dtype, q.shape[-1], resolve_precision(precision, q.device))
-
-
-def _dense(q, k, v, layout, scale):
-    if layout == "BNHD":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2) if layout == "BNHD" else out

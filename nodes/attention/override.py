@@ -11,6 +11,8 @@ from .self_attention import attend
 
 logger = logging.getLogger("sla2")
 
+DEFAULT = "comfy.ldm.modules.attention.attention_pytorch"
+
 
 def make_override(hook, base):
     """The attention override: a closure over ``hook`` that falls back to ``base``, the override that was there before."""
@@ -42,7 +44,7 @@ def make_override(hook, base):
                 say_family(hook.family_reason, run)
             return below_seen(*args, **kwargs)
         run.see_backend(name_of(func))
-        return attend(call, layer, below_seen, args, kwargs)
+        return attend(call, layer, below_seen, args, kwargs, is_default=base is None and name == DEFAULT)
 
     setattr(sla2_attention_override, MARK, hook)
     sla2_attention_override.sla2_base = base

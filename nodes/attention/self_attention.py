@@ -3,6 +3,8 @@
 What stands in the way of a sparse call raises RunDense, at whatever depth it is found; attend() alone catches it.
 """
 
+from functools import partial
+
 import torch
 
 from ...sla2_kernels.loops import watch_loops
@@ -12,18 +14,29 @@ from .call import check_supported, read_call
 from .failures import attempt, attempt_rest, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
-from .sparse_call import rows_of_call, sparse_request, video_part, with_dense_rows
+from .sparse_call import (
+    own_rows,
+    rows_of_call,
+    rows_of_request,
+    sparse_request,
+    takes_rows,
+    video_part,
+    with_dense_rows,
+)
 from .steps import check_length, planned_sparsity
 from .video_tokens import DENSE_BY_NATURE
 
 
-def attend(call, layer, below, args, kwargs):
-    """Output of one self-attention call of a ModelCall; ``below`` computes it densely from the arguments untouched."""
+def attend(call, layer, below, args, kwargs, is_default=False):
+    """Output of one self-attention call of a ModelCall; ``below`` computes it densely from the arguments untouched.
+
+    is_default: nobody chose ``below``: it is ComfyUI's default, PyTorch's attention.
+    """
     if call.repeated:
         return _repeat(call, layer, below, args, kwargs)
     call.counts["attended"] += 1
     try:
-        return _attend_sparse(call, layer, below, args, kwargs)
+        return _attend_sparse(call, layer, below, args, kwargs, is_default)
     except RunDense as found:
         reason, by_setting, sparsity = found.reason, found.by_setting, found.sparsity
     # only here is the traceback gone, and with it the tensors that its frames held
@@ -36,7 +49,7 @@ def attend(call, layer, below, args, kwargs):
     return _attend_dense(call.run, layer, reason, below, args, kwargs)
 
 
-def _attend_sparse(call, layer, below, args, kwargs):
+def _attend_sparse(call, layer, below, args, kwargs, is_default):
     settings = call.hook.settings
     sparsity = planned_sparsity(settings, layer, call.step)
     request = read_call(args, kwargs)
@@ -49,16 +62,20 @@ def _attend_sparse(call, layer, below, args, kwargs):
     check_attempted(call, layer)
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
     out, ratio, kept, keys, judging, loops = result
-    check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
-    # a second output, and what the dense rows' attention takes: whole dense attention needs less
-    whole = attempt_rest(call, request.q.device, lambda: _whole(out, request, exact, below, args, kwargs))
-    run = call.run
+    own, run = own_rows(out, request, exact), call.run
+    check_output(call, layer, own, sparsity, (request.q, request.k, request.v))
+    if judging is not None:
+        run.count_errors(layer, *judging.against(own))
+    if is_default and exact.dense_queries and not call.has_autograd and takes_rows(request):
+        rows = partial(rows_of_request, request)
+        whole = attempt(call, layer, request.q.device, lambda: with_dense_rows(out, request, exact, rows))
+    else:
+        # what the dense rows' attention takes: whole dense attention needs less
+        whole = attempt_rest(call, request.q.device, lambda: _whole(out, request, exact, below, args, kwargs))
     # rows that a reference's last block computes twice count once
     rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
     run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)
     run.count_loops(loops)
-    if judging is not None:
-        run.count_errors(layer, *judging.against(out))
     call.decisions.take(layer, (sparsity, True))
     return whole
 

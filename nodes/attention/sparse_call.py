@@ -11,12 +11,13 @@ import torch
 
 from ...sla2_kernels import K_BLOCK, sla2_attention
 from ...sla2_kernels.exact_ends import attend_video, with_exact_rows
+from ...sla2_kernels.exact_rows import exact_rows, takes_exact_rows
 from ...sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from ...sla2_kernels.forced_blocks import forced_block_counts
 from ...sla2_kernels.references import REFERENCE_KEYS, attend_with_references, selected_with_references
 from ...sla2_kernels.router import block_count
 from ...sla2_kernels.sla_v1 import sla_attention
-from ...sla2_kernels.stretches import Stretches, whole_output
+from ...sla2_kernels.stretches import Stretches, gathered_rows, whole_output
 from .video_tokens import ExactTokens
 
 
@@ -76,8 +77,9 @@ class ExactRows:
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):
     """(out, ratio, kept, keys, ExactRows or None): the video's queries attend ``kept`` of ``keys`` keys exactly.
 
-    ratio: of each query row, float32 (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call
-    that keeps all blocks has nothing to fit.
+    out: with room for the rows of the other queries; own_rows() are the video's. ratio: of each query row, float32
+    (B, H, N). weights: CallWeights. call_ratio: CallRatio where the ratio is fitted; a call that keeps all blocks has nothing
+    to fit.
     """
     keys = part.k.shape[part.token_axis]
     forced = forced_block_counts(keys, exact.key_front, exact.key_back)
@@ -94,6 +96,7 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
         precision=precision,
         scale=scale,
         layout=part.layout,
+        room=(exact.query_front, exact.query_back),
         keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
     )
     may_fit = forced.selected(sparsity) < sum(forced)
@@ -102,7 +105,7 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
 
 
 def sparse_stretches(request, stretches, weights, *, sparsity, precision, scale, reference_keys, call_ratio=None):
-    """The same for the queries of all stretches of a call, out and ratio in the order of gathered_queries()."""
+    """The same for the queries of all stretches of a call, own_rows() and ratio in the order of gathered_queries()."""
     part = video_part(request, ExactTokens())
     selected = selected_with_references(stretches, sparsity, reference_keys, keep_diagonal=weights.keep_diagonal)
     attend = functools.partial(
@@ -118,6 +121,7 @@ def sparse_stretches(request, stretches, weights, *, sparsity, precision, scale,
         scale=scale,
         reference_keys=reference_keys,
         layout=part.layout,
+        room=stretches.room,
         keep_diagonal=weights.keep_diagonal,
     )
     may_fit = selected < block_count(stretches.tokens, K_BLOCK)
@@ -163,8 +167,16 @@ def leaves_out(request, exact, sparsity, keep_diagonal=False, reference_keys=REF
     return selected < block_count(stretches.tokens, K_BLOCK)
 
 
+def own_rows(out, request, exact):
+    """The rows that sparse_request() computed, a view of its ``out``: to be looked at before the other rows are written."""
+    axis, stretches = 1 if request.flat_output else 2, stretches_of(request, exact)
+    if stretches is not None:
+        return gathered_rows(out, stretches, axis)
+    return out.narrow(axis, exact.query_front, request.tokens - exact.query_front - exact.query_back)
+
+
 def with_dense_rows(out, request, exact, dense):
-    """The whole call's output: ``out`` of sparse_request(), and the rows of these slices as dense(slice, ...) computes them."""
+    """The whole call's output: ``out`` of sparse_request() with the rows of these slices as dense(slice, ...) computes them."""
     flat, stretches = request.flat_output, stretches_of(request, exact)
     out, axis = (out.flatten(2), 1) if flat else (out, 2)
     if stretches is not None:
@@ -172,6 +184,19 @@ def with_dense_rows(out, request, exact, dense):
     return with_exact_rows(
         out, dense, tokens=request.tokens, prefix=exact.query_front, suffix=exact.query_back, axis=axis
     )
+
+
+def takes_rows(request):
+    """Whether rows_of_request() is faster than dense attention."""
+    return takes_exact_rows(request.q, request.k, request.v, "BNHD")
+
+
+def rows_of_request(request, *rows):
+    """Exact attention of the query rows of these slices, in the layout that the call expects back."""
+    parts = [request.q[:, own] for own in rows]
+    q = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    out = exact_rows(q, request.k, request.v, scale=request.scale, layout="BNHD")
+    return out.flatten(2) if request.flat_output else out.transpose(1, 2)
 
 
 def rows_of_call(args, kwargs, *rows):

@@ -21,16 +21,16 @@ TILE = 64
 HALVES_ROWS = 32
 SCORES_STEP = 128  # the length of a row of scores is a multiple of it, so that the top-k reads without masks
 INT32_MIN = tl.constexpr(-(2**31))  # the padding, and below every score
-INT32_MAX = tl.constexpr(2**31 - 1)  # a query's own key blocks, above every score
+INT32_MAX = tl.constexpr(2**31 - 1)  # a query's own key blocks and the forced ones, above every score
 # parts of a float32 as an integer
 FLOAT32_EXPONENT, FLOAT32_ONE = tl.constexpr(0x7F800000), tl.constexpr(127 << 23)
 TEN_OCTAVES = tl.constexpr(10 << 23)
 KEY_BLOCK_LOG2 = tl.constexpr(K_BLOCK.bit_length() - 1)
 
 
-@triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols", "diagonal"])
+@triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols", "diagonal", "first_free", "end_free"])
 def _product(
-    a, b, out, b_heads, b_stride_h, rows, cols, out_stride, diagonal,
+    a, b, out, b_heads, b_stride_h, rows, cols, out_stride, diagonal, first_free, end_free,
     D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -42,11 +42,13 @@ def _product(
     right = tl.load(right_at, mask=j[None, :] < cols, other=0.0)  # [D, TILE]
     # in steps along D, which need less shared memory, the same product takes three times as long
     tile = tl.dot(left, right, input_precision="tf32x3")  # [TILE, TILE]
-    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED)
+    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED)
 
 
 @triton.jit
-def _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED: tl.constexpr):
+def _store(
+    out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED: tl.constexpr
+):  # fmt: skip
     """Writes a [TILE, TILE] product. ORDERED: as scores()."""
     out_at = out + (bh * rows + i[:, None]) * out_stride + j[None, :]
     inside = (i[:, None] < rows) & (j[None, :] < out_stride)
@@ -55,7 +57,8 @@ def _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED: tl.co
         own_begin = (diagonal + i * QUERY_BLOCK) >> KEY_BLOCK_LOG2
         own_end = (diagonal + (i + 1) * QUERY_BLOCK - 1) >> KEY_BLOCK_LOG2
         own = (j[None, :] >= own_begin[:, None]) & (j[None, :] <= own_end[:, None])
-        raised = tl.where(own, INT32_MAX, ordered_int(tile))
+        forced = (j < first_free) | (j >= end_free)
+        raised = tl.where(own | forced[None, :], INT32_MAX, ordered_int(tile))
         tl.store(out_at, tl.where(j[None, :] < cols, raised, INT32_MIN), mask=inside)
     else:
         tl.store(out_at, tile, mask=inside)
@@ -91,9 +94,9 @@ def _take_apart(x, high, low, power, tile, rows, D: tl.constexpr, TILE: tl.const
     tl.store(power + i, (exponent - TEN_OCTAVES).to(tl.float32, bitcast=True), mask=inside)
 
 
-@triton.jit(do_not_specialize=["b_heads", "rows", "cols", "diagonal"])
+@triton.jit(do_not_specialize=["b_heads", "rows", "cols", "diagonal", "first_free", "end_free"])
 def _product_of_halves(
-    a_high, a_low, a_power, b_high, b_low, b_power, out, b_heads, rows, cols, out_stride, diagonal,
+    a_high, a_low, a_power, b_high, b_low, b_power, out, b_heads, rows, cols, out_stride, diagonal, first_free, end_free,
     D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -111,7 +114,7 @@ def _product_of_halves(
     tile = tl.dot(left, right, tile)
     tile *= tl.load(a_power + a_row, mask=a_inside, other=0.0)[:, None]
     tile *= tl.load(b_power + b_row, mask=b_inside, other=0.0)[None, :]
-    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, ORDERED)
+    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED)
 
 
 def _in_halves(a, b):
@@ -127,11 +130,14 @@ def _in_halves(a, b):
     return halves
 
 
-def _launch(a, b, out, b_heads, cols, diagonal=0):
-    """Fills out with A B^T of a (B * H, rows, D) and b (b_heads, cols, D), contiguous; b's heads repeat."""
+def _launch(a, b, out, b_heads, cols, *ordering):
+    """Fills out with A B^T of a (B * H, rows, D) and b (b_heads, cols, D), contiguous; b's heads repeat.
+
+    ordering: of scores, see scores().
+    """
     batch_heads, rows, head_dim = a.shape
     grid = (block_count(rows, TILE), block_count(out.shape[-1], TILE), batch_heads)
-    sizes = rows, cols, out.shape[-1], diagonal
+    sizes = rows, cols, out.shape[-1], *(ordering or (0, 0, 0))
     constants = {"D": head_dim, "TILE": TILE, "ORDERED": out.dtype == torch.int32, "options": {"num_warps": 4}}
     if multiplies_by_mma_sync(capability(a.device)):
         launch(_product_of_halves, grid, *_in_halves(a, b), out, b_heads, *sizes, **constants)
@@ -148,15 +154,16 @@ def project(pooled, proj):
     return _launch(pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1])
 
 
-def scores(q_pooled, k_pooled, diagonal=None):
+def scores(q_pooled, k_pooled, diagonal=None, forced=(0, 0)):
     """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole SCORES_STEPs).
 
     They are in the order of the float32 scores, up to a positive factor, and the padding is below all. diagonal: which key
-    is the first query's own; each query's own key blocks then are above all. None leaves the scores alone.
+    is the first query's own; each query's own key blocks then are above all. None leaves the scores alone. forced: so many
+    key blocks at the start and the end are above all, too.
     """
     batch_heads, key_blocks, _ = k_pooled.shape
     width = block_count(key_blocks, SCORES_STEP) * SCORES_STEP
     out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
     nowhere = width * K_BLOCK
     own = nowhere if diagonal is None else diagonal
-    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks, own)
+    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks, own, forced[0], key_blocks - forced[1])

@@ -40,6 +40,13 @@ CASES = {
         {"sparsity": torch.tensor([0.5, 0.6])},
         "sparsity must be at least 0 and below 1, got a tensor of shape (2,).",
     ),
+    "room 3": ({"room": 3}, "room must be two integers, at the start and at the end, got 3."),
+    "room of halves": ({"room": (0.5, 0)}, "room must be an integer, got 0.5."),
+    "room below 0": ({"room": (0, -1)}, "room must be two integers of at least 0, got 0 and -1."),
+    "more exact keys than keys": (
+        {"exact_keys": (150, 51)},
+        "exact_keys must be at most 200 together, got 150 and 51.",
+    ),
     "scale text": ({"scale": "0.5"}, "scale must be a finite number above 0, got '0.5'."),
     "scale of two": ({"scale": torch.ones(2)}, "scale must be a finite number above 0, got a tensor of shape (2,)."),
     "scale 0": ({"scale": 0.0}, "scale must be a finite number above 0, got 0.0."),
@@ -175,6 +182,7 @@ FITTED = {
     "more fit than there are": ({"fitted": 33}, "fitted must lie between 1 and the 32 rows, got 33."),
     "layout": CASES["layout"],
     "precision": CASES["precision"],
+    "room": CASES["room 3"],
 }
 
 
@@ -189,7 +197,7 @@ def test_the_fitted_ratio_refuses(change, sentence):
 SELECTION = {
     name: case
     for name, case in CASES.items()
-    if not set(case[0]) & {"precision", "scale", "alpha", "key_blocks"} and set(case[0]) != {"v"}
+    if not set(case[0]) & {"precision", "scale", "alpha", "key_blocks", "room", "exact_keys"} and set(case[0]) != {"v"}
 }
 
 

@@ -1,9 +1,12 @@
 """Forced key blocks beside the router's choice: which blocks, how many, and that they change nothing else."""
 
+import functools
+
 import pytest
 import torch
 
 from sla2_kernels import operators, select_key_blocks, sla2_attention
+from sla2_kernels.exact_ends import attend_video
 from sla2_kernels.forced_blocks import forced_block_counts, select_with_forced_blocks, selected_with_forced
 from sla2_kernels.video_attention import video_attention
 
@@ -83,6 +86,21 @@ def test_torch_compile_sees_one_operator():
         (q, k, None, None, 0.5, 70, 3, True, "torch"),
         test_utils="test_faketensor",
     )
+
+
+@pytest.mark.parametrize("keep_diagonal", [True, False])
+@pytest.mark.parametrize(("front", "back"), [(0, 40), (64, 0), (70, 30), (560, 40)])
+@pytest.mark.parametrize("sparsity", [0.4, 0.9])
+def test_the_operator_takes_them_in_its_own_selection(sparsity, front, back, keep_diagonal):
+    """Also where an own block and one at the end are more than a row keeps of its free ones: then they are selected apart."""
+    q, k, v = tensors(queries=640 - front - back if keep_diagonal else 300)
+    routing = {"sparsity": sparsity, "keep_diagonal": keep_diagonal}
+    blocks = select_with_forced_blocks(q, k, front=front, back=back, **routing)
+    expected = sla2_attention(q, k, v, precision="16bit", key_blocks=blocks)
+    found = attend_video(
+        functools.partial(sla2_attention, precision="16bit"), q, k, v, key_prefix=front, key_suffix=back, **routing
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", ["sla2", "top-k only"])

@@ -207,6 +207,27 @@ def test_the_output_may_be_written_into(generator, layout):
     assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_rows_that_the_caller_writes_beside_the_operators_keep_their_gradients(generator, layout):
+    inputs, others = attention_inputs(generator, tokens=130, keys=200, head_dim=16), normal(generator, 1, 2, 8, 16)
+    tokens, grads, outs = (1 if layout == "BNHD" else 2), [], []
+    weight = normal(generator, 1, 2, 138, 16)
+    for room in ((3, 5), (0, 0)):
+        leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, others)]
+        q, k, v, rows = (x.transpose(1, 2) if layout == "BNHD" else x for x in leaves)
+        out = sla2_attention(q, k, v, sparsity=0.5, precision="16bit", layout=layout, room=room)
+        assert not out._is_view()
+        if any(room):
+            out.narrow(tokens, 0, 3).copy_(rows.narrow(tokens, 0, 3))
+            out.narrow(tokens, 133, 5).copy_(rows.narrow(tokens, 3, 5))
+        else:
+            out = torch.cat([rows.narrow(tokens, 0, 3), out, rows.narrow(tokens, 3, 5)], dim=tokens)
+        outs.append(out.transpose(1, 2) if layout == "BNHD" else out)
+        (outs[-1] * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert torch.equal(*outs) and all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
 def test_the_ratio_may_be_written_into(generator):
     inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16)
     _, ratio = sla2_attention(*leaves_of(inputs)[:3], sparsity=0.5, return_alpha=True)

@@ -1,11 +1,14 @@
 """No tensor of N x M: the largest one that a long call makes stays within the chunk it was given."""
 
+import functools
+
 import pytest
 import torch
 from operator_inputs import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla2_kernels import select_key_blocks, sla2_attention, torch_backend
+from sla2_kernels.video_attention import video_attention
 
 TOKENS, HEAD_DIM = 8192, 32
 CHUNK_BYTES = 8 * 2**20
@@ -58,13 +61,15 @@ def test_forward(long_inputs, sparsity, precision):
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
 def test_the_output_is_allocated_once(generator, monkeypatch, layout):
-    """Each head is written where it belongs: nothing as large as the output is made beside it."""
+    """Each head and exact row is written where it belongs: nothing as large as the output is made beside it."""
     q, k, v = (normal(generator, 1, 64, 64, 64, dtype=torch.bfloat16) for _ in range(3))
     made = []
     for name in ("empty", "stack", "cat", "empty_like", "zeros"):
         monkeypatch.setattr(torch, name, recorded(getattr(torch, name), made))
-    out = sla2_attention(q, k, v, sparsity=0.5, layout=layout)
-    assert [tensor.shape for tensor in made if tensor.numel() >= out.numel()] == [out.shape]
+    for attend in (sla2_attention, functools.partial(video_attention, precision="int8", front=20, back=7)):
+        made.clear()
+        out = attend(q, k, v, sparsity=0.5, layout=layout)
+        assert [tensor.shape for tensor in made if tensor.numel() >= out.numel()] == [out.shape]
 
 
 def recorded(function, results):

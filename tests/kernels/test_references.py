@@ -8,7 +8,7 @@ import torch
 from sla2_kernels import reference, sla2_attention
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.references import attend_with_references, select_with_references, selected_with_references
-from sla2_kernels.stretches import Stretches, gathered_queries, whole_output
+from sla2_kernels.stretches import Stretches, gathered_queries, gathered_rows, whole_output
 
 DIM, HEADS = 32, 2
 
@@ -53,13 +53,15 @@ def test_a_block_of_queries_holds_tokens_of_one_stretch_and_every_row_comes_back
     for block, (first, end) in zip(gathered[:, 0].split(128), stretches.query_ranges(), strict=True):
         assert len({kinds[token] for token in block.tolist()} - {-1}) == 1
         assert set(block.tolist()) == set(range(first, end)) and kinds[block[0]] >= 0
-    asked = []
+    asked, (before, behind) = [], stretches.room
 
     def dense(ranges):
         asked.extend(ranges)
         return torch.cat([place[start:stop] for start, stop in ranges])
 
-    assert torch.equal(whole_output(gathered, dense, stretches, 0), place)
+    out = torch.cat([torch.full((before, 1), -1), gathered, torch.full((behind, 1), -1)])
+    assert torch.equal(gathered_rows(out, stretches, 0), gathered)
+    assert torch.equal(whole_output(out, dense, stretches, 0), place)
     assert [kinds[token] for start, stop in asked for token in range(start, stop)] == [-1] * kinds.count(-1)
     assert stretches.sparse_rows == stretches.tokens - kinds.count(-1)
 
@@ -157,7 +159,7 @@ def test_nothing_skipped_is_dense_attention_and_has_its_gradients(generator):
 
     def sparse(q, k, v):
         attend = functools.partial(sla2_attention, precision="16bit")
-        out = attend_with_references(attend, q, k, v, stretches, sparsity=0.0)
+        out = attend_with_references(attend, q, k, v, stretches, sparsity=0.0, room=stretches.room)
         return whole_output(out, functools.partial(dense, q, k, v), stretches, 2)
 
     found = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sla2_kernels import sla2_attention
+from sla2_kernels import exact_rows, sla2_attention
 from sla2_kernels.sla_v1 import sla_attention
 from sla2_kernels.video_attention import video_attention, why_dense
 
@@ -50,6 +50,18 @@ def test_the_callers_dense_attention_runs_the_exact_rows():
 
     video_attention(*tensors(), front=70, back=33, precision="16bit", dense=own)
     assert seen == [70, 33]
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_the_sparse_loop_over_all_key_blocks_is_dense_attention(monkeypatch, layout):
+    """As on Hopper, where it runs the exact rows."""
+    qkv = tensors()
+    given = qkv if layout == "BHND" else [t.transpose(1, 2) for t in qkv]
+    options = {"front": 70, "back": 33, "layout": layout, "precision": "16bit", "sparsity": 0.7, "scale": 0.3}
+    expected = video_attention(*given, **options)
+    monkeypatch.setattr(exact_rows, "takes_exact_rows", lambda *_: True)
+    monkeypatch.setattr(exact_rows, "F", None)
+    torch.testing.assert_close(video_attention(*given, **options), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])

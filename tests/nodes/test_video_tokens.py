@@ -30,6 +30,41 @@ def test_rows_of_other_tokens_are_exact_and_those_of_the_video_are_sparse(bench,
     assert b.run.layers[0].sparse == 1 and not b.run.layers[0].dense
 
 
+@pytest.mark.parametrize("layout", ["flat", "heads first"])
+@pytest.mark.parametrize("masked", [0, 30], ids=["all text", "text masked"])
+@pytest.mark.parametrize("chosen", ["nobody", "a node", "the user", "training"])
+def test_the_sparse_loop_computes_exact_rows_where_nobody_chose_their_attention(
+    bench, pack_module, monkeypatch, chosen, masked, layout
+):
+    """On the card where it is faster; what a user or a node chose computes them as before, and so does training's."""
+    monkeypatch.setattr(pack_module("nodes.attention.self_attention"), "takes_rows", lambda request: True)
+    monkeypatch.setattr(pack_module("sla2_kernels.exact_rows"), "takes_exact_rows", lambda *_: True)
+    if chosen != "the user":
+        monkeypatch.setattr(pack_module("nodes.attention.override"), "DEFAULT", "conftest.dense_attention")
+    b, asked = bench(grid=(11, 4, 10), front=70), []
+
+    def watched(func, *args, **kwargs):
+        asked.append(func)
+        return func(*args, **kwargs)
+
+    if chosen == "a node":
+        b.override = b.override_over(watched)
+    see = b.run.see_handed_on
+    monkeypatch.setattr(b.run, "see_handed_on", lambda *args: asked.append(args) or see(*args))
+    qkv = call() if layout == "flat" else heads_first(call())
+    given = {
+        "mask": (torch.arange(600) >= masked)[None, None, None] if masked else None,
+        "skip_reshape": layout != "flat",
+    }
+    with torch.set_grad_enabled(chosen == "training"):
+        b.model_call()
+        out, dense = b.attend(*qkv, HEADS, **given), b.attention(*qkv, HEADS, **given)
+    assert bool(asked) == (chosen != "nobody")
+    for rows in (slice(0, 70), slice(510, 600)):
+        torch.testing.assert_close(out[:, rows], dense[:, rows], rtol=1e-4, atol=1e-5)
+    assert b.run.layers[0].sparse == 1 and not b.run.layers[0].dense
+
+
 @pytest.mark.parametrize("masked", [0, 30], ids=["all text", "text masked"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_exact_rows_that_autocast_gave_another_dtype_join_the_others(bench, dtype, masked):
@@ -56,20 +91,20 @@ def test_every_video_query_attends_the_other_tokens_exactly(bench):
 
 
 @pytest.mark.parametrize("method", ["sla2", "top-k only"])
-def test_the_selection_around_other_tokens_is_not_sorted_again(bench, pack_module, monkeypatch, method):
+def test_the_operator_selects_around_other_tokens_itself(bench, pack_module, monkeypatch, method):
     module, given = pack_module("nodes.attention.sparse_call"), []
     for name in ("sla2_attention", "fitted_attention", "sla_attention"):
         original = getattr(module, name)
 
         def watched(*args, original=original, **options):
-            given.append(options["key_blocks"])
+            given.append((options.get("key_blocks"), options["exact_keys"], options["room"]))
             return original(*args, **options)
 
         monkeypatch.setattr(module, name, watched)
     b = bench(grid=(5, 10, 10), front=100, method=method)
     b.model_call()
     b.attend(*call(), heads=HEADS)
-    assert [type(blocks).__name__ for blocks in given] == ["RoutedBlocks"]
+    assert given == [(None, (100, 0), (100, 0))]
 
 
 @pytest.mark.parametrize("layout", ["flat", "heads first", "heads first in and out"])

@@ -63,6 +63,18 @@ def test_both_backends_keep_the_same_diagonal_behind_other_tokens(generator, fro
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("front", "back"), [(70, 0), (64, 30)])
+@pytest.mark.parametrize("capability", ["8.9", "9.0"])
+def test_the_operator_selects_as_much_beside_other_tokens(generator, monkeypatch, capability, front, back):
+    monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", capability)
+    q = normal(generator, 1, 2, 500, 32)
+    k, v = (normal(generator, 1, 2, front + 500 + back, 32) for _ in range(2))
+    options = {"sparsity": 0.5, "backend": "triton", "keep_diagonal": True}
+    blocks = select_with_forced_blocks(q, k, front=front, back=back, **options)
+    expected = sla2_attention(q, k, v, key_blocks=blocks, alpha=torch.ones(2) / 2, **options)
+    assert torch.equal(sla2_attention(q, k, v, exact_keys=(front, back), alpha=torch.ones(2) / 2, **options), expected)
+
+
 def test_more_key_blocks_than_one_chunk_of_the_selection(generator):
     q, k = normal(generator, 1, 1, 130, 32), normal(generator, 1, 1, 600 * 64 + 1, 32)
     found = select_key_blocks(q, k, sparsity=0.97, backend="triton")

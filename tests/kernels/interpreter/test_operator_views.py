@@ -5,6 +5,7 @@ import torch
 from operator_inputs import attention_inputs, embedded, normal
 
 from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
 
@@ -56,6 +57,24 @@ def test_both_layouts_agree(generator, precision):
     swapped = [x.transpose(1, 2) for x in inputs.tensors()[:3]]
     other, other_ratio = sla2_attention(*swapped, *inputs.tensors()[3:], **OPTIONS, precision=precision, layout="BNHD")
     assert other.is_contiguous() and torch.equal(other.transpose(1, 2), out) and torch.equal(other_ratio, ratio)
+
+
+@pytest.mark.parametrize(("precision", "layout"), [("fp8", "BHND"), ("int8", "BNHD")])
+def test_rows_beside_those_of_q_are_left_alone(generator, monkeypatch, precision, layout):
+    inputs = attention_inputs(generator, batch=2, heads=1, tokens=65, keys=130, head_dim=32)
+    q, k, v = (x.transpose(1, 2) if layout == "BNHD" else x for x in (inputs.q, inputs.k, inputs.v))
+    options = {"sparsity": 0.5, "backend": "triton", "precision": precision, "layout": layout}
+
+    def attend(**more):
+        if precision == "int8":
+            return fitted_attention(q, k, v, rows=sample_rows(65, 0), **options, **more).out
+        return sla2_attention(q, k, v, **options, **more)
+
+    expected, empty = attend(), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **given: empty(*size, **given).fill_(7))
+    out = attend(room=(3, 70))
+    front, own, back = out.split([3, 65, 70], dim=1 if layout == "BNHD" else 2)
+    assert out.is_contiguous() and torch.equal(own, expected) and (front == 7).all() and (back == 7).all()
 
 
 def test_selection_of_a_view(generator):
