@@ -29,7 +29,7 @@ SEED = 12000
 # of the miniature's evaluated size: 81 frames of 320 x 320, 8,400 tokens
 LATENT, TINY = (21, 40, 40), (3, 16, 16)
 # what each number of steps is run with; the longer ones as most people sample Wan
-RUNS = {"20-50": (20, "uni_pc"), "4-8": (8, "euler")}
+RUNS = {"20-50": (20, "uni_pc"), "4-8": (8, "euler"), "4-50": (20, "uni_pc")}
 
 
 def main(argv=None):
@@ -93,7 +93,8 @@ def patched_by(miniature, model, preset):
     parse_layers = miniature.module("nodes.settings.values").parse_layers
     rules = miniature.module("nodes.settings.schedule").parse_schedule(preset.schedule, 6, parse_layers)
     router = miniature.router() if preset.trained else None
-    return miniature.patched(model, router, sparsity=preset.sparsity, schedule=rules)
+    chosen = {"sparsity": preset.sparsity, "schedule": rules, "target_error": preset.target_error}
+    return miniature.patched(model, router, **chosen)
 
 
 def skipped(patched):

@@ -92,7 +92,8 @@ class SLA2ApplyAttention(io.ComfyNode):
                     "preset", optional=True, options=list(NAMES), default=AUTOMATIC_PRESET,
                     tooltip="Sets sparsity and schedule instead of the widgets. automatic: by model, length, number of steps "
                     "and router, as each run begins; the node says what it chose. custom: the widgets are used. Presets with "
-                    "4-8 steps are for distilled models. fast needs a trained router.",
+                    "4-8 steps are for distilled models. fast needs a trained router. constant quality: each step gets the "
+                    "sparsity that keeps the measured attention error at 0.12, or at target_error.",
                 ),
                 io.String.Input(
                     "schedule", optional=True, default="", multiline=True,
@@ -147,10 +148,10 @@ class SLA2ApplyAttention(io.ComfyNode):
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
         if reason and on_unsupported == STOP:
             raise ValueError(f"SLA2 Apply Attention: {reason} (on_unsupported is set to stop).")
-        check_preset(preset, method)
+        check_preset(preset, method, ratio_mode, sla_weights is not None)
         chosen, plans_itself = preset_named(preset), preset == AUTOMATIC_PRESET
         if chosen is not None:
-            sparsity, schedule = chosen.sparsity, chosen.schedule
+            sparsity, schedule, target_error = chosen.sparsity, chosen.schedule, target_error or chosen.target_error
         elif plans_itself:
             sparsity, schedule = untrained_limit(0), ""
         settings = AttentionSettings(

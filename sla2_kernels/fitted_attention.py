@@ -24,6 +24,7 @@ from .arguments import (
 )
 from .router import K_BLOCK, block_count, selected_beside
 from .selection import checked_blocks
+from .support import on_device, resolve_backend
 
 SAMPLE_ROWS = 32
 FITTED_ROWS = 24  # of them decide the ratio; the others can judge the result
@@ -68,6 +69,12 @@ def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
     quotient; the same quotient over all rows; and how many rows of a head are left out for NaN or infinity.
     The other arguments are those of squared_error().
     """
+    if resolve_backend("auto", out.device, out.dtype, out.shape[3], "16bit").name == "triton":
+        from .kernels.row_errors import add_row_errors
+
+        with on_device(out.device):
+            add_row_errors(totals, out, dense, rows, fitted)
+        return
     squares, left_out = _squares(out, dense, rows)
     judged, everything = squares[:, fitted:].sum(dim=1), squares.sum(dim=1)
     relative = torch.stack([part[0] / part[1] for part in (judged, everything)]).nan_to_num(nan=0.0, posinf=0.0)

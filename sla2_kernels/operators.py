@@ -127,12 +127,13 @@ def _fitted_attention(
     if chosen.name == "triton":
         from . import triton_backend
 
-        sample = triton_backend.Sample(rows, fitted, dense)
-        row_ratio, _ = triton_backend.attention(
+        ratio = torch.empty(dense.shape[:2], dtype=torch.float32, device=q.device)
+        sample = triton_backend.Sample(rows, fitted, dense, ratio)
+        triton_backend.attention(
             *call[:3], proj_q, proj_k, call.key_blocks, None, call.out,
             sparsity=sparsity, diagonal=diagonal, forced=forced, sample=sample, **options,
         )  # fmt: skip
-        return call.result, row_ratio[..., 0].clone(), dense
+        return call.result, ratio, dense
     blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, chosen)
     with without_autocast(q.device):
         ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale)

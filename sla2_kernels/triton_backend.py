@@ -196,21 +196,22 @@ def _allocate(q, k, group, qk, pv, linear, sums_dtype, fp8_sums):
 class Sample:
     """Query rows that a ratio per video and head is fitted on.
 
-    rows: int32 (R,), R a power of two from 16; the first ``fitted`` of them decide the ratio. dense: float32
-    (B, H, R, D), contiguous, to be filled with their dense attention.
+    rows: int32 (R,), R a power of two from 16; the first ``fitted`` of them decide the ratio. To be filled, contiguous
+    float32: dense (B, H, R, D), their dense attention; ratio (B, H).
     """
 
     rows: torch.Tensor
     fitted: int
     dense: torch.Tensor
+    ratio: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Tensors:
     """The tensors of a call that its kernels read or fill.
 
-    block_ratio: float32 (B * H, T_m), or None where it is estimated. ratio: float32 (B, H, N), to be filled. rows, dense:
-    those of a Sample.
+    block_ratio: float32 (B * H, T_m), or None where it is estimated. ratio: float32 (B, H, N), to be filled. rows, dense,
+    head_ratio: those of a Sample.
     """
 
     q: torch.Tensor
@@ -225,6 +226,7 @@ class _Tensors:
     out: torch.Tensor
     rows: torch.Tensor | None
     dense: torch.Tensor | None
+    head_ratio: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,9 @@ def attention(
         qk, pv = configs.loop_formats(precision, card)
         why_not_hopper = why_not_hopper_loop(card, qk, pv, q, k, v)
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
-        rows, dense, fitted = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.fitted)
-        tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, rows, dense)
+        sampled = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.ratio)
+        tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, *sampled)
+        fitted = None if sample is None else sample.fitted
         settings = _Settings(scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted)
         cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
     return ratio, selected.unflatten(0, q.shape[:2])
@@ -301,7 +304,7 @@ def _attend(t, s):
     work = _allocate(t.q, t.k, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
     scale_log2, fit = s.scale * math.log2(math.e), None
     if t.rows is not None:
-        fit = FittedRatio(Sample(t.rows, s.fitted, t.dense), t.block_ratio)
+        fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio)
         config = configs.fit_config(t.q.element_size())
         fit.attend(t.q, t.k, t.v, routed.unselected, scale_log2=scale_log2, config=config)
     if s.linear and t.block_ratio is None:

@@ -6,7 +6,8 @@ import threading
 import torch
 
 from sla2_kernels import select_key_blocks, sla2_attention
-from sla2_kernels.reference import sla2_reference
+from sla2_kernels.fitted_attention import FITTED_ROWS, add_errors, fitted_attention, sample_rows
+from sla2_kernels.reference import fitted_ratio, sla2_reference
 
 from ..measure import launch_ms, median_ms
 from .checks import BOUNDS, random_qkv, relative_error, require
@@ -24,6 +25,7 @@ def checks(comfyui):
         large_logits,
         linear_branch_without_weight,
         played_back,
+        fitted_and_judged,
         cuda_graph,
         compiled_around_it,
         intermediates_beyond_32_bits,
@@ -155,6 +157,39 @@ def played_back():
                     require(same, f"{precision}: other bits than at the first call")
     q, k, v = random_qkv(4096, 12, seed=7)
     return f"all bits equal; a call takes the host {launch_ms(lambda: sla2_attention(q, k, v, layout='BNHD')):.2f} ms"
+
+
+def fitted_and_judged():
+    """Sampled rows, ratios and totals of a call that fits, against float64 and plain torch; played back, the same bits."""
+    q, k, v = (x.transpose(1, 2) for x in random_qkv(3001, 4, seed=8))
+    rows, blocks = sample_rows(3001, 0, "cuda"), select_key_blocks(q, k, sparsity=0.9)
+    on_cpu = [x.cpu() for x in (q, k, v, blocks, rows)]
+    ratio, _ = fitted_ratio(*on_cpu[:4], on_cpu[4][:FITTED_ROWS])
+    _, dense = fitted_ratio(*on_cpu)
+    worst = 0.0
+
+    def call(precision):
+        found, totals = (
+            fitted_attention(q, k, v, rows=rows, key_blocks=blocks, precision=precision),
+            torch.zeros(5).cuda(),
+        )
+        found.out[0, 1, rows[30], 5] = torch.nan
+        add_errors(totals, found.out, found.dense, rows)
+        return *found, totals
+
+    for precision in BOUNDS:
+        first = [x.cpu() for x in call(precision)]
+        out, fitted, exact, totals = first
+        require(relative_error(exact, dense) < 1e-2, f"{precision}: the sampled rows are not dense attention")
+        worst = max(worst, (fitted - ratio).abs().max().item())
+        require(worst < 5e-2, f"{precision}: the ratio is {worst:.3f} from that in float64")
+        expected = torch.zeros(5)
+        add_errors(expected, out, exact, on_cpu[4])
+        require(torch.allclose(totals, expected, rtol=1e-4) and totals[4] == 1, f"{precision}: {totals} not {expected}")
+        _spoil_free_memory()
+        same = all(map(torch.equal, (x.nan_to_num().cpu() for x in call(precision)), (x.nan_to_num() for x in first)))
+        require(same, f"{precision}: other bits than at the first call")
+    return f"ratios within {worst:.4f}, all bits equal"
 
 
 def _spoil_free_memory():

@@ -37,7 +37,7 @@ class CallRatio:
     """How one call gets its ratio: fitted on the rows of draw ``number``, or kept.ratio where that is None."""
 
     number: int | None
-    kept: KeptRatio | None = None
+    kept: KeptRatio | None = None  # None where the calls to come fit their own
 
 
 class FittedRatios:
@@ -71,11 +71,14 @@ class FittedRatios:
             number, kept.calls = kept.calls, kept.calls + 1
             draw = self._draws[layer, device, halves]
             self._draws[layer, device, halves] += 1
+        is_short = steps is None or steps <= SHORT_RUN
         if measures is None:
-            measures = steps is None or steps <= SHORT_RUN or number % EVERY == 0
+            measures = is_short or number % EVERY == 0
         else:
             draw = 2 * draw + (halves == (1,))
-        return CallRatio(draw * DRAWS + layer if measures or not kept.filled else None, kept)
+        if not measures and kept.filled:
+            return CallRatio(None, kept)
+        return CallRatio(draw * DRAWS + layer, None if is_short else kept)
 
     def clear(self):
         with self._lock:

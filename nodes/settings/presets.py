@@ -1,5 +1,5 @@
 """Presets of SLA2 Apply Attention, as data. A preset fills in sparsity and schedule; every other widget stays as it is.
-*automatic* does so as each run begins, see automatic.py.
+*automatic* does so as each run begins, see automatic.py. *constant quality* fills in target_error where the widget is 0.
 
 ``measured`` is what docs/QUALITY.md has of a preset, on the miniature; None says that nobody has measured it yet. The report
 says either. Distilled models of 4 to 8 steps spend an eighth to a quarter of the run in each step, so that their first step is
@@ -8,6 +8,8 @@ kept dense (in "fast" at 90%), by its number, instead of a share of the run.
 
 from dataclasses import dataclass
 
+from .values import MEASURING_RATIO_MODES
+
 AUTOMATIC_PRESET, CUSTOM = "automatic", "custom"
 
 
@@ -15,7 +17,8 @@ AUTOMATIC_PRESET, CUSTOM = "automatic", "custom"
 class Preset:
     """steps: sampling steps it is meant for. trained: whether it needs a trained router (or SLA weights).
 
-    measured_schedule: what ``measured`` was measured with, where that was another schedule.
+    target_error: attention error that the run holds, in place of the sparsity; 0: none. measured_schedule: what ``measured``
+    was measured with, where that was another schedule.
     """
 
     name: str
@@ -23,6 +26,7 @@ class Preset:
     sparsity: float
     schedule: str = ""
     trained: bool = False
+    target_error: float = 0.0
     measured: str | None = None
     measured_schedule: str | None = None
 
@@ -46,6 +50,8 @@ PRESETS = (
         "fast, 4-8 steps", "4-8", 0.95, "step 1: 0.9", trained=True,
         measured="SSIM 0.78, PSNR 17.9 dB", measured_schedule=f"{EIGHTH}: 0.9",
     ),
+    # between the errors of 0.90 and 0.97 at 32,760 tokens (docs/QUALITY.md)
+    Preset("constant quality", "4-50", 0.90, target_error=0.12),
 )  # fmt: skip
 NAMES = (AUTOMATIC_PRESET, CUSTOM, *(preset.name for preset in PRESETS))
 
@@ -60,13 +66,27 @@ def preset_named(name):
     return found
 
 
-def check_preset(name, method):
-    """Raises ValueError with one sentence where there is no such preset, or none that goes with this method."""
-    preset_named(name)
+def check_preset(name, method, ratio_mode=None, has_sla=False):
+    """Raises ValueError with one sentence where there is no such preset, or none that goes with the other inputs.
+
+    ratio_mode: None where it is not known yet. has_sla: whether weights of SLA (version 1) are connected.
+    """
+    preset = preset_named(name)
     if name == AUTOMATIC_PRESET and method == "top-k only":
         raise ValueError(
             'method "top-k only" needs the sparsity that its LoRA was distilled with, which the preset automatic cannot know: '
             "set preset to custom, and sparsity."
+        )
+    if preset is None or not preset.target_error:
+        return
+    if method == "top-k only" or ratio_mode not in (None, *MEASURING_RATIO_MODES):
+        raise ValueError(
+            f'the preset "{name}" needs calls that measure their error: set ratio_mode to fitted or learned and method to '
+            "automatic or sla2, or choose another preset."
+        )
+    if has_sla:
+        raise ValueError(
+            f'the preset "{name}" has no part in SLA (version 1): choose another, or take sla_weights out.'
         )
 
 
@@ -74,11 +94,12 @@ def preset_notes(preset, router, sla_weights=None):
     """Sentences for the report on what a preset rests on."""
     if preset is None:
         return []
-    state = (
-        f"was measured on the miniature alone ({preset.measured} beside a dense run of it)"
-        if preset.measured
-        else "has not been measured yet"
-    )
+    if preset.target_error:
+        state = "holds the attention error; how good its videos are has not been measured yet"
+    elif preset.measured:
+        state = f"was measured on the miniature alone ({preset.measured} beside a dense run of it)"
+    else:
+        state = "has not been measured yet"
     notes = [f'the preset "{preset.name}" {state}: compare with a dense run']
     if preset.measured_schedule is not None:
         notes.append(

@@ -42,10 +42,13 @@ class MassConfig(Launchable):
 
 @dataclass(frozen=True)
 class FitConfig(Launchable):
-    """The sampled rows of a fitted ratio."""
+    """The sampled rows of a fitted ratio. programs: at most, where there are fewer heads."""
 
     num_warps: int
     num_stages: int
+    programs: int = (
+        528  # two for each of H200's 132 multiprocessors, twice; partial sums below 3% of Q where Q is large
+    )
 
 
 @dataclass(frozen=True)

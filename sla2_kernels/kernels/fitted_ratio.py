@@ -3,10 +3,13 @@
 Of each sampled row the ratio needs dense attention O, softmax attention over its selected key blocks O_s, and the linear
 branch O_l: least squares over the rows of a head give sum <O - O_l, O_s - O_l> / sum |O_s - O_l|^2.
 
-_row_sums: one program per (split of the key blocks, head), all sampled rows together. Each row is in the tile twice, once
+_row_sums: one program per (head, split of the key blocks), all sampled rows together. Each row is in the tile twice, once
 over the key blocks that it selected and once over the others, which makes the 64 rows of Hopper's matrix instructions.
+Neighbouring programs read the same tokens of neighbouring heads, which lie beside each other in a video model's K and V.
 _row_products: one program per (sampled row, head) adds up the splits and takes O_l from the sums of the linear branch.
 _ratio: one program per head adds up the rows.
+
+Fewer rows would not be faster: the tile's 64 rows are the least that the instructions take, and reading K and V is most of it.
 """
 
 import torch
@@ -15,11 +18,10 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .numerics import NO_SCORE, phi_numerator, softmax_step
+from .numerics import NO_SCORE, is_finite, phi_numerator
 from .pack import register_order_of_channels
 from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
-MAX_PROGRAMS = 512  # of _row_sums: their partial sums stay below 3% of Q where Q is large
 MIN_BLOCKS = 8  # key blocks of one program: below that its partial sums outweigh what it reads
 PRODUCTS = tl.constexpr(4)  # numbers of a sampled row: two products, its selected mass, whether that is finite
 
@@ -31,7 +33,7 @@ def _row_sums(
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_h, mask_stride_m,
     heads, k_tokens, per_split, scale_log2, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     twice, d = tl.arange(0, 2 * ROWS), tl.arange(0, D)
     over_selected = twice < ROWS
     row = tl.load(rows + twice % ROWS).to(tl.int64)  # [2 ROWS]
@@ -52,15 +54,16 @@ def _row_sums(
         k_tile = tl.load(k_at, mask=valid[None, :], other=0.0)  # [D, KEY_BLOCK]
         v_tile = load_tile(values, tokens, d, v_stride_n, v_stride_d, k_tokens)  # [KEY_BLOCK, D]
         counts = (tl.load(unselected + j) == 0) == over_selected  # [2 ROWS]
-        scores = tl.dot(queries, k_tile, input_precision="tf32x3") * scale_log2  # [2 ROWS, KEY_BLOCK]
-        scores = tl.where(counts[:, None] & valid, scores, NO_SCORE)
-        p, correction, row_max = softmax_step(scores, row_max)
-        # a row that has met none of its blocks yet has NO_SCORE for a maximum, and P would be 1
-        p = tl.where(scores > NO_SCORE, p, 0.0)
+        scores = tl.where(valid[None, :], tl.dot(queries, k_tile, input_precision="tf32x3"), NO_SCORE)
+        new_max = tl.where(counts, tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2), row_max)
+        # where the block does not count for a row, its P is 2 to the power of almost minus infinity
+        p = tl.exp2(scores * scale_log2 - tl.where(counts, new_max, 0.0 - NO_SCORE)[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_max = new_max
         row_sum = row_sum * correction + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision="tf32x3")
 
-    at = (bh * tl.num_programs(0) + split) * (2 * ROWS) + twice
+    at = (bh * tl.num_programs(1) + split) * (2 * ROWS) + twice
     tl.store(sums + at[:, None] * D + d, acc)
     tl.store(weights + at * 2, row_max)
     tl.store(weights + at * 2 + 1, row_sum)
@@ -84,11 +87,6 @@ def _merged(sums, weights, at, splits, D: tl.constexpr, ROWS: tl.constexpr, STEP
         part = tl.load(sums + here[:, None] * D + d, mask=inside[:, None], other=0.0)  # [STEP, D]
         total += tl.sum(part * factor[:, None], axis=0)
     return total, tl.sum(norm, axis=0), row_max
-
-
-@triton.jit
-def _is_finite(x):
-    return x - x == 0
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "splits", "q_blocks"])
@@ -123,9 +121,9 @@ def _row_products(
     cross = tl.sum((out - o_linear) * to_sparse, axis=0)
     square = tl.sum(to_sparse * to_sparse, axis=0)
     # a row that is not finite says nothing about the ratio
-    sound = _is_finite(cross) & _is_finite(square)
+    sound = is_finite(cross) & is_finite(square)
     mass = own_norm * own_share / norm
-    has_mass = _is_finite(mass)
+    has_mass = is_finite(mass)
     products += (bh * ROWS + sample) * PRODUCTS
     tl.store(products, tl.where(sound, cross, 0.0))
     tl.store(products + 1, tl.where(sound, square, 0.0))
@@ -134,7 +132,7 @@ def _row_products(
 
 
 @triton.jit(do_not_specialize=["first_head", "fitted", "q_blocks"])
-def _ratio(products, block_ratio, first_head, fitted, q_blocks, ROWS: tl.constexpr, STEP: tl.constexpr):
+def _ratio(products, ratio, block_ratio, first_head, fitted, q_blocks, ROWS: tl.constexpr, STEP: tl.constexpr):
     bh = first_head + tl.program_id(0).to(tl.int64)
     r = tl.arange(0, ROWS)
     at, taken = products + (bh * ROWS + r) * PRODUCTS, r < fitted
@@ -145,14 +143,15 @@ def _ratio(products, block_ratio, first_head, fitted, q_blocks, ROWS: tl.constex
     # where the branches agree any ratio is right: it is then the rows' mean selected mass, which is what a ratio stands for
     found = tl.where(square > 0, cross / square, mass / tl.maximum(finite, 1.0))
     found = tl.minimum(tl.maximum(found, 0.0), 1.0)
+    tl.store(ratio + bh, found)
     for start in range(0, q_blocks, STEP):
         i = start + tl.arange(0, STEP)
         tl.store(block_ratio + bh * q_blocks + i, tl.zeros([STEP], dtype=tl.float32) + found, mask=i < q_blocks)
 
 
-def _splits(batch_heads, blocks):
-    """(programs per head, key blocks of each)."""
-    wanted = max(1, min(MAX_PROGRAMS // batch_heads, blocks // MIN_BLOCKS))
+def _splits(batch_heads, blocks, programs):
+    """(programs per head, key blocks of each), at most so many programs in all, or one per head."""
+    wanted = max(1, min(programs // batch_heads, blocks // MIN_BLOCKS))
     per_split = block_count(blocks, wanted)
     return block_count(blocks, per_split), per_split
 
@@ -168,19 +167,19 @@ class FittedRatio:
     def attend(self, q, k, v, unselected, *, scale_log2, config):
         """The sampled rows over all keys, in two parts. q (B, H, N, D); k, v (B, H, M, D); unselected (B * H, T_m, T_n)."""
         (batch, heads, _, head_dim), rows = q.shape, self._sample.rows
-        splits, per_split = _splits(batch * heads, unselected.shape[2])
+        splits, per_split = _splits(batch * heads, unselected.shape[2], config.programs)
         shape = batch * heads, splits, 2 * len(rows)
         self._sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
         self._weights = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
         self._products = torch.empty(batch * heads, len(rows), PRODUCTS.value, dtype=torch.float32, device=q.device)
         launch(
-            _row_sums, (splits, batch * heads), q, k, v, unselected, rows, self._sums, self._weights,
+            _row_sums, (batch * heads, splits), q, k, v, unselected, rows, self._sums, self._weights,
             *q.stride(), *k.stride(), *v.stride(), unselected.stride(0), unselected.stride(1),
             heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), options=config.options,
         )  # fmt: skip
 
     def fit(self, q, query_sums, group, *, register_order):
-        """Fills the ratios and the Sample's dense rows of slice ``group``.
+        """Fills the ratios, and the Sample's dense rows and ratios, of slice ``group``.
 
         query_sums: H_i and Z_i (G, T_m, (D + 1) * D).
         register_order: whether H_i's columns are in the order of pack().
@@ -192,6 +191,6 @@ class FittedRatio:
             D=q.shape[3], ROWS=len(rows), STEP=16, REGISTER_ORDER=register_order, options={"num_warps": 4},
         )  # fmt: skip
         launch(
-            _ratio, (slots,), self._products, self._block_ratio, group.start, self._sample.fitted, q_blocks,
-            ROWS=len(rows), STEP=256, options={"num_warps": 1},
+            _ratio, (slots,), self._products, self._sample.ratio, self._block_ratio, group.start, self._sample.fitted,
+            q_blocks, ROWS=len(rows), STEP=256, options={"num_warps": 1},
         )  # fmt: skip

@@ -51,6 +51,11 @@ def fp8_exponent(largest):
 
 
 @triton.jit
+def is_finite(x):
+    return x - x == 0
+
+
+@triton.jit
 def ordered_int(x):
     """float32 -> int32 in the same order (-0.0 counts as 0.0)."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)

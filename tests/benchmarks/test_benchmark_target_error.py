@@ -74,4 +74,15 @@ def test_the_cost_of_looking_is_that_of_a_call_of_each_kind(monkeypatch, tmp_pat
     for node, measured in zip(nodes, (0, 1, 1), strict=True):
         run = node.end()
         assert run.layers[1].sparse == 1 and (run.layers[1].attention_error is not None) == bool(measured)
-    assert json.loads((tmp_path / "found.json").read_text())["ms"].keys() == {"tiny"}
+    assert json.loads((tmp_path / "found.json").read_text())["shapes"].keys() == {"tiny"}
+
+
+def test_the_cost_of_looking_names_the_kernels_that_it_adds():
+    given = {"ms": 2.0, "host ms": 0.5, "kernels": {"loop": (1.0, 1.0), "add": (0.01, 2.0)}}
+    looks = {"ms": 2.2, "host ms": 0.6, "kernels": {"loop": (1.0, 1.0), "add": (0.02, 3.0), "_row_sums": (0.15, 1.0)}}
+    assert list(looking_cost.lines("14B", {"given": given, "measured": looks})) == [
+        "14B, given: 2.000 ms; host 0.500 ms, 3 launches",
+        "14B, measured: 2.200 ms, +10.0% of each call, +4.0% over 20 steps; host 0.600 ms, 5 launches",
+        "     0.1500 ms more in 1 more launches of _row_sums",
+        "     0.0100 ms more in 1 more launches of add",
+    ]

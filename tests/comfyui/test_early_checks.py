@@ -17,6 +17,7 @@ BAD = [
     ({"preset": "fastest"}, "preset must be one of automatic, custom, quality"),
     ({"method": "best"}, "method must be one of automatic, sla2, top-k only"),
     ({"preset": "automatic", "method": "top-k only"}, "needs the sparsity that its LoRA was distilled with"),
+    ({"preset": "constant quality", "method": "top-k only"}, "needs calls that measure their error"),
 ]
 
 

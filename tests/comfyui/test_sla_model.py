@@ -125,13 +125,15 @@ def test_a_schedule_and_a_preset_reach_the_run(comfy, prompt):
     model = prompt.model()
     patched = prompt.apply(model, schedule="0%-30%: dense; layers 1: 0.5", preset="custom")
     preset = prompt.apply(model, preset="balanced")
-    samples = prompt.sample(patched, steps=4)
-    more = prompt.sample(preset, steps=4)
-    reports = [prompt.report(patched, samples), prompt.report(preset, more)]
+    held = [prompt.apply(model, preset="constant quality", **own) for own in ({}, {"target_error": 0.2})]
+    runs = [(node, prompt.sample(node, steps=4)) for node in (patched, preset, *held)]
+    reports = [prompt.report(*run) for run in runs]
     outputs = comfy.run(prompt)
-    ruled, preset = (comfy.report(outputs, report) for report in reports)
+    ruled, preset, *held = (comfy.report(outputs, report) for report in reports)
     dense = [sum(row["dense"].values()) for row in ruled["layers"]]
     assert dense[0] == dense[2] == 2 and dense[1] == 0  # steps at 0% and 25%
     assert [row["sparsity"] for row in ruled["layers"]] == pytest.approx([0.75, 0.5, 0.75])
     assert preset["sparsity_setting"] == 0.9 and preset["dense_calls"] == LAYERS
     assert any('the preset "balanced" was measured on the miniature alone' in note for note in preset["notes"])
+    assert [report["target_error"]["error"] for report in held] == [0.12, 0.2]
+    assert any('"constant quality" holds the attention error' in note for note in held[0]["notes"])

@@ -186,7 +186,7 @@ def test_a_sampler_that_names_no_steps_is_said(bench, parse):
 def test_presets_say_what_their_benchmark_wrote_down(pack_module):
     rows = json.loads((ROOT / "benchmarks/results/presets-nvidia-h100-80gb-hbm3.json").read_text())["rows"]
     expected = {row["name"]: f"SSIM {row['ssim']:.2f}, PSNR {row['psnr']:.1f} dB" for row in rows}
-    presets = pack_module("nodes.settings.presets").PRESETS
+    presets = [preset for preset in pack_module("nodes.settings.presets").PRESETS if preset.measured]
     assert {preset.name: preset.measured for preset in presets} == expected
     # of the presets as they are: another sparsity or schedule is to be measured again
     settings = {row["name"]: (row["sparsity"], row["schedule"], row["trained"]) for row in rows}
@@ -208,3 +208,18 @@ def test_presets_are_all_readable_and_say_what_they_rest_on(pack_module, parse):
         assert not any("trained router" in note for note in presets.preset_notes(preset, object()))
     with pytest.raises(ValueError, match="preset must be one of automatic, custom, quality"):
         presets.preset_named("best")
+
+
+def test_the_preset_with_a_target_error_needs_calls_that_measure(pack_module):
+    presets, values = pack_module("nodes.settings.presets"), pack_module("nodes.settings.values")
+    measures = '^the preset "constant quality" needs calls that measure their error: set .* or choose another preset.$'
+    for method in values.METHODS:
+        for mode in (None, *values.RATIO_MODES):
+            if method == "top-k only" or mode in ("estimated", "fixed"):
+                with pytest.raises(ValueError, match=measures):
+                    presets.check_preset("constant quality", method, mode)
+            else:
+                presets.check_preset("constant quality", method, mode)
+    with pytest.raises(ValueError, match="choose another, or take sla_weights out.$"):
+        presets.check_preset("constant quality", "automatic", "learned", has_sla=True)
+    presets.check_preset("balanced", "automatic", "fixed", has_sla=True)

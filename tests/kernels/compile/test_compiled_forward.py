@@ -9,6 +9,7 @@ from cards import CARDS, assert_fits
 
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio
+from sla2_kernels.kernels.row_errors import add_row_errors
 from sla2_kernels.support import unsupported_reason
 from sla2_kernels.triton_backend import Sample
 
@@ -158,13 +159,15 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     kernels = compile_for(card).kernels
     q, k, v = torch.zeros(3, 1, HEADS, TOKENS, 128, dtype=dtype)
     unselected = torch.ones(HEADS, TOKENS // 128, TOKENS // 64, dtype=dtype)
-    sample = Sample(torch.zeros(32, dtype=torch.int32), 24, torch.zeros(1, HEADS, 32, 128))
+    rows, dense = torch.zeros(32, dtype=torch.int32), torch.zeros(1, HEADS, 32, 128)
+    sample = Sample(rows, 24, dense, torch.zeros(1, HEADS))
     fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128))
     config = fit_config(q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
     fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
-    assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio"]
+    add_row_errors(torch.zeros(5), q, dense, rows, 24)
+    assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio", "_row_errors"]
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, 64)

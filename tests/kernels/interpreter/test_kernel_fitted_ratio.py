@@ -8,7 +8,7 @@ from operator_inputs import embedded, normal, relative_error
 
 from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.kernels.configs import fit_config
-from sla2_kernels.kernels.fitted_ratio import MAX_PROGRAMS, FittedRatio, _splits
+from sla2_kernels.kernels.fitted_ratio import FittedRatio, _splits
 from sla2_kernels.reference import fitted_ratio, phi, sla2_reference
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
 from sla2_kernels.triton_backend import Sample
@@ -22,14 +22,15 @@ def fit(q, k, v, selected, rows):
     unselected = unselected_mask(selected, blocks, torch.float32).flatten(0, 1)
     ratios = torch.full((batch * heads, block_count(tokens, 128)), torch.nan)
     dense = torch.full((batch, heads, len(rows), head_dim), torch.nan)
-    fitted = FittedRatio(Sample(rows, FITTED, dense), ratios)
+    per_head = torch.full((batch, heads), torch.nan)
+    fitted = FittedRatio(Sample(rows, FITTED, dense, per_head), ratios)
     config = fit_config(q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=head_dim**-0.5 * math.log2(math.e), config=config)
     sums = linear_sums(k, v, unselected)
     for heads_slice in (slice(0, 1), slice(1, batch * heads)):
         fitted.fit(q, sums[heads_slice].contiguous(), heads_slice, register_order=False)
-    assert (ratios == ratios[:, :1]).all()
-    return ratios[:, 0].unflatten(0, (batch, heads)), dense
+    assert (ratios == per_head.flatten()[:, None]).all()
+    return per_head, dense
 
 
 def linear_sums(k, v, unselected):
@@ -73,12 +74,12 @@ def test_ratio_and_exact_rows(generator, sizes, bound):
 
 
 def test_long_sequences_are_split_among_programs():
-    assert _splits(40, 1182) == (12, 99)
-    assert _splits(1, 7) == (1, 7)
+    assert _splits(40, 1182, 512) == (12, 99)
+    assert _splits(1, 7, 512) == (1, 7)
     for batch_heads, blocks in ((1, 512), (12, 512), (56, 657), (500, 30)):
-        splits, per_split = _splits(batch_heads, blocks)
+        splits, per_split = _splits(batch_heads, blocks, 512)
         assert (splits - 1) * per_split < blocks <= splits * per_split
-        assert splits == 1 or splits * batch_heads <= MAX_PROGRAMS
+        assert splits == 1 or splits * batch_heads <= 512
 
 
 def test_rows_that_are_not_finite_are_left_out(generator):

@@ -74,7 +74,7 @@ def test_other_tensors_get_the_bits_of_a_call_that_was_recorded(generator, monke
     options = {"sparsity": 0.5, "scale": 0.125, "precision": precision}
     rows, sample = sample_rows(70, 0), None
     if ratio == "fitted":
-        sample = triton_backend.Sample(rows, 24, torch.empty(1, 2, 32, 32))
+        sample = triton_backend.Sample(rows, 24, torch.empty(1, 2, 32, 32), torch.empty(1, 2))
     outs = []
     for seed in (1, 2, 1):
         inputs = attention_inputs(generator.manual_seed(seed), heads=2, tokens=70, keys=260, head_dim=32)
