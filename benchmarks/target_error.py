@@ -54,7 +54,7 @@ class NodeAttention:
         module = lambda name: __import__(f"{pack}.{name}", fromlist=["*"])  # noqa: E731
         self._names = module("nodes.attention.model_call")
         layout = SimpleNamespace(
-            grid=lambda inputs, patch: grid, front=lambda model, inputs, patch: 0, by_frame=False, text_mask=True,
+            grid=lambda inputs, patch: grid, prefix=lambda model, inputs, patch: 0, by_frame=False, text_mask=True,
             family="wan", token_order="raster", references=lambda inputs: lambda front, video, tokens: (),  # noqa: S106
         )  # fmt: skip
         self._config, self._sigmas, self._device, self._see = config, noise_schedule(steps), device, see

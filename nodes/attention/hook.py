@@ -177,8 +177,8 @@ class AttentionHook:
         layout, patch_size = self.facts.layout, self.facts.patch_size
         try:
             inputs = inputs()
-            front = layout.front(diffusion_model, inputs, patch_size)
-            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame, layout.references(inputs))
+            prefix = layout.prefix(diffusion_model, inputs, patch_size)
+            return VideoSpan(layout.grid(inputs, patch_size), prefix, layout.by_frame, layout.references(inputs))
         except UNREADABLE as error:
             run.note(f"{NO_SPAN} ({type(error).__name__}: {error})")
             return None

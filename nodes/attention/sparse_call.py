@@ -44,8 +44,8 @@ def video_part(request, exact):
     """VideoPart of an AttentionCall with these ExactTokens."""
     layout = "BNHD" if request.flat_output else "BHND"
     q, k, v = request.q, request.k, request.v
-    queries = q[:, exact.query_front : q.shape[1] - exact.query_back]
-    keys = k[:, exact.key_front : k.shape[1] - exact.key_back]
+    queries = q[:, exact.query_prefix : q.shape[1] - exact.query_suffix]
+    keys = k[:, exact.key_prefix : k.shape[1] - exact.key_suffix]
     views = (queries, k, v, keys)
     return VideoPart(*(views if request.flat_output else (t.transpose(1, 2) for t in views)), layout)
 
@@ -54,7 +54,7 @@ def stretches_of(request, exact):
     """Stretches of a call whose references run sparse beside the video, else None."""
     if not exact.references:
         return None
-    return Stretches(request.tokens, (exact.query_front, request.tokens - exact.query_back), exact.references)
+    return Stretches(request.tokens, (exact.query_prefix, request.tokens - exact.query_suffix), exact.references)
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
     that keeps all blocks has nothing to fit.
     """
     keys = part.k.shape[part.token_axis]
-    forced = forced_block_counts(keys, exact.key_front, exact.key_back)
+    forced = forced_block_counts(keys, exact.key_prefix, exact.key_suffix)
     attend = functools.partial(
         attend_video,
         q=part.q,
         k=part.k,
         v=part.v,
-        key_prefix=exact.key_front,
-        key_suffix=exact.key_back,
+        key_prefix=exact.key_prefix,
+        key_suffix=exact.key_suffix,
         proj_q=weights.proj_q,
         proj_k=weights.proj_k,
         sparsity=sparsity,
@@ -157,7 +157,7 @@ def leaves_out(request, exact, sparsity, keep_diagonal=False, reference_keys=REF
     """Whether sparse_request() leaves a key block to the linear branch."""
     stretches = stretches_of(request, exact)
     if stretches is None:
-        forced = forced_block_counts(request.key_tokens, exact.key_front, exact.key_back)
+        forced = forced_block_counts(request.key_tokens, exact.key_prefix, exact.key_suffix)
         return forced.selected(sparsity) < sum(forced)
     selected = selected_with_references(stretches, sparsity, reference_keys, keep_diagonal=keep_diagonal)
     return selected < block_count(stretches.tokens, K_BLOCK)
@@ -170,7 +170,7 @@ def with_dense_rows(out, request, exact, dense):
     if stretches is not None:
         return whole_output(out, lambda ranges: dense(*(slice(*own) for own in ranges)), stretches, axis)
     return with_exact_rows(
-        out, dense, tokens=request.tokens, prefix=exact.query_front, suffix=exact.query_back, axis=axis
+        out, dense, tokens=request.tokens, prefix=exact.query_prefix, suffix=exact.query_suffix, axis=axis
     )
 
 

@@ -135,7 +135,7 @@ class RouterTraining:
         return count == self.step % self.last_calls.get(layer, 1) + 1
 
     def _learn(self, layer, scale, exact, part):
-        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_front, "suffix": exact.key_back}
+        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_prefix, "suffix": exact.key_suffix}
         if self.measuring:
             self.trainer.evaluate(layer, part.q, part.k, part.v, **options)
             return

@@ -70,7 +70,7 @@ class Bench:
         layouts, make = pack_module("nodes.attention.layouts"), pack_module("nodes.settings.values").AttentionSettings
         layout = SimpleNamespace(
             grid=lambda inputs, patch: grid,
-            front=lambda model, inputs, patch: front,
+            prefix=lambda model, inputs, patch: front,
             by_frame=by_frame,
             references=lambda inputs: lambda front, video, tokens: references,
             text_mask=text_mask,
