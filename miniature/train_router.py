@@ -1,4 +1,4 @@
-"""Stage 1 for the miniature: trains its SLA2 router on the live Q, K, V of dense sampling, without ComfyUI.
+"""Stage 1 for the miniature: trains its SLA2 router on the Q, K, V of dense sampling, without ComfyUI.
 
     python -m miniature.train_router --out weights/wan_miniature_router.safetensors
     python -m miniature.train_router --captures FOLDER --steps 120 --out router.safetensors     on calls that were kept before

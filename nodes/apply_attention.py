@@ -16,8 +16,8 @@ from .settings.presets import AUTOMATIC_PRESET, CUSTOM, NAMES, check_preset, pre
 from .settings.schedule import check_schedule, parse_schedule
 from .settings.values import (
     AUTOMATIC,
-    BIT_WIDTHS,
     METHODS,
+    PRECISIONS,
     RATIO_MODES,
     AttentionSettings,
     check_layers,
@@ -54,7 +54,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="Share of the attention that is skipped: 0.97 skips 97%, keeps 3%.",
                 ),
                 io.Combo.Input(
-                    "bit_width", options=list(BIT_WIDTHS), default="auto", advanced=True,
+                    "bit_width", options=list(PRECISIONS), default="auto", advanced=True,
                     tooltip="Precision inside the attention. auto: the fastest on this card (int8; fp8 on B200). "
                     "fp8 needs an RTX 40 or newer. 16bit is the most accurate.",
                 ),
@@ -155,7 +155,7 @@ class SLA2ApplyAttention(io.ComfyNode):
             sparsity, schedule = untrained_limit(0), ""
         settings = AttentionSettings(
             sparsity=sparsity,
-            bit_width=bit_width,
+            precision=bit_width,
             ratio_mode=ratio_mode,
             fixed_ratio=fixed_ratio,
             start_percent=start_percent,

@@ -157,7 +157,7 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
 def search_break_even(model, hook):
     """(tokens or None, longest length tried): the model's heads, its dtype, method and first layer's weights, on its device."""
     settings, facts, device = hook.settings, hook.facts, torch.device(model.load_device)
-    precision = default_precision(device) if settings.bit_width == "auto" else settings.bit_width
+    precision = default_precision(device) if settings.precision == "auto" else settings.precision
     attend = attend_as(hook, device, precision)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
 

@@ -27,7 +27,7 @@ from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .support import capability, interpreting, on_device
 
-HIGHEST, LOWEST = INT32_MAX.value, INT32_MIN.value  # of the scores
+MAX_SCORE, MIN_SCORE = INT32_MAX.value, INT32_MIN.value
 # Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q. At short
 # lengths, where every launch counts, no less than a little of any card's memory.
 WORKSPACE_SHARE = 1.4
@@ -141,9 +141,9 @@ def route_marked(q, k, proj_q, proj_k, count, always, raise_more):
         found = pools(k, q, queries=True)
         smooth(found.k, k.shape[2])
         marked = scores(project(found.q, proj_q), project(found.k, proj_k))
-        live = marked[..., : found.k.shape[1]]
-        live.masked_fill_(always, HIGHEST)
-        raise_more(live, HIGHEST, LOWEST)
+        valid = marked[..., : found.k.shape[1]]
+        valid.masked_fill_(always, MAX_SCORE)
+        raise_more(valid, MAX_SCORE, MIN_SCORE)
         select(marked, found.k.shape[1], selected, None)
         return selected.unflatten(0, q.shape[:2])
 

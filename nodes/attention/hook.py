@@ -47,7 +47,7 @@ class AttentionHook:
         self.runs = RunHistory(facts.num_layers if facts else 0, router_notes(settings, router, sla_weights))
         self.on_run_end = None  # called with this hook and the closed RunRecord
         self.frames = ModelFrames()
-        self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
+        self.marked_model = lambda: None  # or a weak reference to the diffusion model that was marked
         plan_facts = _plan_facts(settings, router, facts, sla_weights) if facts else None
         self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0, plan_facts)
         self._front = Front()
@@ -219,7 +219,7 @@ class AttentionHook:
             options = {**(options or frame.options), OVERRIDE: call.override}
         if call is None:
             if backward_pass() is None:  # what gradient checkpointing recomputes is counted already
-                reason = past_reason(self.facts, self.live_model(), options)
+                reason = past_reason(self.facts, self.marked_model(), options)
                 count_hidden(self.settings, self.run_for_call(), layer, True, reason)
             return with_options(module, forward, args, kwargs, {**options, LAYER: layer})
         if not call.repeated:

@@ -114,6 +114,6 @@ def _sparsity_note(settings, router):
 
 
 def _precision_note(settings, router):
-    if router.precision is None or settings.bit_width in ("auto", router.precision):
+    if router.precision is None or settings.precision in ("auto", router.precision):
         return None
-    return f"the router was trained at {router.precision} and this run uses {settings.bit_width}"
+    return f"the router was trained at {router.precision} and this run uses {settings.precision}"

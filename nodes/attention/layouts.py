@@ -171,15 +171,15 @@ def class_name(thing, path="", view=as_it_is):
 
 
 def view_of(patcher):
-    """view(path, thing): what this MODEL runs at ``path`` of its diffusion model, where ``thing`` lies in the live one.
+    """view(path, thing): what this MODEL runs at ``path`` of its diffusion model, where ``thing`` lies in the loaded one.
 
-    The live model is shared with other MODELs, and keeps what the last of them put into it until another one is loaded.
+    The loaded model is shared with other MODELs, and keeps the patches of the last one until another is loaded.
     """
 
     def view(path, thing):
         name = f"diffusion_model.{path}".removesuffix(".")
         known = patcher.object_patches.get(name, patcher.object_patches_backup.get(name, thing))
-        return getattr(known, "_orig_mod", known)  # compiled, it is still what was compiled
+        return getattr(known, "_orig_mod", known)  # the module that torch.compile wrapped
 
     return view
 

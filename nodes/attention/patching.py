@@ -36,7 +36,7 @@ def install(model, settings, router, sla_weights=None):
     facts, diffusion_model = facts_of(patched), diffusion_model_of(patched)
     reason, sampling = unsupported_reason_of(patched), patched.get_model_object("model_sampling")
     hook = AttentionHook(settings, router, facts, reason, sampling, sla_weights)
-    hook.live_model = weakref.ref(diffusion_model)
+    hook.marked_model = weakref.ref(diffusion_model)
     if taken_off:
         hook.runs.add_notes([taken_off])
 

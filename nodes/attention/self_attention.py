@@ -44,7 +44,7 @@ def _attend_sparse(call, layer, below, args, kwargs):
     if layer in call.requests.vsa:
         raise RunDense(TRAINED_FOR_VSA)
     request, exact = call.video_request(request)
-    precision = resolve_precision(settings.bit_width, request.q.device)
+    precision = resolve_precision(settings.precision, request.q.device)
     check_supported(request, precision)
     check_attempted(call, layer)
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
@@ -77,7 +77,7 @@ def _repeat(call, layer, below, args, kwargs):
     if sparsity is not None:
         request, exact = call.read(args, kwargs)
         weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
-        precision = resolve_precision(call.hook.settings.bit_width, request.q.device)
+        precision = resolve_precision(call.hook.settings.precision, request.q.device)
         options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
         out, *_ = sparse_request(request, exact, weights, sparsity=sparsity, **options)
         if is_used:

@@ -117,7 +117,7 @@ def _untrained(hook, run):
 
 
 def _sixteen_bit(hook, run):
-    if "16bit" not in run.precisions or hook.settings.bit_width != "16bit":
+    if "16bit" not in run.precisions or hook.settings.precision != "16bit":
         return None
     others = sorted({default_precision(device) for device in run.devices} - {"16bit"})
     return f"bit_width is set to 16bit: auto would take {' or '.join(others)} on this device" if others else None

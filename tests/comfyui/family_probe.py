@@ -58,7 +58,7 @@ def probe(name):
         "calls": len(plain_calls),
     }
     for key, sparsity in (("exact", 0.0), ("sparse", 0.7)):
-        made = settings.AttentionSettings(sparsity=sparsity, bit_width="16bit", minimum_tokens=0)
+        made = settings.AttentionSettings(sparsity=sparsity, precision="16bit", minimum_tokens=0)
         patched = hook.install(patcher, made, None)
         with OwnAttention(model, sparsity == 0.0) as own, Containers() if sparsity else nullcontext() as containers:
             out = sample(patched, inputs)
@@ -119,7 +119,7 @@ def with_router_and_maps(patcher, ratio_mode, facts):
     )
     rules = schedule.parse_schedule("0%-100%: 0.5 -> 0.7", facts.num_layers, settings.parse_layers)
     made = settings.AttentionSettings(
-        sparsity=0.7, bit_width="16bit", ratio_mode=ratio_mode, minimum_tokens=0, schedule=rules
+        sparsity=0.7, precision="16bit", ratio_mode=ratio_mode, minimum_tokens=0, schedule=rules
     )
     return hook.install(patcher, made, router)
 

@@ -46,7 +46,7 @@ def wan():
 
 
 def sla2(model, **changes):
-    chosen = {"sparsity": 0.75, "bit_width": "16bit", "minimum_tokens": 0} | changes
+    chosen = {"sparsity": 0.75, "precision": "16bit", "minimum_tokens": 0} | changes
     return patching.install(model, settings.AttentionSettings(**chosen), None)
 
 

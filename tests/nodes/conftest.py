@@ -78,7 +78,7 @@ class Bench:
             token_order="raster",
         )
         facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
-        settings = make(**{"sparsity": 0.5, "bit_width": "16bit", "minimum_tokens": 0} | settings)
+        settings = make(**{"sparsity": 0.5, "precision": "16bit", "minimum_tokens": 0} | settings)
         self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling(), sla_weights)
         self.override = self.override_over(None)
         self.attention = wrapped(dense_attention)

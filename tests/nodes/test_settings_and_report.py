@@ -48,7 +48,7 @@ def test_layer_lists_that_some_model_has_are_not(pack_module, text):
         {"sparsity": float("nan")},
         {"fixed_ratio": 1.1},
         {"start_percent": 0.5, "end_percent": 0.5},
-        {"bit_width": "4bit"},
+        {"precision": "4bit"},
         {"ratio_mode": "best"},
     ],
 )

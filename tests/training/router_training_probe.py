@@ -59,7 +59,7 @@ def probe(name):
     training.trainer.router().save(file)
     router = pack_module("sla2_kernels.weights").load_router(file)
     settings = pack_module("nodes.settings.values").AttentionSettings(
-        sparsity=SPARSITY, bit_width="16bit", minimum_tokens=0
+        sparsity=SPARSITY, precision="16bit", minimum_tokens=0
     )
     patched = pack_module("nodes.attention.patching").install(patcher, settings, router)
     out = sample(patched, inputs)
