@@ -12,7 +12,7 @@ from .call import check_supported, read_call
 from .failures import attempt, attempt_rest, check_attempted, check_output
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
-from .sparse_call import rows_of_call, sparse_request, video_part, with_dense_rows
+from .sparse_call import sparse_request, video_part, with_dense_rows
 from .steps import check_length, planned_sparsity
 from .video_tokens import DENSE_BY_NATURE
 
@@ -51,7 +51,7 @@ def _attend_sparse(call, layer, below, args, kwargs):
     out, ratio, kept, keys, judging, loops = result
     check_output(call, layer, out, sparsity, (request.q, request.k, request.v))
     # a second output, and what the dense rows' attention takes: whole dense attention needs less
-    whole = attempt_rest(call, request.q.device, lambda: _whole(out, request, exact, below, args, kwargs))
+    whole = attempt_rest(call, request.q.device, lambda: with_dense_rows(out, request, exact, below, args, kwargs))
     run = call.run
     # rows that a reference's last block computes twice count once
     rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
@@ -81,7 +81,7 @@ def _repeat(call, layer, below, args, kwargs):
         options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
         out, *_ = sparse_request(request, exact, weights, sparsity=sparsity, **options)
         if is_used:
-            return _whole(out, request, exact, below, args, kwargs)
+            return with_dense_rows(out, request, exact, below, args, kwargs)
     return below(*args, **kwargs)
 
 
@@ -109,13 +109,3 @@ def _call_ratio(call, layer, request, weights, sparsity):
     kind = layer, q.device, sparsity, call.halves
     measures = None if call.step.choice is None else call.step.choice.measures
     return call.run.fitted_ratios.of_call(kind, call.hook.facts.num_heads, call.steps, measures)
-
-
-def _whole(out, request, exact, below, args, kwargs):
-    """The call's output: ``out`` of the sparse queries, and the other rows as ``below`` computes them."""
-
-    def dense_rows(*rows):
-        new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
-        return below(*new_args, **new_kwargs)
-
-    return with_dense_rows(out, request, exact, dense_rows)

@@ -130,8 +130,8 @@ def _mixed(attend, rows, part, weights, call_ratio, may_fit):
     if call_ratio is not None and call_ratio.number is not None and may_fit:
         return _fitted(attend, rows, part, call_ratio)
     if weights.linear_branch:
-        alpha = weights.alpha if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
-        return *attend(sla2_attention, alpha=alpha, return_alpha=True), None
+        ratio = weights.ratio if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
+        return *attend(sla2_attention, alpha=ratio, return_alpha=True), None
     return *attend(sla_attention, proj_l=weights.proj_l, return_alpha=True), None
 
 
@@ -163,8 +163,13 @@ def leaves_out(request, exact, sparsity, keep_diagonal=False, reference_keys=REF
     return selected < block_count(stretches.tokens, K_BLOCK)
 
 
-def with_dense_rows(out, request, exact, dense):
-    """The whole call's output: ``out`` of sparse_request(), and the rows of these slices as dense(slice, ...) computes them."""
+def with_dense_rows(out, request, exact, below, args, kwargs):
+    """The whole call's output: ``out`` of sparse_request(), and the other rows as ``below`` computes them."""
+
+    def dense(*rows):
+        new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
+        return below(*new_args, **new_kwargs)
+
     flat, stretches = request.flat_output, stretches_of(request, exact)
     out, axis = (out.flatten(2), 1) if flat else (out, 2)
     if stretches is not None:

@@ -12,7 +12,7 @@ from ..attention.layer_weights import CallWeights
 from ..attention.model_call import CALL, LAYER, OVERRIDE
 from ..attention.patching import install
 from ..attention.run_dense import RunDense
-from ..attention.sparse_call import leaves_out, rows_of_call, sparse_request, with_dense_rows
+from ..attention.sparse_call import leaves_out, sparse_request, with_dense_rows
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 
@@ -88,19 +88,15 @@ class LoraAttention:
         return below(*args, **kwargs)
 
     def _attend_sparse(self, call, layer, request, exact, below, args, kwargs):
-        def dense_rows(*rows):
-            new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
-            return below(*new_args, **new_kwargs)
-
-        alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
-        weights = CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal)
+        ratio = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
+        weights = CallWeights(*self._projections[layer], ratio, keep_diagonal=self._keep_diagonal)
         options = {"sparsity": self.sparsity, "precision": self.precision, "reference_keys": REFERENCE_KEYS[0]}
-        out, ratio, *_ = sparse_request(request, exact, weights, **options)
-        if alpha is None and self.needs_start:
-            self._estimates[layer].append(ratio)
+        out, row_ratio, *_ = sparse_request(request, exact, weights, **options)
+        if ratio is None and self.needs_start:
+            self._estimates[layer].append(row_ratio)
         if not call.repeated:
             self.sparse_calls += 1
-        return with_dense_rows(out, request, exact, dense_rows)
+        return with_dense_rows(out, request, exact, below, args, kwargs)
 
     def _check(self, request, exact):
         """Raises RunDense where the call cannot run sparse, or would keep everything."""

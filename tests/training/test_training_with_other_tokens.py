@@ -31,9 +31,7 @@ def test_hard_masks_are_the_operators_selection(prefix, suffix, keep_diagonal):
     given = LayerTensors(0, q, k, v, "BHND", None, prefix, suffix)
     blocks = torch.arange(given.query_block_count).expand(1, HEADS, -1)
     training = trainer(keep_diagonal=keep_diagonal)
-    masks = training.hard_masks(
-        given.scores(None, None, blocks), training.always_selected(given, blocks), given.forced
-    )
+    masks = training.hard_masks(given.scores(None, None, blocks), training.always_selected(given, blocks), given.forced)
     options = {"sparsity": SPARSITY, "front": prefix, "back": suffix, "keep_diagonal": keep_diagonal}
     selected = select_with_forced_blocks(q, k, **options)
     assert torch.equal(masks[:, :, 0], 1 - unselected_mask(selected, masks.shape[-1], masks.dtype)[0])
