@@ -10,7 +10,7 @@ from miniature.sample import WEIGHTS, load_models, sample_latents
 from miniature.train_dit import encode_clips, validation_loss
 from miniature.vae import WanVAE, denormalise_latents, psnr
 from miniature.wan import WanConfig, WanModel
-from sla2_training.explore.captures import Recorder
+from sla2_training.captures import Recorder
 
 from .video_metrics import ssim
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.explore.captures import FILES, by_layer, load_captures, model_shape
+from sla2_training.captures import FILES, by_layer, load_captures, model_shape
 
 from .captions import embed, split_captions
 from .sample import WEIGHTS, load_models, sample_latents

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.synthetic import SyntheticLayer
 from sla2_kernels import sla2_attention
 from sla2_kernels.router import own_key_blocks
 from sla2_kernels.weights import RouterFileError, load_router
 from sla2_training import RouterTrainer, TrainerOptions, TrainingError, layer_tensors, soft_top_k
 from sla2_training.report import AFTER, BEFORE
-from sla2_training.synthetic import SyntheticLayer
 
 HEADS, DIM = 2, 32
 HELD_OUT = range(4)

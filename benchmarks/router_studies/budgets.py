@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from .._kernels import RouterLayer, RouterWeights
-from ..trainer import RouterTrainer
-from .captures import by_layer, model_shape
+from sla2_kernels import RouterLayer, RouterWeights
+from sla2_training.captures import by_layer, model_shape
+from sla2_training.trainer import RouterTrainer
+
 from .training import evaluate, table, train
 
 UNIT = 0.005  # kept shares are multiples of half a percent

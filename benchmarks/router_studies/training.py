@@ -4,10 +4,10 @@ import time
 
 import torch
 
-from ..layer_tensors import LayerTensors
-from ..report import VARIANTS
-from ..trainer import RouterTrainer
-from .captures import by_layer, model_shape
+from sla2_training.captures import by_layer, model_shape
+from sla2_training.layer_tensors import LayerTensors
+from sla2_training.report import VARIANTS
+from sla2_training.trainer import RouterTrainer
 
 
 def layer_tensors(capture):

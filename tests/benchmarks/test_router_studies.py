@@ -4,16 +4,17 @@ import itertools
 
 import torch
 
+from benchmarks.router_studies.budgets import spread
+from benchmarks.router_studies.frozen import freeze
+from benchmarks.router_studies.orders import morton_order, tile_order
+from benchmarks.router_studies.query_blocks import choice_errors
+from benchmarks.router_studies.ratios import Rows, fit_constant, fit_knots, hat_basis
+from benchmarks.router_studies.routers import VARIANTS
+from benchmarks.router_studies.studies import STUDIES, run_studies
+from benchmarks.router_studies.training import evaluate
+from benchmarks.synthetic import synthetic_captures
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.explore import Recorder, load_captures, run_studies, save_captures, synthetic_captures
-from sla2_training.explore.budgets import spread
-from sla2_training.explore.frozen import freeze
-from sla2_training.explore.orders import morton_order, tile_order
-from sla2_training.explore.query_blocks import choice_errors
-from sla2_training.explore.ratios import Rows, fit_constant, fit_knots, hat_basis
-from sla2_training.explore.routers import VARIANTS
-from sla2_training.explore.studies import STUDIES
-from sla2_training.explore.training import evaluate
+from sla2_training.captures import Recorder, load_captures, save_captures
 from sla2_training.layer_tensors import LayerTensors
 from sla2_training.report import BEFORE
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from ..report import BEFORE
-from ..trainer import TrainerOptions
-from .captures import by_layer
+from sla2_training.captures import by_layer
+from sla2_training.report import BEFORE
+from sla2_training.trainer import TrainerOptions
+
 from .training import evaluate, layer_tensors, table, train
 
 # name -> (changed options, annealed temperature)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..layer_tensors import LayerTensors
+from sla2_training.layer_tensors import LayerTensors
 
 
 class FrozenLayer(LayerTensors):

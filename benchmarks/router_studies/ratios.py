@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .captures import by_layer
+from sla2_training.captures import by_layer
+
 from .training import layer_tensors, table, train
 
 KNOTS = (2, 4, 8)
