@@ -268,8 +268,7 @@ def _plan_facts(settings, router, facts, sla_weights):
 def _log_outcome(run):
     if run.aside:
         return  # said as the run began
-    sparse = sum(record.sparse for record in run.layers.values())
-    dense = sum(record.dense.total() + record.unreached for record in run.layers.values())
+    total = run.sparse_calls + run.dense_calls
     how = f" ({run.failure})" if run.failure else ""
     skipped = skips_keeps(run.sparsity)
-    logger.info("SLA2: %d of %d self-attention calls ran sparse (%s)%s", sparse, sparse + dense, skipped, how)
+    logger.info("SLA2: %d of %d self-attention calls ran sparse (%s)%s", run.sparse_calls, total, skipped, how)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..runs.advice import attention_milliseconds
 from ..runs.to_paste import joined
 
 MAX_CEILING = 100  # above it only measuring errors speak
@@ -56,11 +57,7 @@ class Measured:
 
 def attention_seconds(run, steps):
     """Seconds per step that the self-attention calls of a closed RunRecord took."""
-    total = 0.0
-    for record in run.layers.values():
-        total += record.sparse * record.milliseconds.get("sparse", 0.0)
-        total += record.dense.total() * record.milliseconds.get("dense", 0.0)
-    return total / 1000 / steps
+    return (attention_milliseconds(run) or 0.0) / 1000 / steps
 
 
 def relative_error(latent, reference):

@@ -92,6 +92,15 @@ class RunRecord:
         kept, pairs = (sum(getattr(record, n) for record in self.layers.values()) for n in ("kept_pairs", "all_pairs"))
         return 1 - kept / pairs if pairs else None
 
+    @property
+    def sparse_calls(self):
+        return sum(record.sparse for record in self.layers.values())
+
+    @property
+    def dense_calls(self):
+        """Those that never came to the hook included."""
+        return sum(record.dense.total() + record.unreached for record in self.layers.values())
+
     def first_time(self, reason):
         """True once per run and reason: what is logged once."""
         with self.lock:
@@ -270,7 +279,7 @@ class RunRecord:
         self._note_bad_outputs()
         self._note_errors()
         self._note_unmet()
-        if self.plan is not None and any(record.sparse for record in self.layers.values()):
+        if self.plan is not None and self.sparse_calls:
             self.note(self.plan.sentence)
         if self.maps is not None:
             self.maps.close()

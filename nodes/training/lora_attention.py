@@ -9,12 +9,10 @@ from ...sla2_kernels.references import REFERENCE_KEYS
 from ...sla2_training.ratios import logits_of_estimates, start_logits
 from ..attention.call import check_supported
 from ..attention.layer_weights import CallWeights
-from ..attention.model_call import CALL, LAYER, OVERRIDE
-from ..attention.patching import install
+from ..attention.model_call import CALL, LAYER
+from ..attention.patching import install_dense
 from ..attention.run_dense import RunDense
 from ..attention.sparse_call import leaves_out, sparse_request, with_dense_rows
-from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
 
 
 class LoraAttention:
@@ -58,11 +56,7 @@ class LoraAttention:
 
     def install(self, model, layers):
         """A clone of ``model`` whose ``layers`` self-attention layers run through this."""
-        patched = model.clone()
-        take_off(patched)
-        options = patched.model_options.setdefault("transformer_options", {})
-        options[OVERRIDE] = self._override(options.get(OVERRIDE))
-        return install(patched, AttentionSettings(dense_layers=frozenset(range(layers))), None)
+        return install_dense(model, layers, self._override)
 
     def _override(self, base):
         def sla2_lora_override(func, *args, **kwargs):

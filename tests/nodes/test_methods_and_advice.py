@@ -89,9 +89,8 @@ def finished(seconds=10.0, shortest=8400, **records):
         layers[number] = SimpleNamespace(
             sparse=sparse, dense=dense, milliseconds=record.get("ms", {}), unreached=unreached
         )
-    return SimpleNamespace(
-        layers=layers, started=0.0, ended=seconds, precisions={"int8"}, ragged_sage_calls=Counter(), shortest=shortest
-    )
+    counts = {"ragged_sage_calls": Counter(), "sparse_calls": sum(layer.sparse for layer in layers.values())}
+    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"}, shortest=shortest, **counts)
 
 
 TRAINED = SimpleNamespace(
