@@ -171,7 +171,7 @@ class SLA2ApplyAttention(io.ComfyNode):
         )
         if target_error and sla_weights is not None:
             raise ValueError(
-                "SLA2 Apply Attention: target_error has no part in SLA (version 1): set it to 0, or take sla_weights out."
+                "SLA2 Apply Attention: target_error does not work with SLA (version 1): set it to 0, or disconnect sla_weights."
             )
         if facts and router is not None:
             check_router(router, facts)

@@ -130,10 +130,7 @@ def _sizes(q, heads_first):
 
 
 @_attention.register_fake
-def _(
-    q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    linear_branch=True, is_routed=False,
-):  # fmt: skip
+def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, *_, **__):
     batch, heads, tokens, _ = _sizes(q, heads_first)
     if key_blocks is None:
         count = selected_block_count(sparsity, block_count(_sizes(k, heads_first)[2], K_BLOCK))
@@ -148,10 +145,7 @@ def _(
 
 
 @_fitted_attention.register_fake
-def _(
-    q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    is_routed=False,
-):  # fmt: skip
+def _(q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, *_, **__):
     batch, heads, _, head_dim = _sizes(q, heads_first)
     return (
         q.new_empty(q.shape),

@@ -92,9 +92,7 @@ def _without_ratios(router):
 def _heads_as_layers(captures, router):
     """Every head as a layer of its own: captures and router of a model with layers * heads layers of one head."""
     heads = router.num_heads
-    split = [
-        replace(c.heads(slice(h, h + 1)), layer=c.layer * heads + h) for c in captures for h in range(heads)
-    ]  # fmt: skip
+    split = [replace(c.heads(slice(h, h + 1)), layer=c.layer * heads + h) for c in captures for h in range(heads)]
     layers = []
     for layer in router.layers:
         for h in range(heads):

@@ -1,7 +1,7 @@
 """State of one patched MODEL: its sampling runs, and what each of its model calls needs to know.
 
-patching.py puts it into a clone of a MODEL. One self-attention call comes by here twice, at its mark (enter_layer) and at its
-override (override.py), and is computed in self_attention.py.
+patching.py puts it into a clone of a MODEL. Each self-attention call passes here twice, at its mark (enter_layer) and at its
+override (override.py); self_attention.py computes it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from .video_tokens import VideoSpan
 logger = logging.getLogger("sla2")
 
 KEY = "sla2"  # of wrappers and attachments on the ModelPatcher
-# what reading the arguments of a model call may raise that another pack shaped in its own way
+# what reading the arguments of a model call may raise if another pack has changed them
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
@@ -64,7 +64,7 @@ class AttentionHook:
             self._steps.number_from(inputs, patcher, self.run_for_call())
 
     def end_run(self, failure=None, output=None):
-        """Ends the run and lets go of what it left on the device; the record stays for the report."""
+        """Ends the run and frees what it kept on the device; the record stays for the report."""
         run = self.runs.end(failure, output)
         if run is not None:
             if self.weights is not None:
@@ -79,11 +79,11 @@ class AttentionHook:
         return self.runs.current(self._steps.begin)
 
     def require_met(self):
-        """At the end of a sampling: stops, where asked, if no mark was met in any of its model calls."""
+        """At the end of a sampling: with on_unsupported "stop", raises if no model call reached a marked layer."""
         require_met(self.settings, self.run_for_call())
 
     def see_rival(self, callbacks):
-        """Steps aside for the whole run where ComfyUI's own sparse attention was placed after us; stops where that is asked.
+        """Takes no call of the run if ComfyUI's own sparse attention was placed after SLA2; with "stop", raises.
 
         callbacks: {kind: {key: [function, ...]}} of the MODEL that runs.
         """
@@ -96,7 +96,7 @@ class AttentionHook:
         logger.warning("SLA2: %s", ASIDE)
 
     def before_model(self, device, options, inputs=dict):
-        """Takes the memory that the sparse calls of one model call on ``device`` keep: inside it, none may be taken.
+        """Allocates what the sparse calls of one model call on ``device`` keep: inside the call, nothing that is kept may be.
 
         options: its transformer_options. inputs: function that returns its arguments by name.
         """
@@ -171,7 +171,7 @@ class AttentionHook:
         return own, requests
 
     def _span(self, run, diffusion_model, inputs):
-        """VideoSpan, or None where nobody knows it: another family, or a call that another pack shaped in its own way."""
+        """VideoSpan, or None if it is unknown: another family, or arguments that another pack has changed."""
         if self.facts is None:
             return None
         layout, patch_size = self.facts.layout, self.facts.patch_size
@@ -184,7 +184,7 @@ class AttentionHook:
             return None
 
     def _tokens(self, inputs):
-        """Tokens of the video in one model call, or None: then the call itself says why they are unknown."""
+        """Number of the video's tokens in one model call, or None: its attention calls then report why it is unknown."""
         try:
             return math.prod(self.facts.layout.grid(inputs(), self.facts.patch_size))
         except UNREADABLE:
@@ -196,7 +196,7 @@ class AttentionHook:
         return frame.call
 
     def finish(self, frame):
-        """After a model call, as its wrapper saw it: what was never reached is counted, and how far our override came."""
+        """After a model call: counts one that reached no marked layer, and notices an override that did not call ours."""
         call = frame.call
         if frame.passed_on if call is None else call.repeated:
             return
@@ -240,7 +240,7 @@ class AttentionHook:
         return changed
 
     def inside(self, below, args, kwargs):
-        """Calls down the chain; an override there that leads back to us is passed through uncounted."""
+        """Calls ``below``; an override there that calls ours again is passed through uncounted."""
         was = self.is_inside
         self._inside.value = True
         try:

@@ -1,9 +1,9 @@
-"""Marks the self-attention calls of a model: says, before one runs, which layer it is, and hands it the call's options.
+"""Marks the self-attention modules of a model: before one runs, its mark says which layer it is and passes on the call's options.
 
-A mark is a forward pre-hook that an object patch puts into a module. The attribute it goes to is there in every module, so
-that ComfyUI, which takes an object patch off by setting the attribute back, leaves the module as it was; a method that was
-patched and set back would stay in the module's __dict__, and outlive a change of its class. A mark runs whatever forward
-another pack put there, and it runs again where training recomputes a block.
+A mark is a forward pre-hook, put into a module by an object patch. ComfyUI removes an object patch by assigning the old value:
+every module has the hooks' attribute, so the module is as it was before. A patched method would stay in the module's __dict__
+and outlive a change of its class. A mark runs whatever forward another pack has put there, and again when training recomputes
+a block.
 """
 
 import collections

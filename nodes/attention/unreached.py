@@ -4,10 +4,10 @@ from .model_marks import has_layers, on_the_way
 from .run_dense import say_once, stop_where_asked
 from .steps import kept_dense_reason
 
-WITHOUT_OPTIONS = "this self-attention takes no transformer_options here, so that nothing can take its call over"
+WITHOUT_OPTIONS = "this self-attention takes no transformer_options, so SLA2 cannot intercept its call"
 PAST = "the model is called past SLA2's wrappers, so that nothing says where the video's tokens lie"
 OTHER_MODEL = "they were calls of a model that SLA2 was not applied to"
-NOT_KNOWN = "no node is known that stands in for them"
+NOT_KNOWN = "the node responsible is not known"
 CACHES = {"easycache", "lazycache"}  # keys of wrappers that answer model calls without the model
 
 

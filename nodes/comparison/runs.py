@@ -144,7 +144,7 @@ def line_to_paste(card, model, dense, sla2, rival, versions):
     steps = ", ".join(f"{name} {one.step_s:.3f}" for name, one in beside)
     parts = [card, model, f"seconds per step: {steps}", f"latent error {relative_error(sla2.latent, dense.latent)}"]
     parts += [f"peak memory {_memory(dense.peak, sla2.peak)}", sla2.error_words, versions]
-    return joined(parts)
+    return joined(*parts)
 
 
 def comparison_text(data):

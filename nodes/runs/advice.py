@@ -72,7 +72,7 @@ def _small_share(run):
         return None
     return (
         f"self-attention took {100 * share:.0f}% of the sampling time: a higher sparsity saves little more. "
-        "The other layers set the pace now: fp8 weights, TorchCompileModel or fewer steps go further."
+        "The rest of the model takes most of the time: fp8 weights, TorchCompileModel or fewer steps help more."
     )
 
 

@@ -153,7 +153,7 @@ class RunRecord:
             self.layers[layer].dense[reason] += 1
 
     def prepare(self, device):
-        """Takes the memory that counting on ``device`` needs, outside of any model call."""
+        """Allocates what counting on ``device`` needs, outside of any model call."""
         with self.lock:
             self._on_devices.prepare(device)
 
@@ -249,7 +249,7 @@ class RunRecord:
         return sigma
 
     def in_window(self, sigmas):
-        """Whether this step lies inside the window; None where the sampler does not say."""
+        """Whether this step is inside the window; None if the sampler does not say."""
         if self.window is None:
             return True
         if sigmas is None:

@@ -245,9 +245,11 @@ class Stage2Trainer:
             position = start + rank
             video, level = pairs[min(position, len(pairs) - 1)]
             draw = (
-                torch.tensor([video]), torch.tensor([(level + 0.5) / levels]), torch.tensor([False]),
+                torch.tensor([video]),
+                torch.tensor([(level + 0.5) / levels]),
+                torch.tensor([False]),
                 torch.tensor([1000 + video]),
-            )  # fmt: skip
+            )
             noisy, t, context, velocity = self._batch(draw, slice(0, 1), self.validation)
             teacher, own = (self._velocity(noisy, t, context, dense=dense) for dense in (True, False))
             losses = [(a - b).square().mean() for a, b in ((own, velocity), (own, teacher), (teacher, velocity))]
