@@ -58,7 +58,7 @@ class NodeAttention:
             family="wan", token_order="raster", references=lambda inputs: lambda front, video, tokens: (),  # noqa: S106
         )  # fmt: skip
         self._config, self._sigmas, self._device, self._see = config, noise_schedule(steps), device, see
-        facts = module("nodes.attention.layouts").ModelFacts(
+        facts = module("nodes.attention.model_families").ModelFacts(
             layout, config.num_layers, config.num_heads, 128, (1, 2, 2), ()
         )
         chosen = module("nodes.settings.values").AttentionSettings(**{"minimum_tokens": 0} | settings)

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..sla2_kernels.references import REFERENCE_KEYS
 from .attention.hook import KEY
 from .attention.layer_requests import trained_for_vsa_reason
-from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.model_families import facts_of, unsupported_reason_of
 from .attention.patching import install
 from .attention.weight_checks import check_router, check_sla_weights
 from .load_router import Router

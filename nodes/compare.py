@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..sla2_kernels import default_precision
 from .attention.hook import KEY
-from .attention.layouts import unsupported_reason_of
+from .attention.model_families import unsupported_reason_of
 from .attention.patching import install
 from .comparison.break_even import attend_as, break_even, time_lengths
 from .comparison.frames import check_vae, saved_frames

@@ -15,7 +15,7 @@ from ..sla2_kernels.support import resolve_precision
 from ..sla2_training import TrainingError
 from .attention.failures import is_out_of_memory
 from .attention.layer_requests import trained_for_vsa_reason
-from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.model_families import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
 from .load_router import Router
 from .page.events import send_event

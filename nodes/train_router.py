@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..sla2_training import TrainerOptions, TrainingError
 from .attention.layer_requests import trained_for_vsa_reason
-from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.model_families import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
 from .compat.sampling import sample_once
 from .load_router import Router

@@ -16,7 +16,7 @@ import torch
 
 from ..compat.compiled_models import not_compiled
 from ..compat.override_chain import name_of
-from .layouts import class_name, module_and_method
+from .model_families import class_name, module_and_method
 
 HOOKS, WITH_KEYWORDS = "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"  # nn.Module's own, by the id of a hook
 MARK_ID = "sla2_mark"

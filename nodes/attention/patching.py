@@ -12,8 +12,8 @@ from ..compat.override_chain import MARK
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
 from .hook import KEY, AttentionHook
-from .layouts import diffusion_model_of, facts_of, unsupported_reason_of
 from .model_call import OVERRIDE
+from .model_families import diffusion_model_of, facts_of, unsupported_reason_of
 from .model_frames import Frame
 from .model_marks import mark_layers, marked_methods, method_layers
 from .override import make_override

@@ -11,7 +11,9 @@ from .time_saved import faster_in_words, saved_in_words
 MAX_REASONS = 4
 
 
-REPLACED = "replaced by the SLA2 Apply Attention after it: only the last one on a MODEL wire takes effect, so remove one of the two"
+REPLACED = (
+    "replaced by the SLA2 Apply Attention after it: only the last one on a MODEL wire counts, so remove one of the two"
+)
 
 
 class ShownOn:

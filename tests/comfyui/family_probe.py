@@ -54,7 +54,7 @@ def probe(name):
     plain = sample(patcher, inputs)
     del patcher.model_options["transformer_options"]["optimized_attention_override"]
     found = {
-        "family": pack_module("nodes.attention.layouts").unsupported_model_reason(model),
+        "family": pack_module("nodes.attention.model_families").unsupported_model_reason(model),
         "calls": len(plain_calls),
     }
     for key, sparsity in (("exact", 0.0), ("sparse", 0.7)):
@@ -89,7 +89,9 @@ def left_in_scopes(name, ratio_mode):
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patched = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
     if ratio_mode:
-        patched = with_router_and_maps(patched, ratio_mode, pack_module("nodes.attention.layouts").model_facts(model))
+        patched = with_router_and_maps(
+            patched, ratio_mode, pack_module("nodes.attention.model_families").model_facts(model)
+        )
     scopes = RecordedScopes(model, getattr(model, RECORDED[name]))
     inputs = inputs_for(cls, inputs)
     hook = patched.get_attachment("sla2")

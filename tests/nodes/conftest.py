@@ -67,7 +67,10 @@ class Bench:
     ):
         self._pack_module = pack_module
         self.hook_module = pack_module("nodes.attention.hook")
-        layouts, make = pack_module("nodes.attention.layouts"), pack_module("nodes.settings.values").AttentionSettings
+        families, make = (
+            pack_module("nodes.attention.model_families"),
+            pack_module("nodes.settings.values").AttentionSettings,
+        )
         layout = SimpleNamespace(
             grid=lambda inputs, patch: grid,
             prefix=lambda model, inputs, patch: front,
@@ -77,7 +80,7 @@ class Bench:
             family="wan",
             token_order="raster",
         )
-        facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
+        facts = families.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
         settings = make(**{"sparsity": 0.5, "precision": "16bit", "minimum_tokens": 0} | settings)
         self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling(), sla_weights)
         self.override = self.override_over(None)

@@ -51,7 +51,7 @@ def probe(name):
         return {"missing": True}
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patcher = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
-    facts = pack_module("nodes.attention.layouts").model_facts(model)
+    facts = pack_module("nodes.attention.model_families").model_facts(model)
     inputs = inputs_for(cls, inputs)
     plain = sample(patcher, inputs)
     training = trained(patcher, facts, inputs)
