@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from miniature.captures import FILES, load_captures, save_captures
 from sla2_training import TrainerOptions
-from sla2_training.captures import FILES, load_captures, save_captures
 
 from .miniature_model import Miniature
 from .router_studies.studies import STUDIES, run_studies

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from miniature.captures import FILES, load_captures
 from sla2_kernels import select_key_blocks, sla2_attention, torch_backend
-from sla2_training.captures import FILES, load_captures
 
 from .synthetic import SyntheticLayer
 

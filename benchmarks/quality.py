@@ -12,7 +12,7 @@ Output error: ||out - dense|| / ||dense|| on held-out captions, per layer, and t
 loss: flow matching, held-out captions. The rivals get the best that their form can give on the training captures: SLA v1's
 proj_l (ridge regression) and the heuristic router's ratios (least squares). PSNR and SSIM: the sampled video against the dense one of the same seed. Writes
 <out>.json and <out>.md. Captures: safetensors files with tensors "<number>.<layer>.q", ".k", ".v" of shape (B, H, N, D)
-after norm and rotation, and metadata grid = "t,h,w" (sla2_training.captures writes them).
+after norm and rotation, and metadata grid = "t,h,w" (miniature.captures writes them).
 """
 
 import argparse
@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from miniature.captures import by_layer, load_captures, model_shape
 from miniature.images import contact_sheet
 from sla2_kernels.weights import RouterLayer, load_router
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.captures import by_layer, load_captures, model_shape
 
 from . import results
 from .measure import environment, use_device

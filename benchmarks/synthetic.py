@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from sla2_training.captures import Capture
+from miniature.captures import Capture
 
 GROUPS = ("object", "position", "texture", "noise")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.captures import FILES, by_layer, load_captures, model_shape
 
 from .captions import embed, split_captions
+from .captures import FILES, by_layer, load_captures, model_shape
 from .sample import WEIGHTS, load_models, sample_latents
 from .wan import HEAD_DIM, WanConfig, WanModel, dense_attention
 

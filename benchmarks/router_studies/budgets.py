@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from miniature.captures import by_layer, model_shape
 from sla2_kernels import RouterLayer, RouterWeights
-from sla2_training.captures import by_layer, model_shape
 from sla2_training.trainer import RouterTrainer
 
 from .training import evaluate, table, train

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from miniature.captures import by_layer, model_shape
 from sla2_kernels.router import K_BLOCK, Q_BLOCK, pool_blocks
-from sla2_training.captures import by_layer, model_shape
 from sla2_training.trainer import RouterTrainer
 
 from .training import layer_tensors, table

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sla2_training.captures import by_layer
+from miniature.captures import by_layer
 
 from .training import layer_tensors, table, train
 

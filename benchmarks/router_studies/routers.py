@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from sla2_training.captures import by_layer
+from miniature.captures import by_layer
 from sla2_training.report import BEFORE
 from sla2_training.trainer import TrainerOptions
 

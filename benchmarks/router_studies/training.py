@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from sla2_training.captures import by_layer, model_shape
+from miniature.captures import by_layer, model_shape
 from sla2_training.layer_tensors import LayerTensors
 from sla2_training.report import VARIANTS
 from sla2_training.trainer import RouterTrainer

@@ -11,7 +11,7 @@ from benchmarks import quality, quality_report, video_metrics
 from benchmarks import quality_variants as names
 from benchmarks.rivals import fitted_sla, pooled_tail, sol_attn
 from benchmarks.synthetic import synthetic_captures
-from sla2_training.captures import Capture, save_captures
+from miniature.captures import Capture, save_captures
 
 
 @pytest.mark.slow

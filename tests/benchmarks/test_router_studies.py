@@ -13,8 +13,8 @@ from benchmarks.router_studies.routers import VARIANTS
 from benchmarks.router_studies.studies import STUDIES, run_studies
 from benchmarks.router_studies.training import evaluate
 from benchmarks.synthetic import synthetic_captures
+from miniature.captures import Recorder, load_captures, save_captures
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.captures import Recorder, load_captures, save_captures
 from sla2_training.layer_tensors import LayerTensors
 from sla2_training.report import BEFORE
 
