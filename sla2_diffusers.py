@@ -102,7 +102,7 @@ class SLA2WanProcessor:
 
     @property
     def _parallel_config(self):
-        """What enable_parallelism() was told, as diffusers stores it on each processor; None in a single process."""
+        """The configuration of enable_parallelism(), which diffusers stores on each processor; None in a single process."""
         return getattr(self.dense, "_parallel_config", None)
 
     @_parallel_config.setter
@@ -111,7 +111,7 @@ class SLA2WanProcessor:
 
     @property
     def _attention_backend(self):
-        """What set_attention_backend() was told, as diffusers stores it: used by the dense calls, and kept after undo()."""
+        """The backend of set_attention_backend(), which diffusers stores here: used by the dense calls, and kept after undo()."""
         return self.dense._attention_backend
 
     @_attention_backend.setter
@@ -244,7 +244,7 @@ class Settings:
 
 
 class SLA2Handle:
-    """What apply_sla2 did to a transformer: counters, and the way back."""
+    """What apply_sla2 did to a transformer: counters, and how to undo it."""
 
     def __init__(self, layers):
         self._layers = layers

@@ -40,7 +40,7 @@ class SLA2ApplyAttention(io.ComfyNode):
             description="Speeds up a video model: its self-attention computes the most relevant blocks exactly and the "
             "rest with linear attention. Place it last on the MODEL wire.",
             hidden=[io.Hidden.unique_id],
-            # ComfyUI serves a node of another workflow from its cache otherwise, and that one tells the other's id of its runs
+            # otherwise ComfyUI may reuse the cached result of another workflow's node, whose runs are reported under that node's id
             not_idempotent=True,
             search_aliases=["sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"],
             # saved workflows store widget values by position: new inputs go to the end

@@ -32,7 +32,7 @@ class SLA2SaveRouter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename_prefix, router=None):
-        """New where a file is gone: "saved as ..." must not come from the cache then."""
+        """Changes when a saved file is gone: "saved as ..." must not come from the cache then."""
         return saved_files.losses(filename_prefix)
 
     @classmethod

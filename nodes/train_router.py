@@ -152,7 +152,7 @@ def keep_trained(training, facts, node, what):
         sentence = f"What {training.steps_done} optimisation steps trained is saved as {name} in models/{FOLDER}."
         advice = " Load it and connect it to resume to go on."
     except ValueError as error:
-        # what ended the training is what the user has to be told first
+        # the error that ended the training comes first
         sentence, advice = f"What {training.steps_done} optimisation steps trained is lost: {error}", ""
     logger.info("SLA2 router training %s. %s", what, sentence)
     show_on_node(node, f"{what}. {sentence}{advice}")

@@ -40,7 +40,7 @@ def _prepared(q, k, v, key_blocks, heads_first, is_routed):
 
 
 def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, backend):
-    """The key blocks of a call that plain torch computes; tells loops.py that it does, and why."""
+    """The key blocks of a call that plain torch computes; records that loop, and why it was chosen, in loops.py."""
     loops.took_loop(loops.TORCH, backend.why_not_triton)
     if call.key_blocks is not None:
         return call.key_blocks
@@ -139,7 +139,7 @@ def _(q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_fir
     return (
         q.new_empty(q.shape),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
-        # flat: torch.compile would compile anew for every dimension of size 1, and the count may be 1
+        # flat: torch.compile would recompile for every dimension of size 1, and the count may be 1
         q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
     )
 

@@ -36,7 +36,7 @@ WORKSPACE_FLOOR = 256 * 2**20
 
 @dataclass
 class Routing:
-    """Which key blocks each query block leaves to the linear branch, and what K's pools tell: flat over batch x head.
+    """Which key blocks each query block leaves to the linear branch, and what follows from K's pools: flat over batch x head.
 
     None: what a call does not need.
     """

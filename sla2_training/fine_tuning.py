@@ -54,7 +54,7 @@ class FineTuning:
         self.losses.append(loss)
 
     def require_finite(self, number, what):
-        """Raises TrainingError where ``number`` is not finite, with the parameters as the last finite loss met them."""
+        """Raises TrainingError where ``number`` is not finite, after restoring the parameters of the last finite loss."""
         if math.isfinite(number):
             return
         step = self.done

@@ -179,7 +179,7 @@ class RouterTrainer:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                # handled below, when the failed attempt's tensors are gone
+                # handled below, when the failed attempt's tensors are freed
                 pass
             if self.query_blocks == 1:
                 raise TrainingError(

@@ -20,7 +20,7 @@ from .layer_weights import LayerWeights, router_notes
 from .model_call import CALL, LAYER, NO_SPAN, OVERRIDE, ModelCall
 from .model_frames import ModelFrames
 from .model_marks import options_given, with_options
-from .override import Front, say_family
+from .override import OutermostOverride, say_family
 from .recomputation import backward_pass
 from .run_dense import RunDense, stop_where_asked
 from .steps import RunSteps, guidance_halves, planned_sparsity, step_count
@@ -50,7 +50,7 @@ class AttentionHook:
         self.marked_model = lambda: None  # or a weak reference to the diffusion model that was marked
         plan_facts = _plan_facts(settings, router, facts, sla_weights) if facts else None
         self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0, plan_facts)
-        self._front = Front()
+        self._outermost = OutermostOverride()
         self._inside = threading.local()
         self._own_attention = (None, None, None, None)
 
@@ -69,7 +69,7 @@ class AttentionHook:
         if run is not None:
             if self.weights is not None:
                 self.weights.clear()
-            self._front.clear()
+            self._outermost.clear()
             _log_outcome(run)
             if self.on_run_end is not None:
                 self.on_run_end(self, run)
@@ -135,7 +135,7 @@ class AttentionHook:
             run.maps.grid = span and span.grid
         if current is None and earlier is not None and earlier.hook is self:
             current = earlier.override  # a guider of another pack calls with these options again
-        override = current if run.aside else self._front.of(self, run, current)
+        override = current if run.aside else self._outermost.of(self, run, current)
         own, requests = self._brings_attention(run, diffusion_model)
         call = ModelCall(
             self,
@@ -205,7 +205,7 @@ class AttentionHook:
             run.count_model_call()
         elif call.counts["entered"]:
             if not call.counts["attended"] and not run.aside and not self.family_reason:
-                self._front.never_called(self, run, frame.current)
+                self._outermost.never_called(self, run, frame.current)
             return
         if self.facts is not None and not run.aside and not run.has_hidden_calls:
             count_unmet(self.settings, self.facts, run, frame)

@@ -161,7 +161,7 @@ def on_the_way(facts, diffusion_model, options):
 
 
 def _replaced_methods(module):
-    """(name, function) of every method of the module's class that something else stands in for, ours left out."""
+    """(name, function) of every method of the module's class that another pack has replaced on this module."""
     for name, thing in vars(module).items():
         own = getattr(type(module), name, None)
         if callable(own) and callable(thing) and not isinstance(thing, torch.nn.Module):

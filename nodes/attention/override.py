@@ -50,12 +50,12 @@ def make_override(hook, base):
 
 
 def say_family(reason, run):
-    """Logs once per run why nothing of this family runs sparse."""
+    """Logs once per run why no call of this family runs sparse."""
     if run.first_time(reason):
         logger.warning("SLA2: every attention call runs dense: %s", reason)
 
 
-class Front:
+class OutermostOverride:
     """Keeps a hook's override in front of those that later nodes set. Holds no hook, so that a dropped model is freed at once."""
 
     def __init__(self):

@@ -26,7 +26,7 @@ def attend(call, layer, below, args, kwargs):
         return _attend_sparse(call, layer, below, args, kwargs)
     except RunDense as found:
         reason, by_setting, sparsity = found.reason, found.by_setting, found.sparsity
-    # only here is the traceback gone, and with it the tensors that its frames held
+    # the traceback, and the tensors that its frames held, are freed only here
     if not by_setting:
         if reason not in DENSE_BY_NATURE:
             stop_where_asked(call.hook.settings, reason, f" in layer {layer}")

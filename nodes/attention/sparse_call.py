@@ -1,7 +1,7 @@
 """One self-attention call of a video model: the queries of the video and of references run sparse, those of text and sound dense.
 
-sla2_kernels/exact_ends.py and references.py are the same without ComfyUI; here are ComfyUI's layouts, and the ratio that a call
-fits.
+sla2_kernels/exact_ends.py and references.py are the same without ComfyUI; this file adds ComfyUI's layouts and the
+fitted ratio.
 """
 
 import functools
@@ -36,7 +36,7 @@ class VideoPart:
 
     @property
     def queries_are_keys(self):
-        """False where queries of one frame meet keys of all frames."""
+        """False if queries of one frame attend keys of all frames."""
         return self.q.shape[self.token_axis] == self.video_k.shape[self.token_axis]
 
 

@@ -1,4 +1,4 @@
-"""Where a model call stands in its sampling run, and which sparsity the settings plan for a layer in it."""
+"""Which step of its sampling run a model call is, and which sparsity the settings plan for a layer in it."""
 
 import dataclasses
 from typing import NamedTuple

@@ -82,7 +82,7 @@ class RunRecord:
         self.attention_error = None  # root mean square of the measured calls' relative errors, once the run is closed
         self.lock = threading.Lock()
         self._on_devices = DeviceCounts(layers)
-        self._checked_layers = set()  # whose first output was looked at
+        self._checked_layers = set()  # whose first output was checked
         self._said = set()
         self._sigma_memo = (None, None)
 
@@ -338,7 +338,7 @@ def capturing(device):
 
 
 def sample_of(latent, count=64):
-    """Evenly spaced values of a latent on the CPU, enough to know it again; None for anything but a plain tensor."""
+    """Evenly spaced values of a latent on the CPU, enough to recognise it; None for anything but a plain tensor."""
     if not isinstance(latent, torch.Tensor) or latent.is_nested or latent.numel() == 0:
         return None
     flat = latent.detach().reshape(-1)
