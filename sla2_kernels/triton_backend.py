@@ -209,7 +209,7 @@ class Sample:
 class _Tensors:
     """The tensors of a call that its kernels read or fill.
 
-    block_ratio: float32 (B * H, T_m), or None where it is estimated. ratio: float32 (B, H, N), to be filled. rows, dense:
+    block_ratio: float32 (B * H, T_m), or None where it is estimated. row_ratio: float32 (B, H, N), to be filled. rows, dense:
     those of a Sample.
     """
 
@@ -221,7 +221,7 @@ class _Tensors:
     block_ratio: torch.Tensor | None
     selected: torch.Tensor
     unselected: torch.Tensor | None
-    ratio: torch.Tensor
+    row_ratio: torch.Tensor
     out: torch.Tensor
     rows: torch.Tensor | None
     dense: torch.Tensor | None
@@ -255,25 +255,25 @@ class _Settings:
 
 
 def attention(
-    q, k, v, proj_q, proj_k, key_blocks, ratios, out, *,
+    q, k, v, proj_q, proj_k, key_blocks, block_ratio, out, *,
     sparsity, scale, precision, diagonal=None, linear_branch=True, sample=None,
 ):  # fmt: skip
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
-    or None to route. ratios: (H, T_m) or (B * H, T_m), or None to estimate them, or with a Sample to fit them on it; then
+    or None to route. block_ratio: (H, T_m) or (B * H, T_m), or None to estimate it, or with a Sample to fit it on that; then
     each query block leaves a key block out. diagonal: see kernels/score.py.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
     with on_device(q.device):
-        proj_q, proj_k, ratios = _as_read(q, proj_q, proj_k, ratios)
+        proj_q, proj_k, block_ratio = _as_read(q, proj_q, proj_k, block_ratio)
         if sample is not None:
             shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)
-            ratios = torch.empty(shape, dtype=torch.float32, device=q.device)
-        elif ratios is not None and len(ratios) < q.shape[0] * q.shape[1]:
-            ratios = ratios.repeat(q.shape[0], 1)
-        ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+            block_ratio = torch.empty(shape, dtype=torch.float32, device=q.device)
+        elif block_ratio is not None and len(block_ratio) < q.shape[0] * q.shape[1]:
+            block_ratio = block_ratio.repeat(q.shape[0], 1)
+        row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
             selected = _new_selection(q, selected_block_count(sparsity, blocks))
         else:
@@ -286,10 +286,10 @@ def attention(
         why_not_hopper = why_not_hopper_loop(card, qk, pv, q, k, v)
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         rows, dense, fitted = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.fitted)
-        tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, rows, dense)
+        tensors = _Tensors(q, k, v, proj_q, proj_k, block_ratio, selected, unselected, row_ratio, out, rows, dense)
         settings = _Settings(scale, qk, pv, diagonal, routing, linear, why_not_hopper is None, fitted)
         cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
-    return ratio, selected.unflatten(0, q.shape[:2])
+    return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
 def _attend(t, s):
@@ -307,7 +307,7 @@ def _attend(t, s):
         # the log2 of the unselected mass waits where the loop will put the ratio
         config = configs.mass_config(capability(t.q.device), t.q.element_size())
         unselected_mass(
-            t.q, routed, t.ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
+            t.q, routed, t.row_ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
         )
     for group in groups:
         pack(
@@ -351,22 +351,22 @@ def _loop(t, s, work, routed, group, scale_log2):
         from .kernels.hopper_loop import hopper_sparse_attention
 
         hopper_sparse_attention(
-            t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.block_ratio, t.ratio, group,
+            t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.block_ratio, t.row_ratio, group,
             ratio_kind=kind, scale_log2=scale_log2, qk=s.qk,
         )  # fmt: skip
         return
     card, element_size = capability(t.q.device), t.q.element_size()
     if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
-        linear_attention(t.q, work, t.out, t.block_ratio, t.ratio, group, config=config)
+        linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, config=config)
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
     if s.pv == "int8":
         int8_sparse_attention(
-            t.q, t.k.shape[2], t.out, work, routed.pools, t.selected, t.block_ratio, t.ratio, group,
+            t.q, t.k.shape[2], t.out, work, routed.pools, t.selected, t.block_ratio, t.row_ratio, group,
             ratio_kind=kind, scale_log2=scale_log2, config=config,
         )  # fmt: skip
         return
     sparse_attention(
-        t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.ratio, group, ratio_kind=kind, scale_log2=scale_log2,
+        t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.row_ratio, group, ratio_kind=kind, scale_log2=scale_log2,
         qk=s.qk, pv=s.pv, config=config,
     )  # fmt: skip
