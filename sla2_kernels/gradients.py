@@ -21,10 +21,9 @@ def save_for_backward(ctx, inputs, output):
 def backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     """Gradients on the saved selection: 16-bit in Triton; in torch those of its own formats, recomputed chunk by chunk."""
     q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
-    *grads, grad_alpha = torch.ops.sla2.attention_backward(
-        grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend,
-        None if alpha is None else grad_row_ratio, ctx.linear_branch,
-    )  # fmt: skip
+    grad_row_ratio = None if alpha is None else grad_row_ratio
+    options = ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend, grad_row_ratio, ctx.linear_branch
+    *grads, grad_alpha = torch.ops.sla2.attention_backward(grad_out, q, k, v, key_blocks, row_ratio, *options)
     return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 9
 
 

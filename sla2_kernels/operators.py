@@ -110,11 +110,8 @@ def _fitted_attention(
     if chosen.name == "triton":
         from . import triton_backend
 
-        sample = triton_backend.Sample(rows, fitted, dense)
-        row_ratio, _ = triton_backend.attention(
-            *call[:3], proj_q, proj_k, call.key_blocks, None, call.out,
-            sparsity=sparsity, diagonal=diagonal, sample=sample, **options,
-        )  # fmt: skip
+        options |= {"sparsity": sparsity, "diagonal": diagonal, "sample": triton_backend.Sample(rows, fitted, dense)}
+        row_ratio, _ = triton_backend.attention(*call[:3], proj_q, proj_k, call.key_blocks, None, call.out, **options)
         return call.result, row_ratio[..., 0].clone(), dense
     blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
     with without_autocast(q.device):

@@ -309,11 +309,9 @@ def _attend(t, s):
         unselected_mass(
             t.q, routed, t.row_ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
         )
+    packing = {"balance": routed.balance, "v_channel": routed.v_channel, "register_order": s.register_order}
     for group in groups:
-        pack(
-            t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, balance=routed.balance, v_channel=routed.v_channel,
-            register_order=s.register_order,
-        )  # fmt: skip
+        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **packing)
         if s.linear:
             _sum_unselected(routed.unselected, work, group, s, t.q)
         if fit is not None:
@@ -347,13 +345,12 @@ def _sum_unselected(unselected, work, group, s, q):
 def _loop(t, s, work, routed, group, scale_log2):
     """The sparse loop of a group of heads, and its linear branch."""
     kind = "none" if not s.linear else "estimated" if t.block_ratio is None else "learned"
+    options = {"ratio_kind": kind, "scale_log2": scale_log2}
+    tensors, selection = (t.q, t.k, t.v, t.out, work, routed.balance), (t.selected, t.block_ratio, t.row_ratio, group)
     if s.hopper:
         from .kernels.hopper_loop import hopper_sparse_attention
 
-        hopper_sparse_attention(
-            t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.block_ratio, t.row_ratio, group,
-            ratio_kind=kind, scale_log2=scale_log2, qk=s.qk,
-        )  # fmt: skip
+        hopper_sparse_attention(*tensors, *selection, qk=s.qk, **options)
         return
     card, element_size = capability(t.q.device), t.q.element_size()
     if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
@@ -361,12 +358,6 @@ def _loop(t, s, work, routed, group, scale_log2):
         linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, config=config)
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
     if s.pv == "int8":
-        int8_sparse_attention(
-            t.q, t.k.shape[2], t.out, work, routed.pools, t.selected, t.block_ratio, t.row_ratio, group,
-            ratio_kind=kind, scale_log2=scale_log2, config=config,
-        )  # fmt: skip
+        int8_sparse_attention(t.q, t.k.shape[2], t.out, work, routed.pools, *selection, config=config, **options)
         return
-    sparse_attention(
-        t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.row_ratio, group, ratio_kind=kind, scale_log2=scale_log2,
-        qk=s.qk, pv=s.pv, config=config,
-    )  # fmt: skip
+    sparse_attention(*tensors, t.selected, t.row_ratio, group, qk=s.qk, pv=s.pv, config=config, **options)
