@@ -102,7 +102,7 @@ class SLA2WanProcessor:
 
     @property
     def _parallel_config(self):
-        """What enable_parallelism() was told, as diffusers stores it on each processor; None in a single process."""
+        """The configuration of enable_parallelism(), which diffusers stores on each processor; None in a single process."""
         return getattr(self.dense, "_parallel_config", None)
 
     @_parallel_config.setter
@@ -111,7 +111,7 @@ class SLA2WanProcessor:
 
     @property
     def _attention_backend(self):
-        """What set_attention_backend() was told, as diffusers stores it: used by the dense calls, and kept after undo()."""
+        """The backend of set_attention_backend(), which diffusers stores here: used by the dense calls, and kept after undo()."""
         return self.dense._attention_backend
 
     @_attention_backend.setter
@@ -145,7 +145,7 @@ class SLA2WanProcessor:
 
     def _attend(self, precision, q, k, v, heads, key_blocks=None):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
-        proj_q, proj_k, alpha = _of_heads(heads, *self._weights_on(q.device))
+        proj_q, proj_k, ratio = _of_heads(heads, *self._weights_on(q.device))
         options = {
             "sparsity": self.settings.sparsity,
             "precision": precision,
@@ -154,9 +154,9 @@ class SLA2WanProcessor:
             "keep_diagonal": self.keep_diagonal,
             "key_blocks": key_blocks,
         }
-        if alpha is None and self._fits(q, k, v):
+        if ratio is None and self._fits(q, k, v):
             return self._fitted(q, k, v, proj_q, proj_k, options)
-        return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
+        return sla2_attention(q, k, v, proj_q, proj_k, ratio, **options)
 
     def _fits(self, q, k, v):
         """Whether a call without a trained ratio fits one: not where it is trained, compiled or captured."""
@@ -222,10 +222,10 @@ class SLA2WanProcessor:
         self.counts.all_pairs += batch * heads * tokens * tokens
 
 
-def _of_heads(heads, proj_q, proj_k, alpha):
+def _of_heads(heads, proj_q, proj_k, ratio):
     """A layer's weights for a slice of its heads; projections of two dimensions are shared by all heads."""
     proj_q, proj_k = (p if p is None or p.dim() == 2 else p[heads] for p in (proj_q, proj_k))
-    return proj_q, proj_k, None if alpha is None else alpha[heads]
+    return proj_q, proj_k, None if ratio is None else ratio[heads]
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Settings:
 
 
 class SLA2Handle:
-    """What apply_sla2 did to a transformer: counters, and the way back."""
+    """What apply_sla2 did to a transformer: counters, and how to undo it."""
 
     def __init__(self, layers):
         self._layers = layers
@@ -374,7 +374,7 @@ def apply_sla2(
 
 
 def _weights(router, layer, sparsity):
-    """((proj_q, proj_k, alpha), keep_diagonal) of a layer; without a router, or behind its layers, those of an untrained one."""
+    """((proj_q, proj_k, ratio), keep_diagonal) of a layer; without a router, or behind its layers, those of an untrained one."""
     if router is None or layer >= router.num_layers:
         return (None, None, None), True
     row = router.layers[layer]

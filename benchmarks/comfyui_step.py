@@ -119,7 +119,7 @@ def sla2_name(args, ratio):
 
 def with_sla2(model, args, ratio):
     least = {} if is_gpu(args.device) else {"minimum_tokens": 0}
-    chosen = {"sparsity": args.sparsity, "ratio_mode": ratio, "bit_width": args.precision}
+    chosen = {"sparsity": args.sparsity, "ratio_mode": ratio, "precision": args.precision}
     return install_sla2(model, args.device, **chosen, **least)
 
 
@@ -128,7 +128,7 @@ def install_sla2(model, device, **settings):
     pack = load_pack().__name__
     hook = importlib.import_module(f"{pack}.nodes.attention.patching")
     values = importlib.import_module(f"{pack}.nodes.settings.values")
-    precision = {} if is_gpu(device) else {"bit_width": "16bit"}
+    precision = {} if is_gpu(device) else {"precision": "16bit"}
     return hook.install(model, values.AttentionSettings(stop_on_unsupported=True, **settings | precision), None)
 
 

@@ -64,10 +64,11 @@ def sla2_work(shape, sparsity, formats, element=2):
         Work("pack", 2 * tensor * element + 2 * tensor + sums, {"16bit": tensor * dim}),
         Work("masked sum", sums + query_sums + pairs, {formats["sums"]: pairs * square}),
         Work(
-            "loop", 2 * tensor * element + 2 * tensor + query_sums,
+            "loop",
+            2 * tensor * element + 2 * tensor + query_sums,
             {"int8": selected, "16bit": tensor * dim} | _added(formats["pv"], selected, tensor * dim),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _added(kind, selected, linear):

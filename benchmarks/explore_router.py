@@ -1,4 +1,4 @@
-"""The router experiments of sla2_training.explore on the miniature's own Q, K, V: training and held-out captions apart.
+"""The experiments of benchmarks/router_studies on the miniature's own Q, K, V: training and held-out captions apart.
 
     python -m benchmarks.explore_router --device cuda
     python -m benchmarks.explore_router --device cpu --keep-captures FOLDER --bf16 --studies ""     sample once ...
@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
+from miniature.captures import FILES, load_captures, save_captures
 from sla2_training import TrainerOptions
-from sla2_training.explore import load_captures, run_studies, save_captures
-from sla2_training.explore.captures import FILES
-from sla2_training.explore.studies import STUDIES
 
 from .miniature_model import Miniature
+from .router_studies.studies import STUDIES, run_studies
 
 
 def sampled(args):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from miniature.captures import FILES, load_captures
 from sla2_kernels import select_key_blocks, sla2_attention, torch_backend
-from sla2_training.explore import load_captures
-from sla2_training.explore.captures import FILES
-from sla2_training.synthetic import SyntheticLayer
+
+from .synthetic import SyntheticLayer
 
 SPARSITY = 0.9
 FORMATS = ("16bit", "int8 plain", "int8 rotated", "int8", "fp8", "fp8 rotated")

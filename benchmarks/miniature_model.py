@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from miniature.captions import embed, split_captions
+from miniature.captures import Recorder
 from miniature.sample import WEIGHTS, load_models, sample_latents
 from miniature.train_dit import encode_clips, validation_loss
 from miniature.vae import WanVAE, denormalise_latents, psnr
 from miniature.wan import WanConfig, WanModel
-from sla2_training.explore.captures import Recorder
 
 from .video_metrics import ssim
 

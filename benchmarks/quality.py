@@ -12,7 +12,7 @@ Output error: ||out - dense|| / ||dense|| on held-out captions, per layer, and t
 loss: flow matching, held-out captions. The rivals get the best that their form can give on the training captures: SLA v1's
 proj_l (ridge regression) and the heuristic router's ratios (least squares). PSNR and SSIM: the sampled video against the dense one of the same seed. Writes
 <out>.json and <out>.md. Captures: safetensors files with tensors "<number>.<layer>.q", ".k", ".v" of shape (B, H, N, D)
-after norm and rotation, and metadata grid = "t,h,w" (sla2_training.explore.captures writes them).
+after norm and rotation, and metadata grid = "t,h,w" (miniature.captures writes them).
 """
 
 import argparse
@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from miniature.captures import by_layer, load_captures, model_shape
 from miniature.images import contact_sheet
 from sla2_kernels.weights import RouterLayer, load_router
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.explore.captures import by_layer, load_captures, model_shape
-from sla2_training.explore.ratios import collect_rows, fit_constant
 
 from . import results
 from .measure import environment, use_device
@@ -35,6 +34,7 @@ from .miniature_model import Miniature
 from .quality_report import layers_markdown, markdown
 from .quality_variants import DENSE, STAGE_1, UNTRAINED, fit_v1, make_variants
 from .rivals.packages import add_peer_folders
+from .router_studies.ratios import collect_rows, fit_constant
 
 
 def main(argv=None):

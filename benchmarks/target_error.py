@@ -54,11 +54,11 @@ class NodeAttention:
         module = lambda name: __import__(f"{pack}.{name}", fromlist=["*"])  # noqa: E731
         self._names = module("nodes.attention.model_call")
         layout = SimpleNamespace(
-            grid=lambda inputs, patch: grid, front=lambda model, inputs, patch: 0, by_frame=False, text_mask=True,
+            grid=lambda inputs, patch: grid, prefix=lambda model, inputs, patch: 0, by_frame=False, text_mask=True,
             family="wan", token_order="raster", references=lambda inputs: lambda front, video, tokens: (),  # noqa: S106
         )  # fmt: skip
         self._config, self._sigmas, self._device, self._see = config, noise_schedule(steps), device, see
-        facts = module("nodes.attention.layouts").ModelFacts(
+        facts = module("nodes.attention.model_families").ModelFacts(
             layout, config.num_layers, config.num_heads, 128, (1, 2, 2), ()
         )
         chosen = module("nodes.settings.values").AttentionSettings(**{"minimum_tokens": 0} | settings)

@@ -24,9 +24,7 @@ def results_table(weights: Path) -> str:
     dit = json.loads((weights / "dit_log.json").read_text())
     codec, flow = vae["results"], dit["results"]
     frames, height, width = flow["full_size"]
-    vae_seconds, dit_seconds = (
-        max(record["seconds"] for record in log["records"]) for log in (vae, dit)
-    )  # fmt: skip
+    vae_seconds, dit_seconds = (max(record["seconds"] for record in log["records"]) for log in (vae, dit))
     rows = [
         (
             "VAE file",

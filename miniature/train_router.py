@@ -1,4 +1,4 @@
-"""Stage 1 for the miniature: trains its SLA2 router on the live Q, K, V of dense sampling, without ComfyUI.
+"""Stage 1 for the miniature: trains its SLA2 router on the Q, K, V of dense sampling, without ComfyUI.
 
     python -m miniature.train_router --out weights/wan_miniature_router.safetensors
     python -m miniature.train_router --captures FOLDER --steps 120 --out router.safetensors     on calls that were kept before
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.explore.captures import FILES, by_layer, load_captures, model_shape
 
 from .captions import embed, split_captions
+from .captures import FILES, by_layer, load_captures, model_shape
 from .sample import WEIGHTS, load_models, sample_latents
 from .wan import HEAD_DIM, WanConfig, WanModel, dense_attention
 

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..sla2_kernels.references import REFERENCE_KEYS
 from .attention.hook import KEY
 from .attention.layer_requests import trained_for_vsa_reason
-from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.model_families import facts_of, unsupported_reason_of
 from .attention.patching import install
 from .attention.weight_checks import check_router, check_sla_weights
 from .load_router import Router
@@ -16,8 +16,8 @@ from .settings.presets import AUTOMATIC_PRESET, CUSTOM, NAMES, check_preset, pre
 from .settings.schedule import check_schedule, parse_schedule
 from .settings.values import (
     AUTOMATIC,
-    BIT_WIDTHS,
     METHODS,
+    PRECISIONS,
     RATIO_MODES,
     AttentionSettings,
     check_layers,
@@ -40,7 +40,7 @@ class SLA2ApplyAttention(io.ComfyNode):
             description="Speeds up a video model: its self-attention computes the most relevant blocks exactly and the "
             "rest with linear attention. Place it last on the MODEL wire.",
             hidden=[io.Hidden.unique_id],
-            # ComfyUI serves a node of another workflow from its cache otherwise, and that one tells the other's id of its runs
+            # otherwise ComfyUI may reuse the cached result of another workflow's node, whose runs are reported under that node's id
             not_idempotent=True,
             search_aliases=["sparse attention", "linear attention", "SLA", "speed up Wan", "accelerate video", "SageAttention"],
             # saved workflows store widget values by position: new inputs go to the end
@@ -54,7 +54,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                     tooltip="Share of the attention that is skipped: 0.97 skips 97%, keeps 3%.",
                 ),
                 io.Combo.Input(
-                    "bit_width", options=list(BIT_WIDTHS), default="auto", advanced=True,
+                    "bit_width", options=list(PRECISIONS), default="auto", advanced=True,
                     tooltip="Precision inside the attention. auto: the fastest on this card (int8; fp8 on B200). "
                     "fp8 needs an RTX 40 or newer. 16bit is the most accurate.",
                 ),
@@ -156,7 +156,7 @@ class SLA2ApplyAttention(io.ComfyNode):
             sparsity, schedule = untrained_limit(0), ""
         settings = AttentionSettings(
             sparsity=sparsity,
-            bit_width=bit_width,
+            precision=bit_width,
             ratio_mode=ratio_mode,
             fixed_ratio=fixed_ratio,
             start_percent=start_percent,
@@ -172,7 +172,7 @@ class SLA2ApplyAttention(io.ComfyNode):
         )
         if target_error and sla_weights is not None:
             raise ValueError(
-                "SLA2 Apply Attention: target_error has no part in SLA (version 1): set it to 0, or take sla_weights out."
+                "SLA2 Apply Attention: target_error does not work with SLA (version 1): set it to 0, or disconnect sla_weights."
             )
         if facts and router is not None:
             check_router(router, facts)

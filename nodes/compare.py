@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..sla2_kernels import default_precision
 from .attention.hook import KEY
-from .attention.layouts import unsupported_reason_of
+from .attention.model_families import unsupported_reason_of
 from .attention.patching import install
 from .comparison.break_even import attend_as, break_even, time_lengths
 from .comparison.frames import check_vae, saved_frames
@@ -146,8 +146,8 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
         latent=latent.cpu(),
         step_s=clock.seconds(),
         attention_s=attention_seconds(run, len(clock.ends)),
-        sparse_calls=sum(record.sparse for record in run.layers.values()),
-        dense_calls=sum(record.dense.total() + record.unreached for record in run.layers.values()),
+        sparse_calls=run.sparse_calls,
+        dense_calls=run.dense_calls,
         peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         skipped=run.sparsity,
         error_words=error_in_words(report_data(hook, run)),
@@ -157,7 +157,7 @@ def measure(model, positive, negative, latent_image, seed, after_step, sampler):
 def search_break_even(model, hook):
     """(tokens or None, longest length tried): the model's heads, its dtype, method and first layer's weights, on its device."""
     settings, facts, device = hook.settings, hook.facts, torch.device(model.load_device)
-    precision = default_precision(device) if settings.bit_width == "auto" else settings.bit_width
+    precision = default_precision(device) if settings.precision == "auto" else settings.precision
     attend = attend_as(hook, device, precision)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
 

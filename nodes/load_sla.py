@@ -68,10 +68,10 @@ def _tensors_of(path, name):
         raise
     except Exception as error:  # torch.load raises errors of many kinds for a damaged file
         said = str(error).split("\n")[0]
-        raise ValueError(f"{name} cannot be read, it is damaged or no checkpoint: {printable(said)}.") from error
+        raise ValueError(f"{name} cannot be read, it is damaged or not a checkpoint: {printable(said)}.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"{name} holds no table of tensors: it is no checkpoint.")
+        raise ValueError(f"{name} holds no table of tensors: it is not a checkpoint.")
     return {
         key.removeprefix("net."): tensor
         for key, tensor in state.items()

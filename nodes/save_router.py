@@ -22,16 +22,17 @@ class SLA2SaveRouter(io.ComfyNode):
             inputs=[
                 Router.Input("router", tooltip="From SLA2 Train Router."),
                 io.String.Input(
-                    "filename_prefix", default="router",
+                    "filename_prefix",
+                    default="router",
                     tooltip='File name in models/sla2; may begin with a folder, such as "wan/router".',
                 ),
             ],
             outputs=[],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, filename_prefix, router=None):
-        """New where a file is gone: "saved as ..." must not come from the cache then."""
+        """Changes when a saved file is gone: "saved as ..." must not come from the cache then."""
         return saved_files.losses(filename_prefix)
 
     @classmethod

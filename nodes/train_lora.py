@@ -15,12 +15,12 @@ from ..sla2_kernels.support import resolve_precision
 from ..sla2_training import TrainingError
 from .attention.failures import is_out_of_memory
 from .attention.layer_requests import trained_for_vsa_reason
-from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.model_families import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
 from .load_router import Router
 from .page.events import send_event
 from .page.text import plain, show_on_node
-from .settings.values import BIT_WIDTHS
+from .settings.values import PRECISIONS
 from .training.lora_files import save_both
 from .training.loss_curves import loss_curves
 from .training.loss_plot import plot_losses
@@ -74,7 +74,7 @@ class SLA2TrainLora(io.ComfyNode):
                     tooltip="The sparsity that LoRA and ratios are trained for: 0.97 skips 97%, keeps 3%. Use them at this sparsity.",
                 ),
                 io.Combo.Input(
-                    "bit_width", options=list(BIT_WIDTHS), default="auto",
+                    "bit_width", options=list(PRECISIONS), default="auto",
                     tooltip="Precision inside the attention, as in SLA2 Apply Attention. Gradients are computed in 16 bit.",
                 ),
                 io.Combo.Input(

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..sla2_training import TrainerOptions, TrainingError
 from .attention.layer_requests import trained_for_vsa_reason
-from .attention.layouts import facts_of, unsupported_reason_of
+from .attention.model_families import facts_of, unsupported_reason_of
 from .compat.needed_version import needs_comfyui
 from .compat.sampling import sample_once
 from .load_router import Router
@@ -148,7 +148,7 @@ def keep_trained(training, facts, node, what):
         sentence = f"What {training.steps_done} optimisation steps trained is saved as {name} in models/{FOLDER}."
         advice = " Load it and connect it to resume to go on."
     except ValueError as error:
-        # what ended the training is what the user has to be told first
+        # the error that ended the training comes first
         sentence, advice = f"What {training.steps_done} optimisation steps trained is lost: {error}", ""
     logger.info("SLA2 router training %s. %s", what, sentence)
     show_on_node(node, f"{what}. {sentence}{advice}")

@@ -1,13 +1,13 @@
-"""q, k and v in 8 bit between processes that share a sequence, and block means in float32, which the selection is made of.
+"""q, k and v in 8 bit between processes that share a sequence, and block means in float32 for the selection.
 
 INT8 with one scale per token and head; of k, each process's mean over its tokens is subtracted first, goes along in
 float32, and is added again where the message is opened. Each element is off by at most 1/254 of the largest of its row
 (token and head), before the rounding to q's dtype.
 
-Block means are taken before the exchange, so that the selection is that of one process. Shares of the sequence are no
-multiple of a block: a process sends the means of the blocks that lie within its share, and the few tokens at either end of
-it as they are. Of these the receiver puts together the blocks that cross a border, and takes their means as of any other:
-a sum of partial sums would round differently.
+Block means are taken before the exchange, so the selection is that of a single process. A process's share of the sequence
+need not be a multiple of a block: it sends the means of the blocks that lie within its share, and the few tokens at both ends
+as they are. From these the receiver assembles the blocks that cross a border, and takes their means as of any other block: a
+sum of partial sums would round differently.
 """
 
 import math

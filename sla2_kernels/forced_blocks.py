@@ -35,28 +35,29 @@ def select_with_forced_blocks(
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
     check_selection(q, k, proj_q, proj_k, layout, backend)
-    sparsity, front, back = checked_sparsity(sparsity), checked_count("front", front), checked_count("back", back)
+    sparsity, prefix, suffix = checked_sparsity(sparsity), checked_count("front", front), checked_count("back", back)
     axis = TOKENS_DIM[layout]
     keys = k.shape[axis]
-    forced_block_counts(keys, front, back)
-    if keep_diagonal and q.shape[axis] != keys - front - back:
+    forced_block_counts(keys, prefix, suffix)
+    video_keys = keys - prefix - suffix
+    if keep_diagonal and q.shape[axis] != video_keys:
         raise ValueError(
-            f"keep_diagonal needs as many keys between front and back as queries, got {keys - front - back} and {q.shape[axis]}."
+            f"keep_diagonal needs as many keys between front and back as queries, got {video_keys} and {q.shape[axis]}."
         )
     with torch.no_grad():  # a selection has no derivative, in forward mode either
         return torch.ops.sla2.select_with_forced_blocks(
-            q, k, proj_q, proj_k, sparsity, front, back, layout == "BHND", backend, keep_diagonal
+            q, k, proj_q, proj_k, sparsity, prefix, suffix, layout == "BHND", backend, keep_diagonal
         )
 
 
-def selected_with_forced(tokens, sparsity, front, back):
+def selected_with_forced(tokens, sparsity, prefix, suffix):
     """Number of key blocks of ``tokens`` keys that each query block attends: n of :func:`select_with_forced_blocks`."""
-    return forced_block_counts(tokens, front, back).selected(sparsity)
+    return forced_block_counts(tokens, prefix, suffix).selected(sparsity)
 
 
-def attended_keys(tokens, sparsity, front=0, back=0):
+def attended_keys(tokens, sparsity, prefix=0, suffix=0):
     """Upper bound on the keys that each query attends exactly: see :meth:`ForcedBlocks.attended_keys`."""
-    return forced_block_counts(tokens, front, back).attended_keys(tokens, sparsity)
+    return forced_block_counts(tokens, prefix, suffix).attended_keys(tokens, sparsity)
 
 
 @torch.library.custom_op("sla2::select_with_forced_blocks", mutates_args=())

@@ -23,10 +23,9 @@ def backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     q, k, v, alpha, row_ratio, key_blocks = ctx.saved_tensors
     tokens = 2 if ctx.heads_first else 1
     grad_out = grad_out.narrow(tokens, ctx.before, q.shape[tokens])  # not of the rows that are the caller's
-    *grads, grad_alpha = torch.ops.sla2.attention_backward(
-        grad_out, q, k, v, key_blocks, row_ratio, ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend,
-        None if alpha is None else grad_row_ratio, ctx.linear_branch,
-    )  # fmt: skip
+    grad_row_ratio = None if alpha is None else grad_row_ratio
+    options = ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend, grad_row_ratio, ctx.linear_branch
+    *grads, grad_alpha = torch.ops.sla2.attention_backward(grad_out, q, k, v, key_blocks, row_ratio, *options)
     return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 13
 
 
@@ -77,8 +76,5 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale, alpha=None, precision="16bit", backend="triton",
-    grad_row_ratio=None, linear_branch=True,
-):  # fmt: skip
+def _(grad_out, q, k, v, key_blocks, row_ratio, heads_first, scale, alpha=None, *_, **__):
     return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0) if alpha is None else alpha.new_empty(alpha.shape)

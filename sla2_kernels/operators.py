@@ -48,7 +48,7 @@ def _with_room(q, heads_first, room):
 
 
 def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, backend):
-    """The key blocks of a call that plain torch computes; tells loops.py that it does, and why."""
+    """The key blocks of a call that plain torch computes; records that loop, and why it was chosen, in loops.py."""
     loops.took_loop(loops.TORCH, backend.why_not_triton)
     if call.key_blocks is not None:
         return call.key_blocks
@@ -128,11 +128,9 @@ def _fitted_attention(
         from . import triton_backend
 
         ratio = torch.empty(dense.shape[:2], dtype=torch.float32, device=q.device)
-        sample = triton_backend.Sample(rows, fitted, dense, ratio)
-        triton_backend.attention(
-            *call[:3], proj_q, proj_k, call.key_blocks, None, call.out,
-            sparsity=sparsity, diagonal=diagonal, forced=forced, sample=sample, **options,
-        )  # fmt: skip
+        options |= {"sparsity": sparsity, "diagonal": diagonal, "forced": forced}
+        options["sample"] = triton_backend.Sample(rows, fitted, dense, ratio)
+        triton_backend.attention(*call[:3], proj_q, proj_k, call.key_blocks, None, call.out, **options)
         return call.result, ratio, dense
     blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, chosen)
     with without_autocast(q.device):
@@ -160,7 +158,7 @@ def _(
     return (
         q.new_empty(_with_room(q, heads_first, (before, behind))),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
-        # flat: torch.compile would compile anew for every dimension of size 1, and the count may be 1
+        # flat: torch.compile would recompile for every dimension of size 1, and the count may be 1
         q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
     )
 

@@ -50,5 +50,5 @@ class PoolRouting:
         return RoutedBlocks(route(q_pools, k_pools, tokens, proj_q, proj_k, count, diagonal))
 
     def takes_triton(self, x, dtype=None):
-        """Whether the Triton kernels take x (..., D), or what it was made of in ``dtype``."""
+        """Whether the Triton kernels take x (..., D), or the tensor in ``dtype`` that x was pooled from."""
         return resolve_backend(self.backend, x.device, dtype or x.dtype, x.shape[3], "16bit").name == "triton"

@@ -9,7 +9,7 @@ import torch
 INT8_MAX = 127.0
 FP8_MAX = 448.0
 BALANCE_ROWS = 256  # sampled for balance()
-MIN_SPREAD = 2.0**-16  # of the largest channel's, so that one which is nothing in the sample is not blown up elsewhere
+MIN_SPREAD = 2.0**-16  # of the largest channel's: a channel that is zero in the sample may not be outside of it
 P_SCALE = 256.0  # P = exp(S - rowmax) lies in [0, 1]; times 256 it uses e4m3's range up to 448 without saturating
 
 
@@ -34,7 +34,7 @@ def balance(q, k):
     def sampled(x):
         return x[torch.arange(BALANCE_ROWS, device=x.device) * x.shape[0] // BALANCE_ROWS]
 
-    # NaN and infinity in a row of Q stay what its own block suffers from; in K they reach the whole head in any case
+    # NaN and infinity in a row of Q affect its own block only; in K they affect the whole head anyway
     spreads = sampled(q).nan_to_num(0.0, 0.0, 0.0).square().mean(dim=0), sampled(k).var(dim=0, correction=0)
     spread_q, spread_k = (spread.maximum(spread.amax() * MIN_SPREAD) for spread in spreads)
     factor = (spread_q / spread_k) ** 0.25

@@ -18,9 +18,9 @@ BACKENDS = ("auto", "triton", "torch")
 # while its dense attention takes longer: no card gains later than this one. Below 8,400 tokens the error was not measured either.
 MINIMUM_TOKENS = 8192
 HEAD_DIMS = (32, 64, 128)
-OLDEST_CAPABILITY = (8, 0)
-OLDEST_TRITON = (3, 2)
-OLDEST_TRITON_ON_BLACKWELL = (3, 3, 1)  # compute capability 10.0 and 12.0
+MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 2)
+MIN_TRITON_ON_BLACKWELL = (3, 3, 1)  # compute capability 10.0 and 12.0
 # what each torch release requires in its own metadata
 TRITON_OF_TORCH = {
     "2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7",
@@ -110,7 +110,7 @@ def _triton_reason():
         return (
             f"Triton's version {triton.__version__!r} is no number; install a release with: {triton_install_command()}"
         )
-    if version < OLDEST_TRITON:
+    if version < MIN_TRITON:
         return f"Triton {triton.__version__} is too old (3.2 or newer is needed); update it with: {triton_install_command()}"
     return None
 
@@ -130,7 +130,7 @@ def is_tested_triton(releases):
 
 def _blackwell_reason(device):
     major, minor = capability(device)
-    if device.type != "cuda" or major < 10 or triton_version() >= OLDEST_TRITON_ON_BLACKWELL:
+    if device.type != "cuda" or major < 10 or triton_version() >= MIN_TRITON_ON_BLACKWELL:
         return None
     return (
         f"a card of compute capability {major}.{minor} needs Triton 3.3.1 or newer; "
@@ -146,7 +146,7 @@ def _card_reason(device):
     if torch.version.hip:
         return "the Triton kernels need an NVIDIA GPU, and this is an AMD card (ROCm)"
     major, minor = capability(device)
-    if (major, minor) < OLDEST_CAPABILITY:
+    if (major, minor) < MIN_CAPABILITY:
         return (
             f"the Triton kernels need compute capability 8.0 (RTX 30, A100) or newer, and this card has {major}.{minor}"
         )

@@ -27,7 +27,7 @@ from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside
 from .support import capability, interpreting, on_device
 
-HIGHEST, LOWEST = INT32_MAX.value, INT32_MIN.value  # of the scores
+MAX_SCORE, MIN_SCORE = INT32_MAX.value, INT32_MIN.value
 # Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q. At short
 # lengths, where every launch counts, no less than a little of any card's memory.
 WORKSPACE_SHARE = 1.4
@@ -36,7 +36,7 @@ WORKSPACE_FLOOR = 256 * 2**20
 
 @dataclass
 class Routing:
-    """Which key blocks each query block leaves to the linear branch, and what K's pools tell: flat over batch x head.
+    """Which key blocks each query block leaves to the linear branch, and what follows from K's pools: flat over batch x head.
 
     None: what a call does not need.
     """
@@ -141,9 +141,9 @@ def route_marked(q, k, proj_q, proj_k, count, always, raise_more):
         found = pools(k, q, queries=True)
         smooth(found.k, k.shape[2])
         marked = scores(project(found.q, proj_q), project(found.k, proj_k))
-        live = marked[..., : found.k.shape[1]]
-        live.masked_fill_(always, HIGHEST)
-        raise_more(live, HIGHEST, LOWEST)
+        valid = marked[..., : found.k.shape[1]]
+        valid.masked_fill_(always, MAX_SCORE)
+        raise_more(valid, MAX_SCORE, MIN_SCORE)
         select(marked, found.k.shape[1], selected, None)
         return selected.unflatten(0, q.shape[:2])
 
@@ -210,7 +210,7 @@ class Sample:
 class _Tensors:
     """The tensors of a call that its kernels read or fill.
 
-    block_ratio: float32 (B * H, T_m), or None where it is estimated. ratio: float32 (B, H, N), to be filled. rows, dense,
+    block_ratio: float32 (B * H, T_m), or None where it is estimated. row_ratio: float32 (B, H, N), to be filled. rows, dense,
     head_ratio: those of a Sample.
     """
 
@@ -222,7 +222,7 @@ class _Tensors:
     block_ratio: torch.Tensor | None
     selected: torch.Tensor
     unselected: torch.Tensor | None
-    ratio: torch.Tensor
+    row_ratio: torch.Tensor
     out: torch.Tensor
     rows: torch.Tensor | None
     dense: torch.Tensor | None
@@ -258,25 +258,25 @@ class _Settings:
 
 
 def attention(
-    q, k, v, proj_q, proj_k, key_blocks, ratios, out, *,
+    q, k, v, proj_q, proj_k, key_blocks, block_ratio, out, *,
     sparsity, scale, precision, diagonal=None, forced=(0, 0), linear_branch=True, sample=None,
 ):  # fmt: skip
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
-    or None to route. ratios: (H, T_m) or (B * H, T_m), or None to estimate them, or with a Sample to fit them on it; then
+    or None to route. block_ratio: (H, T_m) or (B * H, T_m), or None to estimate it, or with a Sample to fit it on that; then
     each query block leaves a key block out. diagonal, forced: see kernels/score.py; ``sparsity`` is of the key blocks that are not forced.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
     with on_device(q.device):
-        proj_q, proj_k, ratios = _as_read(q, proj_q, proj_k, ratios)
+        proj_q, proj_k, block_ratio = _as_read(q, proj_q, proj_k, block_ratio)
         if sample is not None:
             shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)
-            ratios = torch.empty(shape, dtype=torch.float32, device=q.device)
-        elif ratios is not None and len(ratios) < q.shape[0] * q.shape[1]:
-            ratios = ratios.repeat(q.shape[0], 1)
-        ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+            block_ratio = torch.empty(shape, dtype=torch.float32, device=q.device)
+        elif block_ratio is not None and len(block_ratio) < q.shape[0] * q.shape[1]:
+            block_ratio = block_ratio.repeat(q.shape[0], 1)
+        row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
             selected = _new_selection(q, selected_beside(forced, sparsity, blocks))
         else:
@@ -289,11 +289,11 @@ def attention(
         why_not_hopper = why_not_hopper_loop(card, qk, pv, q, k, v)
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         sampled = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.ratio)
-        tensors = _Tensors(q, k, v, proj_q, proj_k, ratios, selected, unselected, ratio, out, *sampled)
+        tensors = _Tensors(q, k, v, proj_q, proj_k, block_ratio, selected, unselected, row_ratio, out, *sampled)
         fitted = None if sample is None else sample.fitted
         settings = _Settings(scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted)
         cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
-    return ratio, selected.unflatten(0, q.shape[:2])
+    return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
 def _attend(t, s):
@@ -311,13 +311,11 @@ def _attend(t, s):
         # the log2 of the unselected mass waits where the loop will put the ratio
         config = configs.mass_config(capability(t.q.device), t.q.element_size())
         unselected_mass(
-            t.q, routed, t.ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
+            t.q, routed, t.row_ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
         )
+    packing = {"balance": routed.balance, "v_channel": routed.v_channel, "register_order": s.register_order}
     for group in groups:
-        pack(
-            t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, balance=routed.balance, v_channel=routed.v_channel,
-            register_order=s.register_order,
-        )  # fmt: skip
+        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **packing)
         if s.linear:
             _sum_unselected(routed.unselected, work, group, s, t.q)
         if fit is not None:
@@ -351,26 +349,19 @@ def _sum_unselected(unselected, work, group, s, q):
 def _loop(t, s, work, routed, group, scale_log2):
     """The sparse loop of a group of heads, and its linear branch."""
     kind = "none" if not s.linear else "estimated" if t.block_ratio is None else "learned"
+    options = {"ratio_kind": kind, "scale_log2": scale_log2}
+    tensors, selection = (t.q, t.k, t.v, t.out, work, routed.balance), (t.selected, t.block_ratio, t.row_ratio, group)
     if s.hopper:
         from .kernels.hopper_loop import hopper_sparse_attention
 
-        hopper_sparse_attention(
-            t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.block_ratio, t.ratio, group,
-            ratio_kind=kind, scale_log2=scale_log2, qk=s.qk,
-        )  # fmt: skip
+        hopper_sparse_attention(*tensors, *selection, qk=s.qk, **options)
         return
     card, element_size = capability(t.q.device), t.q.element_size()
     if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
-        linear_attention(t.q, work, t.out, t.block_ratio, t.ratio, group, config=config)
+        linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, config=config)
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
     if s.pv == "int8":
-        int8_sparse_attention(
-            t.q, t.k.shape[2], t.out, work, routed.pools, t.selected, t.block_ratio, t.ratio, group,
-            ratio_kind=kind, scale_log2=scale_log2, config=config,
-        )  # fmt: skip
+        int8_sparse_attention(t.q, t.k.shape[2], t.out, work, routed.pools, *selection, config=config, **options)
         return
-    sparse_attention(
-        t.q, t.k, t.v, t.out, work, routed.balance, t.selected, t.ratio, group, ratio_kind=kind, scale_log2=scale_log2,
-        qk=s.qk, pv=s.pv, config=config,
-    )  # fmt: skip
+    sparse_attention(*tensors, t.selected, t.row_ratio, group, qk=s.qk, pv=s.pv, config=config, **options)

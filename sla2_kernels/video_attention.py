@@ -73,14 +73,14 @@ def video_attention(
         raise ValueError(f'method must be "sla2", "top-k only", or "sla" with proj_l, got {method!r}.')
     check_options(layout, backend)
     check_inputs(layout, q=q, k=k, v=v)
-    front, back = checked_count("front", front), checked_count("back", back)
+    prefix, suffix = checked_count("front", front), checked_count("back", back)
     axis = TOKENS_DIM[layout]
     tokens = q.shape[axis]
     if k.shape[axis] != tokens:
         raise ValueError(f"q and k must have equally many tokens, got {tokens} and {k.shape[axis]}.")
-    if front < 0 or back < 0 or front + back >= tokens:
+    if prefix < 0 or suffix < 0 or prefix + suffix >= tokens:
         raise ValueError(
-            f"front and back must be at least 0 and leave video tokens, got {front} and {back} of {tokens}."
+            f"front and back must be at least 0 and leave video tokens, got {prefix} and {suffix} of {tokens}."
         )
     if method == "sla2":
         attend = functools.partial(sla2_attention, alpha=alpha)
@@ -98,7 +98,7 @@ def video_attention(
     }
     exact = dense or functools.partial(exact_rows, layout=layout, scale=scale)
     if references:
-        stretches = Stretches(tokens, (front, tokens - back), tuple(tuple(reference) for reference in references))
+        stretches = Stretches(tokens, (prefix, tokens - suffix), tuple(tuple(reference) for reference in references))
         routing["room"] = stretches.room
         out = attend_with_references(attend, q, k, v, stretches, reference_keys=reference_keys, **routing)
 
@@ -106,13 +106,13 @@ def video_attention(
             return exact(torch.cat([q.narrow(axis, start, stop - start) for start, stop in ranges], dim=axis), k, v)
 
         return whole_output(out, dense_ranges, stretches, axis)
-    video = q.narrow(axis, front, tokens - front - back)
-    out = attend_video(attend, video, k, v, key_prefix=front, key_suffix=back, room=(front, back), **routing)
+    video = q.narrow(axis, prefix, tokens - prefix - suffix)
+    out = attend_video(attend, video, k, v, key_prefix=prefix, key_suffix=suffix, room=(prefix, suffix), **routing)
 
     def dense_rows(rows):
         return exact(q.narrow(axis, rows.start, rows.stop - rows.start), k, v)
 
-    return with_exact_rows(out, dense_rows, tokens=tokens, prefix=front, suffix=back, axis=axis)
+    return with_exact_rows(out, dense_rows, tokens=tokens, prefix=prefix, suffix=suffix, axis=axis)
 
 
 def why_dense(q, *, layout="BHND", precision="auto", minimum_tokens=MINIMUM_TOKENS):

@@ -187,7 +187,7 @@ class RouterWeights:
             "token_order": self.token_order,
             "sparsities": json.dumps(self.sparsities),
             "keep_diagonal": json.dumps(self.keep_diagonal),
-            # an absent tensor means identity or an estimated ratio: the list tells that from a tensor that was lost
+            # an absent tensor means identity or an estimated ratio: the list distinguishes it from a lost tensor
             "tensors": json.dumps(sorted(tensors)),
         }
         if self.precision is not None:

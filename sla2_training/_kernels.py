@@ -1,5 +1,7 @@
 """The operator's names. Inside ComfyUI both packages are parts of the pack; alone they lie side by side on the path."""
 
+# ruff: noqa: F401
+
 if "." in __package__:
     from ..sla2_kernels.forced_blocks import forced_block_counts
     from ..sla2_kernels.router import (
@@ -34,23 +36,3 @@ else:
         unselected_mask,
     )
     from sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router
-
-__all__ = [
-    "K_BLOCK",
-    "MIN_LINEAR_WEIGHT",
-    "Q_BLOCK",
-    "RouterFileError",
-    "RouterLayer",
-    "RouterWeights",
-    "block_count",
-    "forced_block_counts",
-    "identity_router",
-    "mean_from_pools",
-    "own_key_blocks",
-    "pool_blocks",
-    "project",
-    "resample_ratio",
-    "selected_block_count",
-    "top_k_blocks",
-    "unselected_mask",
-]

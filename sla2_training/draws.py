@@ -24,12 +24,12 @@ def drawn(config, step, count):
 
 def noise_like(latents, seeds):
     """Gaussian noise for each video from its own seed, so that sharing out a batch changes nothing."""
-    return torch.stack([
-        torch.randn(
-            x.shape, device=x.device, generator=torch.Generator(device=x.device).manual_seed(int(seed)), dtype=x.dtype
-        )
-        for x, seed in zip(latents, seeds, strict=True)
-    ])  # fmt: skip
+
+    def noise(x, seed):
+        generator = torch.Generator(device=x.device).manual_seed(int(seed))
+        return torch.randn(x.shape, device=x.device, generator=generator, dtype=x.dtype)
+
+    return torch.stack([noise(x, seed) for x, seed in zip(latents, seeds, strict=True)])
 
 
 def learning_rate_factor(step, steps, warmup):

@@ -8,7 +8,7 @@ from .draws import learning_rate_factor
 from .errors import TrainingError
 
 RATIO_LEARNING_RATE = 1e-2
-LARGEST_NORM = 1.0
+MAX_NORM = 1.0
 WARMUP = 20
 
 
@@ -42,7 +42,7 @@ class FineTuning:
 
         Raises TrainingError where loss or gradient is not finite; the parameters are then those of the last finite loss.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, LARGEST_NORM))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM))
         self.require_finite(loss, "loss")
         self.require_finite(norm, "gradient")
         self.known_good = self._copies()
@@ -54,7 +54,7 @@ class FineTuning:
         self.losses.append(loss)
 
     def require_finite(self, number, what):
-        """Raises TrainingError where ``number`` is not finite, with the parameters as the last finite loss met them."""
+        """Raises TrainingError where ``number`` is not finite, after restoring the parameters of the last finite loss."""
         if math.isfinite(number):
             return
         step = self.done

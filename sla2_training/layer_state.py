@@ -26,7 +26,7 @@ class LayerState:
         self.optimizer = None
 
     def on(self, device):
-        """Moves the parameters to ``device``; the optimiser starts anew where that changes anything."""
+        """Moves the parameters to ``device``; the optimiser is then reset, unless they were there already."""
         if self.proj_q.device != device or self.optimizer is None:
             for name in ("proj_q", "proj_k"):
                 setattr(self, name, getattr(self, name).detach().to(device).clone().requires_grad_(True))

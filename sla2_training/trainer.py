@@ -1,4 +1,4 @@
-"""Stage 1 of SLA2: train the router and the mixing ratio of every layer on its live Q, K, V against dense attention.
+"""Stage 1 of SLA2: train the router and the mixing ratio of every layer on its own Q, K, V against dense attention.
 
 Source: arXiv 2602.12675, Algorithm 1. Nothing is stored: each observation draws a random subset of query blocks,
 computes their dense rows exactly, and takes an optimisation step. No N x N tensor exists.
@@ -19,7 +19,7 @@ from ._kernels import (
 )
 from .errors import TrainingError
 from .layer_state import LayerState, ratios_of, resumed_layer, solved_ratios
-from .live_layer import LiveLayer
+from .layer_tensors import LayerTensors
 from .report import VARIANTS, LayerErrors, TrainingReport
 from .soft_top_k import TAU, soft_top_k
 
@@ -96,7 +96,7 @@ class RouterTrainer:
         self.notes = []
 
     def observe(self, layer, q, k, v, *, layout="BHND", scale=None, steps=None, prefix=0, suffix=0):
-        """Trains ``layer`` on live tensors; returns the relative squared error of its soft masks, before the last step.
+        """Trains ``layer`` on these tensors; returns the relative squared error of its soft masks, before the last step.
 
         Args:
             layer: 0 to num_layers - 1. q: (B, H, N, D) or (B, N, H, D) by ``layout``, any float dtype; k, v may have
@@ -109,17 +109,17 @@ class RouterTrainer:
             TrainingError: NaN or infinity in the tensors, or no memory even for one head and query block.
         """
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-            return self.observe_live(LiveLayer(layer, q, k, v, layout, scale, prefix, suffix), steps)
+            return self.observe_tensors(LayerTensors(layer, q, k, v, layout, scale, prefix, suffix), steps)
 
-    def observe_live(self, live, steps=None):
-        """observe() of a LiveLayer, outside inference mode and autocast."""
-        live.check(self.start.num_heads, self.start.head_dim)
-        layer, state = live.layer, self.layer_state(live.layer).on(live.q.device)
-        if live.forced.free <= 1:
+    def observe_tensors(self, tensors, steps=None):
+        """observe() of a LayerTensors, outside inference mode and autocast."""
+        tensors.check(self.start.num_heads, self.start.head_dim)
+        layer, state = tensors.layer, self.layer_state(tensors.layer).on(tensors.q.device)
+        if tensors.forced.free <= 1:
             # a single key block of video is always selected, so there is nothing to learn
             return 0.0
         for _ in range(self.options.steps_per_observation if steps is None else steps):
-            loss = self._within_memory(live, lambda: self._step(state, live))
+            loss = self._within_memory(tensors, lambda: self._step(state, tensors))
             self.steps[layer] = self.steps.get(layer, 0) + 1
             self.losses.setdefault(layer, []).append(loss)
         return loss
@@ -130,15 +130,15 @@ class RouterTrainer:
         Returns LayerErrors of this call; the report sums those of all calls.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return self.evaluate_live(LiveLayer(layer, q, k, v, layout, scale, prefix, suffix))
+            return self.evaluate_tensors(LayerTensors(layer, q, k, v, layout, scale, prefix, suffix))
 
     @torch.no_grad()
-    def evaluate_live(self, live, variants=VARIANTS):
-        """evaluate() of a LiveLayer, outside inference mode and autocast; of some (router, ratio) variants alone."""
-        live.check(self.start.num_heads, self.start.head_dim)
-        state = self.layer_state(live.layer).on(live.q.device)
-        errors = self._within_memory(live, lambda: self._evaluate(state, live, variants))
-        self.errors[live.layer] = self.errors[live.layer] + errors if live.layer in self.errors else errors
+    def evaluate_tensors(self, tensors, variants=VARIANTS):
+        """evaluate() of a LayerTensors, outside inference mode and autocast; of some (router, ratio) variants alone."""
+        tensors.check(self.start.num_heads, self.start.head_dim)
+        state = self.layer_state(tensors.layer).on(tensors.q.device)
+        errors = self._within_memory(tensors, lambda: self._evaluate(state, tensors, variants))
+        self.errors[tensors.layer] = self.errors[tensors.layer] + errors if tensors.layer in self.errors else errors
         return errors
 
     def router(self):
@@ -173,30 +173,30 @@ class RouterTrainer:
             self.states[layer] = LayerState(start, self.start.num_heads, self.start.head_dim, self.options)
         return self.states[layer]
 
-    def _within_memory(self, live, work):
+    def _within_memory(self, tensors, work):
         """work(), with half the query blocks after each out-of-memory error until it fits."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                # handled below, when the failed attempt's tensors are gone
+                # handled below, when the failed attempt's tensors are freed
                 pass
             if self.query_blocks == 1:
                 raise TrainingError(
-                    f"Training stopped at layer {live.layer}: not enough memory for one query block of one head; "
+                    f"Training stopped at layer {tensors.layer}: not enough memory for one query block of one head; "
                     "free some memory or make the video smaller."
                 )
             self.query_blocks = max(1, self.query_blocks // 2)
             self.memory_bytes //= 2
             self.notes.append(
-                f"Out of memory at layer {live.layer}: went on with {self.query_blocks} query blocks a step."
+                f"Out of memory at layer {tensors.layer}: went on with {self.query_blocks} query blocks a step."
             )
-            if live.q.device.type == "cuda":
+            if tensors.q.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def always_selected(self, live, blocks):
+    def always_selected(self, tensors, blocks):
         """bool (B, H, R, T_n): key blocks that the query blocks (B, H, R) take whatever their score, or None."""
-        return live.own(blocks) if self.keep_diagonal else None
+        return tensors.own(blocks) if self.keep_diagonal else None
 
     def hard_masks(self, scores, always=None, forced=None):
         """(B, H, R, T_n) scores -> the hard top-k masks at all sparsities, (B * H, R, S, T_n) of 0 and 1.
@@ -219,21 +219,21 @@ class RouterTrainer:
         masks = torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
         return _with_forced(masks, forced)
 
-    def _ratios(self, alpha_logits, live, blocks):
+    def _ratios(self, alpha_logits, tensors, blocks):
         """The ratios of the drawn query blocks by logits (S, H, A), (B * H, R, S)."""
-        ratios = ratios_of(alpha_logits, live.query_block_count).permute(1, 2, 0).expand(blocks.shape[0], -1, -1, -1)
+        ratios = ratios_of(alpha_logits, tensors.query_block_count).permute(1, 2, 0).expand(blocks.shape[0], -1, -1, -1)
         index = blocks[..., None].expand(-1, -1, -1, len(self.sparsities))
         return ratios.gather(2, index).flatten(0, 1)
 
     @torch.no_grad()
-    def _ratio_equations(self, live, blocks, chunk, sums, mask):
+    def _ratio_equations(self, tensors, blocks, chunk, sums, mask):
         """One chunk's share of the least squares for the ratios under hard masks: gram (S, H, A, A), right (S, H, A)."""
         o_sparse, o_linear = sums.branches(mask)
         difference = (o_sparse - o_linear) * sums.valid[:, :, None, :, None]
         product = (difference * (sums.target[:, :, None] - o_linear)).sum(dim=(3, 4))
         norm = difference.square().sum(dim=(3, 4))
         knots, heads = self.options.knots, blocks.shape[1]
-        basis = resample_ratio(torch.eye(knots, device=mask.device), live.query_block_count).T
+        basis = resample_ratio(torch.eye(knots, device=mask.device), tensors.query_block_count).T
         basis = basis[blocks.flatten(0, 1)[chunk]]
         right = torch.einsum("grs,gra->gsa", product, basis)
         gram = torch.einsum("grs,gra,grb->gsab", norm, basis, basis)
@@ -243,36 +243,36 @@ class RouterTrainer:
             for x in (gram, right)
         ]
 
-    def _first_ratio(self, live, blocks, hard):
+    def _first_ratio(self, tensors, blocks, hard):
         """Ratio logits for the first step, from its own query blocks. Its equations count when the step is done."""
         gram = right = 0.0
-        for chunk in live.chunks(blocks, self.memory_bytes):
-            more = self._ratio_equations(live, blocks, chunk, live.sums(blocks, chunk), hard[chunk])
+        for chunk in tensors.chunks(blocks, self.memory_bytes):
+            more = self._ratio_equations(tensors, blocks, chunk, tensors.sums(blocks, chunk), hard[chunk])
             gram, right = gram + more[0], right + more[1]
         return solved_ratios(gram, right)
 
-    def _step(self, state, live):
+    def _step(self, state, tensors):
         # what a step that ran out of memory left
         state.optimizer.zero_grad()
-        blocks = live.draw(self.query_blocks, self.generator)
-        scores = live.scores(state.proj_q, state.proj_k, blocks)
+        blocks = tensors.draw(self.query_blocks, self.generator)
+        scores = tensors.scores(state.proj_q, state.proj_k, blocks)
         with torch.no_grad():
-            always = self.always_selected(live, blocks)
-            hard = self.hard_masks(scores, always, live.forced)
+            always = self.always_selected(tensors, blocks)
+            hard = self.hard_masks(scores, always, tensors.forced)
             logits = state.alpha_logits
-            logits = self._first_ratio(live, blocks, hard) if logits is None else logits
-            ratios = self._ratios(logits, live, blocks)
-        soft = self._soft_masks(scores, always, live.forced)
+            logits = self._first_ratio(tensors, blocks, hard) if logits is None else logits
+            ratios = self._ratios(logits, tensors, blocks)
+        soft = self._soft_masks(scores, always, tensors.forced)
         # gradients are collected at the masks: a chunk's tensors are freed before the next chunk is computed
         leaf = soft.detach().requires_grad_(True)
         loss = energy = gram = right = 0.0
-        for chunk in live.chunks(blocks, self.memory_bytes):
-            sums = live.sums(blocks, chunk)
+        for chunk in tensors.chunks(blocks, self.memory_bytes):
+            sums = tensors.sums(blocks, chunk)
             error = sums.squared_error(sums.output(leaf[chunk], ratios[chunk])).sum()
             error.backward()
             loss, energy = loss + error.detach(), energy + sums.energy().sum()
             # in use the ratio mixes branches of hard masks, so it is fitted on those
-            more = self._ratio_equations(live, blocks, chunk, sums, hard[chunk])
+            more = self._ratio_equations(tensors, blocks, chunk, sums, hard[chunk])
             gram, right = gram + more[0], right + more[1]
             del sums, error
         total = (energy * len(self.sparsities)).clamp_min(torch.finfo(torch.float32).tiny)
@@ -280,24 +280,25 @@ class RouterTrainer:
         loss = float(loss / total)
         finite = (state.proj_q.grad, state.proj_k.grad, gram, right)
         if not all(bool(torch.isfinite(x).all()) for x in finite):
-            raise TrainingError(f"Training stopped at layer {live.layer}: the gradient of its router is not finite.")
+            raise TrainingError(f"Training stopped at layer {tensors.layer}: the gradient of its router is not finite.")
         state.optimizer.step()
         # as large as the projections themselves, and kept for every layer otherwise
         state.optimizer.zero_grad()
         state.learn_ratio(gram, right)
         return loss
 
-    def _evaluate(self, state, live, variants):
-        blocks = live.draw(self.query_blocks, self.generator)
+    def _evaluate(self, state, tensors, variants):
+        blocks = tensors.draw(self.query_blocks, self.generator)
         routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
-        always = self.always_selected(live, blocks)
+        always = self.always_selected(tensors, blocks)
         masks = {
-            name: self.hard_masks(live.scores(*proj, blocks), always, live.forced) for name, proj in routers.items()
+            name: self.hard_masks(tensors.scores(*proj, blocks), always, tensors.forced)
+            for name, proj in routers.items()
         }
-        ratios = None if state.alpha_logits is None else self._ratios(state.alpha_logits, live, blocks)
+        ratios = None if state.alpha_logits is None else self._ratios(state.alpha_logits, tensors, blocks)
         squared, energy = dict.fromkeys(variants, 0.0), 0.0
-        for chunk in live.chunks(blocks, self.memory_bytes):
-            sums = live.sums(blocks, chunk)
+        for chunk in tensors.chunks(blocks, self.memory_bytes):
+            sums = tensors.sums(blocks, chunk)
             for router, ratio in variants:
                 mask = masks[router][chunk]
                 estimated = ratio == "estimated" or ratios is None

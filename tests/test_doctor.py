@@ -80,8 +80,10 @@ def test_on_a_card_it_says_which_loop_ran_and_how_kernels_are_launched(monkeypat
     monkeypatch.setattr(doctor, "default_precision", lambda device: "int8")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     failed = RuntimeError("out of memory")
-    rows = [("Wan", 32_760, 12, {"dense": (18.0, 2**30), "sol_attn": (1.8, 2**30), "SLA2": (0.9, 2**29)}),
-            ("H3", 36_960, 56, {"dense": failed, "SLA2": (4.5, 2**29)})]  # fmt: skip
+    rows = [
+        ("Wan", 32_760, 12, {"dense": (18.0, 2**30), "sol_attn": (1.8, 2**30), "SLA2": (0.9, 2**29)}),
+        ("H3", 36_960, 56, {"dense": failed, "SLA2": (4.5, 2**29)}),
+    ]
     monkeypatch.setattr(doctor, "benchmark", lambda device: rows)
     said = []
     assert doctor.check(torch.device("cuda", 0), said.append)

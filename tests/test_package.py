@@ -78,7 +78,7 @@ def test_the_version_has_its_section_in_the_changelog(project):
 
 def test_floors_agree(project):
     floors = project["tool"]["sla2"]
-    assert floors["minimum-triton"] == ".".join(map(str, support.OLDEST_TRITON))
+    assert floors["minimum-triton"] == ".".join(map(str, support.MIN_TRITON))
     assert f"PyTorch {floors['minimum-torch']}, Triton {floors['minimum-triton']}, Python 3.10" in text("README.md")
     assert project["project"]["requires-python"] == ">=3.10"
     comfyui = project["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")

@@ -34,7 +34,7 @@ from sla2_kernels.loops import watch_loops  # noqa: E402
 from sla2_kernels.support import PRECISIONS  # noqa: E402
 
 # largest relative error, |out - reference| / |reference|, that is rounding and no mistake: an H100 has 0.002, 0.031, 0.044
-LARGEST_ERROR = {"16bit": 0.01, "int8": 0.06, "fp8": 0.09}
+MAX_ERROR = {"16bit": 0.01, "int8": 0.06, "fp8": 0.09}
 SPARSITY = 0.9
 BENCHMARK_S = 2.5  # per method and shape
 # device type -> [(what, tokens, heads, dtype)]; the heads have 128 features
@@ -266,10 +266,10 @@ def check(device, say):
             healthy = False
             continue
         errors[precision] = error
-        right = error <= LARGEST_ERROR[precision]
+        right = error <= MAX_ERROR[precision]
         healthy &= right
         verdict = "right" if right else "WRONG"
-        say(f"{precision}: {verdict}, relative error {error:.5f} (at most {LARGEST_ERROR[precision]})")
+        say(f"{precision}: {verdict}, relative error {error:.5f} (at most {MAX_ERROR[precision]})")
         if loop is not None:
             say(f"{precision}: ran in {loop.name}" + (f": {loop.why_not_faster}" if loop.why_not_faster else ""))
     if device.type == "cuda" and not unsupported_reason(device, torch.bfloat16, 128, "16bit"):

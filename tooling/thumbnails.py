@@ -11,7 +11,7 @@ from .paths import ROOT
 from .recipes.cards import CARDS, SIZE, card
 
 WORKFLOWS = ROOT / "workflows"
-LARGEST = 100_000  # bytes: 14 of them are a small part of every clone
+MAX_BYTES = 100_000  # bytes: 14 of them are a small part of every clone
 
 
 def draw(browser, name, path):
@@ -20,7 +20,7 @@ def draw(browser, name, path):
     page.set_content(card(name))
     for quality in (90, 80, 70, 60, 50):
         page.screenshot(path=path, type="jpeg", quality=quality)
-        if path.stat().st_size <= LARGEST:
+        if path.stat().st_size <= MAX_BYTES:
             break
     page.close()
 

@@ -24,7 +24,7 @@ def checks(comfyui):
         few_tokens,
         large_logits,
         linear_branch_without_weight,
-        played_back,
+        replayed_calls,
         fitted_and_judged,
         cuda_graph,
         compiled_around_it,
@@ -136,8 +136,8 @@ def linear_branch_without_weight():
     return f"V = 1 gives 1 within {worst:.3f}"
 
 
-def played_back():
-    """A call of a kind that was made before plays back its launches: for other tensors, in memory full of NaN, with the
+def replayed_calls():
+    """A call of a kind that was made before replays its launches: for other tensors, in memory full of NaN, with the
     bits of the first one. Tensors that were one at first need not stay one."""
     for precision in BOUNDS:
         for mixing in ({}, {"alpha": torch.full((4,), 0.8, device="cuda")}, {"linear_branch": False}):

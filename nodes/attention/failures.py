@@ -45,7 +45,7 @@ def attempt(call, layer, device, compute):
             call.run.note(f"{NO_KERNEL} ({failure_in_a_line(error)}); {remedy}")
         else:
             raise
-    # only now are the tensors gone that the error's traceback held
+    # only now are the tensors freed that the error's traceback held
     _free(device)
     raise RunDense(reason)
 
@@ -78,5 +78,5 @@ def check_output(call, layer, out, sparsity, inputs):
     call.run.failed_layers[layer] = NOT_FINITE
     came_in = not all(torch.isfinite(tensor).all() for tensor in inputs)
     whose = "its inputs held them already" if came_in else "its inputs were finite"
-    call.run.note(f"layer {layer}: sparse attention gave NaN or infinity ({whose}), so that it ran dense")
+    call.run.note(f"layer {layer}: sparse attention gave NaN or infinity ({whose}), so it ran dense")
     raise RunDense(NOT_FINITE, sparsity=sparsity)

@@ -1,7 +1,7 @@
 """State of one patched MODEL: its sampling runs, and what each of its model calls needs to know.
 
-patching.py puts it into a clone of a MODEL. One self-attention call comes by here twice, at its mark (enter_layer) and at its
-override (override.py), and is computed in self_attention.py.
+patching.py puts it into a clone of a MODEL. Each self-attention call passes here twice, at its mark (enter_layer) and at its
+override (override.py); self_attention.py computes it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from .layer_weights import LayerWeights, router_notes
 from .model_call import CALL, LAYER, NO_SPAN, OVERRIDE, ModelCall
 from .model_frames import ModelFrames
 from .model_marks import options_given, with_options
-from .override import Front, say_family
+from .override import OutermostOverride, say_family
 from .recomputation import backward_pass
 from .run_dense import RunDense, stop_where_asked
 from .steps import RunSteps, guidance_halves, planned_sparsity, step_count
@@ -30,7 +30,7 @@ from .video_tokens import VideoSpan
 logger = logging.getLogger("sla2")
 
 KEY = "sla2"  # of wrappers and attachments on the ModelPatcher
-# what reading the arguments of a model call may raise that another pack shaped in its own way
+# what reading the arguments of a model call may raise if another pack has changed them
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
@@ -47,10 +47,10 @@ class AttentionHook:
         self.runs = RunHistory(facts.num_layers if facts else 0, router_notes(settings, router, sla_weights))
         self.on_run_end = None  # called with this hook and the closed RunRecord
         self.frames = ModelFrames()
-        self.live_model = lambda: None  # or a weak reference to the diffusion model that was marked
+        self.marked_model = lambda: None  # or a weak reference to the diffusion model that was marked
         plan_facts = _plan_facts(settings, router, facts, sla_weights) if facts else None
         self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0, plan_facts)
-        self._front = Front()
+        self._outermost = OutermostOverride()
         self._inside = threading.local()
         self._own_attention = (None, None, None, None)
 
@@ -64,12 +64,12 @@ class AttentionHook:
             self._steps.number_from(inputs, patcher, self.run_for_call())
 
     def end_run(self, failure=None, output=None):
-        """Ends the run and lets go of what it left on the device; the record stays for the report."""
+        """Ends the run and frees what it kept on the device; the record stays for the report."""
         run = self.runs.end(failure, output)
         if run is not None:
             if self.weights is not None:
                 self.weights.clear()
-            self._front.clear()
+            self._outermost.clear()
             _log_outcome(run)
             if self.on_run_end is not None:
                 self.on_run_end(self, run)
@@ -79,11 +79,11 @@ class AttentionHook:
         return self.runs.current(self._steps.begin)
 
     def require_met(self):
-        """At the end of a sampling: stops, where asked, if no mark was met in any of its model calls."""
+        """At the end of a sampling: with on_unsupported "stop", raises if no model call reached a marked layer."""
         require_met(self.settings, self.run_for_call())
 
     def see_rival(self, callbacks):
-        """Steps aside for the whole run where ComfyUI's own sparse attention was placed after us; stops where that is asked.
+        """Takes no call of the run if ComfyUI's own sparse attention was placed after SLA2; with "stop", raises.
 
         callbacks: {kind: {key: [function, ...]}} of the MODEL that runs.
         """
@@ -96,7 +96,7 @@ class AttentionHook:
         logger.warning("SLA2: %s", ASIDE)
 
     def before_model(self, device, options, inputs=dict):
-        """Takes the memory that the sparse calls of one model call on ``device`` keep: inside it, none may be taken.
+        """Allocates what the sparse calls of one model call on ``device`` keep: inside the call, nothing that is kept may be.
 
         options: its transformer_options. inputs: function that returns its arguments by name.
         """
@@ -135,7 +135,7 @@ class AttentionHook:
             run.maps.grid = span and span.grid
         if current is None and earlier is not None and earlier.hook is self:
             current = earlier.override  # a guider of another pack calls with these options again
-        override = current if run.aside else self._front.of(self, run, current)
+        override = current if run.aside else self._outermost.of(self, run, current)
         own, requests = self._brings_attention(run, diffusion_model)
         call = ModelCall(
             self,
@@ -171,20 +171,20 @@ class AttentionHook:
         return own, requests
 
     def _span(self, run, diffusion_model, inputs):
-        """VideoSpan, or None where nobody knows it: another family, or a call that another pack shaped in its own way."""
+        """VideoSpan, or None if it is unknown: another family, or arguments that another pack has changed."""
         if self.facts is None:
             return None
         layout, patch_size = self.facts.layout, self.facts.patch_size
         try:
             inputs = inputs()
-            front = layout.front(diffusion_model, inputs, patch_size)
-            return VideoSpan(layout.grid(inputs, patch_size), front, layout.by_frame, layout.references(inputs))
+            prefix = layout.prefix(diffusion_model, inputs, patch_size)
+            return VideoSpan(layout.grid(inputs, patch_size), prefix, layout.by_frame, layout.references(inputs))
         except UNREADABLE as error:
             run.note(f"{NO_SPAN} ({type(error).__name__}: {error})")
             return None
 
     def _tokens(self, inputs):
-        """Tokens of the video in one model call, or None: then the call itself says why they are unknown."""
+        """Number of the video's tokens in one model call, or None: its attention calls then report why it is unknown."""
         try:
             return math.prod(self.facts.layout.grid(inputs(), self.facts.patch_size))
         except UNREADABLE:
@@ -196,7 +196,7 @@ class AttentionHook:
         return frame.call
 
     def finish(self, frame):
-        """After a model call, as its wrapper saw it: what was never reached is counted, and how far our override came."""
+        """After a model call: counts one that reached no marked layer, and notices an override that did not call ours."""
         call = frame.call
         if frame.passed_on if call is None else call.repeated:
             return
@@ -205,7 +205,7 @@ class AttentionHook:
             run.count_model_call()
         elif call.counts["entered"]:
             if not call.counts["attended"] and not run.aside and not self.family_reason:
-                self._front.never_called(self, run, frame.current)
+                self._outermost.never_called(self, run, frame.current)
             return
         if self.facts is not None and not run.aside and not run.has_hidden_calls:
             count_unmet(self.settings, self.facts, run, frame)
@@ -219,7 +219,7 @@ class AttentionHook:
             options = {**(options or frame.options), OVERRIDE: call.override}
         if call is None:
             if backward_pass() is None:  # what gradient checkpointing recomputes is counted already
-                reason = past_reason(self.facts, self.live_model(), options)
+                reason = past_reason(self.facts, self.marked_model(), options)
                 count_hidden(self.settings, self.run_for_call(), layer, True, reason)
             return with_options(module, forward, args, kwargs, {**options, LAYER: layer})
         if not call.repeated:
@@ -240,7 +240,7 @@ class AttentionHook:
         return changed
 
     def inside(self, below, args, kwargs):
-        """Calls down the chain; an override there that leads back to us is passed through uncounted."""
+        """Calls ``below``; an override there that calls ours again is passed through uncounted."""
         was = self.is_inside
         self._inside.value = True
         try:
@@ -268,8 +268,7 @@ def _plan_facts(settings, router, facts, sla_weights):
 def _log_outcome(run):
     if run.aside:
         return  # said as the run began
-    sparse = sum(record.sparse for record in run.layers.values())
-    dense = sum(record.dense.total() + record.unreached for record in run.layers.values())
+    total = run.sparse_calls + run.dense_calls
     how = f" ({run.failure})" if run.failure else ""
     skipped = skips_keeps(run.sparsity)
-    logger.info("SLA2: %d of %d self-attention calls ran sparse (%s)%s", sparse, sparse + dense, skipped, how)
+    logger.info("SLA2: %d of %d self-attention calls ran sparse (%s)%s", run.sparse_calls, total, skipped, how)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..settings.values import layers_text
-from .layouts import diffusion_model_of, module_and_method
+from .model_families import diffusion_model_of, module_and_method
 
 SOL = "comfy_kitchen_sol"
 TRAINED_FOR_VSA = (

@@ -17,7 +17,7 @@ class CallWeights:
 
     proj_q: torch.Tensor | None = None
     proj_k: torch.Tensor | None = None
-    alpha: torch.Tensor | None = None
+    ratio: torch.Tensor | None = None
     proj_l: tuple[torch.Tensor, torch.Tensor] | None = None
     linear_branch: bool = True
     keep_diagonal: bool = False
@@ -62,16 +62,16 @@ class LayerWeights:
             return CallWeights(proj_l=projections, linear_branch=False)
         if self._settings.method == "top-k only":
             return CallWeights(*projections, linear_branch=False)
-        alpha = None
+        ratio = None
         keep_diagonal = self._router is None or self._router.keep_diagonal
         if self._settings.ratio_mode == "fixed":
             if self._settings.fixed_ratio == 1:  # nothing of the linear branch would be mixed in
                 return CallWeights(*projections, linear_branch=False, keep_diagonal=keep_diagonal)
-            alpha = torch.full((self._num_heads,), self._settings.fixed_ratio)
+            ratio = torch.full((self._num_heads,), self._settings.fixed_ratio)
         elif self._router is not None and self._settings.ratio_mode == "learned" and not self._settings.target_error:
-            alpha = self._router.ratio(layer, sparsity)
-        fits = alpha is None and self._settings.ratio_mode != "estimated"
-        return CallWeights(*projections, placed(alpha, device), keep_diagonal=keep_diagonal, fits=fits)
+            ratio = self._router.ratio(layer, sparsity)
+        fits = ratio is None and self._settings.ratio_mode != "estimated"
+        return CallWeights(*projections, placed(ratio, device), keep_diagonal=keep_diagonal, fits=fits)
 
     def _projections(self, layer, device):
         """What all sparsities of a layer share: SLA v1's (weight, bias), else the router's (proj_q, proj_k)."""
@@ -114,6 +114,6 @@ def _sparsity_note(settings, router):
 
 
 def _precision_note(settings, router):
-    if router.precision is None or settings.bit_width in ("auto", router.precision):
+    if router.precision is None or settings.precision in ("auto", router.precision):
         return None
-    return f"the router was trained at {router.precision} and this run uses {settings.bit_width}"
+    return f"the router was trained at {router.precision} and this run uses {settings.precision}"

@@ -1,9 +1,9 @@
-"""Marks the self-attention calls of a model: says, before one runs, which layer it is, and hands it the call's options.
+"""Marks the self-attention modules of a model: before one runs, its mark says which layer it is and passes on the call's options.
 
-A mark is a forward pre-hook that an object patch puts into a module. The attribute it goes to is there in every module, so
-that ComfyUI, which takes an object patch off by setting the attribute back, leaves the module as it was; a method that was
-patched and set back would stay in the module's __dict__, and outlive a change of its class. A mark runs whatever forward
-another pack put there, and it runs again where training recomputes a block.
+A mark is a forward pre-hook, put into a module by an object patch. ComfyUI removes an object patch by assigning the old value:
+every module has the hooks' attribute, so the module is as it was before. A patched method would stay in the module's __dict__
+and outlive a change of its class. A mark runs whatever forward another pack has put there, and again when training recomputes
+a block.
 """
 
 import collections
@@ -16,7 +16,7 @@ import torch
 
 from ..compat.compiled_models import not_compiled
 from ..compat.override_chain import name_of
-from .layouts import class_name, module_and_method
+from .model_families import class_name, module_and_method
 
 HOOKS, WITH_KEYWORDS = "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"  # nn.Module's own, by the id of a hook
 MARK_ID = "sla2_mark"
@@ -161,7 +161,7 @@ def on_the_way(facts, diffusion_model, options):
 
 
 def _replaced_methods(module):
-    """(name, function) of every method of the module's class that something else stands in for, ours left out."""
+    """(name, function) of every method of the module's class that another pack has replaced on this module."""
     for name, thing in vars(module).items():
         own = getattr(type(module), name, None)
         if callable(own) and callable(thing) and not isinstance(thing, torch.nn.Module):

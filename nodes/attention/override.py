@@ -52,13 +52,13 @@ def make_override(hook, base):
 
 
 def say_family(reason, run):
-    """Logs once per run why nothing of this family runs sparse."""
+    """Logs once per run why no call of this family runs sparse."""
     if run.first_time(reason):
         logger.warning("SLA2: every attention call runs dense: %s", reason)
 
 
-class Front:
-    """Keeps a hook's override in front of those that later nodes set. Holds no hook: a dropped model is gone at once."""
+class OutermostOverride:
+    """Keeps a hook's override in front of those that later nodes set. Holds no hook, so that a dropped model is freed at once."""
 
     def __init__(self):
         self._known = (None, None)  # the override that a model call came with, and the one that it got
@@ -81,7 +81,7 @@ class Front:
         return override
 
     def never_called(self, hook, run, current):
-        """An override that holds ours did not call it in a whole model call: the next one goes past it."""
+        """An override that holds ours did not call it in a whole model call: from the next one on, ours is in front of it."""
         if self._known == (current, current):
             self._known = (current, _put(hook, run, current, _replaced_note(current)))
 
@@ -93,15 +93,15 @@ def _put(hook, run, current, note):
 
 def _replaced_note(current):
     if current is None:
-        return "a later node removed the attention override; SLA2 put itself back"
+        return "a later node removed the attention override; SLA2 restored it"
     return (
         f"a later node replaced the attention override with {name_of(current)}, which does not call SLA2; "
-        "SLA2 put itself back in front of it, and it runs the dense calls (place that node before SLA2 Apply Attention)"
+        "SLA2 went back in front of it, and it runs the dense calls (place that node before SLA2 Apply Attention)"
     )
 
 
 def _came_back(current, base):
-    """Whether ``current`` is of a node whose override lies below ours already: it put itself in front again."""
+    """Whether ``current`` belongs to a node whose override is below ours already, and which put itself in front again."""
     states = {id(state) for state in states_of(current)}
     return find_in(base, lambda function: any(id(state) in states for state in states_of(function))) is not None
 

@@ -10,9 +10,10 @@ import weakref
 from ..compat.compiled_models import not_compiled
 from ..compat.override_chain import MARK
 from ..compat.rival_attention import take_off
+from ..settings.values import AttentionSettings
 from .hook import KEY, AttentionHook
-from .layouts import diffusion_model_of, facts_of, unsupported_reason_of
 from .model_call import OVERRIDE
+from .model_families import diffusion_model_of, facts_of, unsupported_reason_of
 from .model_frames import Frame
 from .model_marks import mark_layers, marked_methods, method_layers
 from .override import make_override
@@ -22,6 +23,18 @@ from .video_tokens import apply_inputs, call_inputs, latent_of
 def options_of(args, kwargs):
     """transformer_options among the arguments of a model call, or None."""
     return kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), None)
+
+
+def install_dense(model, layers, make_override):
+    """A patched clone whose ``layers`` self-attention layers run dense, their marked calls through make_override(base).
+
+    base: the attention override that was on ``model``, or None.
+    """
+    patched = model.clone()
+    take_off(patched)
+    options = patched.model_options.setdefault("transformer_options", {})
+    options[OVERRIDE] = make_override(options.get(OVERRIDE))
+    return install(patched, AttentionSettings(dense_layers=frozenset(range(layers))), None)
 
 
 def install(model, settings, router, sla_weights=None):
@@ -36,7 +49,7 @@ def install(model, settings, router, sla_weights=None):
     facts, diffusion_model = facts_of(patched), diffusion_model_of(patched)
     reason, sampling = unsupported_reason_of(patched), patched.get_model_object("model_sampling")
     hook = AttentionHook(settings, router, facts, reason, sampling, sla_weights)
-    hook.live_model = weakref.ref(diffusion_model)
+    hook.marked_model = weakref.ref(diffusion_model)
     if taken_off:
         hook.runs.add_notes([taken_off])
 

@@ -1,7 +1,7 @@
 """Calls that a backward pass makes once more, because gradient checkpointing kept none of their tensors.
 
-Such a call has to go the way that it went the first time, or what it saves for autograd is not what was saved then; and it
-is no new call, so that nothing counts it.
+Such a call must run as it did the first time, or it would save other tensors for autograd. It is not a new call, and is not
+counted.
 """
 
 import threading
@@ -11,7 +11,7 @@ import torch
 
 
 def backward_pass():
-    """The number of the backward pass that this thread works for, or None."""
+    """The number of the backward pass that runs in this thread, or None."""
     number = torch._C._current_graph_task_id()  # what torch.utils.checkpoint itself goes by
     return None if number == -1 else number
 
@@ -31,12 +31,12 @@ class Decisions:
         return backward_pass() not in (None, self._made_in)
 
     def take(self, layer, decision):
-        """Keeps the decision of a layer's call, whatever it looks like."""
+        """Stores the decision of a layer's call."""
         with self._lock:
             self._taken[layer].append(decision)
 
     def again(self, layer):
-        """The decision of the call that is recomputed now. Where checkpoints lie in one another, it is so more than once."""
+        """The decision of the call that is recomputed now; with nested checkpoints that happens more than once."""
         with self._lock:
             key, taken = (backward_pass(), layer), self._taken[layer]
             self._asked[key] += 1

@@ -28,6 +28,6 @@ def stop_where_asked(settings, reason, where=""):
 
 
 def say_once(run, layer, reason):
-    """Logs a reason the first time that a run meets it."""
+    """Logs a reason the first time it occurs in a run."""
     if run.first_time(reason):
         logger.warning("SLA2: layer %s runs dense: %s (said once per run; the report counts every call)", layer, reason)

@@ -16,7 +16,7 @@ from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
 from .sparse_call import (
     own_rows,
-    rows_of_call,
+    rows_below,
     rows_of_request,
     sparse_request,
     takes_rows,
@@ -39,7 +39,7 @@ def attend(call, layer, below, args, kwargs, is_default=False):
         return _attend_sparse(call, layer, below, args, kwargs, is_default)
     except RunDense as found:
         reason, by_setting, sparsity = found.reason, found.by_setting, found.sparsity
-    # only here is the traceback gone, and with it the tensors that its frames held
+    # the traceback, and the tensors that its frames held, are freed only here
     if not by_setting:
         if reason not in DENSE_BY_NATURE:
             stop_where_asked(call.hook.settings, reason, f" in layer {layer}")
@@ -57,7 +57,7 @@ def _attend_sparse(call, layer, below, args, kwargs, is_default):
     if layer in call.requests.vsa:
         raise RunDense(TRAINED_FOR_VSA)
     request, exact = call.video_request(request)
-    precision = resolve_precision(settings.bit_width, request.q.device)
+    precision = resolve_precision(settings.precision, request.q.device)
     check_supported(request, precision)
     check_attempted(call, layer)
     result = attempt(call, layer, request.q.device, lambda: _compute(call, layer, request, exact, sparsity, precision))
@@ -66,12 +66,13 @@ def _attend_sparse(call, layer, below, args, kwargs, is_default):
     check_output(call, layer, own, sparsity, (request.q, request.k, request.v))
     if judging is not None:
         run.count_errors(layer, *judging.against(own))
+    device = request.q.device
     if is_default and exact.dense_queries and not call.has_autograd and takes_rows(request):
-        rows = partial(rows_of_request, request)
-        whole = attempt(call, layer, request.q.device, lambda: with_dense_rows(out, request, exact, rows))
+        dense, attempted = partial(rows_of_request, request), partial(attempt, call, layer, device)
     else:
         # what the dense rows' attention takes: whole dense attention needs less
-        whole = attempt_rest(call, request.q.device, lambda: _whole(out, request, exact, below, args, kwargs))
+        dense, attempted = rows_below(below, args, kwargs), partial(attempt_rest, call, device)
+    whole = attempted(lambda: with_dense_rows(out, request, exact, dense))
     # rows that a reference's last block computes twice count once
     rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
     run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)
@@ -94,11 +95,11 @@ def _repeat(call, layer, below, args, kwargs):
     if sparsity is not None:
         request, exact = call.read(args, kwargs)
         weights = call.hook.weights.on_device(layer, request.q.device, sparsity)
-        precision = resolve_precision(call.hook.settings.bit_width, request.q.device)
+        precision = resolve_precision(call.hook.settings.precision, request.q.device)
         options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
         out, *_ = sparse_request(request, exact, weights, sparsity=sparsity, **options)
         if is_used:
-            return _whole(out, request, exact, below, args, kwargs)
+            return with_dense_rows(out, request, exact, rows_below(below, args, kwargs))
     return below(*args, **kwargs)
 
 
@@ -126,13 +127,3 @@ def _call_ratio(call, layer, request, weights, sparsity):
     kind = layer, q.device, sparsity, call.halves
     measures = None if call.step.choice is None else call.step.choice.measures
     return call.run.fitted_ratios.of_call(kind, call.hook.facts.num_heads, call.steps, measures)
-
-
-def _whole(out, request, exact, below, args, kwargs):
-    """The call's output: ``out`` of the sparse queries, and the other rows as ``below`` computes them."""
-
-    def dense_rows(*rows):
-        new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
-        return below(*new_args, **new_kwargs)
-
-    return with_dense_rows(out, request, exact, dense_rows)

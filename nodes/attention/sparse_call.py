@@ -1,7 +1,7 @@
 """One self-attention call of a video model: the queries of the video and of references run sparse, those of text and sound dense.
 
-sla2_kernels/exact_ends.py and references.py are the same without ComfyUI; here are ComfyUI's layouts, and the ratio that a call
-fits.
+sla2_kernels/exact_ends.py and references.py are the same without ComfyUI; this file adds ComfyUI's layouts and the
+fitted ratio.
 """
 
 import functools
@@ -37,7 +37,7 @@ class VideoPart:
 
     @property
     def queries_are_keys(self):
-        """False where queries of one frame meet keys of all frames."""
+        """False if queries of one frame attend keys of all frames."""
         return self.q.shape[self.token_axis] == self.video_k.shape[self.token_axis]
 
 
@@ -45,8 +45,8 @@ def video_part(request, exact):
     """VideoPart of an AttentionCall with these ExactTokens."""
     layout = "BNHD" if request.flat_output else "BHND"
     q, k, v = request.q, request.k, request.v
-    queries = q[:, exact.query_front : q.shape[1] - exact.query_back]
-    keys = k[:, exact.key_front : k.shape[1] - exact.key_back]
+    queries = q[:, exact.query_prefix : q.shape[1] - exact.query_suffix]
+    keys = k[:, exact.key_prefix : k.shape[1] - exact.key_suffix]
     views = (queries, k, v, keys)
     return VideoPart(*(views if request.flat_output else (t.transpose(1, 2) for t in views)), layout)
 
@@ -55,7 +55,7 @@ def stretches_of(request, exact):
     """Stretches of a call whose references run sparse beside the video, else None."""
     if not exact.references:
         return None
-    return Stretches(request.tokens, (exact.query_front, request.tokens - exact.query_back), exact.references)
+    return Stretches(request.tokens, (exact.query_prefix, request.tokens - exact.query_suffix), exact.references)
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,21 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
     to fit.
     """
     keys = part.k.shape[part.token_axis]
-    forced = forced_block_counts(keys, exact.key_front, exact.key_back)
+    forced = forced_block_counts(keys, exact.key_prefix, exact.key_suffix)
     attend = functools.partial(
         attend_video,
         q=part.q,
         k=part.k,
         v=part.v,
-        key_prefix=exact.key_front,
-        key_suffix=exact.key_back,
+        key_prefix=exact.key_prefix,
+        key_suffix=exact.key_suffix,
         proj_q=weights.proj_q,
         proj_k=weights.proj_k,
         sparsity=sparsity,
         precision=precision,
         scale=scale,
         layout=part.layout,
-        room=(exact.query_front, exact.query_back),
+        room=(exact.query_prefix, exact.query_suffix),
         keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
     )
     may_fit = forced.selected(sparsity) < sum(forced)
@@ -134,8 +134,8 @@ def _mixed(attend, rows, part, weights, call_ratio, may_fit):
     if call_ratio is not None and call_ratio.number is not None and may_fit:
         return _fitted(attend, rows, part, call_ratio)
     if weights.linear_branch:
-        alpha = weights.alpha if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
-        return *attend(sla2_attention, alpha=alpha, return_alpha=True), None
+        ratio = weights.ratio if call_ratio is None or call_ratio.number is not None else call_ratio.kept.ratio
+        return *attend(sla2_attention, alpha=ratio, return_alpha=True), None
     return *attend(sla_attention, proj_l=weights.proj_l, return_alpha=True), None
 
 
@@ -161,7 +161,7 @@ def leaves_out(request, exact, sparsity, keep_diagonal=False, reference_keys=REF
     """Whether sparse_request() leaves a key block to the linear branch."""
     stretches = stretches_of(request, exact)
     if stretches is None:
-        forced = forced_block_counts(request.key_tokens, exact.key_front, exact.key_back)
+        forced = forced_block_counts(request.key_tokens, exact.key_prefix, exact.key_suffix)
         return forced.selected(sparsity) < sum(forced)
     selected = selected_with_references(stretches, sparsity, reference_keys, keep_diagonal=keep_diagonal)
     return selected < block_count(stretches.tokens, K_BLOCK)
@@ -172,7 +172,7 @@ def own_rows(out, request, exact):
     axis, stretches = 1 if request.flat_output else 2, stretches_of(request, exact)
     if stretches is not None:
         return gathered_rows(out, stretches, axis)
-    return out.narrow(axis, exact.query_front, request.tokens - exact.query_front - exact.query_back)
+    return out.narrow(axis, exact.query_prefix, request.tokens - exact.query_prefix - exact.query_suffix)
 
 
 def with_dense_rows(out, request, exact, dense):
@@ -182,7 +182,7 @@ def with_dense_rows(out, request, exact, dense):
     if stretches is not None:
         return whole_output(out, lambda ranges: dense(*(slice(*own) for own in ranges)), stretches, axis)
     return with_exact_rows(
-        out, dense, tokens=request.tokens, prefix=exact.query_front, suffix=exact.query_back, axis=axis
+        out, dense, tokens=request.tokens, prefix=exact.query_prefix, suffix=exact.query_suffix, axis=axis
     )
 
 
@@ -199,7 +199,17 @@ def rows_of_request(request, *rows):
     return out.flatten(2) if request.flat_output else out.transpose(1, 2)
 
 
-def rows_of_call(args, kwargs, *rows):
+def rows_below(below, args, kwargs):
+    """A function of slices: these query rows of the call, as ``below`` computes them."""
+
+    def rows_of(*rows):
+        new_args, new_kwargs = _with_rows(args, kwargs, rows)
+        return below(*new_args, **new_kwargs)
+
+    return rows_of
+
+
+def _with_rows(args, kwargs, rows):
     """(args, kwargs) of the same call with only the query rows of these slices."""
     heads_first = kwargs["skip_reshape"] if "skip_reshape" in kwargs else len(args) > 6 and args[6]
     q = args[0] if args else kwargs["q"]

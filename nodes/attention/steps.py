@@ -1,4 +1,4 @@
-"""Where a model call stands in its sampling run, and which sparsity the settings plan for a layer in it."""
+"""Which step of its sampling run a model call is, and which sparsity the settings plan for a layer in it."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from ..settings.schedule import RunProgress, StepNumbers, goes_on, needs_numbers
 from ..settings.values import AUTOMATIC
 from .run_dense import RunDense
 
-NO_NUMBER = "the sampler does not say which step this is: the schedule's rules for numbered steps do not count"
+NO_NUMBER = "the sampler does not say which step this is: the schedule's rules for numbered steps do not apply"
 NO_STEP = "the sampler does not say which step this is: target_error keeps the sparsity that it starts with"
-GOES_ON = "this sampler goes on with what another one began: the schedule's rules for numbered steps do not count in it"
+GOES_ON = "this sampler goes on with what another one began: the schedule's rules for numbered steps do not apply to it"
 
 
 class Step(NamedTuple):

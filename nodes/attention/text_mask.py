@@ -25,21 +25,23 @@ def masks_keys_alone(mask, keys):
 
 @dataclass(frozen=True)
 class ValidKeys:
-    """Which of the exact keys are not masked: int64 indices in front of the video and behind it."""
+    """Which prefix and suffix keys are not masked: int64 indices into all keys."""
 
-    front: torch.Tensor
-    back: torch.Tensor
+    prefix: torch.Tensor
+    suffix: torch.Tensor
     all: bool
 
     def of(self, request, exact):
         """(request, exact) without the masked keys."""
         if self.all:
             return request, exact
-        video = slice(exact.key_front, request.key_tokens - exact.key_back)
+        video = slice(exact.key_prefix, request.key_tokens - exact.key_suffix)
         # torch.cat fails where autocast has the other 16-bit type
         with without_autocast(request.k.device):
-            k, v = (torch.cat([t[:, self.front], t[:, video], t[:, self.back]], dim=1) for t in (request.k, request.v))
-        return replace(request, k=k, v=v), replace(exact, key_front=len(self.front), key_back=len(self.back))
+            k, v = (
+                torch.cat([t[:, self.prefix], t[:, video], t[:, self.suffix]], dim=1) for t in (request.k, request.v)
+            )
+        return replace(request, k=k, v=v), replace(exact, key_prefix=len(self.prefix), key_suffix=len(self.suffix))
 
 
 def valid_keys(mask, exact):
@@ -51,8 +53,8 @@ def valid_keys(mask, exact):
     valid = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
     if row.dtype != torch.bool and row[valid].any():
         raise RunDense(HAS_MASK)
-    end = len(row) - exact.key_back
-    if not valid[exact.key_front : end].all():
+    end = len(row) - exact.key_suffix
+    if not valid[exact.key_prefix : end].all():
         raise RunDense(HAS_MASK)
-    indices = [part.nonzero()[:, 0].to(mask.device) for part in (valid[: exact.key_front], valid[end:])]
+    indices = [part.nonzero()[:, 0].to(mask.device) for part in (valid[: exact.key_prefix], valid[end:])]
     return ValidKeys(indices[0], indices[1] + end, bool(valid.all()))

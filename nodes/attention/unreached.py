@@ -4,10 +4,10 @@ from .model_marks import has_layers, on_the_way
 from .run_dense import say_once, stop_where_asked
 from .steps import kept_dense_reason
 
-WITHOUT_OPTIONS = "this self-attention takes no transformer_options here, so that nothing can take its call over"
+WITHOUT_OPTIONS = "this self-attention takes no transformer_options, so SLA2 cannot intercept its call"
 PAST = "the model is called past SLA2's wrappers, so that nothing says where the video's tokens lie"
 OTHER_MODEL = "they were calls of a model that SLA2 was not applied to"
-NOT_KNOWN = "no node is known that stands in for them"
+NOT_KNOWN = "the node responsible is not known"
 CACHES = {"easycache", "lazycache"}  # keys of wrappers that answer model calls without the model
 
 
@@ -22,13 +22,13 @@ def count_hidden(settings, run, layer, in_window, reason):
 
 
 def past_reason(facts, model, options):
-    """Why a call came past our wrappers, as far as the model shows it; model None: it is gone."""
+    """Why a call bypassed our wrappers, as far as the model shows it; model None: it was freed."""
     way = None if model is None else in_the_way(facts, model, options)
     return f"{PAST}; {way}" if way else PAST
 
 
 def count_unmet(settings, facts, run, frame):
-    """Counts a model call in which none of our marks was met; what is not known is not guessed."""
+    """Counts a model call that reached no marked layer, with the reason if it is known."""
     met_before = any(record.entered for record in run.layers.values())
     wrappers = (frame.options.get("wrappers") or {}).values()
     if met_before and any(CACHES & by_key.keys() for by_key in wrappers):
@@ -45,7 +45,7 @@ def count_unmet(settings, facts, run, frame):
 
 
 def require_met(settings, run):
-    """At the end of a sampling: stops, where asked, if no mark was met in any of its model calls."""
+    """At the end of a sampling: with on_unsupported "stop", raises if no model call reached a marked layer."""
     if run.unmet and not any(record.entered for record in run.layers.values()):
         first = next(iter(run.unmet))
         stop_where_asked(settings, f"no model call came to the self-attentions that SLA2 marked: {first}")

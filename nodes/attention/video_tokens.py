@@ -1,9 +1,9 @@
-"""Where the video's tokens lie in a self-attention call, and what stands before and behind them.
+"""Which tokens of a self-attention call are the video's, and which come before (prefix) and after them (suffix).
 
-Text and sound tokens are few and matter to every query: as keys they are always attended, as queries they run dense. A
-``front`` function of a layout says how many tokens stand before the video's (None: the video is last); whatever is left stands
-behind them. A ``references`` function says which of them are reference images and videos, guides or poses, that can be as many
-as the video's own: their queries run sparse. ``inputs`` are the arguments of one model call by name.
+Text and sound tokens are few and matter to every query: as keys they are always attended, as queries they run dense. A layout's
+``prefix`` function counts the tokens before the video's (None: the video is last); the suffix is what remains. Its ``references``
+function says which of them are reference images and videos, guides or poses. There can be as many of these as of the video's
+own tokens, so their queries run sparse. ``inputs`` are the arguments of one model call by name.
 """
 
 import inspect
@@ -23,7 +23,7 @@ def call_inputs(function, args, kwargs):
 
 
 def apply_inputs(function, args, kwargs):
-    """The same of a call of ComfyUI's model around the diffusion model, where its arguments have other names or packing."""
+    """The same for a call of ComfyUI's BaseModel, where arguments are named or packed differently."""
     inputs = call_inputs(function, args, kwargs)
     if "c_crossattn" in inputs:
         inputs["context"] = inputs.pop("c_crossattn")
@@ -57,14 +57,14 @@ def grid_after_first_frame(inputs, patch_size):
 
 
 def ltx_grid(inputs, patch_size):
-    """LTX appends its guides as latent frames: they are references, not video, and may lose tokens on the way."""
+    """LTX appends its guides as latent frames: they are references, not video, and some of their tokens may be dropped."""
     frames, height, width = latent_grid(inputs, patch_size)
     guides = inputs.get("keyframe_idxs")
     guide_frames = 0 if guides is None else guides.shape[2] // (height * width)
     return frames - guide_frames, height, width
 
 
-def nothing_in_front(model, inputs, patch_size):
+def no_prefix(model, inputs, patch_size):
     return 0
 
 
@@ -79,7 +79,7 @@ def first_frame(model, inputs, patch_size):
 
 
 def wan_reference(model, inputs, patch_size):
-    """Fun control and Animate put one reference image in front, if the model has the weights for it."""
+    """Fun control and Animate put one reference image first, if the model has the weights for it."""
     reference = inputs.get("reference_latent")
     if reference is None or getattr(model, "ref_conv", None) is None:
         return 0
@@ -87,12 +87,12 @@ def wan_reference(model, inputs, patch_size):
 
 
 def scail_reference(model, inputs, patch_size):
-    """SCAIL joins its reference frames in front; its pose tokens come last."""
+    """SCAIL's reference frames come first, its pose tokens last."""
     reference = inputs.get("reference_latent")
     return 0 if reference is None else math.prod(tokens_of(tuple(reference.shape[2:]), patch_size))
 
 
-def hunyuan_front(model, inputs, patch_size):
+def hunyuan_prefix(model, inputs, patch_size):
     """Text and reference come first, in ComfyUI before 0.4 the text last."""
     if not getattr(model.double_blocks[0], "flipped_img_txt", False):
         return None
@@ -100,21 +100,21 @@ def hunyuan_front(model, inputs, patch_size):
     return 0 if reference is None else math.prod(tokens_of(tuple(reference.shape[2:]), patch_size))
 
 
-def text_in_front(model, inputs, patch_size):
+def text_prefix(model, inputs, patch_size):
     """Flux and Qwen-Image: text, image, references."""
     return inputs["context"].shape[1]
 
 
 def no_references(inputs):
-    """A function (front, video tokens, tokens) -> ((start, stop), ...) of the references in a call; here none."""
-    return lambda front, video, tokens: ()
+    """A function (prefix, video, all tokens) -> ((start, stop), ...) of the references in a call; here none."""
+    return lambda prefix, video, tokens: ()
 
 
 def all_beside(inputs):
-    """Whatever stands before the video is one reference, whatever stands behind it another: pictures, guides or poses."""
+    """The prefix is one reference and the suffix another: images, guides or poses."""
 
-    def ranges(front, video, tokens):
-        return tuple((start, stop) for start, stop in ((0, front), (front + video, tokens)) if start < stop)
+    def ranges(prefix, video, tokens):
+        return tuple((start, stop) for start, stop in ((0, prefix), (prefix + video, tokens)) if start < stop)
 
     return ranges
 
@@ -124,16 +124,16 @@ H3_PICTURE_TAG = 0  # of text tokens
 
 
 def h3_references(inputs):
-    """MiniMax H3 names the segments of its sequence, the video's last; a table of another call is not believed.
+    """MiniMax H3 lists the segments of its sequence, the video's last; a list that does not match the call is ignored.
 
-    Its text shows every picture once more, in as many tokens, which the model itself treats as video.
+    The text contains every image once more, in as many tokens, which the model itself treats as video.
     """
     payload = inputs.get("minimax_payload") or {}
     segments, tags = list(getattr(payload.get("layout"), "segments", ())), payload.get("text_token_tags")
     shown = [] if tags is None else _runs_of_pictures(tags.flatten().tolist())
 
-    def ranges(front, video, tokens):
-        if not segments or tuple(segments[-1]) != (front, tokens, "video"):
+    def ranges(prefix, video, tokens):
+        if not segments or tuple(segments[-1]) != (prefix, tokens, "video"):
             return ()
         pictures = [(start, stop) for start, stop, kind in segments if kind in H3_PICTURES and start < stop]
         if tags is not None and tuple(segments[0]) == (0, tags.numel(), "text"):
@@ -144,7 +144,7 @@ def h3_references(inputs):
 
 
 def _runs_of_pictures(tags):
-    """(start, stop) of the text's tokens that belong to one picture, where they fill a block of queries."""
+    """(start, stop) of each run of text tokens that belong to an image and fill at least one query block."""
     runs, start = [], 0
     for tag, group in itertools.groupby(tags):
         stop = start + len(list(group))
@@ -159,32 +159,32 @@ DENSE_BY_NATURE = {REFERENCE_QUERIES}  # dense calls that are no failure
 
 @dataclass(frozen=True)
 class ExactTokens:
-    """How many queries at both ends run dense, and how many keys at both ends every query attends.
+    """How many prefix and suffix queries run dense, and how many prefix and suffix keys every query attends.
 
-    references: (start, stop) of those among them that need not be exact.
+    references: (start, stop) of the prefix and suffix tokens that need not be exact.
     """
 
-    query_front: int = 0
-    query_back: int = 0
-    key_front: int = 0
-    key_back: int = 0
+    query_prefix: int = 0
+    query_suffix: int = 0
+    key_prefix: int = 0
+    key_suffix: int = 0
     references: tuple[tuple[int, int], ...] = ()
 
     @property
     def dense_queries(self):
         """Number of queries that run dense."""
-        return self.query_front + self.query_back - sum(stop - start for start, stop in self.references)
+        return self.query_prefix + self.query_suffix - sum(stop - start for start, stop in self.references)
 
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where the video's tokens lie in one model call. grid: (t, h, w). front: tokens before them, None: they are last.
+    """Where the video's tokens are in one model call. grid: (t, h, w). prefix: tokens before them, None: they are last.
 
-    references: function (front, video tokens, tokens) -> ((start, stop), ...).
+    references: function (prefix, video, all tokens) -> ((start, stop), ...).
     """
 
     grid: tuple
-    front: int | None = 0
+    prefix: int | None = 0
     by_frame: bool = False
     references: Callable = no_references({})
 
@@ -193,13 +193,13 @@ class VideoSpan:
         if queries != keys and not self.by_frame:
             raise RunDense(f"the call has {queries} query tokens and {keys} key tokens")
         video = math.prod(self.grid)
-        front = keys - video if self.front is None else self.front
-        back = keys - video - front
-        if video <= 0 or front < 0 or back < 0:
-            needed = video + max(front, 0)
+        prefix = keys - video if self.prefix is None else self.prefix
+        suffix = keys - video - prefix
+        if video <= 0 or prefix < 0 or suffix < 0:
+            needed = video + max(prefix, 0)
             raise RunDense(f"the call has {keys} key tokens, fewer than the {needed} of this model's video")
         if queries == keys:
-            return ExactTokens(front, back, front, back, self.references(front, video, keys))
-        if not back:
+            return ExactTokens(prefix, suffix, prefix, suffix, self.references(prefix, video, keys))
+        if not suffix:
             raise RunDense(REFERENCE_QUERIES)
-        return ExactTokens(0, 0, front, back)
+        return ExactTokens(0, 0, prefix, suffix)

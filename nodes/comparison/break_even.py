@@ -11,7 +11,7 @@ from ..attention.sparse_call import VideoPart, sparse_video
 from ..attention.video_tokens import ExactTokens
 from ..runs.fitted_ratios import CallRatio
 
-SHORTEST, LONGEST = 1024, 131_072
+MIN_TOKENS, MAX_TOKENS = 1024, 131_072
 SECONDS = 20  # that the search may take, about
 REPEATS_S = 0.3  # per length and kind
 CLEARLY_FASTER = 1.5
@@ -43,8 +43,8 @@ def time_lengths(dense, sparse, device, seconds=SECONDS):
 
 
 def _time_lengths(dense, sparse, device, seconds):
-    begun, rows, tokens = time.perf_counter(), [], SHORTEST
-    while tokens <= LONGEST:
+    begun, rows, tokens = time.perf_counter(), [], MIN_TOKENS
+    while tokens <= MAX_TOKENS:
         times = [_median_time(make(tokens), device) for make in (dense, sparse)]
         rows.append((tokens, *times))
         # twice the length takes four times as long; a first call, for warming up, and one repeat

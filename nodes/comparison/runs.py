@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..runs.advice import attention_milliseconds
 from ..runs.to_paste import joined
 
 MAX_CEILING = 100  # above it only measuring errors speak
@@ -56,11 +57,7 @@ class Measured:
 
 def attention_seconds(run, steps):
     """Seconds per step that the self-attention calls of a closed RunRecord took."""
-    total = 0.0
-    for record in run.layers.values():
-        total += record.sparse * record.milliseconds.get("sparse", 0.0)
-        total += record.dense.total() * record.milliseconds.get("dense", 0.0)
-    return total / 1000 / steps
+    return (attention_milliseconds(run) or 0.0) / 1000 / steps
 
 
 def relative_error(latent, reference):
@@ -147,7 +144,7 @@ def line_to_paste(card, model, dense, sla2, rival, versions):
     steps = ", ".join(f"{name} {one.step_s:.3f}" for name, one in beside)
     parts = [card, model, f"seconds per step: {steps}", f"latent error {relative_error(sla2.latent, dense.latent)}"]
     parts += [f"peak memory {_memory(dense.peak, sla2.peak)}", sla2.error_words, versions]
-    return joined(parts)
+    return joined(*parts)
 
 
 def comparison_text(data):

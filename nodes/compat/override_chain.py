@@ -80,7 +80,7 @@ def _is_filled(cell):
 
 
 def chosen_in_comfyui(override):
-    """The attention function of an override that ComfyUI made of it, else None."""
+    """The attention function that an override made by ComfyUI wraps, else None."""
     if isinstance(override, types.FunctionType) and name_of(override) == SET_BY_COMFY:
         return inspect.getclosurevars(override).nonlocals.get("optimized_attention")
     return None

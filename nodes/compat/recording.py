@@ -1,5 +1,5 @@
 """Tensors that outlive the call that makes them. ComfyUI 0.35 and newer records the allocations of some models' calls and of
-each of their blocks, to play them back: what is taken inside and kept afterwards breaks the record.
+each of their blocks, to replay them: what is taken inside and kept afterwards breaks the record.
 """
 
 import contextlib

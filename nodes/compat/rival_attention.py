@@ -1,8 +1,8 @@
-"""ComfyUI's own Model Sparse Attention on the same MODEL: of the two, the one that was placed last works.
+"""ComfyUI's own Model Sparse Attention on the same MODEL: of the two, the one placed last runs.
 
-That node puts its override on top again before every step, from a callback, and on MiniMax H3 it stands in for whole
-blocks. Placed before SLA2 it is taken off SLA2's clone; placed after SLA2 its callbacks are there when the model is sampled.
-Its parts are known by the state that they share with its callbacks.
+That node puts its override on top again before every step, from a callback, and on MiniMax H3 it replaces whole blocks.
+If it was placed before SLA2, it is removed from SLA2's clone; if after, its callbacks are found when the model is sampled.
+Its parts are recognised by the state that they share with its callbacks.
 """
 
 import sys
@@ -12,17 +12,17 @@ from .override_chain import closed_over, find_in, name_of, states_of
 CALLBACK = "block_sparse_attention"  # the key of its callbacks
 NAME = "ComfyUI's Model Sparse Attention"
 ASIDE = (
-    f"{NAME} was placed after SLA2 on this MODEL and runs in place of it, for only one of the two can: "
+    f"{NAME} was placed after SLA2 on this MODEL and runs in place of it, because only one of the two can: "
     "place SLA2 Apply Attention after that node to use SLA2"
 )
 TAKEN_OFF = (
     f"{NAME} is on this MODEL too: SLA2 was placed after it and runs in place of it from the first step on, "
-    "for only one of the two can"
+    "because only one of the two can"
 )
 
 
 NODE = "BlockSparseAttention"  # its class in ComfyUI's list of nodes
-# what it is put on a MODEL with: its own defaults
+# its own defaults
 SETTING = "sol-attn, tau 1.3, from 20% of the steps on"
 
 

@@ -14,13 +14,14 @@ class RunningPrompt:
     workflow_id: str | None
 
 
-def _server():
+def server_of_page():
+    """ComfyUI's server, or None where there is none."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def running_prompt():
     """RunningPrompt of the prompt that executes in this thread, or None."""
-    server, context = _server(), executing_context()
+    server, context = server_of_page(), executing_context()
     if server is None or context is None:
         return None
     running, _ = server.prompt_queue.get_current_queue()
@@ -34,7 +35,7 @@ def running_prompt():
 
 def send_event(kind, node_id, data):
     """Sends "sla2.<kind>" to the page that queued the running prompt. data: a dict that JSON can hold."""
-    server = _server()
+    server = server_of_page()
     if server is None or node_id is None:
         return
     prompt = running_prompt()

@@ -1,6 +1,6 @@
 """Text on a node while and after it runs."""
 
-import sys
+from .events import server_of_page
 
 
 def plain(text):
@@ -10,7 +10,6 @@ def plain(text):
 
 def show_on_node(node_id, text):
     """Shows ``text`` on the node in the browser; nothing where there is no ComfyUI server."""
-    server = sys.modules.get("server")
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-    if instance is not None and node_id is not None:
-        instance.send_progress_text(plain(text), node_id)
+    server = server_of_page()
+    if server is not None and node_id is not None:
+        server.send_progress_text(plain(text), node_id)

@@ -1,5 +1,7 @@
 """What a run says about whether SLA2 pays here, and what to change. Every sentence rests on what was counted or measured."""
 
+from collections import Counter
+
 from ...sla2_kernels import default_precision
 from ..compat.rival_attention import ASIDE
 from ..settings.automatic import untrained_limit
@@ -33,20 +35,12 @@ def attention_milliseconds(run):
 
 
 def _reasons(run):
-    reasons = {}
-    for record in run.layers.values():
-        for reason, count in record.dense.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    return reasons
-
-
-def _sparse(run):
-    return sum(record.sparse for record in run.layers.values())
+    return sum((record.dense for record in run.layers.values()), Counter())
 
 
 def _too_short(run):
     short = next((reason for reason in _reasons(run) if reason.startswith("the sequence has")), None)
-    if short is None or _sparse(run):
+    if short is None or run.sparse_calls:
         return None
     return (
         f"SLA2 does not pay here: {short}, and shorter ones cost more to route than they save. "
@@ -71,14 +65,14 @@ def _not_faster(run):
 
 def _small_share(run):
     spent = attention_milliseconds(run)
-    if spent is None or run.ended is None or not _sparse(run):
+    if spent is None or run.ended is None or not run.sparse_calls:
         return None
     share = spent / 1000 / max(run.ended - run.started, 1e-9)
     if share >= SMALL_SHARE:
         return None
     return (
         f"self-attention took {100 * share:.0f}% of the sampling time: a higher sparsity saves little more. "
-        "The other layers set the pace now: fp8 weights, TorchCompileModel or fewer steps go further."
+        "The rest of the model takes most of the time: fp8 weights, TorchCompileModel or fewer steps help more."
     )
 
 
@@ -95,7 +89,7 @@ def _other_dense(run):
     reasons = {reason: count for reason, count in _reasons(run).items() if not reason.startswith(settings)}
     unreached = sum(record.unreached for record in run.layers.values())
     total = sum(reasons.values()) + unreached
-    if not total or total < _sparse(run):
+    if not total or total < run.sparse_calls:
         return None
     if unreached > sum(reasons.values()):
         return "most calls went to another node's attention: place SLA2 Apply Attention after it on the MODEL wire"
@@ -105,7 +99,7 @@ def _other_dense(run):
 def _untrained(hook, run):
     high = max(hook.settings.sparsities, default=0)
     trained = hook.router is not None or hook.sla_weights is not None or hook.settings.method == "top-k only"
-    if trained or not _sparse(run):
+    if trained or not run.sparse_calls:
         return None
     limit = untrained_limit(run.shortest)
     if high <= limit:
@@ -117,7 +111,7 @@ def _untrained(hook, run):
 
 
 def _sixteen_bit(hook, run):
-    if "16bit" not in run.precisions or hook.settings.bit_width != "16bit":
+    if "16bit" not in run.precisions or hook.settings.precision != "16bit":
         return None
     others = sorted({default_precision(device) for device in run.devices} - {"16bit"})
     return f"bit_width is set to 16bit: auto would take {' or '.join(others)} on this device" if others else None

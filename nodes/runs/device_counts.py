@@ -1,4 +1,4 @@
-"""Counts of a run that stay on their device until it ends: the range of the ratios, the error of exact rows, outputs that are not finite."""
+"""Counts that stay on their device until the run ends: range of the ratios, error of exact rows, outputs that are not finite."""
 
 import torch
 
@@ -19,7 +19,7 @@ class DeviceCounts:
         self._measured = 0  # calls in them
 
     def prepare(self, device):
-        """Takes the memory for calls on ``device``: before a model call, for none may be taken inside one."""
+        """Allocates the memory for calls on ``device``, before a model call: inside one, nothing that is kept may be."""
         if device not in self._bounds:
             with lasting_tensors():
                 self._bounds[device] = torch.tensor([EMPTY] * self._layers, device=device)

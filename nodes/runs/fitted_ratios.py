@@ -49,7 +49,7 @@ class FittedRatios:
         self._lock = threading.Lock()
 
     def prepare(self, kind, heads):
-        """KeptRatio of a kind of calls; its memory is taken before a model call, for none may be taken inside one.
+        """KeptRatio of a kind of calls, allocated before a model call: inside one, nothing that is kept may be.
 
         kind: (layer, device, sparsity, halves of guidance).
         """
@@ -60,7 +60,7 @@ class FittedRatios:
             return self._kept[kind]
 
     def of_call(self, kind, heads, steps, measures=None):
-        """CallRatio of the next call of a kind. steps: of the run; None, where nobody knows them, fits every call.
+        """CallRatio of the next call of a kind. steps: of the run; None, if unknown, fits every call.
 
         measures: whether an ErrorTarget wants this call's error, which a call that fits can measure; None without one. The
         draw depends on the layer and on how many calls of its half of guidance came before: a prompt repeated has the same

@@ -58,7 +58,7 @@ class RunHistory:
                 self._run = None
 
     def finished(self):
-        """Closed runs, oldest first. A run without a sampler has ended when somebody asks for it."""
+        """Closed runs, oldest first. A run without a sampler ends when this is called."""
         with self._lock:
             if self._depth == 0:
                 self._file_stray()

@@ -11,22 +11,24 @@ from .time_saved import faster_in_words, saved_in_words
 MAX_REASONS = 4
 
 
-REPLACED = "replaced by the SLA2 Apply Attention after it: only the last one on a MODEL wire counts, so take one of the two out"
+REPLACED = (
+    "replaced by the SLA2 Apply Attention after it: only the last one on a MODEL wire counts, so remove one of the two"
+)
 
 
 class ShownOn:
-    """What a hook calls at the end of each run: the node ``node_id`` in the page tells how it ended."""
+    """Called by a hook at the end of each run: shows the outcome on the node ``node_id`` in the page."""
 
     def __init__(self, node_id):
         self.node_id = node_id
 
-    # no reference to the hook in here: it goes when its model goes, and not when Python looks for cycles
+    # no reference to the hook: it must be freed with its model, not later by the garbage collector
     def __call__(self, hook, run):
         send_event("outcome", self.node_id, outcome(hook, run))
 
 
 def show_outcomes(hook, node_id, replaced=None):
-    """From now on the node ``node_id`` in the page tells how each run of ``hook`` ended.
+    """From now on the node ``node_id`` in the page shows the outcome of each run of ``hook``.
 
     replaced: the hook that was on the MODEL before, or None; its node says that it no longer counts.
     """

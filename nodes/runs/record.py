@@ -82,7 +82,7 @@ class RunRecord:
         self.attention_error = None  # root mean square of the measured calls' relative errors, once the run is closed
         self.lock = threading.Lock()
         self._on_devices = DeviceCounts(layers)
-        self._checked_layers = set()  # whose first output was looked at
+        self._checked_layers = set()  # whose first output was checked
         self._said = set()
         self._sigma_memo = (None, None)
 
@@ -91,6 +91,15 @@ class RunRecord:
         """As of a LayerRecord, over all layers."""
         kept, pairs = (sum(getattr(record, n) for record in self.layers.values()) for n in ("kept_pairs", "all_pairs"))
         return 1 - kept / pairs if pairs else None
+
+    @property
+    def sparse_calls(self):
+        return sum(record.sparse for record in self.layers.values())
+
+    @property
+    def dense_calls(self):
+        """Those that never came to the hook included."""
+        return sum(record.dense.total() + record.unreached for record in self.layers.values())
 
     def first_time(self, reason):
         """True once per run and reason: what is logged once."""
@@ -144,7 +153,7 @@ class RunRecord:
             self.layers[layer].dense[reason] += 1
 
     def prepare(self, device):
-        """Takes the memory that counting on ``device`` needs, outside of any model call."""
+        """Allocates what counting on ``device`` needs, outside of any model call."""
         with self.lock:
             self._on_devices.prepare(device)
 
@@ -240,7 +249,7 @@ class RunRecord:
         return sigma
 
     def in_window(self, sigmas):
-        """Whether this step lies inside the window; None where the sampler does not say."""
+        """Whether this step is inside the window; None if the sampler does not say."""
         if self.window is None:
             return True
         if sigmas is None:
@@ -270,7 +279,7 @@ class RunRecord:
         self._note_bad_outputs()
         self._note_errors()
         self._note_unmet()
-        if self.plan is not None and any(record.sparse for record in self.layers.values()):
+        if self.plan is not None and self.sparse_calls:
             self.note(self.plan.sentence)
         if self.maps is not None:
             self.maps.close()
@@ -329,7 +338,7 @@ def capturing(device):
 
 
 def sample_of(latent, count=64):
-    """Evenly spaced values of a latent on the CPU, enough to know it again; None for anything but a plain tensor."""
+    """Evenly spaced values of a latent on the CPU, enough to recognise it; None for anything but a plain tensor."""
     if not isinstance(latent, torch.Tensor) or latent.is_nested or latent.numel() == 0:
         return None
     flat = latent.detach().reshape(-1)

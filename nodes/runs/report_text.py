@@ -162,7 +162,7 @@ def report_text(hook, run, caveat=None):
 
 def _headline(data, run, setting):
     if run.aside:
-        return "SLA2: stood aside in this run"
+        return "SLA2: not used in this run"
     total = data["sparse_calls"] + data["dense_calls"]
     return f"SLA2: {data['sparse_calls']} of {total} self-attention calls ran sparse ({setting})"
 

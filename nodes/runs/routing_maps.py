@@ -1,4 +1,4 @@
-"""Which key blocks each query block picked: kept for a few steps of a run, and only while somebody looks.
+"""Which key blocks each query block picked: kept for a few steps of a run, and only if an SLA2 Report is in the prompt.
 
 A map is the share of heads that pick a key block, (query blocks, key blocks), shrunk to at most SIZE on a side. All maps of
 a run become one picture for the page: a row of tiles per layer, a column per step.
@@ -55,7 +55,7 @@ class RoutingMaps:
             self._step = step if step in kept else None
 
     def prepare(self, layers, device):
-        """Takes the memory for the maps of a step's ``layers``, outside of any model call."""
+        """Allocates the maps of a step's ``layers``, outside of any model call."""
         with self._lock:
             for layer in layers if self._step is not None else ():
                 if (layer, self._step) not in self.shares:
@@ -77,10 +77,8 @@ class RoutingMaps:
             self.shares[key] = None
             room = self._room(layer, part.q.device)
             del self._rooms[layer, part.q.device]
-        picked = select_key_blocks(
-            part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, layout=part.layout,
-            keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
-        )  # fmt: skip
+        options = {"layout": part.layout, "keep_diagonal": weights.keep_diagonal and part.queries_are_keys}
+        picked = select_key_blocks(part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, **options)
         self.tokens = part.q.shape[part.token_axis]
         key_blocks = block_count(part.video_k.shape[part.token_axis], K_BLOCK)
         share = shrunk(pick_shares(picked, key_blocks))
@@ -102,7 +100,7 @@ class RoutingMaps:
         return sorted({step for _, step in self.shares})
 
     def atlas(self):
-        """Grey picture (layers * height, steps * width) uint8; a tile is as bright as the most picked block in it is white."""
+        """Grey picture (layers * height, steps * width) uint8; in each tile the block picked most often is white."""
         height, width = next(iter(self.shares.values())).shape
         picture = np.zeros((len(self.layers) * height, len(self.steps) * width), dtype=np.uint8)
         for (layer, step), share in self.shares.items():

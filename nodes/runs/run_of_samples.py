@@ -17,7 +17,7 @@ def find_run(runs, samples, makers, prompt_id, fed=False):
     (None, None) where no node that made them ran this model, no node that ran it still gets it, and nothing did in this prompt.
 
     runs: closed RunRecords of one model, oldest first. samples: LATENT or IMAGE. makers: ids of the nodes that these samples
-    come from and that ran this model, as of ``makers_of``, None where nobody knows. prompt_id: of the prompt that executes.
+    come from and that ran this model, as of ``makers_of``, None if unknown. prompt_id: of the prompt that executes.
     fed: what ``still_fed`` says.
     """
     if not runs:

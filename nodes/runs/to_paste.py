@@ -16,7 +16,7 @@ def line_to_paste(run, data, model, device):
     Only what was measured is in it: no dense call timed, no dense time.
     """
     times = {name: mean_milliseconds(data["layers"], kind) for name, kind in (("dense", "dense"), ("SLA2", "sparse"))}
-    return joined([
+    return joined(
         card(device),
         model,
         f"{run.shortest} tokens" if run.shortest else None,
@@ -27,10 +27,10 @@ def line_to_paste(run, data, model, device):
         f"{run.ended - run.started:.1f} s in {run.model_calls} model calls",
         peak_memory(device),
         versions(),
-    ])  # fmt: skip
+    )
 
 
-def joined(parts):
+def joined(*parts):
     """One line of words, None where something was not measured."""
     return "to paste: " + " | ".join(part for part in parts if part)
 

@@ -25,7 +25,7 @@ class RunFacts:
     """What a plan follows from. tokens: of the video. steps, begins_at (share of the sampling, 0: noise): of this sampler.
 
     trained: sparsities whose ratio a connected router was trained for. is_sla: SLA weights (version 1) are connected.
-    has_target: target_error takes the sparsity's place. Each is None, or empty, where nobody knows it.
+    has_target: target_error takes the sparsity's place. Each is None, or empty, if unknown.
     """
 
     family: str

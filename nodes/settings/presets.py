@@ -1,9 +1,9 @@
 """Presets of SLA2 Apply Attention, as data. A preset fills in sparsity and schedule; every other widget stays as it is.
 *automatic* does so as each run begins, see automatic.py. *constant quality* fills in target_error where the widget is 0.
 
-``measured`` is what docs/QUALITY.md has of a preset, on the miniature; None says that nobody has measured it yet. The report
-says either. Distilled models of 4 to 8 steps spend an eighth to a quarter of the run in each step, so that their first step is
-kept dense (in "fast" at 90%), by its number, instead of a share of the run.
+``measured`` is the figure in docs/QUALITY.md, on the miniature; None if there is none yet. The report says which. In distilled
+models of 4 to 8 steps, each step is an eighth to a quarter of the run: their presets keep the first step dense (in "fast" at
+90%), by its number instead of a share of the run.
 """
 
 from dataclasses import dataclass

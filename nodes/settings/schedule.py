@@ -85,7 +85,7 @@ def check_schedule(text):
 
 def _parse_rule(part, num_layers, parse_layers):
     if len(part) > MAX_CHARACTERS:
-        raise ValueError(f"schedule holds a rule of {len(part)} characters: {MAX_CHARACTERS} are the most.")
+        raise ValueError(f"schedule holds a rule of {len(part)} characters: at most {MAX_CHARACTERS} are allowed.")
     where, colon, what = part.rpartition(":")
     if not colon:
         raise ValueError(f"schedule must look like {FORM}, but {part!r} has no colon.")

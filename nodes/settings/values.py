@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ...sla2_kernels.references import REFERENCE_KEYS
 
-BIT_WIDTHS = ("auto", "int8", "fp8", "16bit")
+PRECISIONS = ("auto", "int8", "fp8", "16bit")
 RATIO_MODES = ("learned", "estimated", "fixed", "fitted")
 MEASURING_RATIO_MODES = ("learned", "fitted")  # target_error takes fitted for learned
 METHODS = ("automatic", "sla2", "top-k only")
@@ -18,7 +18,7 @@ class AttentionSettings:
     """Settings of one patched model. Raises ValueError with one sentence where two of them contradict each other."""
 
     sparsity: float = 0.9
-    bit_width: str = "auto"
+    precision: str = "auto"
     ratio_mode: str = "learned"
     fixed_ratio: float = 0.9
     start_percent: float = 0.0
@@ -38,8 +38,8 @@ class AttentionSettings:
         if not 0 <= self.fixed_ratio <= 1:
             raise ValueError(f"fixed_ratio must lie between 0 and 1, got {self.fixed_ratio}.")
         check_percents(self.start_percent, self.end_percent)
-        if self.bit_width not in BIT_WIDTHS:
-            raise ValueError(f"bit_width must be one of {', '.join(BIT_WIDTHS)}, got {self.bit_width!r}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
         if self.ratio_mode not in RATIO_MODES:
             raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {self.ratio_mode!r}.")
 

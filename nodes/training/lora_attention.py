@@ -9,12 +9,10 @@ from ...sla2_kernels.references import REFERENCE_KEYS
 from ...sla2_training.ratios import logits_of_estimates, start_logits
 from ..attention.call import check_supported
 from ..attention.layer_weights import CallWeights
-from ..attention.model_call import CALL, LAYER, OVERRIDE
-from ..attention.patching import install
+from ..attention.model_call import CALL, LAYER
+from ..attention.patching import install_dense
 from ..attention.run_dense import RunDense
-from ..attention.sparse_call import leaves_out, rows_of_call, sparse_request, with_dense_rows
-from ..compat.rival_attention import take_off
-from ..settings.values import AttentionSettings
+from ..attention.sparse_call import leaves_out, rows_below, sparse_request, with_dense_rows
 
 
 class LoraAttention:
@@ -58,11 +56,7 @@ class LoraAttention:
 
     def install(self, model, layers):
         """A clone of ``model`` whose ``layers`` self-attention layers run through this."""
-        patched = model.clone()
-        take_off(patched)
-        options = patched.model_options.setdefault("transformer_options", {})
-        options[OVERRIDE] = self._override(options.get(OVERRIDE))
-        return install(patched, AttentionSettings(dense_layers=frozenset(range(layers))), None)
+        return install_dense(model, layers, self._override)
 
     def _override(self, base):
         def sla2_lora_override(func, *args, **kwargs):
@@ -88,19 +82,15 @@ class LoraAttention:
         return below(*args, **kwargs)
 
     def _attend_sparse(self, call, layer, request, exact, below, args, kwargs):
-        def dense_rows(*rows):
-            new_args, new_kwargs = rows_of_call(args, kwargs, *rows)
-            return below(*new_args, **new_kwargs)
-
-        alpha = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
-        weights = CallWeights(*self._projections[layer], alpha, keep_diagonal=self._keep_diagonal)
+        ratio = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
+        weights = CallWeights(*self._projections[layer], ratio, keep_diagonal=self._keep_diagonal)
         options = {"sparsity": self.sparsity, "precision": self.precision, "reference_keys": REFERENCE_KEYS[0]}
-        out, ratio, *_ = sparse_request(request, exact, weights, **options)
-        if alpha is None and self.needs_start:
-            self._estimates[layer].append(ratio)
+        out, row_ratio, *_ = sparse_request(request, exact, weights, **options)
+        if ratio is None and self.needs_start:
+            self._estimates[layer].append(row_ratio)
         if not call.repeated:
             self.sparse_calls += 1
-        return with_dense_rows(out, request, exact, dense_rows)
+        return with_dense_rows(out, request, exact, rows_below(below, args, kwargs))
 
     def _check(self, request, exact):
         """Raises RunDense where the call cannot run sparse, or would keep everything."""

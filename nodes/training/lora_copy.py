@@ -11,7 +11,7 @@ def training_copy(model):
     """
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.CONST):
-        raise ValueError("SLA2 Train LoRA: only flow-matching models such as Wan can be trained, and this is none.")
+        raise ValueError("SLA2 Train LoRA: only flow-matching models such as Wan can be trained, and this is not one.")
     if model.cached_patcher_init is None:
         raise ValueError(
             "SLA2 Train LoRA: this MODEL comes from a loader that ComfyUI cannot repeat, as those for GGUF files do; "

@@ -77,7 +77,7 @@ class LoraSession:
                 f"and these are {found}."
             )
         if not bool(torch.isfinite(latents).all()):
-            raise ValueError("SLA2 Train LoRA: latents hold NaN or infinity; encode the videos anew.")
+            raise ValueError("SLA2 Train LoRA: latents hold NaN or infinity; encode the videos again.")
         if prompts not in (1, len(latents)):
             raise ValueError(
                 f"SLA2 Train LoRA: {len(latents)} latents need as many prompts or a single one, and positive has {prompts}; "

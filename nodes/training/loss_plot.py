@@ -67,7 +67,7 @@ def _curve(draw, place, values, colour, width):
 
 
 def smooth(values, weight=0.8):
-    """Running mean: query blocks are drawn anew each step, so single losses jump."""
+    """Running mean: each step draws other query blocks, so single losses jump."""
     smoothed, kept = [], None
     for value in values:
         kept = value if kept is None else weight * kept + (1 - weight) * value

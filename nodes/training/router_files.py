@@ -33,7 +33,7 @@ def save_router(router, prefix):
 
 
 def save_numbered(directory, stem, save):
-    """save(path) with the next free number; the path. ``save`` raises FileExistsError where somebody else has taken it."""
+    """save(path) with the next free number; the path. ``save`` raises FileExistsError if the name is taken."""
     number = next_number(directory, stem)
     while True:
         path = os.path.join(directory, f"{stem}_{number:05}_.safetensors")

@@ -9,13 +9,12 @@ from collections import Counter
 
 from ...sla2_training import RouterTrainer
 from ..attention.call import check_supported
-from ..attention.model_call import CALL, LAYER, OVERRIDE
-from ..attention.patching import install
+from ..attention.model_call import CALL, LAYER
+from ..attention.patching import install_dense
 from ..attention.run_dense import RunDense
 from ..attention.sparse_call import video_part
 from ..attention.video_tokens import DENSE_BY_NATURE
-from ..compat.rival_attention import take_off
-from ..settings.values import FULL_WIDTH, AttentionSettings
+from ..settings.values import FULL_WIDTH
 
 STEPS_PER_CALL = 4  # optimisation steps per attention call; more steps on the same tensors bring little
 
@@ -48,19 +47,11 @@ class RouterTraining:
         self.number, self.step = 0, 0
         self.calls, self.last_calls = {}, {}
         self.lock = threading.Lock()
-        self.model = self._install(model)
-
-    def _install(self, model):
-        """A clone that keeps every layer dense; its dense calls go down the chain, where the trainer sees them marked."""
-        patched = model.clone()
-        take_off(patched)
-        options = patched.model_options.setdefault("transformer_options", {})
-        options[OVERRIDE] = self._override(options.get(OVERRIDE))
-        return install(patched, AttentionSettings(dense_layers=frozenset(range(self.facts.num_layers))), None)
+        self.model = install_dense(model, facts.num_layers, self._override)
 
     def _override(self, base):
-        # no reference to the training in its model: a model that Python's cycle search has to find goes together with the one it was
-        # cloned from, and ComfyUI then takes what both were made of for a memory leak
+        # no reference from the model back to this training: the cycle would keep the clone until the garbage collector runs,
+        # and ComfyUI would report a memory leak
         meet = weakref.WeakMethod(self._meet)
 
         def sla2_training_override(func, *args, **kwargs):
@@ -135,7 +126,7 @@ class RouterTraining:
         return count == self.step % self.last_calls.get(layer, 1) + 1
 
     def _learn(self, layer, scale, exact, part):
-        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_front, "suffix": exact.key_back}
+        options = {"layout": part.layout, "scale": scale, "prefix": exact.key_prefix, "suffix": exact.key_suffix}
         if self.measuring:
             self.trainer.evaluate(layer, part.q, part.k, part.v, **options)
             return

@@ -59,19 +59,19 @@ class Student(nn.Module):
         if self.dense:
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         estimates = self.seen_ratios is not None and layer in self.without_ratios
-        alpha = None if estimates else torch.sigmoid(self.ratio_logits[layer].float())
+        ratio = None if estimates else torch.sigmoid(self.ratio_logits[layer].float())
         projections = getattr(self, f"proj_q_{layer}"), getattr(self, f"proj_k_{layer}")
         options = {
             "sparsity": self.sparsity,
             "precision": resolve_precision(self.precision, q.device),
             "layout": "BNHD",
             "backend": self.backend,
-            "return_alpha": alpha is None,
+            "return_alpha": ratio is None,
             "keep_diagonal": self.router.keep_diagonal,
         }
         with torch.autocast(q.device.type, enabled=False):
-            out = sla2_attention(q, k, v, *projections, alpha, **options)
-        if alpha is None:
+            out = sla2_attention(q, k, v, *projections, ratio, **options)
+        if ratio is None:
             out, estimated = out
             self.seen_ratios.setdefault(layer, []).append(estimated)
         return out

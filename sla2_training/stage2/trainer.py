@@ -185,7 +185,7 @@ class Stage2Trainer:
         return self._finite(total, float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
     def _synchronised(self, last):
-        """Gradients meet across processes in a step's last round only."""
+        """Gradients are synchronised across processes in a step's last round only."""
         if self.sharded:
             self.wrapped.set_requires_gradient_sync(last)
             return nullcontext()
@@ -245,9 +245,11 @@ class Stage2Trainer:
             position = start + rank
             video, level = pairs[min(position, len(pairs) - 1)]
             draw = (
-                torch.tensor([video]), torch.tensor([(level + 0.5) / levels]), torch.tensor([False]),
+                torch.tensor([video]),
+                torch.tensor([(level + 0.5) / levels]),
+                torch.tensor([False]),
                 torch.tensor([1000 + video]),
-            )  # fmt: skip
+            )
             noisy, t, context, velocity = self._batch(draw, slice(0, 1), self.validation)
             teacher, own = (self._velocity(noisy, t, context, dense=dense) for dense in (True, False))
             losses = [(a - b).square().mean() for a, b in ((own, velocity), (own, teacher), (teacher, velocity))]
@@ -286,7 +288,7 @@ class Stage2Trainer:
 
 
 def _facts_of(student):
-    """What tells one model from another: sizes, and a digest of a few numbers of every frozen weight."""
+    """Identifies a model: sizes, and a digest of a few numbers of every frozen weight."""
     router, digest = student.router, hashlib.sha256()
     for name, parameter in student.model.named_parameters():
         if LORA not in name:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from benchmarks import quality, quality_report, video_metrics
 from benchmarks import quality_variants as names
 from benchmarks.rivals import fitted_sla, pooled_tail, sol_attn
-from sla2_training.explore.captures import Capture, save_captures, synthetic_captures
+from benchmarks.synthetic import synthetic_captures
+from miniature.captures import Capture, save_captures
 
 
 @pytest.mark.slow

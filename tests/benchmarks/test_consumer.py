@@ -105,9 +105,11 @@ def row(method, setting, ms, sparsity=0.97, **fields):
 
 def test_the_table_compares_at_an_equal_share_and_marks_other_instructions():
     rows = [
-        row("sla2", "fitted", 1.0), row("sla2", "a ratio per head", 0.9, other_instructions=["_loop"]),
-        row("sol_attn", "equal share", 2.0), row("sol_attn", "tau 1.3", 3.0, sparsity=None),
-    ]  # fmt: skip
+        row("sla2", "fitted", 1.0),
+        row("sla2", "a ratio per head", 0.9, other_instructions=["_loop"]),
+        row("sol_attn", "equal share", 2.0),
+        row("sol_attn", "tau 1.3", 3.0, sparsity=None),
+    ]
     table = consumer_markdown({"environment": {"card": "H200"}, "rows": rows})
     assert "| sm_89 | **SLA2**, int8, fitted | 1.00 (2.00x) |" in table
     assert "| 0.90* |" in table and "other matrix instructions in _loop" in table

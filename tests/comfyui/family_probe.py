@@ -54,11 +54,11 @@ def probe(name):
     plain = sample(patcher, inputs)
     del patcher.model_options["transformer_options"]["optimized_attention_override"]
     found = {
-        "family": pack_module("nodes.attention.layouts").unsupported_model_reason(model),
+        "family": pack_module("nodes.attention.model_families").unsupported_model_reason(model),
         "calls": len(plain_calls),
     }
     for key, sparsity in (("exact", 0.0), ("sparse", 0.7)):
-        made = settings.AttentionSettings(sparsity=sparsity, bit_width="16bit", minimum_tokens=0)
+        made = settings.AttentionSettings(sparsity=sparsity, precision="16bit", minimum_tokens=0)
         patched = hook.install(patcher, made, None)
         with OwnAttention(model, sparsity == 0.0) as own, Containers() if sparsity else nullcontext() as containers:
             out = sample(patched, inputs)
@@ -89,7 +89,9 @@ def left_in_scopes(name, ratio_mode):
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patched = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
     if ratio_mode:
-        patched = with_router_and_maps(patched, ratio_mode, pack_module("nodes.attention.layouts").model_facts(model))
+        patched = with_router_and_maps(
+            patched, ratio_mode, pack_module("nodes.attention.model_families").model_facts(model)
+        )
     scopes = RecordedScopes(model, getattr(model, RECORDED[name]))
     inputs = inputs_for(cls, inputs)
     hook = patched.get_attachment("sla2")
@@ -119,7 +121,7 @@ def with_router_and_maps(patcher, ratio_mode, facts):
     )
     rules = schedule.parse_schedule("0%-100%: 0.5 -> 0.7", facts.num_layers, settings.parse_layers)
     made = settings.AttentionSettings(
-        sparsity=0.7, bit_width="16bit", ratio_mode=ratio_mode, minimum_tokens=0, schedule=rules
+        sparsity=0.7, precision="16bit", ratio_mode=ratio_mode, minimum_tokens=0, schedule=rules
     )
     return hook.install(patcher, made, router)
 

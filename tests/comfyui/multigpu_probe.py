@@ -33,7 +33,7 @@ TEXTS = [torch.randn(1, 16, 4096, generator=torch.Generator().manual_seed(seed))
 
 
 def sla2(model, learned):
-    chosen = settings.AttentionSettings(sparsity=0.75, bit_width="16bit", minimum_tokens=0)
+    chosen = settings.AttentionSettings(sparsity=0.75, precision="16bit", minimum_tokens=0)
     return patching.install(model, chosen, router_class.load_router(router_file) if learned else None)
 
 

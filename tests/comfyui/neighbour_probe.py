@@ -30,7 +30,7 @@ from model_host import Host, pack_loader, sample
 
 pack_module = pack_loader(Path(repository))
 patching, settings = pack_module("nodes.attention.patching"), pack_module("nodes.settings.values")
-layouts, report_text = pack_module("nodes.attention.layouts"), pack_module("nodes.runs.report_text")
+families, report_text = pack_module("nodes.attention.model_families"), pack_module("nodes.runs.report_text")
 OVERRIDE = "optimized_attention_override"
 STEPS = 2
 CASES = []
@@ -46,7 +46,7 @@ def wan():
 
 
 def sla2(model, **changes):
-    chosen = {"sparsity": 0.75, "bit_width": "16bit", "minimum_tokens": 0} | changes
+    chosen = {"sparsity": 0.75, "precision": "16bit", "minimum_tokens": 0} | changes
     return patching.install(model, settings.AttentionSettings(**chosen), None)
 
 
@@ -148,7 +148,7 @@ def a_router_trained_beside_core_sparse():
     training, options = pack_module("nodes.training.router_training"), pack_module("sla2_training").TrainerOptions
     core = CoreSparse()
     model = core.place(wan())
-    facts = layouts.facts_of(model)
+    facts = families.facts_of(model)
     trainer = training.make_trainer(facts, (0.75,), options(), None)
     trained = training.RouterTraining(model, facts, trainer, training.Schedule(1, STEPS), print)
     run(trained.model)
@@ -317,8 +317,8 @@ def what_another_model_put_into_the_live_one():
         patched = sla2(model)
         run(patched)
         results[name] = {
-            "facts": layouts.facts_of(model) is not None,
-            "of the other": layouts.unsupported_reason_of(other),
+            "facts": families.facts_of(model) is not None,
+            "of the other": families.unsupported_reason_of(other),
             "sparse": found(patched)["sparse"],
         }
     return results

@@ -1,6 +1,6 @@
 """What ComfyUI's allocation recording sees of a model, imitated on a CPU: storages made inside a scope that outlive it.
 
-ComfyUI 0.35 and newer records the allocations of some models' calls and of each of their blocks, to play them back. Memory
+ComfyUI 0.35 and newer records the allocations of some models' calls and of each of their blocks, to replay them. Memory
 that is taken inside a scope and kept after it breaks the record.
 """
 

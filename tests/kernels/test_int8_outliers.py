@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.int8_outliers import CHANGES, errors, hadamard, with_gains
-from sla2_training.synthetic import SyntheticLayer
+from benchmarks.synthetic import SyntheticLayer
 
 
 @pytest.fixture(scope="module")

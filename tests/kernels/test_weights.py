@@ -270,8 +270,10 @@ def test_a_large_router_is_stored_in_16_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "MAX_FLOAT32_BYTES", 4 * (DIM * DIM + HEADS * DIM * DIM) - 1)
     stored, version = written(path, router)
     assert {name.split(".")[2]: str(dtype) for name, dtype in stored.items()} == {
-        "proj_q": "torch.float16", "proj_k": "torch.float16", "alpha_logits": "torch.float32",
-    }  # fmt: skip
+        "proj_q": "torch.float16",
+        "proj_k": "torch.float16",
+        "alpha_logits": "torch.float32",
+    }
     assert version == "2"
     loaded = load_router(path)
     assert torch.equal(loaded.layers[0].proj_k, router.layers[0].proj_k.half())

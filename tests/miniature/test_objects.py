@@ -151,8 +151,10 @@ def test_the_command_compares_the_vae_with_the_truth(tiny_weights, tmp_path):
 
 
 def test_bad_options_are_named(tmp_path, capsys):
-    for options, message in ((["--captions", "25"], "24 held-out captions"),
-                             (["--source", "vae", "--loss-clips", "2"], "needs --source model")):  # fmt: skip
+    for options, message in (
+        (["--captions", "25"], "24 held-out captions"),
+        (["--source", "vae", "--loss-clips", "2"], "needs --source model"),
+    ):
         with pytest.raises(SystemExit):
             measure.main(["--out", str(tmp_path), *options])
         assert message in capsys.readouterr().err

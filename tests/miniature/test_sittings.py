@@ -51,8 +51,10 @@ def test_a_sitting_writes_what_the_next_and_a_user_need(first):
     assert {name for name in log["results"] if name.startswith("validation")} == losses
     trained = [record for record in log["records"] if record["stage"] == "train"]
     assert [next(key for key in record if key.startswith("steps_")) for record in trained] == [
-        "steps_small", "steps_small", "steps_low"
-    ]  # fmt: skip
+        "steps_small",
+        "steps_small",
+        "steps_low",
+    ]
     assert {record["size"] for record in log["records"] if record["stage"] == "encode"} == {"small", "low", "full"}
     assert wan.WanConfig.from_state_dict(load_file(first / DIT_FILE)).num_layers == 3
 
@@ -129,10 +131,12 @@ def test_a_window_of_latents_comes_with_its_window_of_the_video():
     latents, video = window(pool, torch.tensor([1, 0]), 2, 3, generator)
     assert (latents.shape, video.shape) == ((2, 16, 2, 3, 3), (2, 3, 5, 24, 24))
     place = [
-        (top, left) for top in range(6) for left in range(10)
+        (top, left)
+        for top in range(6)
+        for left in range(10)
         if torch.equal(pool.latents[[1, 0], :, :2, top : top + 3, left : left + 3].float(), latents)
-    ]  # fmt: skip
-    (top, left), = place  # fmt: skip
+    ]
+    ((top, left),) = place
     whole = videos.render(pool.scenes.select(torch.tensor([1, 0])), frames=5, height=64, width=96)
     torch.testing.assert_close(video, whole[..., 8 * top : 8 * top + 24, 8 * left : 8 * left + 24], atol=1e-4, rtol=0)
 

@@ -67,18 +67,21 @@ class Bench:
     ):
         self._pack_module = pack_module
         self.hook_module = pack_module("nodes.attention.hook")
-        layouts, make = pack_module("nodes.attention.layouts"), pack_module("nodes.settings.values").AttentionSettings
+        families, make = (
+            pack_module("nodes.attention.model_families"),
+            pack_module("nodes.settings.values").AttentionSettings,
+        )
         layout = SimpleNamespace(
             grid=lambda inputs, patch: grid,
-            front=lambda model, inputs, patch: front,
+            prefix=lambda model, inputs, patch: front,
             by_frame=by_frame,
             references=lambda inputs: lambda front, video, tokens: references,
             text_mask=text_mask,
             family="wan",
             token_order="raster",
         )
-        facts = layouts.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
-        settings = make(**{"sparsity": 0.5, "bit_width": "16bit", "minimum_tokens": 0} | settings)
+        facts = families.ModelFacts(layout, LAYERS, HEADS, DIM, (1, 2, 2), ())
+        settings = make(**{"sparsity": 0.5, "precision": "16bit", "minimum_tokens": 0} | settings)
         self.hook = self.hook_module.AttentionHook(settings, router, facts, None, Sampling(), sla_weights)
         self.override = self.override_over(None)
         self.attention = wrapped(dense_attention)

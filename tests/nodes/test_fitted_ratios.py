@@ -120,7 +120,7 @@ def test_the_measured_error_is_that_over_all_rows(bench, pack_module, monkeypatc
     module = pack_module("nodes.attention.sparse_call")
     if is_sabotaged:
         monkeypatch.setattr(module, "fitted_attention", shifted(module.fitted_attention))
-    outputs, run = sample(bench(bit_width=bit_width, sparsity=0.7), 8, calls=4)
+    outputs, run = sample(bench(precision=bit_width, sparsity=0.7), 8, calls=4)
     inputs = [tensors(100 * step + call) for step in range(8) for _ in range(2) for call in range(4)]
     expected = torch.cat([dense(*qkv) for qkv in inputs])
     wanted = ((torch.cat(outputs).double() - expected).norm() / expected.norm()).item()

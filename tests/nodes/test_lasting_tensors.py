@@ -80,6 +80,6 @@ def test_each_device_gets_its_own(bench, router):
     for device in devices:
         hook.before_model(device, {"sigmas": torch.tensor([0.5])})
     placed = [hook.weights.on_device(0, device, 0.5) for device in devices]
-    assert [weights.proj_q.device for weights in placed] == [weights.alpha.device for weights in placed] == devices
+    assert [weights.proj_q.device for weights in placed] == [weights.ratio.device for weights in placed] == devices
     hook.end_run("stopped before its end")
     assert not hook.weights._placed and not hook.weights._calls

@@ -45,7 +45,7 @@ def test_projections_are_kept_once_and_ratios_follow_the_sparsity(placed):
     assert bytes_of(x for weights in found for x in (weights.proj_q, weights.proj_k)) == once
     for weights, sparsity in zip(found, SPARSITIES, strict=True):
         assert torch.equal(weights.proj_q, given.layers[0].proj_q)
-        assert torch.equal(weights.alpha, given.ratio(0, sparsity))
+        assert torch.equal(weights.ratio, given.ratio(0, sparsity))
 
 
 def test_weights_of_sla_v1_are_kept_once(placed):
@@ -57,4 +57,4 @@ def test_weights_of_sla_v1_are_kept_once(placed):
 
 def test_a_fixed_ratio_of_1_computes_no_linear_branch(placed):
     weights = placed(router(), ratio_mode="fixed", fixed_ratio=1.0)[0]
-    assert not weights.linear_branch and weights.alpha is None
+    assert not weights.linear_branch and weights.ratio is None

@@ -89,9 +89,8 @@ def finished(seconds=10.0, shortest=8400, **records):
         layers[number] = SimpleNamespace(
             sparse=sparse, dense=dense, milliseconds=record.get("ms", {}), unreached=unreached
         )
-    return SimpleNamespace(
-        layers=layers, started=0.0, ended=seconds, precisions={"int8"}, ragged_sage_calls=Counter(), shortest=shortest
-    )
+    counts = {"ragged_sage_calls": Counter(), "sparse_calls": sum(layer.sparse for layer in layers.values())}
+    return SimpleNamespace(layers=layers, started=0.0, ended=seconds, precisions={"int8"}, shortest=shortest, **counts)
 
 
 TRAINED = SimpleNamespace(
@@ -131,7 +130,7 @@ def test_a_faster_bit_width_is_advised_only_where_there_is_one(pack_module, monk
     """On a CPU, and on a card that no low-bit kernel fits, auto itself is 16bit."""
     module = pack_module("nodes.runs.advice")
     monkeypatch.setattr(module, "default_precision", lambda device: fastest)
-    settings = SimpleNamespace(sparsities=(0.9,), method="automatic", bit_width=bit_width)
+    settings = SimpleNamespace(sparsities=(0.9,), method="automatic", precision=bit_width)
     hook = SimpleNamespace(router=object(), sla_weights=None, settings=settings)
     run = finished(a={"sparse": 1000, "ms": {"sparse": 5.0}})
     run.precisions, run.devices = {"16bit"}, {torch.device("cpu")}
@@ -141,7 +140,7 @@ def test_a_faster_bit_width_is_advised_only_where_there_is_one(pack_module, monk
 
 def test_a_run_on_a_cpu_is_not_told_to_use_what_it_used(bench, qkv, pack_module):
     for bit_width in ("auto", "16bit"):
-        b = bench(bit_width=bit_width)
+        b = bench(precision=bit_width)
         b.hook.begin_run()
         b.model_call()
         b.attend(*qkv, heads=HEADS)

@@ -68,7 +68,7 @@ def test_a_router_used_outside_its_range_is_said_on_the_node(bench, qkv, pack_mo
     note = (
         "the router was trained for sparsity 0.85, 0.97 and this run uses 0.75: the ratios trained for 0.85 are taken"
     )
-    settings = SimpleNamespace(sparsities=[0.75], bit_width="auto")
+    settings = SimpleNamespace(sparsities=[0.75], precision="auto")
     router = SimpleNamespace(sparsities=[0.85, 0.97], precision=None)
     assert pack_module("nodes.attention.layer_weights").router_notes(settings, router) == [note]
     run.note(note)

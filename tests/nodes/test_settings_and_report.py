@@ -48,7 +48,7 @@ def test_layer_lists_that_some_model_has_are_not(pack_module, text):
         {"sparsity": float("nan")},
         {"fixed_ratio": 1.1},
         {"start_percent": 0.5, "end_percent": 0.5},
-        {"bit_width": "4bit"},
+        {"precision": "4bit"},
         {"ratio_mode": "best"},
     ],
 )
@@ -107,10 +107,10 @@ def test_no_markup_reaches_the_page(pack_module):
 
 
 def test_subclasses_of_a_supported_model_are_not_taken_for_it(pack_module):
-    layouts = pack_module("nodes.attention.layouts")
+    families = pack_module("nodes.attention.model_families")
     model = type("VaceWanModel", (), {})()
-    assert layouts.model_facts(model) is None
-    assert layouts.unsupported_model_reason(model) == "model family VaceWanModel is not supported yet"
+    assert families.model_facts(model) is None
+    assert families.unsupported_model_reason(model) == "model family VaceWanModel is not supported yet"
 
 
 class Attention(torch.nn.Module):

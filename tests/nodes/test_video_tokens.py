@@ -175,11 +175,11 @@ FRONTS = {
     "Wan with them": ("wan_reference", WITH_REFERENCE, {"reference_latent": LATENT[:, :, 0]}, 80),
     "Wan without a reference": ("wan_reference", WITH_REFERENCE, {}, 0),
     "SCAIL": ("scail_reference", PLAIN, {"reference_latent": LATENT[:, :, :2]}, 160),
-    "Hunyuan": ("hunyuan_front", NEW, {}, None),
-    "Hunyuan before 0.4": ("hunyuan_front", OLD, {}, 0),
-    "Hunyuan before 0.4 with a reference": ("hunyuan_front", OLD, {"ref_latent": LATENT[:, :, :1]}, 80),
+    "Hunyuan": ("hunyuan_prefix", NEW, {}, None),
+    "Hunyuan before 0.4": ("hunyuan_prefix", OLD, {}, 0),
+    "Hunyuan before 0.4 with a reference": ("hunyuan_prefix", OLD, {"ref_latent": LATENT[:, :, :1]}, 80),
     "Animate-2": ("first_frame", PLAIN, {"x": LATENT}, 80),
-    "Flux": ("text_in_front", PLAIN, {"context": torch.zeros(1, 77, 8)}, 77),
+    "Flux": ("text_prefix", PLAIN, {"context": torch.zeros(1, 77, 8)}, 77),
 }
 
 

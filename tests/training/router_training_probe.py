@@ -51,7 +51,7 @@ def probe(name):
         return {"missing": True}
     model = build(cls, arguments, comfy.ops.disable_weight_init)
     patcher = comfy.model_patcher.ModelPatcher(Host(model), torch.device("cpu"), torch.device("cpu"))
-    facts = pack_module("nodes.attention.layouts").model_facts(model)
+    facts = pack_module("nodes.attention.model_families").model_facts(model)
     inputs = inputs_for(cls, inputs)
     plain = sample(patcher, inputs)
     training = trained(patcher, facts, inputs)
@@ -59,7 +59,7 @@ def probe(name):
     training.trainer.router().save(file)
     router = pack_module("sla2_kernels.weights").load_router(file)
     settings = pack_module("nodes.settings.values").AttentionSettings(
-        sparsity=SPARSITY, bit_width="16bit", minimum_tokens=0
+        sparsity=SPARSITY, precision="16bit", minimum_tokens=0
     )
     patched = pack_module("nodes.attention.patching").install(patcher, settings, router)
     out = sample(patched, inputs)

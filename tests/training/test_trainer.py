@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.synthetic import SyntheticLayer
 from sla2_kernels import sla2_attention
 from sla2_kernels.router import own_key_blocks
 from sla2_kernels.weights import RouterFileError, load_router
-from sla2_training import RouterTrainer, TrainerOptions, TrainingError, live_layer, soft_top_k
+from sla2_training import RouterTrainer, TrainerOptions, TrainingError, layer_tensors, soft_top_k
 from sla2_training.report import AFTER, BEFORE
-from sla2_training.synthetic import SyntheticLayer
 
 HEADS, DIM = 2, 32
 HELD_OUT = range(4)
@@ -203,7 +203,7 @@ def test_a_break_in_the_middle_of_a_step_keeps_what_was_trained(monkeypatch):
     def cancelled(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(live_layer, "block_sums", cancelled)
+    monkeypatch.setattr(layer_tensors, "block_sums", cancelled)
     with pytest.raises(KeyboardInterrupt):
         trainer.observe(0, *small_qkv(1))
     assert_same_router(before, trainer.router(), rtol=0, atol=0)
@@ -221,14 +221,14 @@ def test_nan_stops_and_names_the_layer(which, value):
 
 
 def out_of_memory_above(limit, monkeypatch):
-    real = live_layer.block_sums
+    real = layer_tensors.block_sums
 
     def limited(q, k, v, pairs, query_blocks, scale):
         if query_blocks.numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(q, k, v, pairs, query_blocks, scale)
 
-    monkeypatch.setattr(live_layer, "block_sums", limited)
+    monkeypatch.setattr(layer_tensors, "block_sums", limited)
 
 
 def test_out_of_memory_halves_the_subset_and_says_so(monkeypatch):
@@ -246,7 +246,7 @@ def test_out_of_memory_halves_the_subset_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize("failing", [None, 2], ids=["enough memory", "none after the first ratio"])
 def test_the_equations_of_a_step_count_once(monkeypatch, failing):
-    real, calls, equations = live_layer.block_sums, [], []
+    real, calls, equations = layer_tensors.block_sums, [], []
 
     def limited(*args):
         calls.append(1)
@@ -254,7 +254,7 @@ def test_the_equations_of_a_step_count_once(monkeypatch, failing):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args)
 
-    monkeypatch.setattr(live_layer, "block_sums", limited)
+    monkeypatch.setattr(layer_tensors, "block_sums", limited)
     trainer = make_trainer(query_blocks=4)
     solve = trainer._ratio_equations
     monkeypatch.setattr(trainer, "_ratio_equations", lambda *args: equations.append(solve(*args)) or equations[-1])

@@ -7,7 +7,7 @@ from sla2_kernels import sla2_attention
 from sla2_kernels.forced_blocks import select_with_forced_blocks
 from sla2_kernels.router import unselected_mask
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.live_layer import LiveLayer
+from sla2_training.layer_tensors import LayerTensors
 from sla2_training.report import BEFORE
 
 HEADS, DIM, SPARSITY = 2, 16, 0.6
@@ -28,10 +28,10 @@ def trainer(**options):
 @pytest.mark.parametrize(("prefix", "suffix"), ENDS.values(), ids=ENDS)
 def test_hard_masks_are_the_operators_selection(prefix, suffix, keep_diagonal):
     q, k, v = tensors(prefix, suffix)
-    live = LiveLayer(0, q, k, v, "BHND", None, prefix, suffix)
-    blocks = torch.arange(live.query_block_count).expand(1, HEADS, -1)
+    given = LayerTensors(0, q, k, v, "BHND", None, prefix, suffix)
+    blocks = torch.arange(given.query_block_count).expand(1, HEADS, -1)
     training = trainer(keep_diagonal=keep_diagonal)
-    masks = training.hard_masks(live.scores(None, None, blocks), training.always_selected(live, blocks), live.forced)
+    masks = training.hard_masks(given.scores(None, None, blocks), training.always_selected(given, blocks), given.forced)
     options = {"sparsity": SPARSITY, "front": prefix, "back": suffix, "keep_diagonal": keep_diagonal}
     selected = select_with_forced_blocks(q, k, **options)
     assert torch.equal(masks[:, :, 0], 1 - unselected_mask(selected, masks.shape[-1], masks.dtype)[0])

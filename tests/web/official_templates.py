@@ -54,10 +54,12 @@ def sampled_models(prompt, known):
     """[(node, source)] of every MODEL wire into a sampler or guider of an API prompt."""
     names = {
         name: [key for part in info["input"].values() for key, spec in part.items() if spec[0] == "MODEL"]
-        for name, info in known.items() if samples(info)
-    }  # fmt: skip
+        for name, info in known.items()
+        if samples(info)
+    }
     return [
         (node_id, node["inputs"][key][0])
         for node_id, node in prompt.items()
-        for key in names.get(node["class_type"], []) if key in node["inputs"]
-    ]  # fmt: skip
+        for key in names.get(node["class_type"], [])
+        if key in node["inputs"]
+    ]

@@ -85,8 +85,9 @@ def test_after_a_run_the_nodes_say_what_happened(canvas, look, sampling_prompt):
     head, detail = [line for line in text.splitlines() if line][:2]
     assert re.match(
         r"(saved [\d.]+ s of attention in this run|attention took [\d.]+ s longer than dense in this run)"
-        r" · skips 75%, keeps 25% · attention error \d\.\d\d", head
-    )  # fmt: skip
+        r" · skips 75%, keeps 25% · attention error \d\.\d\d",
+        head,
+    )
     assert re.match(r"6 of 9 attention calls accelerated · [\d.]+x (faster|slower) per call", detail)
     assert "3 calls ran dense: dense_layers keeps this layer dense" in text
     canvas.picture(f"report_{look}", "SLA2Report")

@@ -81,9 +81,10 @@ def tiny(prompt, name):
 def covered(boxes):
     """[(title, title)] of the nodes that lie on each other."""
     return [
-        (one[0], other[0]) for one, other in itertools.combinations(boxes, 2)
+        (one[0], other[0])
+        for one, other in itertools.combinations(boxes, 2)
         if one[1] < other[3] and other[1] < one[3] and one[2] < other[4] and other[2] < one[4]
-    ]  # fmt: skip
+    ]
 
 
 def covered_in_both_renderers(canvas):

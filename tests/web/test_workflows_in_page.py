@@ -6,7 +6,7 @@ import pytest
 
 from tooling.paths import ROOT
 from tooling.recipes.cards import CARDS
-from tooling.thumbnails import LARGEST, draw
+from tooling.thumbnails import MAX_BYTES, draw
 
 pytestmark = pytest.mark.web
 
@@ -82,7 +82,7 @@ def test_every_workflow_has_a_card_that_can_be_drawn(browser, tmp_path):
     for name in ("First look, nothing to download", "LTX-2.5 image to video"):
         draw(browser, name, tmp_path / "x.jpg")
         taken = (tmp_path / "x.jpg").read_bytes()
-        assert taken.startswith(b"\xff\xd8\xff") and 20_000 < len(taken) <= LARGEST
+        assert taken.startswith(b"\xff\xd8\xff") and 20_000 < len(taken) <= MAX_BYTES
 
 
 def test_a_new_node_chooses_for_itself_and_one_saved_by_position_keeps_its_settings(canvas):

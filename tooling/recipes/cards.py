@@ -92,8 +92,10 @@ def is_kept(row, column):
 def blocks(kept, colour):
     cells = [
         f'<rect x="{12 * column + 1}" y="{12 * row + 1}" width="10" height="10" fill="{colour}"/>'
-        for row in range(SIDE) for column in range(SIDE) if kept(row, column)
-    ]  # fmt: skip
+        for row in range(SIDE)
+        for column in range(SIDE)
+        if kept(row, column)
+    ]
     return f'<svg viewBox="0 0 {12 * SIDE} {12 * SIDE}">{"".join(cells)}</svg>'
 
 

@@ -22,9 +22,11 @@ GEMMA_3 = file(
     "gemma_3_12B_it_fp4_mixed.safetensors", "Comfy-Org/ltx-2", "text_encoders", folder="split_files/text_encoders"
 )
 DISTILLED = file(
-    "ltx_2.3_22b_distilled_1.1_lora_dynamic_fro09_avg_rank_111_bf16.safetensors", "Comfy-Org/ltx-2.3", "loras",
+    "ltx_2.3_22b_distilled_1.1_lora_dynamic_fro09_avg_rank_111_bf16.safetensors",
+    "Comfy-Org/ltx-2.3",
+    "loras",
     folder="split_files/loras",
-)  # fmt: skip
+)
 UPSCALER_23 = file(
     "ltx-2.3-spatial-upscaler-x2-1.1.safetensors", "Lightricks/LTX-2.3", "latent_upscale_models", folder=""
 )

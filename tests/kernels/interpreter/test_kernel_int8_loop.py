@@ -47,9 +47,11 @@ def test_int8_values_are_rounded_to_nearest_in_the_order_of_the_registers(genera
     v = embedded(normal(generator, 1, 2, keys, 64) * size)
     blocks = -(-keys // 64)
     work = Workspace(
-        packed_k=torch.empty(2, blocks, 64, 64, dtype=torch.int8), k_scale=torch.empty(2, blocks),
-        packed_v=torch.empty(2, blocks, 64, 64, dtype=torch.int8), v_exponent=torch.empty(2, blocks),
-    )  # fmt: skip
+        packed_k=torch.empty(2, blocks, 64, 64, dtype=torch.int8),
+        k_scale=torch.empty(2, blocks),
+        packed_v=torch.empty(2, blocks, 64, 64, dtype=torch.int8),
+        v_exponent=torch.empty(2, blocks),
+    )
     channel = value_channels(v)
     pack(v, v, torch.zeros(2, 64), work, slice(0, 2), "int8", "int8", balance=torch.ones(2, 2, 64), v_channel=channel)
     whole = torch.nn.functional.pad(v[0], (0, 0, 0, 64 * blocks - keys)).unflatten(1, (blocks, 64))

@@ -1,4 +1,4 @@
-"""A recorded call played back in Triton's interpreter: the same bits, in one piece of memory that was full of NaN."""
+"""A recorded call replayed in Triton's interpreter: the same bits, in one piece of memory that was full of NaN."""
 
 import ctypes
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def at(address, dtype):
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Calls are recorded and played back on the CPU, as they are on a GPU; yields the recordings."""
+    """Calls are recorded and replayed on the CPU, as they are on a GPU; yields the recordings."""
     made = {}
 
     def compiled(kernel, grid, arguments, names):

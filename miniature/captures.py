@@ -7,8 +7,6 @@ import safetensors.torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..synthetic import SyntheticLayer
-
 FILES = "train.safetensors", "held_out.safetensors"  # of a folder of captures
 
 
@@ -72,16 +70,6 @@ def load_captures(path, device="cpu"):
             Capture(layer, *(file.get_tensor(f"{number}.{layer}.{name}") for name in "qkv"), grid)
             for number, layer in keys
         ]
-
-
-def synthetic_captures(count, *, layers=2, first_seed=0, grid=(8, 16, 32), device="cpu"):
-    """``count`` inputs of each of some synthetic layers, (1, 2, N, 32)."""
-    models = [SyntheticLayer(layer, grid=grid) for layer in range(layers)]
-    return [
-        Capture(layer, *(x.to(device) for x in model.sample(first_seed + i)), grid)
-        for i in range(count)
-        for layer, model in enumerate(models)
-    ]
 
 
 def model_shape(captures):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .captures import by_layer
-from .training import live_layer, table, train
+from miniature.captures import by_layer
+
+from .training import layer_tensors, table, train
 
 KNOTS = (2, 4, 8)
 
@@ -39,22 +40,22 @@ def collect_rows(trainer, captures):
     parts = {name: [] for name in ("c", "p", "n", "log_odds", "log_odds_second_order", "share", "position")}
     energy = 0.0
     for capture in captures:
-        live = live_layer(capture)
-        blocks = live.draw(trainer.query_blocks, trainer.generator)
+        tensors = layer_tensors(capture)
+        blocks = tensors.draw(trainer.query_blocks, trainer.generator)
         weights = trainer.layer_state(capture.layer)
-        scores = live.scores(weights.proj_q, weights.proj_k, blocks)
-        masks = trainer.hard_masks(scores, trainer.always_selected(live, blocks))
-        heads = live.q.shape[1]
+        scores = tensors.scores(weights.proj_q, weights.proj_k, blocks)
+        masks = trainer.hard_masks(scores, trainer.always_selected(tensors, blocks))
+        heads = tensors.q.shape[1]
         for pair in range(masks.shape[0]):
             chunk = slice(pair, pair + 1), slice(None)
-            sums, mask = live.sums(blocks, chunk), masks[pair : pair + 1]
+            sums, mask = tensors.sums(blocks, chunk), masks[pair : pair + 1]
             o_sparse, o_linear = sums.branches(mask)
             valid = sums.valid[:, :, None, :, None]
             d, rest = (o_sparse - o_linear) * valid, (sums.target[:, :, None] - o_linear) * valid
             selected, unselected = sums.log_masses(mask)
-            variance = _key_variance(live, pair)
-            q = _query_rows(live, blocks, pair)
-            second = sums.mean_logits + 0.5 * live.scale**2 * (q.square() @ variance.T)[None]
+            variance = _key_variance(tensors, pair)
+            q = _query_rows(tensors, blocks, pair)
+            second = sums.mean_logits + 0.5 * tensors.scale**2 * (q.square() @ variance.T)[None]
             second = second[:, :, None].masked_fill(mask[:, :, :, None] > 0, -torch.inf).logsumexp(dim=-1)
             here = {
                 "c": rest.square().sum(-1), "p": (d * rest).sum(-1), "n": d.square().sum(-1),
@@ -63,7 +64,7 @@ def collect_rows(trainer, captures):
             }  # fmt: skip
             for name, value in here.items():
                 parts[name].append((pair % heads, value[0].transpose(1, 2).flatten(0, 1)))
-            place = blocks.flatten(0, 1)[pair] / max(1, live.query_block_count - 1)
+            place = blocks.flatten(0, 1)[pair] / max(1, tensors.query_block_count - 1)
             parts["position"].append((pair % heads, place.repeat_interleave(q.shape[1])))
             energy = energy + sums.energy().sum()
     joined = {
@@ -73,14 +74,14 @@ def collect_rows(trainer, captures):
     return Rows(**joined, energy=energy)
 
 
-def _key_variance(live, pair):
+def _key_variance(tensors, pair):
     """Variance of each key block's tokens per channel, (T_n, D); a ragged last block counts its valid tokens."""
-    k = live.k[pair // live.k.shape[1], pair % live.k.shape[1]].float()
+    k = tensors.k[pair // tensors.k.shape[1], pair % tensors.k.shape[1]].float()
     return torch.stack([part.var(dim=0, unbiased=False) for part in k.split(64)])
 
 
-def _query_rows(live, blocks, pair):
-    q = live.q[pair // live.q.shape[1], pair % live.q.shape[1]].float()
+def _query_rows(tensors, blocks, pair):
+    q = tensors.q[pair // tensors.q.shape[1], pair % tensors.q.shape[1]].float()
     rows = blocks.flatten(0, 1)[pair][:, None] * 128 + torch.arange(128, device=q.device)
     return q[rows.clamp_max(q.shape[0] - 1)]
 

@@ -23,17 +23,16 @@ class ModelLayout:
 
     family: the name router files carry. model_class: full name, matched exactly (a subclass may order its tokens
     otherwise). modules: (path, full class name) of what makes one self-attention call when it runs; "*" stands for every
-    child; a path may end in the name of a method. front: tokens before the video's, see video_tokens.py. grid: (t, h, w) of
-    the video's tokens. token_order: their order in the sequence. by_frame: the model asks for some queries at a time.
-    text_mask: masks of its calls are over text, and the same in every layer. references: which of the tokens beside the video's
-    are pictures, see video_tokens.py. wrapper: the kind of ComfyUI wrapper that
-    meets the model call.
+    child; a path may end in the name of a method. prefix: tokens before the video's, see video_tokens.py. grid: (t, h, w) of
+    the video's tokens. token_order: their order in the sequence. by_frame: the model attends one frame's queries at a time.
+    text_mask: masks of its calls are over text, and the same in every layer. references: which prefix and suffix tokens are
+    images or videos, see video_tokens.py. wrapper: the kind of ComfyUI wrapper that is called around the model.
     """
 
     family: str
     model_class: str
     modules: tuple[tuple[str, str], ...]
-    front: Callable = tokens.nothing_in_front
+    prefix: Callable = tokens.no_prefix
     grid: Callable = tokens.latent_grid
     token_order: str = RASTER
     by_frame: bool = False
@@ -49,7 +48,7 @@ def wan(name, **facts):
 
 LAYOUTS = (
     # text and image to video, 1.3B, 5B and 14B, Fun control, Phantom, Bernini's references
-    wan("model.WanModel", front=tokens.wan_reference),
+    wan("model.WanModel", prefix=tokens.wan_reference),
     ModelLayout(
         "wan-vace",
         f"{WAN}.model.VaceWanModel",
@@ -58,31 +57,31 @@ LAYOUTS = (
     wan("model.CameraWanModel"),
     wan("model.WanModel_S2V"),
     wan("model.HumoWanModel"),
-    wan("model.SCAILWanModel", front=tokens.scail_reference),
-    wan("model.SCAIL2WanModel", front=tokens.scail_reference),
-    wan("model_animate.AnimateWanModel", front=tokens.wan_reference),
+    wan("model.SCAILWanModel", prefix=tokens.scail_reference),
+    wan("model.SCAIL2WanModel", prefix=tokens.scail_reference),
+    wan("model_animate.AnimateWanModel", prefix=tokens.wan_reference),
     ModelLayout(
         "wan",
         f"{WAN}.model_animate2.WanAnimate2Model",
         ((f"{BLOCKS_SELF}.forward_gen", f"{WAN}.model_animate2.WanAnimate2SelfAttention"),),
-        front=tokens.first_frame,
+        prefix=tokens.first_frame,
         grid=tokens.grid_after_first_frame,
         by_frame=True,
     ),
-    wan("model_wandancer.WanDancerModel", front=tokens.wan_reference),
+    wan("model_wandancer.WanDancerModel", prefix=tokens.wan_reference),
     ModelLayout("wan", f"{WAN}.ar_model.CausalWanModel", ((BLOCKS_SELF, f"{WAN}.ar_model.CausalWanSelfAttention"),)),
     ModelLayout(
         "hunyuan-video",
         "comfy.ldm.hunyuan_video.model.HunyuanVideo",
         FLUX_BLOCKS,
-        front=tokens.hunyuan_front,
+        prefix=tokens.hunyuan_prefix,
         text_mask=True,
     ),
     ModelLayout(
         "cogvideox",
         "comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel",
         (("blocks.*", "comfy.ldm.cogvideo.model.CogVideoXBlock"),),
-        front=tokens.video_last,
+        prefix=tokens.video_last,
     ),
     ModelLayout(
         "ltx-video",
@@ -123,21 +122,21 @@ LAYOUTS = (
         "minimax-h3",
         "comfy.ldm.minimax.model.MiniMaxH3Model",
         (("blocks.*.attn", "comfy.ldm.minimax.model.Attention"),),
-        front=tokens.video_last,
+        prefix=tokens.video_last,
         references=tokens.h3_references,
     ),
     ModelLayout(
         "flux",
         "comfy.ldm.flux.model.Flux",
         FLUX_BLOCKS,
-        front=tokens.text_in_front,
+        prefix=tokens.text_prefix,
         text_mask=True,
     ),
     ModelLayout(
         "qwen-image",
         "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
         (("transformer_blocks.*.attn", "comfy.ldm.qwen_image.model.Attention"),),
-        front=tokens.text_in_front,
+        prefix=tokens.text_prefix,
         text_mask=True,
     ),
 )
@@ -172,15 +171,15 @@ def class_name(thing, path="", view=as_it_is):
 
 
 def view_of(patcher):
-    """view(path, thing): what this MODEL runs at ``path`` of its diffusion model, where ``thing`` lies in the live one.
+    """view(path, thing): what this MODEL runs at ``path`` of its diffusion model, where ``thing`` lies in the loaded one.
 
-    The live model is shared with other MODELs, and keeps what the last of them put into it until another one is loaded.
+    The loaded model is shared with other MODELs, and keeps the patches of the last one until another is loaded.
     """
 
     def view(path, thing):
         name = f"diffusion_model.{path}".removesuffix(".")
         known = patcher.object_patches.get(name, patcher.object_patches_backup.get(name, thing))
-        return getattr(known, "_orig_mod", known)  # compiled, it is still what was compiled
+        return getattr(known, "_orig_mod", known)  # the module that torch.compile wrapped
 
     return view
 

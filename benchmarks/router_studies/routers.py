@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from ..report import BEFORE
-from ..trainer import TrainerOptions
-from .captures import by_layer
-from .training import evaluate, live_layer, table, train
+from miniature.captures import by_layer
+from sla2_training.report import BEFORE
+from sla2_training.trainer import TrainerOptions
+
+from .training import evaluate, layer_tensors, table, train
 
 # name -> (changed options, annealed temperature)
 VARIANTS = {
@@ -49,10 +50,10 @@ def oracle_errors(trainer, captures):
     for of_layer in by_layer(captures).values():
         squared, energy = 0.0, 0.0
         for capture in of_layer:
-            live = live_layer(capture)
-            blocks = live.draw(trainer.query_blocks, trainer.generator)
-            for chunk in live.chunks(blocks, trainer.memory_bytes):
-                sums = live.sums(blocks, chunk)
+            tensors = layer_tensors(capture)
+            blocks = tensors.draw(trainer.query_blocks, trainer.generator)
+            for chunk in tensors.chunks(blocks, trainer.memory_bytes):
+                sums = tensors.sums(blocks, chunk)
                 shares = sums.mass / sums.mass.sum(dim=2, keepdim=True)
                 scores = (shares * sums.valid[:, :, None]).sum(dim=-1)
                 mask = trainer.hard_masks(scores[None])

@@ -4,17 +4,18 @@ import itertools
 
 import torch
 
+from benchmarks.router_studies.budgets import spread
+from benchmarks.router_studies.frozen import freeze
+from benchmarks.router_studies.orders import morton_order, tile_order
+from benchmarks.router_studies.query_blocks import choice_errors
+from benchmarks.router_studies.ratios import Rows, fit_constant, fit_knots, hat_basis
+from benchmarks.router_studies.routers import VARIANTS
+from benchmarks.router_studies.studies import STUDIES, run_studies
+from benchmarks.router_studies.training import evaluate
+from benchmarks.synthetic import synthetic_captures
+from miniature.captures import Recorder, load_captures, save_captures
 from sla2_training import RouterTrainer, TrainerOptions
-from sla2_training.explore import Recorder, load_captures, run_studies, save_captures, synthetic_captures
-from sla2_training.explore.budgets import spread
-from sla2_training.explore.frozen import freeze
-from sla2_training.explore.orders import morton_order, tile_order
-from sla2_training.explore.query_blocks import choice_errors
-from sla2_training.explore.ratios import Rows, fit_constant, fit_knots, hat_basis
-from sla2_training.explore.routers import VARIANTS
-from sla2_training.explore.studies import STUDIES
-from sla2_training.explore.training import evaluate
-from sla2_training.live_layer import LiveLayer
+from sla2_training.layer_tensors import LayerTensors
 from sla2_training.report import BEFORE
 
 GRID = (2, 16, 32)
@@ -46,12 +47,12 @@ def test_frozen_layers_give_what_a_fresh_computation_gives():
     capture = synthetic_captures(1, layers=1, grid=GRID)[0]
     frozen = freeze([capture], 3)[0]
     errors = []
-    for live in (frozen, frozen, LiveLayer(0, capture.q, capture.k, capture.v, "BHND", None)):
-        if live is not frozen:
-            live.draw = lambda count, generator: frozen.blocks
+    for tensors in (frozen, frozen, LayerTensors(0, capture.q, capture.k, capture.v, "BHND", None)):
+        if tensors is not frozen:
+            tensors.draw = lambda count, generator: frozen.blocks
         trainer = RouterTrainer("m", 1, 2, 32, sparsities=(0.8,), options=TrainerOptions(query_blocks=3))
-        trainer.observe_live(live)
-        errors.append(trainer.evaluate_live(live).relative(("trained", "learned"), 0.8))
+        trainer.observe_tensors(tensors)
+        errors.append(trainer.evaluate_tensors(tensors).relative(("trained", "learned"), 0.8))
     assert errors[0] == errors[1] == errors[2]
     assert len(frozen.kept) == 1 and frozen.draw(2, None).shape[2] == 2
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from .._kernels import RouterLayer, RouterWeights
-from ..trainer import RouterTrainer
-from .captures import by_layer, model_shape
+from miniature.captures import by_layer, model_shape
+from sla2_kernels import RouterLayer, RouterWeights
+from sla2_training.trainer import RouterTrainer
+
 from .training import evaluate, table, train
 
 UNIT = 0.005  # kept shares are multiples of half a percent
@@ -91,9 +92,7 @@ def _without_ratios(router):
 def _heads_as_layers(captures, router):
     """Every head as a layer of its own: captures and router of a model with layers * heads layers of one head."""
     heads = router.num_heads
-    split = [
-        replace(c.heads(slice(h, h + 1)), layer=c.layer * heads + h) for c in captures for h in range(heads)
-    ]  # fmt: skip
+    split = [replace(c.heads(slice(h, h + 1)), layer=c.layer * heads + h) for c in captures for h in range(heads)]
     layers = []
     for layer in router.layers:
         for h in range(heads):

@@ -2,11 +2,11 @@
 
 import torch
 
-from ..live_layer import LiveLayer
+from sla2_training.layer_tensors import LayerTensors
 
 
-class FrozenLayer(LiveLayer):
-    """A LiveLayer that always draws the same query blocks and keeps their sums.
+class FrozenLayer(LayerTensors):
+    """A LayerTensors that always draws the same query blocks and keeps their sums.
 
     ``count`` blocks of ``T_n`` key blocks keep count * T_n * 128 * D floats per head: 35 MB per head at 8,400 tokens of
     head_dim 128 and 4 blocks.

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from miniature.captures import Capture
+
 GROUPS = ("object", "position", "texture", "noise")
 
 
@@ -68,3 +70,13 @@ class SyntheticLayer:
         noise = torch.randn(self._count(), width, generator=generator)
         position = torch.sin(phase) + torch.cos(phase)
         return torch.cat([self.embedding[shown], position, texture, noise], dim=1)
+
+
+def synthetic_captures(count, *, layers=2, first_seed=0, grid=(8, 16, 32), device="cpu"):
+    """``count`` inputs of each of some synthetic layers, (1, 2, N, 32)."""
+    models = [SyntheticLayer(layer, grid=grid) for layer in range(layers)]
+    return [
+        Capture(layer, *(x.to(device) for x in model.sample(first_seed + i)), grid)
+        for i in range(count)
+        for layer, model in enumerate(models)
+    ]

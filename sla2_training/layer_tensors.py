@@ -1,4 +1,4 @@
-"""One layer's live tensors during a training step: views, block means, and exact rows of a few query blocks."""
+"""One layer's tensors during a training step: views, block means, and exact rows of a few query blocks."""
 
 import torch
 
@@ -16,7 +16,7 @@ from .block_sums import block_sums, memory_of
 from .errors import TrainingError
 
 
-class LiveLayer:
+class LayerTensors:
     """One layer's tensors as BHND views, their block means (k smoothed) and what follows from their shape.
 
     prefix, suffix: keys before and after the video's, which every query attends: forced (ForcedBlocks) counts their blocks.

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..report import AFTER, BEFORE
+from sla2_training.report import AFTER, BEFORE
+
 from .training import evaluate, table, train
 
 # tiles of (t, h, w) tokens; 64 tokens are a key block, two neighbouring tiles a query block

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from .._kernels import K_BLOCK, Q_BLOCK, pool_blocks
-from ..trainer import RouterTrainer
-from .captures import by_layer, model_shape
-from .training import live_layer, table
+from miniature.captures import by_layer, model_shape
+from sla2_kernels.router import K_BLOCK, Q_BLOCK, pool_blocks
+from sla2_training.trainer import RouterTrainer
+
+from .training import layer_tensors, table
 
 HALF = Q_BLOCK // 2
 
@@ -35,18 +36,18 @@ def choice_errors(trainer, captures, size):
     for of_layer in by_layer(captures).values():
         squared, energy = 0.0, 0.0
         for capture in of_layer:
-            live = live_layer(capture)
-            blocks = live.draw(trainer.query_blocks, trainer.generator)
-            pooled = pool_blocks(live.q, size).float().flatten(0, 1)
-            keys = live.k_pooled.flatten(0, 1)
-            for pairs, drawn in live.chunks(blocks, trainer.memory_bytes):
-                sums = live.sums(blocks, (pairs, drawn))
+            tensors = layer_tensors(capture)
+            blocks = tensors.draw(trainer.query_blocks, trainer.generator)
+            pooled = pool_blocks(tensors.q, size).float().flatten(0, 1)
+            keys = tensors.k_pooled.flatten(0, 1)
+            for pairs, drawn in tensors.chunks(blocks, trainer.memory_bytes):
+                sums = tensors.sums(blocks, (pairs, drawn))
                 energy = energy + sums.energy().sum()
                 for part in range(Q_BLOCK // size):
                     chosen = blocks.flatten(0, 1)[pairs, drawn] * (Q_BLOCK // size) + part
                     # a part past a ragged end has no valid rows: whatever it chooses counts nothing
                     place = chosen.clamp_max(pooled.shape[1] - 1)[..., None].expand(-1, -1, pooled.shape[2])
-                    scores = pooled[pairs].gather(1, place) @ keys[pairs].transpose(1, 2) * live.scale
+                    scores = pooled[pairs].gather(1, place) @ keys[pairs].transpose(1, 2) * tensors.scale
                     own = _own(chosen, size, scores.shape[-1]) if trainer.keep_diagonal else None
                     mask = trainer.hard_masks(scores[None], None if own is None else own[None])
                     rows = sums.rows(slice(part * size, (part + 1) * size))

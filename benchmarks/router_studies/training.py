@@ -4,17 +4,17 @@ import time
 
 import torch
 
-from ..live_layer import LiveLayer
-from ..report import VARIANTS
-from ..trainer import RouterTrainer
-from .captures import by_layer, model_shape
+from miniature.captures import by_layer, model_shape
+from sla2_training.layer_tensors import LayerTensors
+from sla2_training.report import VARIANTS
+from sla2_training.trainer import RouterTrainer
 
 
-def live_layer(capture):
-    """The LiveLayer of a Capture; a FrozenLayer is one already."""
-    if isinstance(capture, LiveLayer):
+def layer_tensors(capture):
+    """The LayerTensors of a Capture; a FrozenLayer is one already."""
+    if isinstance(capture, LayerTensors):
         return capture
-    return LiveLayer(capture.layer, capture.q, capture.k, capture.v, "BHND", None)
+    return LayerTensors(capture.layer, capture.q, capture.k, capture.v, "BHND", None)
 
 
 def train(captures, options, *, steps, sparsities, tau=None):
@@ -34,7 +34,7 @@ def train(captures, options, *, steps, sparsities, tau=None):
             trainer.tau = tau[0] * (tau[1] / tau[0]) ** (step / max(1, steps - 1))
         for of_layer in layers.values():
             capture = of_layer[step % len(of_layer)]
-            trainer.observe_live(live_layer(capture))
+            trainer.observe_tensors(layer_tensors(capture))
     return trainer, (time.perf_counter() - start) / max(1, steps * len(layers))
 
 
@@ -43,7 +43,7 @@ def evaluate(trainer, captures, variants=VARIANTS):
     trainer.errors = {}
     trainer.generator.manual_seed(1)
     for capture in captures:
-        trainer.evaluate_live(live_layer(capture), variants)
+        trainer.evaluate_tensors(layer_tensors(capture), variants)
     return trainer.report()
 
 
