@@ -18,6 +18,7 @@ from .arguments import (
     checked_sparsity,
     refuse_forward_mode,
 )
+from .router import Q_BLOCK
 from .selection import checked_blocks, select_blocks
 
 
@@ -38,11 +39,12 @@ def sla2_attention(
     return_alpha=False,
     keep_diagonal=False,
     linear_branch=True,
+    query_block=Q_BLOCK,
 ):
     """Sparse-linear attention with a learned router (SLA2, arXiv 2602.12675, Eq. 13-16).
 
     Softmax attention over the top-k key blocks that the router picks for each query block, linear attention over the
-    rest, mixed by alpha. Query blocks have 128 tokens, key blocks 64; any token count works.
+    rest, mixed by alpha. Key blocks have 64 tokens, query blocks 128 or 64; any token count works.
 
     Args:
         q: (B, H, N, D), or (B, N, H, D) with layout "BNHD"; a view of any stride. float16, bfloat16 or float32
@@ -63,6 +65,7 @@ def sla2_attention(
             many keys as queries. Ignored with ``key_blocks``.
         linear_branch: False leaves the linear branch out, at no cost: the output is softmax attention over the selected
             key blocks alone, the ratio 1. Takes no alpha.
+        query_block: tokens of a query block, 128 or 64. T_m = ceil(N / query_block).
 
     Contents of proj_q, proj_k, alpha and key_blocks are checked on the CPU only, and not under torch.compile: on a GPU a
     check would wait for it.
@@ -74,14 +77,14 @@ def sla2_attention(
         ValueError: an argument does not fit; the sentence says which and what is expected.
         NotImplementedError: q, k, v or alpha carries a tangent of forward-mode differentiation.
     """
-    check_options(layout, backend, precision)
+    check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
     heads, head_dim = q.shape[HEADS_DIM[layout]], q.shape[3]
     check_projections(proj_q, proj_k, heads, head_dim)
     check_alpha(alpha, heads)
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
-    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal)
+    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block)
     refuse_forward_mode(q, k, v, alpha)
     out, row_ratio, _ = torch.ops.sla2.attention(
         q,
@@ -99,18 +102,31 @@ def sla2_attention(
         0 if keep_diagonal else None,
         bool(linear_branch),
         is_routed,
+        query_block,
     )
     return (out, row_ratio) if return_alpha else out
 
 
-def select_key_blocks(q, k, proj_q=None, proj_k=None, *, sparsity, layout="BHND", backend="auto", keep_diagonal=False):
+def select_key_blocks(
+    q,
+    k,
+    proj_q=None,
+    proj_k=None,
+    *,
+    sparsity,
+    layout="BHND",
+    backend="auto",
+    keep_diagonal=False,
+    query_block=Q_BLOCK,
+):
     """The key blocks that the router picks, int32 (B, H, T_m, n), ascending, n = max(1, floor((1 - sparsity) * T_n)).
 
     Arguments as in :func:`sla2_attention`. Scores have the precision of float32; of equal scores the lowest index wins.
     """
-    check_selection(q, k, proj_q, proj_k, layout, backend)
+    check_selection(q, k, proj_q, proj_k, layout, backend, query_block)
     if keep_diagonal:
         check_diagonal(q, k)
     if layout == "BNHD":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    return select_blocks(q, k, proj_q, proj_k, checked_sparsity(sparsity), backend, 0 if keep_diagonal else None)
+    diagonal = 0 if keep_diagonal else None
+    return select_blocks(q, k, proj_q, proj_k, checked_sparsity(sparsity), backend, diagonal, query_block)

@@ -21,7 +21,7 @@ from .arguments import (
     checked_scale,
     checked_sparsity,
 )
-from .router import K_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .selection import checked_blocks
 
 SAMPLE_ROWS = 32
@@ -96,6 +96,7 @@ def fitted_attention(
     key_blocks=None,
     backend="auto",
     keep_diagonal=False,
+    query_block=Q_BLOCK,
 ):
     """SLA2 attention whose mixing ratio, one per video and head, is fitted by least squares on some query rows.
 
@@ -111,7 +112,7 @@ def fitted_attention(
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
-    check_options(layout, backend, precision)
+    check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
     head_dim = q.shape[3]
     check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], head_dim)
@@ -119,7 +120,7 @@ def fitted_attention(
         raise ValueError(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
         )
-    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal)
+    key_blocks, is_routed = checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block)
     blocks, sparsity = block_count(k.shape[TOKENS_DIM[layout]], K_BLOCK), checked_sparsity(sparsity)
     count = selected_block_count(sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
     if count >= blocks:
@@ -142,5 +143,6 @@ def fitted_attention(
             backend,
             0 if keep_diagonal else None,
             is_routed,
+            query_block,
         )
     )

@@ -39,13 +39,13 @@ def _prepared(q, k, v, key_blocks, heads_first, is_routed):
     return _Call(q, k, v, key_blocks, out, result)
 
 
-def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, backend):
+def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, query_block, backend):
     """The key blocks of a call that plain torch computes; tells loops.py that it does, and why."""
     loops.took_loop(loops.TORCH, backend.why_not_triton)
     if call.key_blocks is not None:
         return call.key_blocks
     count = selected_block_count(sparsity, block_count(call.k.shape[2], K_BLOCK))
-    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal)
+    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal, query_block)
 
 
 @torch.library.custom_op("sla2::attention", mutates_args=())
@@ -65,12 +65,13 @@ def _attention(
     diagonal: Optional[int] = None,
     linear_branch: bool = True,
     is_routed: bool = False,
+    query_block: int = Q_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio per query row, key blocks used, flat); see sla2_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
-    ratio = ratio_per_block(alpha, call.q)
-    options = {"scale": scale, "precision": precision, "linear_branch": linear_branch}
+    ratio = ratio_per_block(alpha, call.q, query_block)
+    options = {"scale": scale, "precision": precision, "linear_branch": linear_branch, "query_block": query_block}
     if chosen.name == "triton":
         from . import triton_backend
 
@@ -78,7 +79,7 @@ def _attention(
             *call[:3], proj_q, proj_k, call.key_blocks, ratio, call.out, sparsity=sparsity, diagonal=diagonal, **options
         )
     else:
-        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
+        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, query_block, chosen)
         row_ratio = torch_backend.attention(*call[:3], blocks, ratio, call.out, **options)
     # an operator must not return its own input
     return call.result, row_ratio.float(), blocks.flatten().clone() if is_routed else blocks.flatten()
@@ -101,11 +102,12 @@ def _fitted_attention(
     backend: str,
     diagonal: Optional[int] = None,
     is_routed: bool = False,
+    query_block: int = Q_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio, dense); see fitted_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     call = _prepared(q, k, v, key_blocks, heads_first, is_routed)
-    options = {"scale": scale, "precision": precision}
+    options = {"scale": scale, "precision": precision, "query_block": query_block}
     dense = torch.empty(*call.q.shape[:2], rows.shape[0], q.shape[3], dtype=torch.float32, device=q.device)
     if chosen.name == "triton":
         from . import triton_backend
@@ -116,10 +118,10 @@ def _fitted_attention(
             sparsity=sparsity, diagonal=diagonal, sample=sample, **options,
         )  # fmt: skip
         return call.result, row_ratio[..., 0].clone(), dense
-    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, chosen)
+    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, query_block, chosen)
     with without_autocast(q.device):
-        ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale)
-    per_block = ratio[..., None].expand(-1, -1, block_count(call.q.shape[2], Q_BLOCK))
+        ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale, query_block)
+    per_block = ratio[..., None].expand(-1, -1, blocks.shape[2])
     torch_backend.attention(*call[:3], blocks, per_block, call.out, **options)
     return call.result, ratio.float(), dense
 
@@ -132,7 +134,7 @@ def _sizes(q, heads_first):
 @_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    linear_branch=True, is_routed=False,
+    linear_branch=True, is_routed=False, query_block=Q_BLOCK,
 ):  # fmt: skip
     batch, heads, tokens, _ = _sizes(q, heads_first)
     if key_blocks is None:
@@ -143,14 +145,14 @@ def _(
         q.new_empty(q.shape),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         # flat: torch.compile would compile anew for every dimension of size 1, and the count may be 1
-        q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
+        q.new_empty(batch * heads * block_count(tokens, query_block) * count, dtype=torch.int32),
     )
 
 
 @_fitted_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    is_routed=False,
+    is_routed=False, query_block=Q_BLOCK,
 ):  # fmt: skip
     batch, heads, _, head_dim = _sizes(q, heads_first)
     return (

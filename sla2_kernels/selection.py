@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import router
 from .arguments import TOKENS_DIM, check_diagonal, check_key_blocks
-from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, block_count, selected_block_count
 from .support import resolve_backend
 
 
@@ -17,7 +17,7 @@ class RoutedBlocks(NamedTuple):
     key_blocks: Tensor
 
 
-def checked_blocks(key_blocks, q, k, layout, keep_diagonal):
+def checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block):
     """(key blocks or None, whether they were RoutedBlocks) of a call's arguments; raises ValueError where they do not fit.
 
     keep_diagonal needs as many keys as queries, but is ignored where ``key_blocks`` are given.
@@ -27,14 +27,14 @@ def checked_blocks(key_blocks, q, k, layout, keep_diagonal):
     if key_blocks is not None:
         tokens, keys = (t.shape[TOKENS_DIM[layout]] for t in (q, k))
         heads = q.shape[3 - TOKENS_DIM[layout]]
-        rows = q.shape[0], heads, block_count(tokens, Q_BLOCK)
+        rows = q.shape[0], heads, block_count(tokens, query_block)
         check_key_blocks(key_blocks, rows, block_count(keys, K_BLOCK), q.device)
     elif keep_diagonal:
         check_diagonal(q, k)
     return key_blocks, False
 
 
-def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal):
+def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal, query_block):
     """select_key_blocks() of checked BHND views.
 
     diagonal: position among the keys of the first query's own key, whose block (and so on along the sequence) is always
@@ -44,8 +44,8 @@ def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal):
     if resolve_backend(backend, q.device, q.dtype, q.shape[3], "16bit").name == "triton":
         from . import triton_backend
 
-        return triton_backend.route(q, k, proj_q, proj_k, count, diagonal)
-    return router.route(q, k, proj_q, proj_k, count, diagonal)
+        return triton_backend.route(q, k, proj_q, proj_k, count, diagonal, query_block)
+    return router.route(q, k, proj_q, proj_k, count, diagonal, query_block)
 
 
 def distinct_blocks(key_blocks, count):

@@ -5,6 +5,7 @@ import functools
 import torch
 import triton
 
+from ..router import Q_BLOCK
 from ..support import interpreting, is_tested_triton
 
 # The releases whose Gluon it was compiled with; names in it still change from one to the next.
@@ -18,9 +19,9 @@ def _gluon_is_known():
     return is_tested_triton(GLUON_RELEASES)
 
 
-def takes_hopper_loop(card, qk, pv, q, k, v):
+def takes_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
     """True where the loop in Gluon takes q, k, v (B, H, N, D) on a card of compute capability ``card``."""
-    return why_not_hopper_loop(card, qk, pv, q, k, v) is None
+    return why_not_hopper_loop(card, qk, pv, q, k, v, query_block) is None
 
 
 def takes_hopper_walks(card, q, k, v, grad_out):
@@ -28,7 +29,7 @@ def takes_hopper_walks(card, q, k, v, grad_out):
     return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and _can_be_copied(grad_out)
 
 
-def why_not_hopper_loop(card, qk, pv, q, k, v):
+def why_not_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
     """None where the loop in Gluon takes such a call, else one sentence why Triton's does; arguments as above."""
     if interpreting():
         return "Triton's interpreter runs no kernel in Gluon"
@@ -38,6 +39,8 @@ def why_not_hopper_loop(card, qk, pv, q, k, v):
         )
     if (qk, pv) not in FORMATS:
         return f"the Hopper loop multiplies in int8 and fp8, or all in 16 bit, not in {qk} and {pv}"
+    if qk == "16bit" and query_block != Q_BLOCK:
+        return f"the Hopper loop in 16 bit is for {Q_BLOCK} query tokens per selection, and this call has {query_block}"
     if q.shape[3] != 128:
         return f"the Hopper loop is for head_dim 128, and this call has {q.shape[3]}"
     if q.dtype not in (torch.float16, torch.bfloat16):
