@@ -159,7 +159,7 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     q, k, v = torch.zeros(3, 1, HEADS, TOKENS, 128, dtype=dtype)
     unselected = torch.ones(HEADS, TOKENS // 128, TOKENS // 64, dtype=dtype)
     sample = Sample(torch.zeros(32, dtype=torch.int32), 24, torch.zeros(1, HEADS, 32, 128))
-    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128))
+    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128), 128)
     config = fit_config(q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
