@@ -7,6 +7,7 @@ the sequence: before the video's tokens (prefix) or after them (suffix).
 import torch
 
 from .forced_blocks import select_with_forced_blocks
+from .router import Q_BLOCK
 from .selection import RoutedBlocks
 from .support import without_autocast
 
@@ -25,6 +26,7 @@ def attend_video(
     layout="BHND",
     backend="auto",
     keep_diagonal=False,
+    query_block=Q_BLOCK,
     **options,
 ):
     """What ``attend`` returns for the video's queries, with the keys at both ends exact.
@@ -37,6 +39,7 @@ def attend_video(
         options: for ``attend``; the rest as in :func:`sla2_kernels.forced_blocks.select_with_forced_blocks`.
     """
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
+    routing["query_block"] = query_block
     key_blocks = None
     if key_prefix or key_suffix:
         key_blocks = RoutedBlocks(

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .router import Q_BLOCK
+
 PRECISIONS = ("16bit", "int8", "fp8")
 BACKENDS = ("auto", "triton", "torch")
 # Below it routing costs more than sparse attention saves. Measured on an H200 at 90% skipped (benchmarks/NOTES.md, "Which length
@@ -81,6 +83,14 @@ def default_precision(device):
 def resolve_precision(precision, device):
     """A precision of sla2_attention for "auto" too: what is fastest on ``device``."""
     return default_precision(device) if precision == "auto" else precision
+
+
+def default_query_block(device, precision):
+    """Query tokens per selection without a trained router: 64 where that has less error in the same time, else 128.
+
+    That is on Hopper in INT8 (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). precision: as resolve_precision() returns.
+    """
+    return 64 if device.type == "cuda" and capability(device)[0] == 9 and precision == "int8" else Q_BLOCK
 
 
 def triton_install_command():

@@ -68,8 +68,8 @@ class RoutingMaps:
         return self._rooms[layer, device]
 
     @torch.no_grad()
-    def see(self, layer, part, weights, sparsity):
-        """The first sparse call of a layer in a kept step is routed once more, for its map: VideoPart, CallWeights."""
+    def see(self, layer, part, weights, sparsity, precision):
+        """The first sparse call of a layer in a kept step is routed once more, for its map: VideoPart, CallWeights; ``precision`` is that of the call."""
         key = (layer, self._step)
         with self._lock:
             if self._step is None or key in self.shares:
@@ -79,6 +79,7 @@ class RoutingMaps:
             del self._rooms[layer, part.q.device]
         picked = select_key_blocks(
             part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, layout=part.layout,
+            query_block=weights.query_block_on(part.q.device, precision),
             keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
         )  # fmt: skip
         self.tokens = part.q.shape[part.token_axis]
