@@ -25,7 +25,7 @@ def check_options(layout, backend="auto", precision="16bit", query_block=QUERY_B
         raise ValueError(f'precision must be "16bit", "int8" or "fp8", got {precision!r}.')
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
-    if isinstance(query_block, bool) or query_block not in QUERY_BLOCKS:
+    if not isinstance(query_block, int) or query_block not in QUERY_BLOCKS:
         raise ValueError(f"query_block must be 128 or 64, got {_shown(query_block)}.")
 
 

@@ -163,6 +163,14 @@ def test_default_precision(card, capability, precision):
     assert default_precision("cpu") == "16bit"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_only_hopper_in_int8_selects_for_every_64_query_tokens(card, capability):
+    card(capability)
+    found = {precision: support.default_query_block(CUDA, precision) for precision in support.PRECISIONS}
+    assert found == {"16bit": 128, "int8": 64 if capability == (9, 0) else 128, "fp8": 128}
+    assert support.default_query_block(CPU, "int8") == 128
+
+
 @pytest.mark.parametrize(("told", "capability"), [(None, (8, 9)), ("8.0", (8, 0)), ("12.0", (12, 0))])
 def test_the_interpreter_s_card(monkeypatch, told, capability):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
