@@ -95,7 +95,7 @@ def _large_shared_memory(capability):
 
 def _within(config, query_block):
     """The configuration, its tile no larger than a query block."""
-    return replace(config, tile_m=query_block, num_warps=4) if config.tile_m > query_block else config
+    return replace(config, tile_m=min(config.tile_m, query_block))
 
 
 def loop_config(capability, qk, pv, head_dim, element_size, query_block):

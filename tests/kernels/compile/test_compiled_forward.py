@@ -121,6 +121,20 @@ def test_float32_launches_what_is_compiled_for_a_card_with_no_more_memory(compil
     assert found and found <= known
 
 
+@pytest.mark.parametrize(
+    ("precision", "arch"), [("int8", 86), ("int8", 100), ("16bit", 86), ("16bit", 90), ("fp8", 89)]
+)
+def test_loops_with_64_query_tokens_per_selection_fit(compile_for, attend, precision, arch):
+    """Their tiles are others; Hopper's own loop is compiled in test_compiled_hopper_loop.py."""
+    (card,) = (card for card in CARDS if card.arch == arch)
+    recorder = compile_for(card, only="_sparse_attention")
+    attend(BF16, 128, precision, "learned", query_block=64)
+    (loop,) = recorder.kernels
+    assert {"TILE": 64, "QUERY_BLOCK": 64}.items() <= dict(loop.constants).items()
+    print(loop)
+    assert_fits(loop, card, spill_bar(card, BF16, loop.name))
+
+
 @pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
 @pytest.mark.parametrize("card", CARDS, ids=str)
 def test_without_the_linear_branch_it_launches_what_a_call_with_every_block_selected_does(
