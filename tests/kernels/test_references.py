@@ -123,18 +123,17 @@ def test_the_selection_takes_floors_and_forced_blocks_first(
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-@pytest.mark.parametrize("reference_keys", ["routed", "exact"])
-def test_the_output_is_the_specifications(generator, reference_keys, layout):
+@pytest.mark.parametrize(("reference_keys", "query_block"), [("routed", 128), ("exact", 128), ("routed", 64)])
+def test_the_output_is_the_specifications(generator, reference_keys, query_block, layout):
     stretches = drawn(generator, 5)
     q, k, v = tensors(stretches, generator)
     alpha = torch.rand(HEADS, generator=generator)
     gathered = gathered_queries(q, stretches, 2)
-    blocks = select_with_references(
-        gathered, k, None, None, stretches, sparsity=0.8, reference_keys=reference_keys, keep_diagonal=True
-    )
-    expected, _ = reference.sla2_reference(gathered, k, v, alpha=alpha, key_blocks=blocks)
+    options = {"sparsity": 0.8, "reference_keys": reference_keys, "keep_diagonal": True, "query_block": query_block}
+    blocks = select_with_references(gathered, k, None, None, stretches, **options)
+    expected, _ = reference.sla2_reference(gathered, k, v, alpha=alpha, key_blocks=blocks, query_block=query_block)
     given = [t if layout == "BHND" else t.transpose(1, 2) for t in (q, k, v)]
-    options = {"sparsity": 0.8, "reference_keys": reference_keys, "layout": layout, "keep_diagonal": True}
+    options["layout"] = layout
     attend = functools.partial(sla2_attention, alpha=alpha, precision="16bit")
     out = attend_with_references(attend, *given, stretches, **options)
     out = out if layout == "BHND" else out.transpose(1, 2)
