@@ -57,7 +57,7 @@ class LayerCounts:
 class SLA2WanProcessor:
     """Attention processor of one self-attention layer; ``dense`` is the processor that was there before.
 
-    query_block: that of the layer's router, None for an untrained one, where device and precision decide.
+    query_block: that of the layer's router, None for an untrained one, where default_query_block() decides.
     failures: list that all layers share; holds the sentence why kernels cannot run here, once that is known.
     """
 
@@ -143,7 +143,7 @@ class SLA2WanProcessor:
             proj_q, proj_k, _ = self._weights_on(q.device)
             routing = PoolRouting(
                 self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend,
-                self._query_block_on(q.device, precision),
+                self._query_block_of(q, precision),
             )  # fmt: skip
         mesh = self._parallel_config.context_parallel_config._ulysses_mesh
         return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=HEAD_GROUPS, routing=routing)
@@ -158,14 +158,14 @@ class SLA2WanProcessor:
             "backend": self.settings.backend,
             "keep_diagonal": self.keep_diagonal,
             "key_blocks": key_blocks,
-            "query_block": self._query_block_on(q.device, precision),
+            "query_block": self._query_block_of(q, precision),
         }
         if alpha is None and self._fits(q, k, v):
             return self._fitted(q, k, v, proj_q, proj_k, options)
         return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
 
-    def _query_block_on(self, device, precision):
-        return self.query_block or default_query_block(device, precision)
+    def _query_block_of(self, q, precision):
+        return self.query_block or default_query_block(q, precision)
 
     def _fits(self, q, k, v):
         """Whether a call without a trained ratio fits one: not where it is trained, compiled or captured."""
@@ -335,8 +335,9 @@ def apply_sla2(
         transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video), or
             WanVACETransformer3DModel, whose vace_blocks are the layers behind its blocks.
         router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block,
-            keeps each query block's own key blocks and fits the mixing ratio in every call. For VACE a router of
-            family "wan-vace" covers all layers; one of family "wan" the blocks, and vace_blocks run as with None.
+            keeps each query block's own key blocks and fits the mixing ratio in every call; 64 query tokens share a
+            selection on Hopper in INT8, else 128. For VACE a router of family "wan-vace" covers all layers; one of
+            family "wan" the blocks, and vace_blocks run as with None.
             A layer without a trained ratio has it estimated from the attention mass under autograd, torch.compile or
             CUDA graphs.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.

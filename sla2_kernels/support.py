@@ -85,12 +85,18 @@ def resolve_precision(precision, device):
     return default_precision(device) if precision == "auto" else precision
 
 
-def default_query_block(device, precision):
+def default_query_block(q, precision):
     """Query tokens per selection without a trained router: 64 where that has less error in the same time, else 128.
 
-    That is on Hopper in INT8 (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). precision: as resolve_precision() returns.
+    That is where the INT8 loop for Hopper runs (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). q: (..., D).
+    precision: as resolve_precision() returns.
     """
-    return 64 if device.type == "cuda" and capability(device)[0] == 9 and precision == "int8" else Q_BLOCK
+    on_hopper = q.device.type == "cuda" and capability(q.device)[0] == 9
+    if not on_hopper or precision != "int8" or _triton_reason() is not None:
+        return Q_BLOCK
+    from .kernels.hopper import why_no_loop_of
+
+    return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
 
 
 def triton_install_command():

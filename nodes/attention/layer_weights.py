@@ -15,7 +15,7 @@ class CallWeights:
     """float32 tensors or None. linear_branch: SLA2's own; without it proj_l is SLA v1's (weight, bias), None: top-k only.
 
     fits: whether the ratio is fitted while the run samples, see fitted_ratios.py. query_block: query tokens per selection, None
-    where device and precision decide.
+    where default_query_block() decides.
     """
 
     proj_q: torch.Tensor | None = None
@@ -27,8 +27,9 @@ class CallWeights:
     fits: bool = False
     query_block: int | None = Q_BLOCK
 
-    def query_block_on(self, device, precision):
-        return self.query_block or default_query_block(device, precision)
+    def query_block_of(self, q, precision):
+        """Query tokens per selection of a call with these queries (..., D)."""
+        return self.query_block or default_query_block(q, precision)
 
 
 class LayerWeights:

@@ -94,7 +94,7 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
         precision=precision,
         scale=scale,
         layout=part.layout,
-        query_block=weights.query_block_on(part.q.device, precision),
+        query_block=weights.query_block_of(part.q, precision),
         keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
     )
     may_fit = forced.selected(sparsity) < sum(forced)
@@ -119,7 +119,7 @@ def sparse_stretches(request, stretches, weights, *, sparsity, precision, scale,
         scale=scale,
         reference_keys=reference_keys,
         layout=part.layout,
-        query_block=weights.query_block_on(part.q.device, precision),
+        query_block=weights.query_block_of(part.q, precision),
         keep_diagonal=weights.keep_diagonal,
     )
     may_fit = selected < block_count(stretches.tokens, K_BLOCK)

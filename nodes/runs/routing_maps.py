@@ -79,7 +79,7 @@ class RoutingMaps:
             del self._rooms[layer, part.q.device]
         picked = select_key_blocks(
             part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, layout=part.layout,
-            query_block=weights.query_block_on(part.q.device, precision),
+            query_block=weights.query_block_of(part.q, precision),
             keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
         )  # fmt: skip
         self.tokens = part.q.shape[part.token_axis]

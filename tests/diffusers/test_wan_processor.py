@@ -95,7 +95,7 @@ def test_a_router_is_used_as_it_was_trained_and_none_keeps_own_blocks_and_goes_b
     transformer, inputs, monkeypatch, trained_with
 ):
     used = []
-    monkeypatch.setattr("sla2_diffusers.default_query_block", lambda device, precision: 64)
+    monkeypatch.setattr("sla2_diffusers.default_query_block", lambda q, precision: 64)
     for operator in (sla2_attention, fitted_attention):
 
         def spy(*tensors, operator=operator, **options):

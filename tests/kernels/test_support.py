@@ -164,11 +164,20 @@ def test_default_precision(card, capability, precision):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_only_hopper_in_int8_selects_for_every_64_query_tokens(card, capability):
+def test_only_the_int8_loop_for_hopper_selects_for_every_64_query_tokens(card, capability, monkeypatch):
+    hopper = pytest.importorskip("sla2_kernels.kernels.hopper")
+    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: True)
     card(capability)
-    found = {precision: support.default_query_block(CUDA, precision) for precision in support.PRECISIONS}
-    assert found == {"16bit": 128, "int8": 64 if capability == (9, 0) else 128, "fp8": 128}
-    assert support.default_query_block(CPU, "int8") == 128
+
+    def chosen(precision="int8", device=CUDA, dtype=torch.bfloat16, head_dim=128):
+        q = types.SimpleNamespace(device=device, dtype=dtype, shape=(1, 300, 2, head_dim))
+        return support.default_query_block(q, precision)
+
+    assert chosen() == (64 if capability == (9, 0) else 128)
+    others = {"precision": "16bit"}, {"precision": "fp8"}, {"device": CPU}, {"dtype": torch.float32}, {"head_dim": 64}
+    assert all(chosen(**other) == 128 for other in others)
+    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: False)
+    assert chosen() == 128
 
 
 @pytest.mark.parametrize(("told", "capability"), [(None, (8, 9)), ("8.0", (8, 0)), ("12.0", (12, 0))])

@@ -314,7 +314,7 @@ def test_a_router_selects_as_it_was_trained_and_none_keeps_own_blocks_and_goes_b
     if trained_with is not None:
         router = weights.RouterWeights(layers, "wan", HEADS, DIM, keep_diagonal=trained_with, q_block=query_block)
     placed = pack_module("nodes.attention.layer_weights")
-    monkeypatch.setattr(placed, "default_query_block", lambda device, precision: 64)
+    monkeypatch.setattr(placed, "default_query_block", lambda q, precision: 64)
     b = bench(router=router, ratio_mode="estimated")
     b.model_call()
     found = b.attend(*qkv, heads=HEADS)

@@ -75,7 +75,5 @@ def test_a_fixed_ratio_of_1_computes_no_linear_branch(placed):
 def test_query_tokens_per_selection_are_the_router_s_or_else_go_by_the_card(
     pack_module, monkeypatch, placed, given, settings, expected
 ):
-    monkeypatch.setattr(
-        pack_module("nodes.attention.layer_weights"), "default_query_block", lambda device, precision: 64
-    )
-    assert placed(given, **settings)[0].query_block_on(CPU, "int8") == expected
+    monkeypatch.setattr(pack_module("nodes.attention.layer_weights"), "default_query_block", lambda q, precision: 64)
+    assert placed(given, **settings)[0].query_block_of(torch.empty(DIM), "int8") == expected
