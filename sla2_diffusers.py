@@ -21,7 +21,7 @@ from sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_
 from sla2_kernels.forced_blocks import attended_keys
 from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
 from sla2_kernels.router import block_count, selected_block_count
-from sla2_kernels.support import resolve_precision
+from sla2_kernels.support import default_query_block, resolve_precision
 from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_qkv, rotate
 
 logger = logging.getLogger("sla2")
@@ -57,15 +57,17 @@ class LayerCounts:
 class SLA2WanProcessor:
     """Attention processor of one self-attention layer; ``dense`` is the processor that was there before.
 
+    query_block: that of the layer's router, None for an untrained one, where default_query_block() decides.
     failures: list that all layers share; holds the sentence why kernels cannot run here, once that is known.
     """
 
-    def __init__(self, dense, settings, layer, weights, keep_diagonal, failures):
+    def __init__(self, dense, settings, layer, weights, keep_diagonal, query_block, failures):
         self.dense = dense
         self.settings = settings
         self.layer = layer
         self.weights = weights
         self.keep_diagonal = keep_diagonal
+        self.query_block = query_block
         self.failures = failures
         self.counts = LayerCounts()
         self._on_device = {}
@@ -93,7 +95,7 @@ class SLA2WanProcessor:
             if reason:
                 return dense(reason)
         else:
-            out = self._attend_together(attend, q, k, v)
+            out = self._attend_together(attend, precision, q, k, v)
         self._count_sparse(q.shape)
         out = out.flatten(2)
         for step in attn.to_out:
@@ -131,7 +133,7 @@ class SLA2WanProcessor:
         logger.warning("SLA2: every layer runs dense from now on: %s", reason)
         return None, reason
 
-    def _attend_together(self, attend, q, k, v):
+    def _attend_together(self, attend, precision, q, k, v):
         """The output of this process's tokens; q, k, v (B, N / P, H, D)."""
         from sla2_kernels.pool_routing import PoolRouting
         from sla2_kernels.sequence_parallel import sequence_parallel_attention
@@ -139,7 +141,10 @@ class SLA2WanProcessor:
         routing = None
         if self.settings.exchange == "8bit":
             proj_q, proj_k, _ = self._weights_on(q.device)
-            routing = PoolRouting(self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend)
+            routing = PoolRouting(
+                self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend,
+                self._query_block_of(q, precision),
+            )  # fmt: skip
         mesh = self._parallel_config.context_parallel_config._ulysses_mesh
         return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=HEAD_GROUPS, routing=routing)
 
@@ -153,10 +158,14 @@ class SLA2WanProcessor:
             "backend": self.settings.backend,
             "keep_diagonal": self.keep_diagonal,
             "key_blocks": key_blocks,
+            "query_block": self._query_block_of(q, precision),
         }
         if ratio is None and self._fits(q, k, v):
             return self._fitted(q, k, v, proj_q, proj_k, options)
         return sla2_attention(q, k, v, proj_q, proj_k, ratio, **options)
+
+    def _query_block_of(self, q, precision):
+        return self.query_block or default_query_block(q, precision)
 
     def _fits(self, q, k, v):
         """Whether a call without a trained ratio fits one: not where it is trained, compiled or captured."""
@@ -326,8 +335,9 @@ def apply_sla2(
         transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video), or
             WanVACETransformer3DModel, whose vace_blocks are the layers behind its blocks.
         router: RouterWeights of sla2_kernels.load_router(), made for this model; None routes by the mean of each block,
-            keeps each query block's own key blocks and fits the mixing ratio in every call. For VACE a router of
-            family "wan-vace" covers all layers; one of family "wan" the blocks, and vace_blocks run as with None.
+            keeps each query block's own key blocks and fits the mixing ratio in every call; 64 query tokens share a
+            selection on Hopper in INT8, else 128. For VACE a router of family "wan-vace" covers all layers; one of
+            family "wan" the blocks, and vace_blocks run as with None.
             A layer without a trained ratio has it estimated from the attention mass under autograd, torch.compile or
             CUDA graphs.
         sparsity: share of key blocks that the softmax branch skips, 0 <= sparsity < 1: 0.97 skips 97%, keeps 3%.
@@ -374,11 +384,11 @@ def apply_sla2(
 
 
 def _weights(router, layer, sparsity):
-    """((proj_q, proj_k, ratio), keep_diagonal) of a layer; without a router, or behind its layers, those of an untrained one."""
+    """((proj_q, proj_k, ratio), keep_diagonal, query_block) of a layer; without a router, or behind its layers, those of an untrained one."""
     if router is None or layer >= router.num_layers:
-        return (None, None, None), True
+        return (None, None, None), True, None
     row = router.layers[layer]
-    return (row.proj_q, row.proj_k, router.ratio(layer, sparsity)), router.keep_diagonal
+    return (row.proj_q, row.proj_k, router.ratio(layer, sparsity)), router.keep_diagonal, router.q_block
 
 
 def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, exchange, count):

@@ -1,6 +1,7 @@
 """How many query rows a fitted ratio needs, and how long it stays right: the miniature at 32,760 tokens.
 
     python -m benchmarks.fitted_rows --device cuda       a minute on an H100
+    python -m benchmarks.fitted_rows --query-block 64    with 64 query tokens per selection
     python -m benchmarks.fitted_rows --tiny --device cpu
 
 Dense sampling of held-out captions at 81 frames of 832 x 480. In every call of every layer both branches are computed in
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from sla2_kernels.router import (
     K_BLOCK,
     Q_BLOCK,
+    QUERY_BLOCKS,
     block_count,
     router_scores,
     selected_block_count,
@@ -42,8 +44,8 @@ class Tap:
     of the estimated ratio.
     """
 
-    def __init__(self, sparsities, fitted, judged):
-        self.sparsities, self.fitted, self.judged = sparsities, fitted, judged
+    def __init__(self, sparsities, fitted, judged, query_block=Q_BLOCK):
+        self.sparsities, self.fitted, self.judged, self.query_block = sparsities, fitted, judged, query_block
         self.calls, self._counts = {}, {}
 
     def __call__(self, layer, q, k, v):
@@ -53,7 +55,8 @@ class Tap:
         rows = torch.randperm(q.shape[2], generator=generator)[: self.fitted + self.judged].to(q.device)
         # what attention sees where a model runs in 16 bit
         low = [x[0].to(torch.bfloat16).float() for x in (q, k, v)]
-        scores = with_diagonal(router_scores(*(x[None] for x in low[:2])))[0]
+        scores = router_scores(*(x[None] for x in low[:2]), query_block=self.query_block)
+        scores = with_diagonal(scores, query_block=self.query_block)[0]
         heads = [self._head(*(x[h] for x in low), scores[h], rows) for h in range(q.shape[1])]
         products, energy = (torch.stack(parts, dim=-2).cpu() for parts in zip(*heads, strict=True))
         summed = products[..., self.fitted :].double().sum(dim=-1)
@@ -75,12 +78,12 @@ class Tap:
             key_blocks = top_k_blocks(scores[None], selected_block_count(sparsity, blocks))[0].long()
             parts = []
             for some in rows.split(256):
-                selected = selected_keys(key_blocks, some, len(k))
+                selected = selected_keys(key_blocks, some, len(k), self.query_block)
                 dense, o_sparse, o_linear, _ = row_branches(q[some], k, v, selected, scale)
                 logits = q[some] @ k.T * scale
                 own = logits.masked_fill(~selected, -torch.inf).logsumexp(dim=-1)
                 mask = torch.zeros(len(some), blocks, dtype=torch.bool, device=k.device)
-                mask.scatter_(1, key_blocks[some // Q_BLOCK], True)
+                mask.scatter_(1, key_blocks[some // self.query_block], True)
                 other = (q[some] @ means.T * scale + tokens.log()).masked_fill(mask, -torch.inf).logsumexp(dim=-1)
                 target, step = dense - o_linear, o_sparse - o_linear
                 estimate = torch.sigmoid(own - other)[:, None]
@@ -164,6 +167,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--videos", type=int, default=3, help="held-out captions")
+    parser.add_argument("--query-block", type=int, choices=QUERY_BLOCKS, default=Q_BLOCK)
     parser.add_argument("--tiny", action="store_true", help="a random miniature of a few tokens: tries this script")
     args = parser.parse_args(argv)
     if args.tiny:
@@ -182,7 +186,7 @@ def main(argv=None):
         miniature.size = (81, 480, 832)
     taps = []
     for number, caption in enumerate(miniature._captions("held out", args.videos)):
-        taps.append(Tap(sparsities, fitted, judged))
+        taps.append(Tap(sparsities, fitted, judged, args.query_block))
         miniature._sample(caption, 2 * SEED + number, taps[-1])
     print("skips " + " ".join(f"{100 * sparsity:7.0f}%" for sparsity in sparsities))
     for what, found in table(taps, rows, first):

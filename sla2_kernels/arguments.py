@@ -9,6 +9,7 @@ import operator
 import torch
 from torch.autograd import forward_ad
 
+from .router import QUERY_BLOCKS
 from .support import BACKENDS, PRECISIONS
 
 LAYOUTS = ("BHND", "BNHD")
@@ -16,14 +17,16 @@ HEADS_DIM = {"BHND": 1, "BNHD": 2}
 TOKENS_DIM = {"BHND": 2, "BNHD": 1}
 
 
-def check_options(layout, backend="auto", precision="16bit"):
-    """Raises ValueError for a name that is not one of those listed above."""
+def check_options(layout, backend="auto", precision="16bit", query_block=QUERY_BLOCKS[0]):
+    """Raises ValueError for a name, or a number of query tokens, that is not among those there are."""
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
     if precision not in PRECISIONS:
         raise ValueError(f'precision must be "16bit", "int8" or "fp8", got {precision!r}.')
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}.')
+    if not isinstance(query_block, int) or query_block not in QUERY_BLOCKS:
+        raise ValueError(f"query_block must be 128 or 64, got {_shown(query_block)}.")
 
 
 def checked_sparsity(sparsity):
@@ -138,9 +141,9 @@ def check_alpha(alpha, heads):
             raise ValueError(f"alpha must lie in 0 to 1, but {lowest if not lowest >= 0 else highest:g} is among it.")
 
 
-def check_selection(q, k, proj_q, proj_k, layout, backend):
+def check_selection(q, k, proj_q, proj_k, layout, backend, query_block):
     """What choosing key blocks needs: raises ValueError where q, k or the projections do not fit together."""
-    check_options(layout, backend)
+    check_options(layout, backend, query_block=query_block)
     check_inputs(layout, q=q, k=k)
     check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], q.shape[3])
 

@@ -19,6 +19,7 @@ from .arguments import (
     checked_sparsity,
     refuse_forward_mode,
 )
+from .router import Q_BLOCK
 from .selection import checked_blocks, select_blocks
 
 
@@ -41,11 +42,12 @@ def sla2_attention(
     linear_branch=True,
     room=(0, 0),
     exact_keys=(0, 0),
+    query_block=Q_BLOCK,
 ):
     """Sparse-linear attention with a learned router (SLA2, arXiv 2602.12675, Eq. 13-16).
 
     Softmax attention over the top-k key blocks that the router picks for each query block, linear attention over the
-    rest, mixed by alpha. Query blocks have 128 tokens, key blocks 64; any token count works.
+    rest, mixed by alpha. Key blocks have 64 tokens, query blocks 128 or 64; any token count works.
 
     Args:
         q: (B, H, N, D), or (B, N, H, D) with layout "BNHD"; a view of any stride. float16, bfloat16 or float32
@@ -71,6 +73,7 @@ def sla2_attention(
         exact_keys: (first, last), number of keys at the start and the end that all queries attend, in whole key blocks;
             ``sparsity`` is then of the other blocks, and ``keep_diagonal`` needs as many keys between them as queries.
             Ignored with ``key_blocks``.
+        query_block: tokens of a query block, 128 or 64. T_m = ceil(N / query_block).
 
     Contents of proj_q, proj_k, alpha and key_blocks are checked on the CPU only, and not under torch.compile: on a GPU a
     check would wait for it.
@@ -82,14 +85,16 @@ def sla2_attention(
         ValueError: an argument does not fit; the sentence says which and what is expected.
         NotImplementedError: q, k, v or alpha carries a tangent of forward-mode differentiation.
     """
-    check_options(layout, backend, precision)
+    check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
     heads, head_dim = q.shape[HEADS_DIM[layout]], q.shape[3]
     check_projections(proj_q, proj_k, heads, head_dim)
     check_alpha(alpha, heads)
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
-    key_blocks, is_routed, forced, diagonal = checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys)
+    key_blocks, is_routed, forced, diagonal = checked_blocks(
+        key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys
+    )
     before, behind = checked_pair("room", room)
     refuse_forward_mode(q, k, v, alpha)
     out, row_ratio, _ = torch.ops.sla2.attention(
@@ -111,18 +116,31 @@ def sla2_attention(
         before,
         behind,
         *forced,
+        query_block,
     )
     return (out, row_ratio) if return_alpha else out
 
 
-def select_key_blocks(q, k, proj_q=None, proj_k=None, *, sparsity, layout="BHND", backend="auto", keep_diagonal=False):
+def select_key_blocks(
+    q,
+    k,
+    proj_q=None,
+    proj_k=None,
+    *,
+    sparsity,
+    layout="BHND",
+    backend="auto",
+    keep_diagonal=False,
+    query_block=Q_BLOCK,
+):
     """The key blocks that the router picks, int32 (B, H, T_m, n), ascending, n = max(1, floor((1 - sparsity) * T_n)).
 
     Arguments as in :func:`sla2_attention`. Scores have the precision of float32; of equal scores the lowest index wins.
     """
-    check_selection(q, k, proj_q, proj_k, layout, backend)
+    check_selection(q, k, proj_q, proj_k, layout, backend, query_block)
     if keep_diagonal:
         check_diagonal(q, k)
     if layout == "BNHD":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    return select_blocks(q, k, proj_q, proj_k, checked_sparsity(sparsity), backend, 0 if keep_diagonal else None)
+    diagonal = 0 if keep_diagonal else None
+    return select_blocks(q, k, proj_q, proj_k, checked_sparsity(sparsity), backend, diagonal, query_block)

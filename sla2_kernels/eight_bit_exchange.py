@@ -25,7 +25,7 @@ K_PLACE = 1  # k's among q, k, v
 
 @dataclass(frozen=True)
 class Share:
-    """Which tokens of the sequence a process holds, [begin, end), and which of them form whole query blocks, [first, last)."""
+    """Which tokens of the sequence a process holds, [begin, end), and which of them form whole query blocks, of 128 whatever a call has, [first, last)."""
 
     begin: int
     end: int
@@ -62,7 +62,7 @@ class EightBitExchange:
         # by destination from here on: (P, B, H / P, ...)
         self._pools = [
             _by_destination(_pools(routing, own.whole_of(x), block), processes)
-            for x, block in ((q, Q_BLOCK), (k, K_BLOCK))
+            for x, block in ((q, routing.query_block), (k, K_BLOCK))
         ]
         self._shift = _by_destination(k.mean(dim=1, dtype=torch.float32), processes)
         self._border = [own.border_of(x).unflatten(2, (processes, -1)) for x in (q, k)]
@@ -96,21 +96,21 @@ class EightBitExchange:
 
     def _layout(self, heads):
         batch, tokens, _, _, head_dim = self._qkv[0].shape
-        blocks = max(share.last - share.first for share in self._shares) // Q_BLOCK
+        whole = max(share.last - share.first for share in self._shares)
         border = max(share.border for share in self._shares)
         pooled = compute_dtype(self._qkv[0])
         return _Layout(
             codes=(torch.int8, (tokens, batch, 3, heads, head_dim)),
             scales=(torch.float32, (tokens, batch, 3, heads)),
             shift=(torch.float32, (batch, heads, head_dim)),
-            q_pools=(pooled, (batch, heads, blocks, head_dim)),
-            k_pools=(pooled, (batch, heads, blocks * (Q_BLOCK // K_BLOCK), head_dim)),
+            q_pools=(pooled, (batch, heads, whole // self._routing.query_block, head_dim)),
+            k_pools=(pooled, (batch, heads, whole // K_BLOCK, head_dim)),
             border=(self._dtype, (2, border, batch, heads, head_dim)),
         )
 
     def _all_pools(self, fields, place):
         """Means of all blocks of the sequence, (B, G, T, D), in order: of queries (place 0) or of keys (1)."""
-        name, block = (("q_pools", Q_BLOCK), ("k_pools", K_BLOCK))[place]
+        name, block = (("q_pools", self._routing.query_block), ("k_pools", K_BLOCK))[place]
         border = [fields["border"][p, place, : share.border] for p, share in enumerate(self._shares)]
         crossing = _pools(self._routing, torch.cat(border).transpose(0, 1), block)
         pieces, at, used = [], 0, 0

@@ -6,6 +6,7 @@ the sequence: before the video's tokens (prefix) or after them (suffix).
 
 from .arguments import TOKENS_DIM
 from .forced_blocks import select_with_forced_blocks
+from .router import Q_BLOCK
 from .selection import RoutedBlocks, forced_block_counts
 from .stretches import MAX_OWN_BLOCKS
 
@@ -24,6 +25,7 @@ def attend_video(
     layout="BHND",
     backend="auto",
     keep_diagonal=False,
+    query_block=Q_BLOCK,
     **options,
 ):
     """What ``attend`` returns for the video's queries, with the keys at both ends exact; see with_exact_rows().
@@ -36,6 +38,7 @@ def attend_video(
         options: for ``attend``, ``room`` among them; the rest as in :func:`sla2_kernels.forced_blocks.select_with_forced_blocks`.
     """
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
+    routing["query_block"] = query_block
     forced = forced_block_counts(k.shape[TOKENS_DIM[layout]], key_prefix, key_suffix)
     if forced.suffix and keep_diagonal and forced.selected(sparsity) - forced.prefix - forced.suffix < MAX_OWN_BLOCKS:
         # among blocks that must be taken the operator prefers the first ones, and own ones might be too many

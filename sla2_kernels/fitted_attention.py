@@ -22,7 +22,7 @@ from .arguments import (
     checked_scale,
     checked_sparsity,
 )
-from .router import K_BLOCK, block_count, selected_beside
+from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside
 from .selection import checked_blocks
 from .support import on_device, resolve_backend
 
@@ -107,6 +107,7 @@ def fitted_attention(
     keep_diagonal=False,
     room=(0, 0),
     exact_keys=(0, 0),
+    query_block=Q_BLOCK,
 ):
     """SLA2 attention whose mixing ratio, one per video and head, is fitted by least squares on some query rows.
 
@@ -122,7 +123,7 @@ def fitted_attention(
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
-    check_options(layout, backend, precision)
+    check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
     head_dim = q.shape[3]
     check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], head_dim)
@@ -130,7 +131,9 @@ def fitted_attention(
         raise ValueError(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
         )
-    key_blocks, is_routed, forced, diagonal = checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys)
+    key_blocks, is_routed, forced, diagonal = checked_blocks(
+        key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys
+    )
     blocks, sparsity = block_count(k.shape[TOKENS_DIM[layout]], K_BLOCK), checked_sparsity(sparsity)
     count = selected_beside(forced, sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
     if count >= blocks:
@@ -157,5 +160,6 @@ def fitted_attention(
             before,
             behind,
             *forced,
+            query_block,
         )
     )

@@ -15,7 +15,18 @@ from .selection import forced_block_counts, select_blocks
 
 
 def select_with_forced_blocks(
-    q, k, proj_q=None, proj_k=None, *, sparsity, front=0, back=0, layout="BHND", backend="auto", keep_diagonal=False
+    q,
+    k,
+    proj_q=None,
+    proj_k=None,
+    *,
+    sparsity,
+    front=0,
+    back=0,
+    layout="BHND",
+    backend="auto",
+    keep_diagonal=False,
+    query_block=Q_BLOCK,
 ):
     """The router's choice among the free key blocks, and all forced ones.
 
@@ -34,7 +45,7 @@ def select_with_forced_blocks(
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
-    check_selection(q, k, proj_q, proj_k, layout, backend)
+    check_selection(q, k, proj_q, proj_k, layout, backend, query_block)
     sparsity, prefix, suffix = checked_sparsity(sparsity), checked_count("front", front), checked_count("back", back)
     axis = TOKENS_DIM[layout]
     keys = k.shape[axis]
@@ -46,7 +57,7 @@ def select_with_forced_blocks(
         )
     with torch.no_grad():  # a selection has no derivative, in forward mode either
         return torch.ops.sla2.select_with_forced_blocks(
-            q, k, proj_q, proj_k, sparsity, prefix, suffix, layout == "BHND", backend, keep_diagonal
+            q, k, proj_q, proj_k, sparsity, prefix, suffix, layout == "BHND", backend, keep_diagonal, query_block
         )
 
 
@@ -72,11 +83,12 @@ def _select(
     heads_first: bool,
     backend: str,
     keep_diagonal: bool = False,
+    query_block: int = Q_BLOCK,
 ) -> Tensor:
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     forced = forced_block_counts(k.shape[2], prefix, suffix)
-    rows = (*q.shape[:2], block_count(q.shape[2], Q_BLOCK))
+    rows = (*q.shape[:2], block_count(q.shape[2], query_block))
 
     def always(first, count):
         blocks = torch.arange(first, first + count, dtype=torch.int32, device=q.device)
@@ -88,13 +100,13 @@ def _select(
     # K's mean is subtracted before scoring: taken over the free keys alone it shifts all scores of a row equally
     keys = k[:, :, forced.prefix * K_BLOCK : end * K_BLOCK if forced.suffix else None]
     diagonal = prefix - forced.prefix * K_BLOCK if keep_diagonal else None
-    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, backend, diagonal) + forced.prefix
+    picked = select_blocks(q, keys, proj_q, proj_k, sparsity, backend, diagonal, query_block) + forced.prefix
     return torch.cat([always(0, forced.prefix), picked, always(end, forced.suffix)], dim=-1)
 
 
 @_select.register_fake
-def _(q, k, proj_q, proj_k, sparsity, prefix, suffix, heads_first, backend, keep_diagonal=False):
+def _(q, k, proj_q, proj_k, sparsity, prefix, suffix, heads_first, backend, keep_diagonal=False, query_block=Q_BLOCK):
     tokens = 2 if heads_first else 1
     count = selected_with_forced(k.shape[tokens], sparsity, prefix, suffix)
-    rows = (q.shape[0], q.shape[3 - tokens], block_count(q.shape[tokens], Q_BLOCK), count)
+    rows = (q.shape[0], q.shape[3 - tokens], block_count(q.shape[tokens], query_block), count)
     return q.new_empty(rows, dtype=torch.int32)

@@ -13,7 +13,10 @@ from .support import resolve_backend
 
 def save_for_backward(ctx, inputs, output):
     """Nothing but inputs, the selection and the ratios is kept: the backward pass computes the rest again."""
-    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _, ctx.linear_branch, _, ctx.before, *_ = inputs
+    q, k, v, _, _, alpha, _, _, precision, heads_first, scale, backend, _, ctx.linear_branch, _, ctx.before, *others = (
+        inputs
+    )
+    ctx.query_block = others[-1]
     ctx.save_for_backward(q, k, v, alpha, output[1], output[2])
     ctx.precision, ctx.heads_first, ctx.scale, ctx.backend = precision, heads_first, scale, backend
 
@@ -24,9 +27,18 @@ def backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     tokens = 2 if ctx.heads_first else 1
     grad_out = grad_out.narrow(tokens, ctx.before, q.shape[tokens])  # not of the rows that are the caller's
     grad_row_ratio = None if alpha is None else grad_row_ratio
-    options = ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend, grad_row_ratio, ctx.linear_branch
+    options = (
+        ctx.heads_first,
+        ctx.scale,
+        alpha,
+        ctx.precision,
+        ctx.backend,
+        grad_row_ratio,
+        ctx.linear_branch,
+        ctx.query_block,
+    )
     *grads, grad_alpha = torch.ops.sla2.attention_backward(grad_out, q, k, v, key_blocks, row_ratio, *options)
-    return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 13
+    return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 14
 
 
 @torch.library.custom_op("sla2::attention_backward", mutates_args=())
@@ -44,6 +56,7 @@ def _attention_backward(
     backend: str = "triton",
     grad_row_ratio: Optional[Tensor] = None,
     linear_branch: bool = True,
+    query_block: int = Q_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d loss / d alpha, empty without alpha); key_blocks: those of each query block, in any shape."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
@@ -53,25 +66,27 @@ def _attention_backward(
     if not heads_first:
         tensors, views = ([t.transpose(1, 2) for t in group] for group in (tensors, grads))
     q, k, v, grad_out = tensors
-    key_blocks = key_blocks.reshape(*q.shape[:2], block_count(q.shape[2], Q_BLOCK), -1)
+    key_blocks = key_blocks.reshape(*q.shape[:2], block_count(q.shape[2], query_block), -1)
     if chosen.name == "triton":
         from . import triton_backward
 
         grad_ratio = triton_backward.attention_backward(
-            *tensors, key_blocks, row_ratio, *views, scale=scale, linear_branch=linear_branch
-        )
+            *tensors, key_blocks, row_ratio, *views,
+            scale=scale, linear_branch=linear_branch, query_block=query_block,
+        )  # fmt: skip
     else:
-        ratio = ratio_per_block(alpha, q)
+        ratio = ratio_per_block(alpha, q, query_block)
         grad_ratio = torch_backward.attention_backward(
-            *tensors, key_blocks, ratio, *views, scale=scale, precision=precision, linear_branch=linear_branch
-        )
+            *tensors, key_blocks, ratio, *views,
+            scale=scale, precision=precision, linear_branch=linear_branch, query_block=query_block,
+        )  # fmt: skip
     if alpha is None:
         return *grads, q.new_empty(0)
     grad_ratio = grad_ratio.sum(dim=0)
     # where every key block is selected, or the linear branch has no weight, the returned ratio is 1 whatever alpha says
     if grad_row_ratio is not None and key_blocks.shape[-1] < block_count(k.shape[2], K_BLOCK):
-        rows = F.pad(grad_row_ratio.where(row_ratio < 1, 0.0), (0, -row_ratio.shape[-1] % Q_BLOCK))
-        grad_ratio = grad_ratio + rows.unflatten(-1, (-1, Q_BLOCK)).sum(dim=(0, -1))
+        rows = F.pad(grad_row_ratio.where(row_ratio < 1, 0.0), (0, -row_ratio.shape[-1] % query_block))
+        grad_ratio = grad_ratio + rows.unflatten(-1, (-1, query_block)).sum(dim=(0, -1))
     return *grads, resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
 
 

@@ -47,13 +47,13 @@ def _with_room(q, heads_first, room):
     return shape
 
 
-def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, backend):
+def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, query_block, backend):
     """The key blocks of a call that plain torch computes; records that loop, and why it was chosen, in loops.py."""
     loops.took_loop(loops.TORCH, backend.why_not_triton)
     if call.key_blocks is not None:
         return call.key_blocks
     count = selected_beside(forced, sparsity, block_count(call.k.shape[2], K_BLOCK))
-    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal, forced)
+    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal, forced, query_block)
 
 
 @torch.library.custom_op("sla2::attention", mutates_args=())
@@ -77,12 +77,13 @@ def _attention(
     behind: int = 0,
     first_forced: int = 0,
     last_forced: int = 0,
+    query_block: int = Q_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio per query row, key blocks used, flat); see sla2_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     call = _prepared(q, k, v, key_blocks, heads_first, is_routed, (before, behind))
-    ratio, forced = ratio_per_block(alpha, call.q), (first_forced, last_forced)
-    options = {"scale": scale, "precision": precision, "linear_branch": linear_branch}
+    ratio, forced = ratio_per_block(alpha, call.q, query_block), (first_forced, last_forced)
+    options = {"scale": scale, "precision": precision, "linear_branch": linear_branch, "query_block": query_block}
     if chosen.name == "triton":
         from . import triton_backend
 
@@ -91,7 +92,7 @@ def _attention(
             sparsity=sparsity, diagonal=diagonal, forced=forced, **options,
         )  # fmt: skip
     else:
-        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, chosen)
+        blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, query_block, chosen)
         row_ratio = torch_backend.attention(*call[:3], blocks, ratio, call.out, **options)
     # an operator must not return its own input
     return call.result, row_ratio.float(), blocks.flatten().clone() if is_routed else blocks.flatten()
@@ -118,11 +119,12 @@ def _fitted_attention(
     behind: int = 0,
     first_forced: int = 0,
     last_forced: int = 0,
+    query_block: int = Q_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, ratio, dense); see fitted_attention. is_routed: key_blocks were RoutedBlocks."""
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[3], precision)
     call = _prepared(q, k, v, key_blocks, heads_first, is_routed, (before, behind))
-    options, forced = {"scale": scale, "precision": precision}, (first_forced, last_forced)
+    options, forced = {"scale": scale, "precision": precision, "query_block": query_block}, (first_forced, last_forced)
     dense = torch.empty(*call.q.shape[:2], rows.shape[0], q.shape[3], dtype=torch.float32, device=q.device)
     if chosen.name == "triton":
         from . import triton_backend
@@ -132,10 +134,10 @@ def _fitted_attention(
         options["sample"] = triton_backend.Sample(rows, fitted, dense, ratio)
         triton_backend.attention(*call[:3], proj_q, proj_k, call.key_blocks, None, call.out, **options)
         return call.result, ratio, dense
-    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, chosen)
+    blocks = _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, query_block, chosen)
     with without_autocast(q.device):
-        ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale)
-    per_block = ratio[..., None].expand(-1, -1, block_count(call.q.shape[2], Q_BLOCK))
+        ratio = torch_fit.fit_ratio(*call[:3], blocks, rows, fitted, dense, scale, query_block)
+    per_block = ratio[..., None].expand(-1, -1, blocks.shape[2])
     torch_backend.attention(*call[:3], blocks, per_block, call.out, **options)
     return call.result, ratio.float(), dense
 
@@ -148,7 +150,7 @@ def _sizes(q, heads_first):
 @_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, alpha, key_blocks, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    linear_branch=True, is_routed=False, before=0, behind=0, first_forced=0, last_forced=0,
+    linear_branch=True, is_routed=False, before=0, behind=0, first_forced=0, last_forced=0, query_block=Q_BLOCK,
 ):  # fmt: skip
     batch, heads, tokens, _ = _sizes(q, heads_first)
     if key_blocks is None:
@@ -159,14 +161,14 @@ def _(
         q.new_empty(_with_room(q, heads_first, (before, behind))),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         # flat: torch.compile would recompile for every dimension of size 1, and the count may be 1
-        q.new_empty(batch * heads * block_count(tokens, Q_BLOCK) * count, dtype=torch.int32),
+        q.new_empty(batch * heads * block_count(tokens, query_block) * count, dtype=torch.int32),
     )
 
 
 @_fitted_attention.register_fake
 def _(
     q, k, v, proj_q, proj_k, key_blocks, rows, fitted, sparsity, precision, heads_first, scale, backend, diagonal=None,
-    is_routed=False, before=0, behind=0, first_forced=0, last_forced=0,
+    is_routed=False, before=0, behind=0, first_forced=0, last_forced=0, query_block=Q_BLOCK,
 ):  # fmt: skip
     batch, heads, _, head_dim = _sizes(q, heads_first)
     return (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import router
-from .router import K_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .selection import RoutedBlocks
 from .support import on_device, resolve_backend
 
@@ -23,6 +23,7 @@ class PoolRouting:
     proj_k: Tensor | None = None
     keep_diagonal: bool = False
     backend: str = "auto"
+    query_block: int = Q_BLOCK
 
     def pools(self, x, block):
         """Means over blocks of ``block`` tokens, (B, H, N, D), any stride -> (B, H, T, D) float32 (float64 for float64)."""
@@ -37,7 +38,7 @@ class PoolRouting:
         """RoutedBlocks of the heads in the slice ``heads``, (B, those heads, T_m, n).
 
         Args:
-            q_pools, k_pools: (B, those heads, T, D), what pools() gives of all blocks of 128 queries and of 64 keys.
+            q_pools, k_pools: (B, those heads, T, D), what pools() gives of all blocks of query_block queries and of 64 keys.
             tokens: of the whole sequence. dtype: of the tensors that were pooled.
         """
         count = selected_block_count(self.sparsity, block_count(tokens, K_BLOCK))
@@ -47,7 +48,7 @@ class PoolRouting:
             from .triton_backend import route_pools as route
         else:
             route = router.route_pools
-        return RoutedBlocks(route(q_pools, k_pools, tokens, proj_q, proj_k, count, diagonal))
+        return RoutedBlocks(route(q_pools, k_pools, tokens, proj_q, proj_k, count, diagonal, self.query_block))
 
     def takes_triton(self, x, dtype=None):
         """Whether the Triton kernels take x (..., D), or the tensor in ``dtype`` that x was pooled from."""

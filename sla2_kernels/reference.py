@@ -2,7 +2,7 @@
 
 Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675, Eq. 13-16. There is no
 quantisation here: low-bit kernels approximate this. It goes through the query blocks one by one, so its memory grows with
-128 x M instead of N x M, and a few query blocks of a full-size model can be checked too.
+query_block x M instead of N x M, and a few query blocks of a full-size model can be checked too.
 """
 
 import torch
@@ -20,9 +20,9 @@ def pool(x, block):
     return torch.stack([part.mean(dim=2) for part in x.split(block, dim=2)], dim=2)
 
 
-def router_scores(q, k_smooth, proj_q=None, proj_k=None, scale=1.0):
+def router_scores(q, k_smooth, proj_q=None, proj_k=None, scale=1.0, query_block=Q_BLOCK):
     """P_c = proj_q(pool(Q)) proj_k(pool(K))^T * scale (Eq. 13), (B, H, T_m, T_n). proj: (D, D) or (H, D, D), x @ W^T."""
-    q_pooled, k_pooled = pool(q, Q_BLOCK), pool(k_smooth, K_BLOCK)
+    q_pooled, k_pooled = pool(q, query_block), pool(k_smooth, K_BLOCK)
     if proj_q is not None:
         q_pooled = q_pooled @ proj_q.to(q_pooled).transpose(-1, -2)
     if proj_k is not None:
@@ -36,10 +36,10 @@ def top_k_mask(scores, count):
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)
 
 
-def with_diagonal(scores):
+def with_diagonal(scores, query_block=Q_BLOCK):
     """P_c with the blocks that hold a query block's own tokens above all others; queries and keys are the same tokens."""
     scores = scores.clone()
-    per_query_block = Q_BLOCK // K_BLOCK
+    per_query_block = query_block // K_BLOCK
     for i in range(scores.shape[-2]):
         scores[..., i, i * per_query_block : (i + 1) * per_query_block] = torch.inf
     return scores
@@ -48,6 +48,7 @@ def with_diagonal(scores):
 def sla2_reference(
     q, k, v, proj_q=None, proj_k=None, alpha=None, *,
     sparsity=0.97, scale=None, key_blocks=None, query_blocks=None, keep_diagonal=False, linear_branch=True,
+    query_block=Q_BLOCK,
 ):  # fmt: skip
     """SLA2 attention in float64 (arXiv 2602.12675, Eq. 13-16).
 
@@ -61,6 +62,7 @@ def sla2_reference(
         keep_diagonal: each query block always takes the key blocks of its own tokens, within its count.
         query_blocks: indices of the query blocks to compute; None computes all of them.
         linear_branch: False leaves the softmax branch alone: O = O_s, with a ratio of 1.
+        query_block: tokens of a query block, 128 or 64.
 
     Returns:
         (out, ratio): float64 (B, H, rows, D) and the ratio used per row, (B, H, rows); rows are all N queries, or those
@@ -69,12 +71,12 @@ def sla2_reference(
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tokens = k.shape[2]
-    query_block_count, key_block_count = block_count(q.shape[2], Q_BLOCK), block_count(tokens, K_BLOCK)
+    query_block_count, key_block_count = block_count(q.shape[2], query_block), block_count(tokens, K_BLOCK)
 
     k = k - k.mean(dim=2, keepdim=True)
     if key_blocks is None:
-        scores = router_scores(q, k, proj_q, proj_k, scale)
-        scores = with_diagonal(scores) if keep_diagonal else scores
+        scores = router_scores(q, k, proj_q, proj_k, scale, query_block)
+        scores = with_diagonal(scores, query_block) if keep_diagonal else scores
         mask = top_k_mask(scores, selected_block_count(sparsity, key_block_count))
     else:
         shape = (*q.shape[:2], query_block_count, key_block_count)
@@ -88,7 +90,7 @@ def sla2_reference(
 
     outputs, row_ratios = [], []
     for i in range(query_block_count) if query_blocks is None else query_blocks:
-        q_i = q[:, :, i * Q_BLOCK : (i + 1) * Q_BLOCK]
+        q_i = q[:, :, i * query_block : (i + 1) * query_block]
         selected = mask[:, :, i].repeat_interleave(K_BLOCK, dim=-1)[..., None, :tokens]
         unselected_blocks = ~mask[:, :, i]
 
@@ -121,7 +123,7 @@ def sla2_reference(
     return torch.cat(outputs, dim=2), torch.cat(row_ratios, dim=2)
 
 
-def fitted_ratio(q, k, v, key_blocks, rows, scale=None):
+def fitted_ratio(q, k, v, key_blocks, rows, scale=None, query_block=Q_BLOCK):
     """The ratio of each head that brings the mix closest to dense attention on some query rows, in float64.
 
     Least squares over the rows: a = sum <O - O_l, O_s - O_l> / sum |O_s - O_l|^2.
@@ -129,6 +131,7 @@ def fitted_ratio(q, k, v, key_blocks, rows, scale=None):
     Args:
         q: (B, H, N, D); k, v: (B, H, M, D). key_blocks: int (B, H, T_m, n), the selection, with a block left out of every
             row. rows: int (R,), the query rows. scale: softmax scale; None is D ** -0.5.
+        query_block: as above.
 
     Returns:
         (ratio, dense): float64 (B, H), in [0, 1], and the rows' dense attention, (B, H, R, D).
@@ -137,7 +140,7 @@ def fitted_ratio(q, k, v, key_blocks, rows, scale=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tokens, blocks = k.shape[2], block_count(k.shape[2], K_BLOCK)
     k = k - k.mean(dim=2, keepdim=True)
-    rows_blocks = key_blocks[:, :, rows // Q_BLOCK].long()
+    rows_blocks = key_blocks[:, :, rows // query_block].long()
     mask = torch.zeros(*rows_blocks.shape[:3], blocks, dtype=torch.bool, device=q.device).scatter(-1, rows_blocks, True)
     selected = mask.repeat_interleave(K_BLOCK, dim=-1)[..., :tokens]
 

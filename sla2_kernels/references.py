@@ -48,6 +48,7 @@ def attend_with_references(
     layout="BHND",
     backend="auto",
     keep_diagonal=False,
+    query_block=Q_BLOCK,
     **options,
 ):
     """What ``attend`` returns for the queries of all stretches, in the order of :func:`gathered_queries`; see whole_output().
@@ -61,6 +62,7 @@ def attend_with_references(
     """
     q = gathered_queries(q, stretches, TOKENS_DIM[layout])
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
+    routing["query_block"] = query_block
     key_blocks = select_with_references(
         q, k, proj_q, proj_k, stretches, reference_keys=reference_keys, floor=floor, **routing
     )
@@ -80,6 +82,7 @@ def select_with_references(
     layout="BHND",
     backend="auto",
     keep_diagonal=False,
+    query_block=Q_BLOCK,
 ):
     """The router's choice among the routed key blocks, and all that every query attends.
 
@@ -96,7 +99,7 @@ def select_with_references(
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
     """
-    check_selection(q, k, proj_q, proj_k, layout, backend)
+    check_selection(q, k, proj_q, proj_k, layout, backend, query_block)
     exact_references, floor = are_exact(reference_keys), checked_count("floor", floor)
     axis = TOKENS_DIM[layout]
     if k.shape[axis] != stretches.tokens or q.shape[axis] != stretches.gathered_rows:
@@ -108,7 +111,7 @@ def select_with_references(
     with torch.no_grad():  # a selection has no derivative, in forward mode either
         return torch.ops.sla2.select_with_references(
             q, k, proj_q, proj_k, bounds, checked_sparsity(sparsity), floor, exact_references, layout == "BHND", backend,
-            keep_diagonal,
+            keep_diagonal, query_block,
         )  # fmt: skip
 
 
@@ -117,7 +120,7 @@ def _stretches(bounds, tokens):
     return Stretches(tokens, video, tuple(references))
 
 
-def _always(stretches, always, keep_diagonal, device):
+def _always(stretches, always, keep_diagonal, query_block, device):
     """bool (T_m, T_n), or (1, T_n) where nothing depends on the query: the key blocks that a query block attends in any case.
 
     Nothing is copied to the device, which a CUDA graph that is being captured would refuse.
@@ -127,7 +130,7 @@ def _always(stretches, always, keep_diagonal, device):
         forced[:, first:end] = False
     if not keep_diagonal:
         return forced
-    begin, end = _query_ranges(stretches.query_ranges(), device)
+    begin, end = _query_ranges(stretches.query_ranges(query_block), query_block, device)
     first = torch.arange(0, len(always) * K_BLOCK, K_BLOCK, device=device, dtype=torch.int32)
     return forced | ((first < end[:, None]) & (first + K_BLOCK > begin[:, None]))
 
@@ -139,24 +142,24 @@ def _runs(values, wanted):
     return zip(places[::2], places[1::2], strict=True)
 
 
-def _query_ranges(ranges, device):
+def _query_ranges(ranges, query_block, device):
     """Stretches.query_ranges() as int32 (T_m,) each."""
     runs, counts = [], []
     for begin, _ in ranges:
-        if runs and begin == runs[-1] + counts[-1] * Q_BLOCK:
+        if runs and begin == runs[-1] + counts[-1] * query_block:
             counts[-1] += 1
         else:
             runs.append(begin)
             counts.append(1)
     options = {"dtype": torch.int32, "device": device}
     begins = [
-        torch.arange(first, first + count * Q_BLOCK, Q_BLOCK, **options)
+        torch.arange(first, first + count * query_block, query_block, **options)
         for first, count in zip(runs, counts, strict=True)
     ]
     begin = torch.cat(begins)
-    end = begin + Q_BLOCK
+    end = begin + query_block
     for place, (first, last) in enumerate(ranges):
-        if last - first < Q_BLOCK:
+        if last - first != query_block:
             end[place : place + 1].fill_(last)
     return begin, end
 
@@ -170,9 +173,9 @@ def _raise_floors(scores, ranges, floor, highest, lowest):
             part.scatter_(-1, best, highest)
 
 
-def _route(q, k, proj_q, proj_k, always, ranges, floor, count):
+def _route(q, k, proj_q, proj_k, always, ranges, floor, count, query_block):
     """int32 (B, H, T_m, count) of BHND views, in plain torch."""
-    scores = router.router_scores(q, k, proj_q, proj_k).masked_fill(always, torch.inf)
+    scores = router.router_scores(q, k, proj_q, proj_k, query_block=query_block).masked_fill(always, torch.inf)
     _raise_floors(scores, ranges, floor, torch.inf, -torch.inf)
     return router.top_k_blocks(scores, count)
 
@@ -190,25 +193,30 @@ def _select(
     heads_first: bool,
     backend: str,
     keep_diagonal: bool = False,
+    query_block: int = Q_BLOCK,
 ) -> Tensor:
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     stretches = _stretches(bounds, k.shape[2])
     always, ranges = stretches.key_blocks(floor, exact_references)
     count = stretches.selected(sparsity, floor, exact_references, keep_diagonal)
-    marks = _always(stretches, always, keep_diagonal, q.device)
+    marks = _always(stretches, always, keep_diagonal, query_block, q.device)
     if resolve_backend(backend, q.device, q.dtype, q.shape[3], "16bit").name == "triton":
         from . import triton_backend
 
         return triton_backend.route_marked(
-            q, k, proj_q, proj_k, count, marks, lambda *scores: _raise_floors(scores[0], ranges, floor, *scores[1:])
-        )
-    return _route(q, k, proj_q, proj_k, marks, ranges, floor, count)
+            q, k, proj_q, proj_k, count, marks,
+            lambda *scores: _raise_floors(scores[0], ranges, floor, *scores[1:]), query_block,
+        )  # fmt: skip
+    return _route(q, k, proj_q, proj_k, marks, ranges, floor, count, query_block)
 
 
 @_select.register_fake
-def _(q, k, proj_q, proj_k, bounds, sparsity, floor, exact_references, heads_first, backend, keep_diagonal=False):
+def _(
+    q, k, proj_q, proj_k, bounds, sparsity, floor, exact_references, heads_first, backend, keep_diagonal=False,
+    query_block=Q_BLOCK,
+):  # fmt: skip
     tokens = 2 if heads_first else 1
     count = _stretches(bounds, k.shape[tokens]).selected(sparsity, floor, exact_references, keep_diagonal)
-    rows = (q.shape[0], q.shape[3 - tokens], block_count(q.shape[tokens], Q_BLOCK), count)
+    rows = (q.shape[0], q.shape[3 - tokens], block_count(q.shape[tokens], query_block), count)
     return q.new_empty(rows, dtype=torch.int32)

@@ -9,7 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-Q_BLOCK = 128
+Q_BLOCK = 128  # the paper's; query blocks of a call are one of QUERY_BLOCKS
+QUERY_BLOCKS = (Q_BLOCK, 64)
 K_BLOCK = 64
 PARTS = 2**40
 # Below this mean of phi(q) phi(k) / max phi(q) over the unselected keys the linear branch has no weight, and the ratio is 1.
@@ -41,12 +42,12 @@ def compute_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def ratio_per_block(alpha, q):
+def ratio_per_block(alpha, q, query_block=Q_BLOCK):
     """alpha as one mixing ratio per query block of q (B, H, N, D): (H, T_m) on q's device; None stays None."""
     return (
         None
         if alpha is None
-        else resample_ratio(alpha.to(q.device, compute_dtype(q)), block_count(q.shape[2], Q_BLOCK))
+        else resample_ratio(alpha.to(q.device, compute_dtype(q)), block_count(q.shape[2], query_block))
     )
 
 
@@ -88,10 +89,10 @@ def project(pooled, proj):
     return pooled if proj is None else pooled @ proj.to(pooled).transpose(-1, -2)
 
 
-def router_scores(q, k, proj_q=None, proj_k=None, scale=None):
+def router_scores(q, k, proj_q=None, proj_k=None, scale=None, query_block=Q_BLOCK):
     """Router logits P_c, (B, H, T_m, T_n), of q (B, H, N, D) and the unsmoothed k (B, H, M, D); None scale is D ** -0.5."""
     with torch.autocast(q.device.type, enabled=False):
-        return pool_scores(pool_blocks(q, Q_BLOCK), pool_blocks(k, K_BLOCK), k.shape[2], proj_q, proj_k, scale)
+        return pool_scores(pool_blocks(q, query_block), pool_blocks(k, K_BLOCK), k.shape[2], proj_q, proj_k, scale)
 
 
 def pool_scores(q_pooled, k_pooled, tokens, proj_q=None, proj_k=None, scale=None):
@@ -108,41 +109,41 @@ def top_k_blocks(scores, count):
     return order.sort(dim=-1).values.to(torch.int32)
 
 
-def route(q, k, proj_q, proj_k, count, diagonal=None, forced=(0, 0)):
+def route(q, k, proj_q, proj_k, count, diagonal=None, forced=(0, 0), query_block=Q_BLOCK):
     """The router's choice, int32 (B, H, T_m, count), ascending; what triton_backend.route() does in Triton.
 
     diagonal: position among the keys of the first query's own key, or None; see with_diagonal(). forced: so many key blocks
     at the start and the end are taken first.
     """
-    scores = router_scores(q, k, proj_q, proj_k)
+    scores = router_scores(q, k, proj_q, proj_k, query_block=query_block)
     scores[..., : forced[0]] = torch.inf
     scores[..., scores.shape[-1] - forced[1] :] = torch.inf
-    return _chosen(scores, count, diagonal)
+    return _chosen(scores, count, diagonal, query_block)
 
 
-def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None):
+def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK):
     """route() of block means (B, H, T, D), those of the unsmoothed k with its number of tokens."""
-    return _chosen(pool_scores(q_pooled, k_pooled, tokens, proj_q, proj_k), count, diagonal)
+    return _chosen(pool_scores(q_pooled, k_pooled, tokens, proj_q, proj_k), count, diagonal, query_block)
 
 
-def _chosen(scores, count, diagonal):
-    return top_k_blocks(scores if diagonal is None else with_diagonal(scores, diagonal), count)
+def _chosen(scores, count, diagonal, query_block):
+    return top_k_blocks(scores if diagonal is None else with_diagonal(scores, diagonal, query_block), count)
 
 
-def own_key_blocks(query_blocks, key_block_count, first=0):
+def own_key_blocks(query_blocks, key_block_count, first=0, query_block=Q_BLOCK):
     """Which key blocks hold a query block's own tokens: indices of query blocks (...) -> bool (..., T_n).
 
     first: the place among the keys of the first query's own key.
     """
     columns = torch.arange(key_block_count, device=query_blocks.device)
-    begin = first + query_blocks[..., None] * Q_BLOCK
-    return (columns * K_BLOCK < begin + Q_BLOCK) & ((columns + 1) * K_BLOCK > begin)
+    begin = first + query_blocks[..., None] * query_block
+    return (columns * K_BLOCK < begin + query_block) & ((columns + 1) * K_BLOCK > begin)
 
 
-def with_diagonal(scores, first=0):
+def with_diagonal(scores, first=0, query_block=Q_BLOCK):
     """Scores (..., T_m, T_n) in which the key blocks of each query block's own tokens outrank all others; first as above."""
     rows = torch.arange(scores.shape[-2], device=scores.device)
-    return scores.masked_fill(own_key_blocks(rows, scores.shape[-1], first), torch.inf)
+    return scores.masked_fill(own_key_blocks(rows, scores.shape[-1], first, query_block), torch.inf)
 
 
 def unselected_mask(key_blocks, key_block_count, dtype):

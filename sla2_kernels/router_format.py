@@ -7,7 +7,7 @@ or metadata entry and what was expected of it.
 import json
 import math
 
-from .router import K_BLOCK, Q_BLOCK
+from .router import K_BLOCK, QUERY_BLOCKS
 from .support import PRECISIONS
 
 FORMAT = "sla2_router"
@@ -178,8 +178,9 @@ def check_facts(facts):
     family = facts["model_family"]
     if not isinstance(family, str) or not family.isprintable() or not 1 <= len(family) <= 100:
         raise RouterFileError(f"model_family must be a name of 1 to 100 characters, got {printable(family)}.")
-    for name, expected in (("q_block", Q_BLOCK), ("k_block", K_BLOCK)):
-        if facts[name] != expected:
+    for name, sizes in (("q_block", QUERY_BLOCKS), ("k_block", (K_BLOCK,))):
+        if type(facts[name]) is not int or facts[name] not in sizes:
+            expected = " or ".join(map(str, sizes))
             raise RouterFileError(
                 f"{name} must be {expected}, the operator's block size, got {printable(facts[name])}."
             )

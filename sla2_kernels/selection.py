@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import router
 from .arguments import TOKENS_DIM, check_diagonal, check_key_blocks, checked_pair
-from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside, selected_block_count
+from .router import K_BLOCK, block_count, selected_beside, selected_block_count
 from .support import resolve_backend
 
 
@@ -50,7 +50,7 @@ class RoutedBlocks(NamedTuple):
     key_blocks: Tensor
 
 
-def checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys=(0, 0)):
+def checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys=(0, 0)):
     """What selects the key blocks of a call; raises ValueError where its arguments do not fit.
 
     keep_diagonal needs as many keys between the exact ones as queries; both are ignored where ``key_blocks`` are given.
@@ -64,7 +64,7 @@ def checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys=(0, 0)):
     if key_blocks is not None:
         tokens, keys = (t.shape[TOKENS_DIM[layout]] for t in (q, k))
         heads = q.shape[3 - TOKENS_DIM[layout]]
-        rows = q.shape[0], heads, block_count(tokens, Q_BLOCK)
+        rows = q.shape[0], heads, block_count(tokens, query_block)
         check_key_blocks(key_blocks, rows, block_count(keys, K_BLOCK), q.device)
         return key_blocks, False, (0, 0), None
     (first, last), axis = checked_pair("exact_keys", exact_keys), TOKENS_DIM[layout]
@@ -77,7 +77,7 @@ def checked_blocks(key_blocks, q, k, layout, keep_diagonal, exact_keys=(0, 0)):
     return None, False, (forced.prefix, forced.suffix), first if keep_diagonal else None
 
 
-def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal):
+def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal, query_block):
     """select_key_blocks() of checked BHND views.
 
     diagonal: position among the keys of the first query's own key, whose block (and so on along the sequence) is always
@@ -87,8 +87,8 @@ def select_blocks(q, k, proj_q, proj_k, sparsity, backend, diagonal):
     if resolve_backend(backend, q.device, q.dtype, q.shape[3], "16bit").name == "triton":
         from . import triton_backend
 
-        return triton_backend.route(q, k, proj_q, proj_k, count, diagonal)
-    return router.route(q, k, proj_q, proj_k, count, diagonal)
+        return triton_backend.route(q, k, proj_q, proj_k, count, diagonal, query_block)
+    return router.route(q, k, proj_q, proj_k, count, diagonal, query_block)
 
 
 def distinct_blocks(key_blocks, count):

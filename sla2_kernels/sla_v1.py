@@ -90,7 +90,7 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
 
     Args:
         q, k, v, sparsity, layout, room: as in :func:`sla2_kernels.sla2_attention`; so are ``options`` (precision, scale,
-            key_blocks, backend) and the errors.
+            key_blocks, backend, query_block) and the errors.
         proj_l: (weight (D, D), bias (D,)) as torch.nn.Linear applies them, or None for O_s alone ("top-k only").
 
     Returns:

@@ -90,15 +90,15 @@ class Stretches:
         start, row, _ = max(self.pieces(), key=lambda piece: piece[2])
         return start - row
 
-    def query_ranges(self):
+    def query_ranges(self, query_block=Q_BLOCK):
         """(first token, end) of each query block of gathered_queries(), a block that repeats its stretch being all of it."""
         ranges = []
         for (start, stop), parts in zip(self.ordered, self.query_parts(), strict=True):
             if parts[0] == (start, stop) and len(parts) > 1:
-                ranges.append((start, stop))
+                ranges += [(start, stop)] * (Q_BLOCK // query_block)
                 continue
             for first, end in parts:
-                ranges += [(at, min(at + Q_BLOCK, end)) for at in range(first, end, Q_BLOCK)]
+                ranges += [(at, min(at + query_block, end)) for at in range(first, end, query_block)]
         return ranges
 
     def key_blocks(self, floor, exact_references=False):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .router import Q_BLOCK
+
 PRECISIONS = ("16bit", "int8", "fp8")
 BACKENDS = ("auto", "triton", "torch")
 # Below it routing costs more than sparse attention saves. Measured on an H200 at 90% skipped (benchmarks/NOTES.md, "Which length
@@ -81,6 +83,20 @@ def default_precision(device):
 def resolve_precision(precision, device):
     """A precision of sla2_attention for "auto" too: what is fastest on ``device``."""
     return default_precision(device) if precision == "auto" else precision
+
+
+def default_query_block(q, precision):
+    """Query tokens per selection without a trained router: 64 where that has less error in the same time, else 128.
+
+    That is where the INT8 loop for Hopper runs (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). q: (..., D).
+    precision: as resolve_precision() returns.
+    """
+    on_hopper = q.device.type == "cuda" and capability(q.device)[0] == 9
+    if not on_hopper or precision != "int8" or _triton_reason() is not None:
+        return Q_BLOCK
+    from .kernels.hopper import why_no_loop_of
+
+    return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
 
 
 def triton_install_command():

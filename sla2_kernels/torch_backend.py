@@ -17,7 +17,7 @@ CHUNK_BYTES = 256 * 2**20
 
 @dataclass
 class Head:
-    """One head in blocks: q (T_m, 128, D), k, smoothed, and v (T_n, 64, D), each also as the low-bit formats see it.
+    """One head in blocks, those of q of R rows: q (T_m, R, D), k, smoothed, and v (T_n, 64, D), each also as the low-bit formats see it.
 
     valid (T_n, 64): False on the padding of the last block. selected: (T_m, n). sums: (T_n, D, D + 1), None where there is
     no linear branch: it was not asked for, or every block is selected.
@@ -66,10 +66,10 @@ def _linear_sums(k_blocks, v_blocks, valid):
     return phi_k.transpose(1, 2) @ values_and_one
 
 
-def prepare_head(q, k, v, selected, precision, linear_branch=True):
-    """Head of q (N, D), k and v (M, D)."""
+def prepare_head(q, k, v, selected, precision, linear_branch=True, query_block=Q_BLOCK):
+    """Head of q (N, D), k and v (M, D); its query blocks have ``query_block`` rows."""
     k = k - k.mean(dim=0, keepdim=True)
-    q_blocks, k_blocks, v_blocks = blocks_of(q, Q_BLOCK), blocks_of(k, K_BLOCK), blocks_of(v, K_BLOCK)
+    q_blocks, k_blocks, v_blocks = blocks_of(q, query_block), blocks_of(k, K_BLOCK), blocks_of(v, K_BLOCK)
     valid = blocks_of(torch.ones_like(k[:, :1]), K_BLOCK)[..., 0].bool()
     k_means = k_blocks.sum(dim=1) / valid.sum(dim=1, keepdim=True)
     linear = linear_branch and selected.shape[1] < k_blocks.shape[0]
@@ -80,16 +80,16 @@ def prepare_head(q, k, v, selected, precision, linear_branch=True):
 
 def chunks(head):
     """Slices of query blocks that fit CHUNK_BYTES each: fixed by shapes, never by free memory."""
-    count, head_dim = head.selected.shape[1], head.q_blocks.shape[2]
+    count, (query_block, head_dim) = head.selected.shape[1], head.q_blocks.shape[1:]
     per_query_block = head.q_blocks.element_size() * (
-        Q_BLOCK * count * K_BLOCK * 3 + 2 * count * K_BLOCK * head_dim + head_dim**2
+        query_block * count * K_BLOCK * 3 + 2 * count * K_BLOCK * head_dim + head_dim**2
     )
     step = max(1, CHUNK_BYTES // per_query_block)
     return [slice(start, start + step) for start in range(0, len(head.q_blocks), step)]
 
 
 def softmax_numerators(q, keys, valid, scale):
-    """(exp(S - row maximum) (C, 128, n * 64), row maximum, row sum) of q (C, 128, D) over gathered keys (C, n * 64, D)."""
+    """(exp(S - row maximum) (C, R, n * 64), row maximum, row sum) of q (C, R, D) over gathered keys (C, n * 64, D)."""
     logits = (q @ keys.transpose(1, 2) * scale).masked_fill(~valid[:, None, :], -torch.inf)
     row_max = logits.amax(dim=-1, keepdim=True)
     p = torch.exp(logits - row_max)
@@ -102,7 +102,7 @@ def unselected_blocks(selected, blocks):
 
 
 def linear_parts(q, unselected, sums):
-    """O_l (C, 128, D), its denominator (C, 128, 1), and where it has weight (C, 128, 1); elsewhere the denominator is 1."""
+    """O_l (C, R, D), its denominator (C, R, 1), and where it has weight (C, R, 1); elsewhere the denominator is 1."""
     h_and_z = (unselected.to(q.dtype) @ sums.flatten(1)).unflatten(1, sums.shape[1:])
     phi_q = q.softmax(dim=-1)
     found = phi_q @ h_and_z
@@ -122,7 +122,7 @@ def estimated_ratio(q, k_means, valid, unselected, scale, selected_log_mass):
 
 
 def _attend_chunk(head, rows, ratio, scale, low_bit):
-    """One chunk of C query blocks of one head: out (C, 128, D), ratio (C, 128)."""
+    """One chunk of C query blocks of one head: out (C, R, D), ratio (C, R)."""
     selected, q = head.selected[rows], head.q_blocks[rows]
     keys, values = head.k_low[selected].flatten(1, 2), head.v_low[selected].flatten(1, 2)
     p, row_max, row_sum = softmax_numerators(head.q_low[rows], keys, head.valid[selected].flatten(1, 2), scale)
@@ -136,14 +136,14 @@ def _attend_chunk(head, rows, ratio, scale, low_bit):
         log_mass = (row_max + row_sum.log())[..., 0]
         row_ratio = estimated_ratio(q, head.k_means, head.valid, unselected, scale, log_mass)
     else:
-        row_ratio = ratio[:, None].expand(-1, Q_BLOCK)
+        row_ratio = ratio[:, None].expand(-1, q.shape[1])
     row_ratio = row_ratio.where(has_weight[..., 0], 1.0)
     return row_ratio[..., None] * o_sparse + (1 - row_ratio[..., None]) * o_linear, row_ratio
 
 
-def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch):
+def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch, query_block):
     """One head: q (N, D), k and v (M, D), selected (T_m, n), ratio (T_m,) or None -> out (N, D), ratio (N,)."""
-    head = prepare_head(q, k, v, selected, precision, linear_branch)
+    head = prepare_head(q, k, v, selected, precision, linear_branch, query_block)
     outputs, row_ratios = [], []
     for rows in chunks(head):
         out, row_ratio = _attend_chunk(head, rows, None if ratio is None else ratio[rows], scale, precision != "16bit")
@@ -153,13 +153,14 @@ def _attend_head(q, k, v, selected, ratio, scale, precision, linear_branch):
 
 
 @torch.no_grad()
-def attention(q, k, v, key_blocks, ratio, out, *, scale, precision, linear_branch=True):
+def attention(q, k, v, key_blocks, ratio, out, *, scale, precision, linear_branch=True, query_block=Q_BLOCK):
     """SLA2 over BHND views, given the selection: fills out, returns the ratio of each query row.
 
     Args:
         q, out: (B, H, N, D); k, v: (B, H, M, D), any stride, one dtype.
         key_blocks: (B, H, T_m, n) selected key blocks. ratio: (H, T_m) or (B, H, T_m), or None to estimate it per row.
         scale: softmax scale. precision: "16bit", "int8" or "fp8". linear_branch: False leaves it out.
+        query_block: query rows that share a selection.
 
     Returns:
         (B, H, N), float32 (float64 for float64 inputs).
@@ -171,6 +172,6 @@ def attention(q, k, v, key_blocks, ratio, out, *, scale, precision, linear_branc
             for h in range(q.shape[1]):
                 head = (q[b, h].to(compute), k[b, h].to(compute), v[b, h].to(compute))
                 own = None if ratio is None else (ratio[h] if ratio.dim() == 2 else ratio[b, h]).to(compute)
-                found = _attend_head(*head, key_blocks[b, h].long(), own, scale, precision, linear_branch)
+                found = _attend_head(*head, key_blocks[b, h].long(), own, scale, precision, linear_branch, query_block)
                 out[b, h], row_ratios[b, h] = found
     return row_ratios

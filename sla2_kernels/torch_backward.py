@@ -39,7 +39,7 @@ def _linear_gradient(queries, unselected, sums, o_linear, norm, grad, totals):
 
 
 def _chunk_gradient(head, rows, ratio, grad, scale, totals, low_bit):
-    """(gradient of the chunk's queries (C, 128, D), d loss / d ratio (C,)); gradients of K, V and the sums go into ``totals``."""
+    """(gradient of the chunk's queries (C, R, D), d loss / d ratio (C,)); gradients of K, V and the sums go into ``totals``."""
     selected, queries, low = head.selected[rows], head.q_blocks[rows], head.q_low[rows]
     keys, values = head.k_low[selected].flatten(1, 2), head.v_low[selected].flatten(1, 2)
     p, row_max, row_sum = torch_backend.softmax_numerators(low, keys, head.valid[selected].flatten(1, 2), scale)
@@ -61,13 +61,13 @@ def _chunk_gradient(head, rows, ratio, grad, scale, totals, low_bit):
     return grad_q + _linear_gradient(queries, *linear), grad_ratio
 
 
-def _head_gradient(q, k, v, selected, ratio, grad, scale, precision, linear_branch):
+def _head_gradient(q, k, v, selected, ratio, grad, scale, precision, linear_branch, query_block):
     """One head: gradients of q (N, D), k and v (M, D) and of the ratio (T_m,)."""
-    head = torch_backend.prepare_head(q, k, v, selected, precision, linear_branch)
+    head = torch_backend.prepare_head(q, k, v, selected, precision, linear_branch, query_block)
     totals = {"k": torch.zeros_like(head.k_low), "v": torch.zeros_like(head.v_low)}
     if head.sums is not None:
         totals["sums"] = torch.zeros_like(head.sums)
-    grad_blocks, grads_q, grad_ratios = torch_backend.blocks_of(grad, Q_BLOCK), [], []
+    grad_blocks, grads_q, grad_ratios = torch_backend.blocks_of(grad, query_block), [], []
     for rows in torch_backend.chunks(head):
         grad_q, grad_ratio = _chunk_gradient(
             head, rows, None if ratio is None else ratio[rows], grad_blocks[rows], scale, totals, precision != "16bit"
@@ -88,8 +88,9 @@ def _head_gradient(q, k, v, selected, ratio, grad, scale, precision, linear_bran
 
 @torch.no_grad()
 def attention_backward(
-    q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, precision, linear_branch=True
-):
+    q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, precision, linear_branch=True,
+    query_block=Q_BLOCK,
+):  # fmt: skip
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m).
 
     ratio: (H, T_m), or None where it was estimated or there is no linear branch. The rest as in torch_backend.attention.
@@ -102,7 +103,7 @@ def attention_backward(
                 tensors = [t[b, h].to(compute) for t in (q, k, v)]
                 own = None if ratio is None else ratio[h].to(compute)
                 selected, grad = key_blocks[b, h].long(), grad_out[b, h].to(compute)
-                found = _head_gradient(*tensors, selected, own, grad, scale, precision, linear_branch)
+                found = _head_gradient(*tensors, selected, own, grad, scale, precision, linear_branch, query_block)
                 for target, gradient in zip((grad_q[b, h], grad_k[b, h], grad_v[b, h]), found[:3], strict=True):
                     target.copy_(gradient)
                 grad_ratio[b, h] = found[3]

@@ -5,7 +5,7 @@ See kernels/fitted_ratio.py, which does the same in Triton, and reference.fitted
 
 import torch
 
-from .router import K_BLOCK, Q_BLOCK, compute_dtype
+from .router import K_BLOCK, compute_dtype
 
 
 def row_branches(q, k, v, selected, scale):
@@ -42,14 +42,14 @@ def fit(branches):
     return found.clamp(0, 1)
 
 
-def selected_keys(key_blocks, rows, keys):
+def selected_keys(key_blocks, rows, keys, query_block):
     """bool (R, M): the keys that the query blocks of ``rows`` selected; key_blocks (T_m, n) of one head."""
     columns = torch.arange(keys, device=key_blocks.device) // K_BLOCK
-    return (key_blocks[rows // Q_BLOCK][:, :, None] == columns).any(dim=1)
+    return (key_blocks[rows // query_block][:, :, None] == columns).any(dim=1)
 
 
 @torch.no_grad()
-def fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale):
+def fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale, query_block):
     """Ratio per video and head (B, H), float32 (float64 for float64 inputs), given the selection; fills dense (B, H, R, D).
 
     q: (B, H, N, D); k, v: (B, H, M, D). rows: integers (R,), query rows; the first ``fitted`` of them decide the ratio.
@@ -59,7 +59,7 @@ def fit_ratio(q, k, v, key_blocks, rows, fitted, dense, scale):
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             head = (q[b, h, rows].to(compute), k[b, h].to(compute), v[b, h].to(compute))
-            branches = row_branches(*head, selected_keys(key_blocks[b, h], rows, k.shape[2]), scale)
+            branches = row_branches(*head, selected_keys(key_blocks[b, h], rows, k.shape[2], query_block), scale)
             dense[b, h] = branches[0]
             ratio[b, h] = fit([part[:fitted] for part in branches])
     return ratio

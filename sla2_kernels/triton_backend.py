@@ -89,17 +89,17 @@ def _smoothed(found, k, dtype):
     return means, smooth(found.k, k.shape[2], means)
 
 
-def _route(q, k, v, proj_q, proj_k, selected, dtype, diagonal=None, forced=(0, 0), **samples):
+def _route(q, k, v, proj_q, proj_k, selected, dtype, query_block, diagonal=None, forced=(0, 0), **samples):
     """Fills ``selected``, int32 (B * H, T_m, n), ascending. dtype: of the mask, None makes none. samples: as in pools()."""
-    found = pools(k, q, v, queries=True, **samples)
+    found = pools(k, q, v, query_block=query_block, **samples)
     means, mean = _smoothed(found, k, q.dtype)
     q_routed, k_routed = project(found.q, proj_q), project(found.k, proj_k)
-    unselected = select(scores(q_routed, k_routed, diagonal, forced), found.k.shape[1], selected, dtype)
+    unselected = select(scores(q_routed, k_routed, query_block, diagonal, forced), found.k.shape[1], selected, dtype)
     return Routing(unselected, means, mean, found)
 
 
-def _new_selection(q, count):
-    shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK), count
+def _new_selection(q, query_block, count):
+    shape = q.shape[0] * q.shape[1], block_count(q.shape[2], query_block), count
     return torch.empty(shape, dtype=torch.int32, device=q.device)
 
 
@@ -108,15 +108,15 @@ def _as_read(q, *weights):
     return [None if x is None else x.to(device=q.device, dtype=torch.float32).contiguous() for x in weights]
 
 
-def route(q, k, proj_q, proj_k, count, diagonal=None):
+def route(q, k, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK):
     """Key blocks per query block, int32 (B, H, T_m, count), of q (B, H, N, D) and k (B, H, M, D)."""
     with on_device(q.device):
-        selected = _new_selection(q, count)
-        _route(q, k, None, *_as_read(q, proj_q, proj_k), selected, None, diagonal)
+        selected = _new_selection(q, query_block, count)
+        _route(q, k, None, *_as_read(q, proj_q, proj_k), selected, None, query_block, diagonal)
         return selected.unflatten(0, q.shape[:2])
 
 
-def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None):
+def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK):
     """route() of block means, float32 (B, H, T, D), those of the unsmoothed k with its number of tokens."""
     device, shape = q_pooled.device, q_pooled.shape[:2]
     with on_device(device):
@@ -125,22 +125,22 @@ def route_pools(q_pooled, k_pooled, tokens, proj_q, proj_k, count, diagonal=None
         smoothed = k_pooled.flatten(0, 1).clone(memory_format=torch.contiguous_format)
         smooth(smoothed, tokens)
         selected = torch.empty(*q_pooled.shape[:2], count, dtype=torch.int32, device=device)
-        ranked = scores(project(q_pooled, proj_q), project(smoothed, proj_k), diagonal)
+        ranked = scores(project(q_pooled, proj_q), project(smoothed, proj_k), query_block, diagonal)
         select(ranked, smoothed.shape[1], selected, None)
         return selected.unflatten(0, shape)
 
 
-def route_marked(q, k, proj_q, proj_k, count, always, raise_more):
+def route_marked(q, k, proj_q, proj_k, count, always, raise_more, query_block=Q_BLOCK):
     """Key blocks per query block, int32 (B, H, T_m, count): those that ``always`` marks, bool (T_m or 1, T_n), and the best others.
 
     raise_more(scores, highest, lowest): raises more of the integer scores (B * H, T_m, T_n) to the highest, in place.
     """
     with on_device(q.device):
-        selected = _new_selection(q, count)
+        selected = _new_selection(q, query_block, count)
         proj_q, proj_k = _as_read(q, proj_q, proj_k)
-        found = pools(k, q, queries=True)
+        found = pools(k, q, query_block=query_block)
         smooth(found.k, k.shape[2])
-        marked = scores(project(found.q, proj_q), project(found.k, proj_k))
+        marked = scores(project(found.q, proj_q), project(found.k, proj_k), query_block)
         valid = marked[..., : found.k.shape[1]]
         valid.masked_fill_(always, MAX_SCORE)
         raise_more(valid, MAX_SCORE, MIN_SCORE)
@@ -148,8 +148,8 @@ def route_marked(q, k, proj_q, proj_k, count, always, raise_more):
         return selected.unflatten(0, q.shape[:2])
 
 
-def _workspace_bytes_per_head(q, k, qk, pv, linear, fp8_sums):
-    blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
+def _workspace_bytes_per_head(q, k, q_blocks, qk, pv, linear, fp8_sums):
+    blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
     packed = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv != "16bit"))
     if not linear:
         return packed
@@ -167,8 +167,8 @@ def _head_groups(q, per_head):
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _allocate(q, k, group, qk, pv, linear, sums_dtype, fp8_sums):
-    blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), block_count(q.shape[2], Q_BLOCK), q.shape[3]
+def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, fp8_sums):
+    blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
     fp8 = torch.float8_e4m3fn
 
     def empty(wanted, *shape, dtype=torch.float32):
@@ -234,6 +234,7 @@ class _Settings:
     """What else decides which kernels a call launches. routing: whether it selects. linear: whether a block is left out.
 
     qk, pv: formats of the two products. hopper: whether the loop in Gluon runs. fitted: as in Sample, or None.
+    query_block: query rows that share a selection.
     """
 
     scale: float
@@ -245,6 +246,7 @@ class _Settings:
     linear: bool
     hopper: bool
     fitted: int | None
+    query_block: int
 
     @property
     def fp8_sums(self):
@@ -259,7 +261,7 @@ class _Settings:
 
 def attention(
     q, k, v, proj_q, proj_k, key_blocks, block_ratio, out, *,
-    sparsity, scale, precision, diagonal=None, forced=(0, 0), linear_branch=True, sample=None,
+    sparsity, scale, precision, diagonal=None, forced=(0, 0), linear_branch=True, sample=None, query_block=Q_BLOCK,
 ):  # fmt: skip
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
 
@@ -272,13 +274,13 @@ def attention(
     with on_device(q.device):
         proj_q, proj_k, block_ratio = _as_read(q, proj_q, proj_k, block_ratio)
         if sample is not None:
-            shape = q.shape[0] * q.shape[1], block_count(q.shape[2], Q_BLOCK)
+            shape = q.shape[0] * q.shape[1], block_count(q.shape[2], query_block)
             block_ratio = torch.empty(shape, dtype=torch.float32, device=q.device)
         elif block_ratio is not None and len(block_ratio) < q.shape[0] * q.shape[1]:
             block_ratio = block_ratio.repeat(q.shape[0], 1)
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
-            selected = _new_selection(q, selected_beside(forced, sparsity, blocks))
+            selected = _new_selection(q, query_block, selected_beside(forced, sparsity, blocks))
         else:
             selected = key_blocks.flatten(0, 1).contiguous()
         linear = linear_branch and selected.shape[2] < blocks
@@ -286,33 +288,36 @@ def attention(
             unselected = unselected_mask(selected, blocks, _sums_dtype(q))
         card = capability(q.device)
         qk, pv = configs.loop_formats(precision, card)
-        why_not_hopper = why_not_hopper_loop(card, qk, pv, q, k, v)
+        why_not_hopper = why_not_hopper_loop(card, qk, pv, q, k, v, query_block)
         took_loop(HOPPER if why_not_hopper is None else TRITON, why_not_hopper)
         sampled = (None, None, None) if sample is None else (sample.rows, sample.dense, sample.ratio)
         tensors = _Tensors(q, k, v, proj_q, proj_k, block_ratio, selected, unselected, row_ratio, out, *sampled)
         fitted = None if sample is None else sample.fitted
-        settings = _Settings(scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted)
+        settings = _Settings(
+            scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted, query_block
+        )
         cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
     return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
 def _attend(t, s):
     """Runs the kernels of a call (_Tensors, _Settings), group of heads after group of heads."""
-    routed = _routing(t, s)
-    per_head = _workspace_bytes_per_head(t.q, t.k, s.qk, s.pv, s.linear, s.fp8_sums)
+    routed, q_blocks = _routing(t, s), t.selected.shape[1]
+    per_head = _workspace_bytes_per_head(t.q, t.k, q_blocks, s.qk, s.pv, s.linear, s.fp8_sums)
     groups = _head_groups(t.q, per_head)
-    work = _allocate(t.q, t.k, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
+    work = _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
     scale_log2, fit = s.scale * math.log2(math.e), None
     if t.rows is not None:
-        fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio)
+        fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio, s.query_block)
         config = configs.fit_config(t.q.element_size())
         fit.attend(t.q, t.k, t.v, routed.unselected, scale_log2=scale_log2, config=config)
     if s.linear and t.block_ratio is None:
         # the log2 of the unselected mass waits where the loop will put the ratio
-        config = configs.mass_config(capability(t.q.device), t.q.element_size())
+        config = configs.mass_config(capability(t.q.device), t.q.element_size(), s.query_block)
         unselected_mass(
-            t.q, routed, t.row_ratio, t.k.shape[2], scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config
-        )
+            t.q, routed, t.row_ratio, t.k.shape[2], s.query_block,
+            scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config,
+        )  # fmt: skip
     packing = {"balance": routed.balance, "v_channel": routed.v_channel, "register_order": s.register_order}
     for group in groups:
         pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **packing)
@@ -327,7 +332,9 @@ def _routing(t, s):
     samples = {"balance": s.qk == "int8", "channels": s.pv == "int8"}
     if s.routing:
         dtype = _sums_dtype(t.q) if s.linear else None
-        return _route(t.q, t.k, t.v, t.proj_q, t.proj_k, t.selected, dtype, s.diagonal, s.forced, **samples)
+        return _route(
+            t.q, t.k, t.v, t.proj_q, t.proj_k, t.selected, dtype, s.query_block, s.diagonal, s.forced, **samples
+        )
     if s.linear or s.qk != "16bit":
         found = pools(t.k, t.q, t.v, **samples)
         return Routing(t.unselected, *_smoothed(found, t.k, t.q.dtype), found)
@@ -349,7 +356,7 @@ def _sum_unselected(unselected, work, group, s, q):
 def _loop(t, s, work, routed, group, scale_log2):
     """The sparse loop of a group of heads, and its linear branch."""
     kind = "none" if not s.linear else "estimated" if t.block_ratio is None else "learned"
-    options = {"ratio_kind": kind, "scale_log2": scale_log2}
+    options = {"query_block": s.query_block, "ratio_kind": kind, "scale_log2": scale_log2}
     tensors, selection = (t.q, t.k, t.v, t.out, work, routed.balance), (t.selected, t.block_ratio, t.row_ratio, group)
     if s.hopper:
         from .kernels.hopper_loop import hopper_sparse_attention
@@ -359,8 +366,8 @@ def _loop(t, s, work, routed, group, scale_log2):
     card, element_size = capability(t.q.device), t.q.element_size()
     if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
-        linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, config=config)
-    config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size)
+        linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, query_block=s.query_block, config=config)
+    config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size, s.query_block)
     if s.pv == "int8":
         int8_sparse_attention(t.q, t.k.shape[2], t.out, work, routed.pools, *selection, config=config, **options)
         return

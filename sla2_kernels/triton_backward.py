@@ -27,19 +27,24 @@ from .support import capability, on_device
 from .triton_backend import Workspace, _head_groups
 
 
-def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True):
+def attention_backward(
+    q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True, query_block=Q_BLOCK
+):
     """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
 
     Args:
         q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
         key_blocks: int32 (B, H, T_m, n), the forward's selection. ratio: float32 (B, H, N), the forward's ratios.
         scale: softmax scale. linear_branch: False where the forward had none.
+        query_block: query rows that share a selection.
     """
     with on_device(q.device):
         selected, ratio = key_blocks.flatten(0, 1).contiguous(), ratio.contiguous()
         blocks = block_count(k.shape[2], K_BLOCK)
-        config = backward_config(capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize)
-        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e)}
+        config = backward_config(
+            capability(q.device), q.element_size(), _workspace_dtype(q.dtype).itemsize, query_block
+        )
+        scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "query_block": query_block}
         k_mean = smooth(pools(k).k, k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
         walk_queries, walk_keys = _walks(q, k, v, grad_out, config)
@@ -47,11 +52,11 @@ def attention_backward(q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, gra
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
-                q, k, v, grad_out, selected, ratio, delta, k_mean, grad_q, grad_k, grad_v, config.linear
+                q, k, v, grad_out, selected, ratio, delta, k_mean, grad_q, grad_k, grad_v, query_block, config.linear
             )
             # d loss / d alpha = dO (O_s - O_l), and delta is the first product
-            rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % Q_BLOCK))
-            grad_ratio = rows.unflatten(1, (-1, Q_BLOCK)).sum(dim=2)
+            rows = F.pad((delta - product).flatten(0, 1), (0, -q.shape[2] % query_block))
+            grad_ratio = rows.unflatten(1, (-1, query_block)).sum(dim=2)
         transposed = selecting_blocks(selected, blocks)
         walk_keys(q, k, v, grad_out, grad_k, grad_v, transposed, shift, delta, correction, **scales)
     return grad_ratio.unflatten(0, q.shape[:2])
@@ -71,7 +76,7 @@ def _workspace_dtype(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q, grad_k, grad_v, config):
+def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q, grad_k, grad_v, query_block, config):
     """Writes the linear branch's gradients; returns the mean over tokens of its dK, float32 (B * H, D), and
     rowsum(dO O_l), float32 (B, H, N)."""
     blocks, q_blocks, head_dim = block_count(k.shape[2], K_BLOCK), selected.shape[1], q.shape[3]
@@ -93,7 +98,10 @@ def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q
     for group in groups:
         pack(k, v, k_mean, work, group, "16bit", "16bit")
         masked_sum(unselected, sums, query_sums, group, product)
-        linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, weight, row_product, group, config=config)
+        linear_queries(
+            q, grad_out, grad_q, query_sums, ratio, row_delta, weight, row_product, group,
+            query_block=query_block, config=config,
+        )  # fmt: skip
         masked_sum(transposed, query_sums, sums, group, product)
         linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor, config=config)
     return tile_totals.sum(dim=1) / k.shape[2], row_product

@@ -16,6 +16,7 @@ from .attention import sla2_attention
 from .exact_ends import attend_video, with_exact_rows
 from .exact_rows import exact_rows
 from .references import REFERENCE_KEYS, attend_with_references
+from .router import Q_BLOCK
 from .sla_v1 import sla_attention
 from .stretches import Stretches, whole_output
 from .support import MINIMUM_TOKENS, resolve_precision, unsupported_reason
@@ -42,6 +43,7 @@ def video_attention(
     keep_diagonal=False,
     references=(),
     reference_keys=REFERENCE_KEYS[0],
+    query_block=Q_BLOCK,
 ):
     """Self-attention of a video model: the video's tokens sparse, the ``front`` and ``back`` tokens around them exact.
 
@@ -61,6 +63,7 @@ def video_attention(
             sparse, like the video's; the rest of those tokens stays exact.
         reference_keys: "routed": selected like the video's, at least one key block of each reference; "exact": all queries
             attend them all.
+        query_block: as in :func:`sla2_kernels.sla2_attention`; ``weights.q_block`` of a trained router.
 
     Returns:
         The output, in q's layout and dtype.
@@ -71,7 +74,7 @@ def video_attention(
     """
     if method not in ("sla2", "sla", "top-k only") or (method == "sla") != (proj_l is not None):
         raise ValueError(f'method must be "sla2", "top-k only", or "sla" with proj_l, got {method!r}.')
-    check_options(layout, backend)
+    check_options(layout, backend, query_block=query_block)
     check_inputs(layout, q=q, k=k, v=v)
     prefix, suffix = checked_count("front", front), checked_count("back", back)
     axis = TOKENS_DIM[layout]
@@ -95,6 +98,7 @@ def video_attention(
         "scale": scale,
         "backend": backend,
         "keep_diagonal": keep_diagonal,
+        "query_block": query_block,
     }
     exact = dense or functools.partial(exact_rows, layout=layout, scale=scale)
     if references:

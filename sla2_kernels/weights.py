@@ -64,7 +64,8 @@ class RouterWeights:
 
     layers: one RouterLayer per attention layer. sparsities: shares of skipped key blocks trained at, in the order of
     alpha_logits' first dimension. precision: trained at, or None. source: the file it was loaded from, or "".
-    keep_diagonal: as in sla2_attention; a router is used as it was trained.
+    q_block: query tokens that share a selection, query_block of sla2_attention. keep_diagonal: as there. A router is used as it
+    was trained.
     """
 
     layers: tuple[RouterLayer, ...]

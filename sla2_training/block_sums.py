@@ -18,12 +18,12 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class BlockSums:
-    """G (batch, head) pairs, r query blocks of each; float32.
+    """G (batch, head) pairs, r query blocks of R rows each; float32.
 
-    mass (G, r, T_n, 128), value (G, r, T_n, 128, D): see the module's page. row_max (G, r, 128).
+    mass (G, r, T_n, R), value (G, r, T_n, R, D): see the module's page. row_max (G, r, R).
     h (G, T_n, D, D), z (G, T_n, D): phi(K_j)^T V_j and the column sums of phi(K_j).
-    mean_logits (G, r, 128, T_n): q . mean(K_j) * scale + log(tokens of block j), the estimate of a block's log mass.
-    phi_q (G, r, 128, D). target (G, r, 128, D): dense attention. valid (G, r, 128): 0 on rows past a ragged end.
+    mean_logits (G, r, R, T_n): q . mean(K_j) * scale + log(tokens of block j), the estimate of a block's log mass.
+    phi_q (G, r, R, D). target (G, r, R, D): dense attention. valid (G, r, R): 0 on rows past a ragged end.
     """
 
     mass: Tensor
@@ -37,14 +37,14 @@ class BlockSums:
     valid: Tensor
 
     def rows(self, part):
-        """The BlockSums of some rows of every query block, ``part`` a slice of its 128."""
+        """The BlockSums of some rows of every query block, ``part`` a slice of its R."""
         return BlockSums(
             self.mass[..., part], self.value[..., part, :], self.row_max[..., part], self.h, self.z,
             self.mean_logits[:, :, part], self.phi_q[:, :, part], self.target[:, :, part], self.valid[..., part],
         )  # fmt: skip
 
     def branches(self, mask):
-        """Sparse and linear branch under masks (G, r, S, T_n) in [0, 1]: two tensors (G, r, S, 128, D)."""
+        """Sparse and linear branch under masks (G, r, S, T_n) in [0, 1]: two tensors (G, r, S, R, D)."""
         head_dim = self.phi_q.shape[-1]
         tiny = torch.finfo(mask.dtype).tiny
         numerator = (mask @ self.value.flatten(3)).unflatten(-1, self.value.shape[3:])
@@ -61,30 +61,30 @@ class BlockSums:
         return o_sparse, o_sparse.where(weightless, o_linear)
 
     def log_masses(self, mask):
-        """Log of the selected mass and of the unselected mass's estimate for hard masks (G, r, S, T_n): two (G, r, S, 128)."""
+        """Log of the selected mass and of the unselected mass's estimate for hard masks (G, r, S, T_n): two (G, r, S, R)."""
         tiny = torch.finfo(mask.dtype).tiny
         selected = (mask @ self.mass).clamp_min(tiny).log() + self.row_max[:, :, None]
         unselected = self.mean_logits[:, :, None].masked_fill(mask[:, :, :, None] > 0, -torch.inf).logsumexp(dim=-1)
         return selected, unselected
 
     def estimated_ratio(self, mask):
-        """The untrained mixing ratio m_s / (m_s + m_u), (G, r, S, 128): 1 where nothing is left unselected."""
+        """The untrained mixing ratio m_s / (m_s + m_u), (G, r, S, R): 1 where nothing is left unselected."""
         selected, unselected = self.log_masses(mask)
         return torch.sigmoid(selected - unselected)
 
     def selected_share(self, mask):
-        """The true attention mass on the selected keys, (G, r, S, 128): what alpha stands for (Eq. 7)."""
+        """The true attention mass on the selected keys, (G, r, S, R): what alpha stands for (Eq. 7)."""
         return mask @ self.mass / self.mass.sum(dim=2)[:, :, None]
 
     def output(self, mask, ratio):
-        """SLA2's output under masks (G, r, S, T_n) and ratios (G, r, S) or (G, r, S, 128): (G, r, S, 128, D)."""
+        """SLA2's output under masks (G, r, S, T_n) and ratios (G, r, S) or (G, r, S, R): (G, r, S, R, D)."""
         o_sparse, o_linear = self.branches(mask)
         ratio = (ratio[..., None] if ratio.dim() == 3 else ratio)[..., None]
         ratio = torch.where((mask < 1).any(dim=-1)[..., None, None], ratio, 1.0)
         return o_linear + ratio * (o_sparse - o_linear)
 
     def squared_error(self, out):
-        """Squared distance of outputs (G, r, S, 128, D) to dense attention per query block, (G, r, S)."""
+        """Squared distance of outputs (G, r, S, R, D) to dense attention per query block, (G, r, S)."""
         difference = (out - self.target[:, :, None]) * self.valid[:, :, None, :, None]
         return difference.square().sum(dim=(-2, -1))
 
@@ -93,25 +93,24 @@ class BlockSums:
         return (self.target * self.valid[..., None]).square().sum(dim=(-2, -1))
 
 
-def memory_of(tokens, head_dim):
+def memory_of(tokens, head_dim, query_block=Q_BLOCK):
     """(bytes per (batch, head) pair, bytes per query block of a pair) that ``block_sums`` and one step on it need."""
     blocks = block_count(tokens, K_BLOCK)
     pair = FLOAT_BYTES * (4 * tokens * head_dim + blocks * head_dim * (head_dim + 1))
-    query_block = FLOAT_BYTES * Q_BLOCK * (3 * tokens + blocks * (head_dim + 4))
-    return pair, query_block
+    return pair, FLOAT_BYTES * query_block * (3 * tokens + blocks * (head_dim + 4))
 
 
 @torch.no_grad()
-def block_sums(q, k, v, pairs, query_blocks, scale):
+def block_sums(q, k, v, pairs, query_blocks, scale, query_block=Q_BLOCK):
     """BlockSums of some query blocks of some (batch, head) pairs, exact in float32, with k smoothed by its mean.
 
     Args:
         q: (B, H, N, D); k, v: (B, H, M, D): any float dtype and stride.
-        pairs: int64 (G,), batch * H + head. query_blocks: int64 (G, r).
+        pairs: int64 (G,), batch * H + head. query_blocks: int64 (G, r), of ``query_block`` rows each.
     """
     heads, tokens, keys = q.shape[1], q.shape[2], k.shape[2]
     b, h = pairs // heads, pairs % heads
-    rows = query_blocks[..., None] * Q_BLOCK + torch.arange(Q_BLOCK, device=q.device)
+    rows = query_blocks[..., None] * query_block + torch.arange(query_block, device=q.device)
     q_rows = q[b[:, None, None], h[:, None, None], rows.clamp_max(tokens - 1)].float()
     k_pair, v_pair = k[b, h].float(), v[b, h].float()
     k_pair = k_pair - k_pair.mean(dim=1, keepdim=True)
@@ -128,7 +127,7 @@ def block_sums(q, k, v, pairs, query_blocks, scale):
     h_sums, z_sums = phi_k.transpose(2, 3) @ v_blocks, phi_k.sum(dim=2)
     del phi_k
 
-    shape = query_blocks.shape[1], Q_BLOCK
+    shape = query_blocks.shape[1], query_block
     means = k_blocks.sum(dim=2) / valid_keys
     mean_logits = (q_rows.flatten(1, 2) @ means.transpose(1, 2) * scale + valid_keys[:, 0].log()).unflatten(1, shape)
     logits = (q_rows.flatten(1, 2) @ k_blocks.flatten(1, 2).mul_(scale).transpose(1, 2)).unflatten(1, shape)

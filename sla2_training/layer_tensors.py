@@ -19,21 +19,21 @@ from .errors import TrainingError
 class LayerTensors:
     """One layer's tensors as BHND views, their block means (k smoothed) and what follows from their shape.
 
-    prefix, suffix: keys before and after the video's, which every query attends: forced (ForcedBlocks) counts their blocks.
+    query_block: tokens of a query block. prefix, suffix: keys before and after the video's, which every query attends: forced (ForcedBlocks) counts their blocks.
     """
 
-    def __init__(self, layer, q, k, v, layout, scale, prefix=0, suffix=0):
+    def __init__(self, layer, q, k, v, layout, scale, prefix=0, suffix=0, query_block=Q_BLOCK):
         if layout not in ("BHND", "BNHD"):
             raise ValueError(f'layout must be "BHND" or "BNHD", got {layout!r}.')
         tensors = (q, k, v) if layout == "BHND" else (x.transpose(1, 2) for x in (q, k, v))
         self.layer = layer
         self.q, self.k, self.v = (x.detach() for x in tensors)
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.prefix, self.suffix = prefix, suffix
+        self.prefix, self.suffix, self.query_block = prefix, suffix, query_block
         self.forced = forced_block_counts(self.k.shape[2], prefix, suffix)
-        self.query_block_count = block_count(self.q.shape[2], Q_BLOCK)
+        self.query_block_count = block_count(self.q.shape[2], query_block)
         with torch.no_grad():
-            self.q_pooled = pool_blocks(self.q, Q_BLOCK).float()
+            self.q_pooled = pool_blocks(self.q, query_block).float()
             k_pooled = pool_blocks(self.k, K_BLOCK).float()
             self.k_pooled = k_pooled - mean_from_pools(k_pooled, self.k.shape[2], K_BLOCK)
 
@@ -44,7 +44,7 @@ class LayerTensors:
 
     def own(self, blocks):
         """Which key blocks hold the query blocks' own tokens, (B, H, R, T_n); none where queries are not the keys' tokens."""
-        own = own_key_blocks(blocks, self.k_pooled.shape[2], self.prefix)
+        own = own_key_blocks(blocks, self.k_pooled.shape[2], self.prefix, self.query_block)
         queries_are_keys = self.q.shape[2] == self.k.shape[2] - self.prefix - self.suffix
         return own if queries_are_keys else torch.zeros_like(own)
 
@@ -69,7 +69,7 @@ class LayerTensors:
 
     def chunks(self, blocks, memory_bytes):
         """(pairs, rows) slices whose working memory keeps the bound; at least one pair and one query block each."""
-        per_pair, per_block = memory_of(self.k.shape[2], self.k.shape[3])
+        per_pair, per_block = memory_of(self.k.shape[2], self.k.shape[3], self.query_block)
         pairs, drawn = blocks.shape[0] * blocks.shape[1], blocks.shape[2]
         group = max(1, memory_bytes // (per_pair + drawn * per_block))
         rows = drawn if group > 1 else min(drawn, max(1, (memory_bytes - per_pair) // per_block))
@@ -81,4 +81,5 @@ class LayerTensors:
         """BlockSums of one chunk of the query blocks (B, H, R)."""
         pairs, rows = chunk
         numbers = torch.arange(blocks.shape[0] * blocks.shape[1], device=blocks.device)
-        return block_sums(self.q, self.k, self.v, numbers[pairs], blocks.flatten(0, 1)[pairs, rows], self.scale)
+        drawn = blocks.flatten(0, 1)[pairs, rows]
+        return block_sums(self.q, self.k, self.v, numbers[pairs], drawn, self.scale, self.query_block)

@@ -39,6 +39,7 @@ def with_trained_ratios(router, logits, sparsity, precision):
         sparsities=tuple(sparsities),
         precision=precision,
         keep_diagonal=router.keep_diagonal,
+        q_block=router.q_block,
     )
 
 

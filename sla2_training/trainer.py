@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._kernels import (
+    Q_BLOCK,
     RouterWeights,
     identity_router,
     resample_ratio,
@@ -37,7 +38,7 @@ class TrainerOptions:
     memory_bytes: bound on a step's working memory. One head with one query block is the least a step can work on: see
     memory_of(), 0.19 GB at 32,760 tokens of head_dim 128 and 0.43 GB at 75,600, whatever the bound says.
     steps_per_observation: optimisation steps on each tensor that is seen, each with new query blocks. seed: of the draws.
-    keep_diagonal: as in sla2_attention; a training that is resumed keeps what it began with.
+    keep_diagonal, query_block: as in sla2_attention; a training that is resumed keeps what it began with.
     """
 
     per_head: bool = True
@@ -51,6 +52,7 @@ class TrainerOptions:
     steps_per_observation: int = 1
     seed: int = 0
     keep_diagonal: bool = True
+    query_block: int = Q_BLOCK
 
 
 class RouterTrainer:
@@ -88,6 +90,7 @@ class RouterTrainer:
         self.query_blocks, self.memory_bytes = self.options.query_blocks, self.options.memory_bytes
         self.tau = self.options.tau
         self.keep_diagonal = self.options.keep_diagonal if resume is None else resume.keep_diagonal
+        self.query_block = self.options.query_block if resume is None else resume.q_block
         self.generator = torch.Generator().manual_seed(self.options.seed)
         self.states = {}
         self.steps = {}
@@ -109,7 +112,10 @@ class RouterTrainer:
             TrainingError: NaN or infinity in the tensors, or no memory even for one head and query block.
         """
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-            return self.observe_tensors(LayerTensors(layer, q, k, v, layout, scale, prefix, suffix), steps)
+            return self.observe_tensors(self._tensors(layer, q, k, v, layout, scale, prefix, suffix), steps)
+
+    def _tensors(self, *call):
+        return LayerTensors(*call, query_block=self.query_block)
 
     def observe_tensors(self, tensors, steps=None):
         """observe() of a LayerTensors, outside inference mode and autocast."""
@@ -130,7 +136,7 @@ class RouterTrainer:
         Returns LayerErrors of this call; the report sums those of all calls.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return self.evaluate_tensors(LayerTensors(layer, q, k, v, layout, scale, prefix, suffix))
+            return self.evaluate_tensors(self._tensors(layer, q, k, v, layout, scale, prefix, suffix))
 
     @torch.no_grad()
     def evaluate_tensors(self, tensors, variants=VARIANTS):
@@ -155,6 +161,7 @@ class RouterTrainer:
             sparsities=self.sparsities,
             precision="16bit",
             keep_diagonal=self.keep_diagonal,
+            q_block=self.query_block,
         )
 
     def report(self):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...sla2_kernels import Q_BLOCK
+from ...sla2_kernels.support import default_query_block
 from ..compat.recording import lasting_tensors
 
 
@@ -12,7 +14,8 @@ from ..compat.recording import lasting_tensors
 class CallWeights:
     """float32 tensors or None. linear_branch: SLA2's own; without it proj_l is SLA v1's (weight, bias), None: top-k only.
 
-    fits: whether the ratio is fitted while the run samples, see fitted_ratios.py.
+    fits: whether the ratio is fitted while the run samples, see fitted_ratios.py. query_block: query tokens per selection, None
+    where default_query_block() decides.
     """
 
     proj_q: torch.Tensor | None = None
@@ -22,6 +25,11 @@ class CallWeights:
     linear_branch: bool = True
     keep_diagonal: bool = False
     fits: bool = False
+    query_block: int | None = Q_BLOCK
+
+    def query_block_of(self, q, precision):
+        """Query tokens per selection of a call with these queries (..., D)."""
+        return self.query_block or default_query_block(q, precision)
 
 
 class LayerWeights:
@@ -63,15 +71,19 @@ class LayerWeights:
         if self._settings.method == "top-k only":
             return CallWeights(*projections, linear_branch=False)
         ratio = None
-        keep_diagonal = self._router is None or self._router.keep_diagonal
+        untrained = self._router is None
+        as_trained = {
+            "keep_diagonal": untrained or self._router.keep_diagonal,
+            "query_block": None if untrained else self._router.q_block,
+        }
         if self._settings.ratio_mode == "fixed":
             if self._settings.fixed_ratio == 1:  # nothing of the linear branch would be mixed in
-                return CallWeights(*projections, linear_branch=False, keep_diagonal=keep_diagonal)
+                return CallWeights(*projections, linear_branch=False, **as_trained)
             ratio = torch.full((self._num_heads,), self._settings.fixed_ratio)
         elif self._router is not None and self._settings.ratio_mode == "learned" and not self._settings.target_error:
             ratio = self._router.ratio(layer, sparsity)
         fits = ratio is None and self._settings.ratio_mode != "estimated"
-        return CallWeights(*projections, placed(ratio, device), keep_diagonal=keep_diagonal, fits=fits)
+        return CallWeights(*projections, placed(ratio, device), fits=fits, **as_trained)
 
     def _projections(self, layer, device):
         """What all sparsities of a layer share: SLA v1's (weight, bias), else the router's (proj_q, proj_k)."""

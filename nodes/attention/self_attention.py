@@ -108,7 +108,7 @@ def _compute(call, layer, request, exact, sparsity, precision):
     run, device = call.run, request.q.device
     weights = call.hook.weights.on_device(layer, device, sparsity)
     if run.maps is not None:
-        run.maps.see(layer, video_part(request, exact), weights, sparsity)
+        run.maps.see(layer, video_part(request, exact), weights, sparsity, precision)
     options = {"precision": precision, "reference_keys": call.hook.settings.reference_keys}
     options["call_ratio"] = _call_ratio(call, layer, request, weights, sparsity)
     with run.timed(layer, "sparse", device), watch_loops() as loops:

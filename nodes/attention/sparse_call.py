@@ -97,6 +97,7 @@ def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio
         scale=scale,
         layout=part.layout,
         room=(exact.query_prefix, exact.query_suffix),
+        query_block=weights.query_block_of(part.q, precision),
         keep_diagonal=weights.keep_diagonal and part.queries_are_keys,
     )
     may_fit = forced.selected(sparsity) < sum(forced)
@@ -122,6 +123,7 @@ def sparse_stretches(request, stretches, weights, *, sparsity, precision, scale,
         reference_keys=reference_keys,
         layout=part.layout,
         room=stretches.room,
+        query_block=weights.query_block_of(part.q, precision),
         keep_diagonal=weights.keep_diagonal,
     )
     may_fit = selected < block_count(stretches.tokens, K_BLOCK)

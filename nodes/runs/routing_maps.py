@@ -68,8 +68,8 @@ class RoutingMaps:
         return self._rooms[layer, device]
 
     @torch.no_grad()
-    def see(self, layer, part, weights, sparsity):
-        """The first sparse call of a layer in a kept step is routed once more, for its map: VideoPart, CallWeights."""
+    def see(self, layer, part, weights, sparsity, precision):
+        """The first sparse call of a layer in a kept step is routed once more, for its map: VideoPart, CallWeights; ``precision`` is that of the call."""
         key = (layer, self._step)
         with self._lock:
             if self._step is None or key in self.shares:
@@ -78,7 +78,8 @@ class RoutingMaps:
             room = self._room(layer, part.q.device)
             del self._rooms[layer, part.q.device]
         options = {"layout": part.layout, "keep_diagonal": weights.keep_diagonal and part.queries_are_keys}
-        picked = select_key_blocks(part.q, part.video_k, weights.proj_q, weights.proj_k, sparsity=sparsity, **options)
+        options |= {"sparsity": sparsity, "query_block": weights.query_block_of(part.q, precision)}
+        picked = select_key_blocks(part.q, part.video_k, weights.proj_q, weights.proj_k, **options)
         self.tokens = part.q.shape[part.token_axis]
         key_blocks = block_count(part.video_k.shape[part.token_axis], K_BLOCK)
         share = shrunk(pick_shares(picked, key_blocks))

@@ -28,7 +28,7 @@ class LoraAttention:
         self.sparsity, self.precision = sparsity, precision
         self.dense = True
         self.sparse_calls, self.untrained = 0, Counter()
-        self._keep_diagonal = router.keep_diagonal
+        self._keep_diagonal, self._query_block = router.keep_diagonal, router.q_block
         self._projections = [
             tuple(None if proj is None else proj.to(device, torch.float32, copy=True) for proj in (r.proj_q, r.proj_k))
             for r in router.layers
@@ -83,7 +83,8 @@ class LoraAttention:
 
     def _attend_sparse(self, call, layer, request, exact, below, args, kwargs):
         ratio = None if layer in self._estimates else torch.sigmoid(self.ratio_logits[layer])
-        weights = CallWeights(*self._projections[layer], ratio, keep_diagonal=self._keep_diagonal)
+        as_trained = {"keep_diagonal": self._keep_diagonal, "query_block": self._query_block}
+        weights = CallWeights(*self._projections[layer], ratio, **as_trained)
         options = {"sparsity": self.sparsity, "precision": self.precision, "reference_keys": REFERENCE_KEYS[0]}
         out, row_ratio, *_ = sparse_request(request, exact, weights, **options)
         if ratio is None and self.needs_start:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..router import Q_BLOCK
 from .configs import Launchable
 
 
@@ -35,7 +36,7 @@ class BackwardConfig:
     linear: LinearConfig
 
 
-def backward_config(capability, element_size, workspace_size):
+def backward_config(capability, element_size, workspace_size, query_block=Q_BLOCK):
     """Configurations of all backward kernels; the sizes are those of an element of q and of the workspace, in bytes.
 
     The small tiles keep every kernel within the 99 KB of shared memory that sm_86, sm_89 and sm_120 have.
@@ -45,8 +46,10 @@ def backward_config(capability, element_size, workspace_size):
     elif capability[0] == 9:
         # one warpgroup and 64 rows a program, so that two programs fit a multiprocessor: one multiplies, one takes exponentials
         walks = TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2)
-    elif capability[0] == 10:
+    elif capability[0] == 10 and query_block == Q_BLOCK:
         walks = TileConfig(128, 64, 8, 2), TileConfig(64, 64, 4, 2)
+    elif capability[0] == 10:
+        walks = TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2)
     else:
         walks = TileConfig(64, 64, 8, 2), TileConfig(64, 64, 8, 2)
     linear = LinearConfig(64, 64, 64, 8, 2) if workspace_size == 2 else LinearConfig(32, 32, 32, 4, 1)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
+from .tiles import KEY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
 NO_ROW = tl.constexpr(1.0e30)  # the log-sum-exp of a row past the end: its P is exp2(-1e30) = 0
 
@@ -41,7 +41,7 @@ def _key_gradient(
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d, gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d,
     heads, q_tokens, k_tokens, pairs, scale_log2, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LINEAR: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, QUERY_BLOCK: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, d = tile_rows(tile, KEYS), tl.arange(0, D)
@@ -83,8 +83,9 @@ def _key_gradient(
 
 
 def key_gradients(
-    q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction, *, scale, scale_log2, config
-):
+    q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction,
+    *, scale, scale_log2, query_block, config,
+):  # fmt: skip
     """grad_k and grad_v (B, H, M, D), any stride: the sparse branch's share.
 
     transposed: what selecting_blocks() returns. k_correction: float32 (B * H, D), the mean over tokens of the linear
@@ -97,5 +98,6 @@ def key_gradients(
         q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_k.stride(), *grad_v.stride(),
         heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
-        D=head_dim, ROWS=config.rows, KEYS=config.keys, LINEAR=k_correction is not None, options=config.options,
+        D=head_dim, ROWS=config.rows, KEYS=config.keys, QUERY_BLOCK=query_block, LINEAR=k_correction is not None,
+        options=config.options,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import MIN_LINEAR_WEIGHT, phi_numerator
-from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, store_tile, tile_at, tile_rows
+from .tiles import KEY_BLOCK, load_tile, plane_of, store_tile, tile_at, tile_rows
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _linear_queries(
     q, grad_out, grad_q, sums, ratio, row_delta, row_weight, row_product,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d, heads, first_head, tokens,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -69,7 +69,8 @@ def _linear_queries(
 def _linear_sums(
     q, grad_out, sums, row_weight, row_product,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
-    heads, first_head, tokens, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    heads, first_head, tokens,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     q_block, slot = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     bh = first_head + slot
@@ -129,7 +130,9 @@ def _linear_keys(
     tl.store(tile_totals + (bh * tl.num_programs(0) + tile) * D + d, tl.sum(dk, axis=0))
 
 
-def linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_weight, row_product, group, *, config):
+def linear_queries(
+    q, grad_out, grad_q, query_sums, ratio, row_delta, row_weight, row_product, group, *, query_block, config
+):
     """Adds to grad_q (B, H, N, D) for the heads of slice ``group``, and turns query_sums into its own gradient.
 
     query_sums: (G, T_m, (D + 1) * D), H_i and Z_i of the masked sum. ratio, and row_delta, rowsum(dO O_s): float32
@@ -139,7 +142,7 @@ def linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_weight
     heads, tokens, head_dim = q.shape[1:]
     q_blocks, slots = query_sums.shape[1], group.stop - group.start
     cols = min(config.cols, head_dim)
-    tiles = {"D": head_dim, "ROWS": config.rows, "COLS": cols}
+    tiles = {"D": head_dim, "ROWS": config.rows, "COLS": cols, "QUERY_BLOCK": query_block}
     launch(
         _linear_queries, (block_count(tokens, config.rows), slots),
         q, grad_out, grad_q, query_sums, ratio, row_delta, row_weight, row_product,

@@ -16,7 +16,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE, softmax_step
-from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
+from .tiles import KEY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
 MIN_RATIO = tl.constexpr(1.0e-30)  # of a row that softmax attention has no part in: its log2 stays finite
 
@@ -28,7 +28,7 @@ def _query_gradient(
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, q_tokens, k_tokens, count, scale_log2, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, d = tile_rows(tile, ROWS), tl.arange(0, D)
@@ -79,8 +79,9 @@ def _query_gradient(
 
 
 def query_gradient(
-    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean, *, scale, scale_log2, config
-):
+    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean,
+    *, scale, scale_log2, query_block, config,
+):  # fmt: skip
     """Fills grad_q (B, H, N, D) with the sparse branch's share, row_shift with log2 of sum exp(S) / alpha, and row_delta
     with rowsum(P dP), both float32 (B, H, N).
 
@@ -93,5 +94,5 @@ def query_gradient(
         q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_q.stride(),
         heads, tokens, k.shape[2], selected.shape[2], scale_log2, scale,
-        D=head_dim, ROWS=config.rows, KEYS=config.keys, options=config.options,
+        D=head_dim, ROWS=config.rows, KEYS=config.keys, QUERY_BLOCK=query_block, options=config.options,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages per compute capability: a shipped table, no search on the user's machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class Launchable:
@@ -96,8 +96,17 @@ def _large_shared_memory(capability):
     return capability[0] in (9, 10) or capability == (8, 0)
 
 
-def loop_config(capability, qk, pv, head_dim, element_size):
+def _within(config, query_block):
+    """The configuration, its tile no larger than a query block."""
+    return replace(config, tile_m=min(config.tile_m, query_block))
+
+
+def loop_config(capability, qk, pv, head_dim, element_size, query_block):
     """The sparse loop's configuration; element_size is that of q in bytes."""
+    return _within(_loop_config(capability, qk, pv, head_dim, element_size), query_block)
+
+
+def _loop_config(capability, qk, pv, head_dim, element_size):
     hopper = capability[0] == 9
     if qk == "16bit" and element_size == 4:
         if hopper:
@@ -122,11 +131,11 @@ def linear_config(capability, element_size):
     return LinearConfig(64 if capability[0] == 10 else 32, 8, 1)
 
 
-def mass_config(capability, element_size):
+def mass_config(capability, element_size, query_block):
     """The unselected mass's configuration; element_size is that of q in bytes."""
     if element_size == 4:
         return MassConfig(32, 32, 4, 1)
-    return MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2)
+    return _within(MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2), query_block)
 
 
 def pack_config(pv, register_order, element_size):

@@ -20,7 +20,7 @@ from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE, is_finite, phi_numerator
 from .pack import register_order_of_channels
-from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 MIN_BLOCKS = 8  # key blocks of one program: below that its partial sums outweigh what it reads
 PRODUCTS = tl.constexpr(4)  # numbers of a sampled row: two products, its selected mass, whether that is finite
@@ -31,7 +31,7 @@ def _row_sums(
     q, k, v, unselected, rows, sums, weights,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_h, mask_stride_m,
-    heads, k_tokens, per_split, scale_log2, D: tl.constexpr, ROWS: tl.constexpr,
+    heads, k_tokens, per_split, scale_log2, D: tl.constexpr, ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     twice, d = tl.arange(0, 2 * ROWS), tl.arange(0, D)
@@ -93,7 +93,7 @@ def _merged(sums, weights, at, splits, D: tl.constexpr, ROWS: tl.constexpr, STEP
 def _row_products(
     q, rows, sums, weights, query_sums, dense, products, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
     heads, first_head, splits, q_blocks,
-    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, REGISTER_ORDER: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, REGISTER_ORDER: tl.constexpr,
 ):  # fmt: skip
     sample, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -159,9 +159,9 @@ def _splits(batch_heads, blocks, programs):
 class FittedRatio:
     """A ratio per video and head that is fitted while a call runs: first attend(), then fit() for each group of heads."""
 
-    def __init__(self, sample, block_ratio):
-        """sample: a Sample. block_ratio: float32 (B * H, T_m), to be filled."""
-        self._sample, self._block_ratio = sample, block_ratio
+    def __init__(self, sample, block_ratio, query_block):
+        """sample: a Sample. block_ratio: float32 (B * H, T_m), to be filled; T_m blocks of ``query_block`` rows."""
+        self._sample, self._block_ratio, self._query_block = sample, block_ratio, query_block
         self._sums = self._weights = self._products = None
 
     def attend(self, q, k, v, unselected, *, scale_log2, config):
@@ -175,7 +175,7 @@ class FittedRatio:
         launch(
             _row_sums, (batch * heads, splits), q, k, v, unselected, rows, self._sums, self._weights,
             *q.stride(), *k.stride(), *v.stride(), unselected.stride(0), unselected.stride(1),
-            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), options=config.options,
+            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), QUERY_BLOCK=self._query_block, options=config.options,
         )  # fmt: skip
 
     def fit(self, q, query_sums, group, *, register_order):
@@ -188,7 +188,7 @@ class FittedRatio:
         launch(
             _row_products, (len(rows), slots), q, rows, self._sums, self._weights, query_sums,
             self._sample.dense, self._products, *q.stride(), q.shape[1], group.start, self._sums.shape[1], q_blocks,
-            D=q.shape[3], ROWS=len(rows), STEP=16, REGISTER_ORDER=register_order, options={"num_warps": 4},
+            D=q.shape[3], ROWS=len(rows), STEP=16, QUERY_BLOCK=self._query_block, REGISTER_ORDER=register_order, options={"num_warps": 4},
         )  # fmt: skip
         launch(
             _ratio, (slots,), self._products, self._sample.ratio, self._block_ratio, group.start, self._sample.fitted,

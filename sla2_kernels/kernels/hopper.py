@@ -5,6 +5,7 @@ import functools
 import torch
 import triton
 
+from ..router import Q_BLOCK
 from ..support import interpreting, is_tested_triton
 
 # The releases whose Gluon it was compiled with; names in it still change from one to the next.
@@ -18,9 +19,9 @@ def _gluon_is_known():
     return is_tested_triton(GLUON_RELEASES)
 
 
-def takes_hopper_loop(card, qk, pv, q, k, v):
+def takes_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
     """True where the loop in Gluon takes q, k, v (B, H, N, D) on a card of compute capability ``card``."""
-    return why_not_hopper_loop(card, qk, pv, q, k, v) is None
+    return why_not_hopper_loop(card, qk, pv, q, k, v, query_block) is None
 
 
 def takes_hopper_walks(card, q, k, v, grad_out):
@@ -28,7 +29,7 @@ def takes_hopper_walks(card, q, k, v, grad_out):
     return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and _can_be_copied(grad_out)
 
 
-def why_not_hopper_loop(card, qk, pv, q, k, v):
+def why_not_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
     """None where the loop in Gluon takes such a call, else one sentence why Triton's does; arguments as above."""
     if interpreting():
         return "Triton's interpreter runs no kernel in Gluon"
@@ -38,17 +39,27 @@ def why_not_hopper_loop(card, qk, pv, q, k, v):
         )
     if (qk, pv) not in FORMATS:
         return f"the Hopper loop multiplies in int8 and fp8, or all in 16 bit, not in {qk} and {pv}"
-    if q.shape[3] != 128:
-        return f"the Hopper loop is for head_dim 128, and this call has {q.shape[3]}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the Hopper loop takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
-    if not _gluon_is_known():
-        first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
-        return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
+    if qk == "16bit" and query_block != Q_BLOCK:
+        return f"the Hopper loop in 16 bit is for {Q_BLOCK} query tokens per selection, and this call has {query_block}"
+    reason = why_no_loop_of(q.dtype, q.shape[3])
+    if reason:
+        return reason
     copied = {"q": q} if qk == "int8" else {"q": q, "k": k, "v": v}
     odd = [name for name, x in copied.items() if not _can_be_copied(x)]
     if odd:
         return f"the Hopper loop needs strides and addresses in multiples of {TMA_BYTES} bytes, unlike those of {' and '.join(odd)}"
+    return None
+
+
+def why_no_loop_of(dtype, head_dim):
+    """None where tensors of this dtype and head_dim, and the installed Triton, do not stand in the loop's way, else one sentence."""
+    if head_dim != 128:
+        return f"the Hopper loop is for head_dim 128, and this call has {head_dim}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the Hopper loop takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if not _gluon_is_known():
+        first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
+        return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
     return None
 
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..router import K_BLOCK, Q_BLOCK, block_count
+from ..router import K_BLOCK, block_count
 from .backward_keys import NO_ROW
 from .backward_queries import MIN_RATIO
 from .hopper_gluon import barrier, keep, load_async, new_barriers
@@ -25,7 +25,6 @@ from .numerics import NO_SCORE
 HEAD_DIM, ROWS = 128, 64
 D = gl.constexpr(HEAD_DIM)
 TILE = gl.constexpr(ROWS)  # rows of every tile
-QUERY_BLOCK = gl.constexpr(Q_BLOCK)
 KEY_BLOCK = gl.constexpr(K_BLOCK)
 STAGES = gl.constexpr(2)  # pairs of tiles: the one that is worked on, and the next
 
@@ -124,6 +123,7 @@ def _add_keys(tiles, stage, first_key, state, k_tokens, scale_log2, RAGGED: gl.c
 def _hopper_query_gradient(
     q_desc, g_desc, k_desc, v_desc, grad_q, selected, ratio, row_shift, row_delta, k_mean,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d, heads, q_tokens, k_tokens, count, scale_log2, scale,
+    QUERY_BLOCK: gl.constexpr,
 ):  # fmt: skip
     tile = gl.program_id(0)
     bh = gl.program_id(1)
@@ -137,7 +137,8 @@ def _hopper_query_gradient(
     full = new_barriers(STAGES, 1)
     fence_async_shared()
     barrier()
-    listed = selected + (bh.to(gl.int64) * ((q_tokens + QUERY_BLOCK - 1) // QUERY_BLOCK) + tile // 2) * count
+    q_blocks = (q_tokens + QUERY_BLOCK - 1) // QUERY_BLOCK
+    listed = selected + (bh.to(gl.int64) * q_blocks + tile // (QUERY_BLOCK // TILE)) * count
     # the last block alone may be ragged: it comes first, and the loop needs no masks
     first_key = gl.load(listed + count - 1) * KEY_BLOCK
     _load_pair(q_desc, g_desc, b, h, tile * TILE, own_bar.index(0), own_smem.index(0), own_smem.index(1), True)
@@ -190,13 +191,13 @@ def _hopper_query_gradient(
 def _hopper_key_gradient(
     q_desc, g_desc, k_desc, v_desc, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
     gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d, gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d,
-    heads, q_tokens, k_tokens, pairs, scale_log2, scale, LINEAR: gl.constexpr,
+    heads, q_tokens, k_tokens, pairs, scale_log2, scale, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr,
 ):  # fmt: skip
     tile = gl.program_id(0)
     bh = gl.program_id(1)
     b = bh // heads
     h = bh % heads
-    HALVES: gl.constexpr = QUERY_BLOCK // TILE
+    TILES: gl.constexpr = QUERY_BLOCK // TILE  # of a query block
     own_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, TILE, D], k_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, TILE, D], q_desc.layout)
     g_smem = gl.allocate_shared_memory(g_desc.dtype, [STAGES, 1, 1, TILE, D], g_desc.layout)
@@ -206,7 +207,7 @@ def _hopper_key_gradient(
     barrier()
     starts += bh.to(gl.int64) * ((k_tokens + KEY_BLOCK - 1) // KEY_BLOCK + 1) + tile
     first = gl.load(starts)
-    steps = HALVES * (gl.load(starts + 1) - first)
+    steps = TILES * (gl.load(starts + 1) - first)
     listed = query_blocks + bh.to(gl.int64) * pairs + first
     row_shift += bh.to(gl.int64) * q_tokens
     row_delta += bh.to(gl.int64) * q_tokens
@@ -226,7 +227,7 @@ def _hopper_key_gradient(
         barrier()
         after = step + 1
         more = after < steps
-        following = gl.load(listed + after // HALVES, mask=more, other=0) * QUERY_BLOCK + after % HALVES * TILE
+        following = gl.load(listed + after // TILES, mask=more, other=0) * QUERY_BLOCK + after % TILES * TILE
         free = after % STAGES
         _load_pair(q_desc, g_desc, b, h, following, full.index(free), q_smem.index(free), g_smem.index(free), more)
         rows = row + gl.arange(0, TILE, gl.SliceLayout(0, _scores()))
@@ -267,19 +268,20 @@ def _descriptors(*tensors):
 
 
 def hopper_query_gradient(
-    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean, *, scale, scale_log2
+    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean, *, scale, scale_log2, query_block
 ):
     """As query_gradient() of backward_queries.py, for calls whose q, k, v and grad_out TMA can copy."""
     batch, heads, tokens, _ = q.shape
     launch(
         _hopper_query_gradient, (block_count(tokens, ROWS), batch * heads),
         *_descriptors(q, grad_out, k, v), grad_q, selected, ratio, row_shift, row_delta, k_mean,
-        *grad_q.stride(), heads, tokens, k.shape[2], selected.shape[2], scale_log2, scale, options={"num_warps": 4},
+        *grad_q.stride(), heads, tokens, k.shape[2], selected.shape[2], scale_log2, scale,
+        QUERY_BLOCK=query_block, options={"num_warps": 4},
     )  # fmt: skip
 
 
 def hopper_key_gradients(
-    q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction, *, scale, scale_log2
+    q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction, *, scale, scale_log2, query_block
 ):
     """As key_gradients() of backward_keys.py, for calls whose q, k, v and grad_out TMA can copy."""
     batch, heads, tokens, _ = k.shape
@@ -288,5 +290,5 @@ def hopper_key_gradients(
         _hopper_key_gradient, (block_count(tokens, K_BLOCK), batch * heads),
         *_descriptors(q, grad_out, k, v), grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
         *grad_k.stride(), *grad_v.stride(), heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
-        LINEAR=k_correction is not None, options={"num_warps": 4},
+        QUERY_BLOCK=query_block, LINEAR=k_correction is not None, options={"num_warps": 4},
     )  # fmt: skip

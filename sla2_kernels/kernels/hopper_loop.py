@@ -115,16 +115,18 @@ def _half_of_sums(smem, stage, QK: gl.constexpr):
 
 
 @gluon.jit
-def _place_of(tile, q_blocks, CONSUMERS: gl.constexpr):
-    """(head of the group, query block, first half query block of this tile in its head)."""
-    TILES: gl.constexpr = 2 // CONSUMERS  # of a query block
+def _place_of(tile, q_blocks, CONSUMERS: gl.constexpr, QUERY_BLOCK: gl.constexpr):
+    """(head of the group, query block, first 64 rows of this tile among those of its head)."""
+    TILES: gl.constexpr = QUERY_BLOCK // (CONSUMERS * HALF)  # of a query block
     slot = tile // (q_blocks * TILES)
     place = tile % (q_blocks * TILES)
     return slot, place // TILES, place * CONSUMERS
 
 
 @gluon.jit
-def _produce(descriptors, q_ring, kv_ring, selected, sizes, QK: gl.constexpr, LINEAR: gl.constexpr):
+def _produce(
+    descriptors, q_ring, kv_ring, selected, sizes, QUERY_BLOCK: gl.constexpr, QK: gl.constexpr, LINEAR: gl.constexpr
+):  # fmt: skip
     """One warp: fills a stage of the Q ring per tile, a stage of the K and V ring per step, and one more with H_i."""
     q_desc, k_desc, v_desc, h_desc = descriptors
     q_smem, q_full, q_empty = q_ring
@@ -138,7 +140,7 @@ def _produce(descriptors, q_ring, kv_ring, selected, sizes, QK: gl.constexpr, LI
     turn = 0
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        slot, q_block, half = _place_of(tile, q_blocks, CONSUMERS)
+        slot, q_block, half = _place_of(tile, q_blocks, CONSUMERS, QUERY_BLOCK)
         bh = first_head + slot
         place = wait_empty(q_empty, turn)
         q_bar = q_full.index(place)
@@ -451,8 +453,11 @@ def _store_output(acc, out_plane, stride_n, stride_d, first_row, tokens, QK: gl.
 
 
 @gluon.jit
-def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl.constexpr, RATIO_KIND: gl.constexpr):
-    """One warpgroup: half a query block, the PART-th, of every tile of this program."""
+def _consume(
+    PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QUERY_BLOCK: gl.constexpr, QK: gl.constexpr,
+    RATIO_KIND: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: 64 rows, the PART-th, of every tile of this program."""
     q_smem, q_full, q_empty = q_ring
     k_smem, v_smem, full, empty = kv_ring
     selected, k_scale, v_exponent, balance, sums, block_ratio = inputs
@@ -466,7 +471,7 @@ def _consume(PART: gl.constexpr, q_ring, kv_ring, inputs, outputs, sizes, QK: gl
     turn = 0
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        slot, q_block, half = _place_of(tile, q_blocks, CONSUMERS)
+        slot, q_block, half = _place_of(tile, q_blocks, CONSUMERS, QUERY_BLOCK)
         bh = (first_head + slot).to(gl.int64)
         listed = selected + (bh * q_blocks + q_block) * count
         scales = k_scale + slot * k_blocks
@@ -520,7 +525,8 @@ def _hopper_sparse_attention(
     q_desc, k_desc, v_desc, h_desc, selected, k_scale, v_exponent, balance, sums, block_ratio, ratio, out,
     out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, QK: gl.constexpr, RATIO_KIND: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, QUERY_BLOCK: gl.constexpr, QK: gl.constexpr,
+    RATIO_KIND: gl.constexpr,
 ):  # fmt: skip
     V_ROWS: gl.constexpr = D if QK == "int8" else BLOCK
     V_COLUMNS: gl.constexpr = BLOCK if QK == "int8" else D
@@ -542,11 +548,11 @@ def _hopper_sparse_attention(
                 UPPER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
                 (selected, k_scale, v_exponent, balance, sums, block_ratio),
                 (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
-                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
+                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QUERY_BLOCK, QK, RATIO_KIND,
             )),
             (_produce, (
                 (q_desc, k_desc, v_desc, h_desc), (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty), selected,
-                (heads, first_head, q_blocks, count, tiles), QK, LINEAR,
+                (heads, first_head, q_blocks, count, tiles), QUERY_BLOCK, QK, LINEAR,
             )),
         ], [1], [24])  # fmt: skip
     else:
@@ -555,17 +561,17 @@ def _hopper_sparse_attention(
                 UPPER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
                 (selected, k_scale, v_exponent, balance, sums, block_ratio),
                 (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
-                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
+                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QUERY_BLOCK, QK, RATIO_KIND,
             )),
             (_consume, (
                 LOWER, (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty),
                 (selected, k_scale, v_exponent, balance, sums, block_ratio),
                 (ratio, out, out_stride_b, out_stride_h, out_stride_n, out_stride_d),
-                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QK, RATIO_KIND,
+                (heads, first_head, q_tokens, k_tokens, q_blocks, k_blocks, count, tiles, scale_log2), QUERY_BLOCK, QK, RATIO_KIND,
             )),
             (_produce, (
                 (q_desc, k_desc, v_desc, h_desc), (q_smem, q_full, q_empty), (k_smem, v_smem, full, empty), selected,
-                (heads, first_head, q_blocks, count, tiles), QK, LINEAR,
+                (heads, first_head, q_blocks, count, tiles), QUERY_BLOCK, QK, LINEAR,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -589,11 +595,11 @@ def _descriptors(q, k, v, work):
         k_tiles = work.packed_k.view(1, -1, k_blocks * K_BLOCK, HEAD_DIM)
         v_tiles = work.packed_v.view(1, -1, k_blocks * HEAD_DIM, K_BLOCK)
         pair = _descriptor(k_tiles, K_BLOCK, HEAD_DIM), _descriptor(v_tiles, HEAD_DIM, K_BLOCK)
-    return _descriptor(q, Q_BLOCK // 2, HEAD_DIM), *pair, _descriptor(sums, K_BLOCK, HEAD_DIM)
+    return _descriptor(q, HALF.value, HEAD_DIM), *pair, _descriptor(sums, K_BLOCK, HEAD_DIM)
 
 
 def hopper_sparse_attention(
-    q, k, v, out, work, balance, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, qk
+    q, k, v, out, work, balance, selected, block_ratio, ratio, group, *, query_block, ratio_kind, scale_log2, qk
 ):
     """As sparse_attention() of sparse_attention.py, for the calls that takes_hopper_loop() names, but out is only written.
 
@@ -604,7 +610,7 @@ def hopper_sparse_attention(
     q_blocks, count = selected.shape[1:]
     k_blocks = block_count(k.shape[2], K_BLOCK)
     program = PROGRAMS[qk]
-    tiles = (group.stop - group.start) * q_blocks * (2 // program.consumers)
+    tiles = (group.stop - group.start) * q_blocks * (query_block // (program.consumers * HALF.value))
     # warp_specialize() passes no None on, so a tensor that a call has no use for is replaced by any float32 one
     k_scale, v_exponent, balance = (work.k_scale, work.v_exponent, balance) if qk == "int8" else (ratio, ratio, ratio)
     sums = ratio if ratio_kind == "none" else work.query_sums
@@ -613,6 +619,6 @@ def hopper_sparse_attention(
         _hopper_sparse_attention, (min(tiles, program.resident * programs(q.device)),),
         *_descriptors(q, k, v, work), selected, k_scale, v_exponent, balance, sums, block_ratio, ratio, out,
         *out.stride(), heads, group.start, q_tokens, k.shape[2], q_blocks, k_blocks, count, tiles, scale_log2,
-        CONSUMERS=program.consumers, STAGES=program.stages, Q_STAGES=program.q_stages, QK=qk, RATIO_KIND=ratio_kind,
-        options=program.options,
+        CONSUMERS=program.consumers, STAGES=program.stages, Q_STAGES=program.q_stages, QUERY_BLOCK=query_block, QK=qk,
+        RATIO_KIND=ratio_kind, options=program.options,
     )  # fmt: skip

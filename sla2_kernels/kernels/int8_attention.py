@@ -22,7 +22,7 @@ from ..router import K_BLOCK, block_count
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE
-from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
@@ -114,7 +114,8 @@ def _int8_sparse_attention(
     q, out, packed_k, k_scale, packed_v, v_exponent, balance, v_channel, selected, sums, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
-    D: tl.constexpr, TILE: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr, LINEAR_ROWS: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -197,7 +198,7 @@ def takes_linear_branch(q):
 
 
 def int8_sparse_attention(
-    q, k_tokens, out, work, pools, selected, block_ratio, ratio, group, *, ratio_kind, scale_log2, config
+    q, k_tokens, out, work, pools, selected, block_ratio, ratio, group, *, query_block, ratio_kind, scale_log2, config
 ):
     """Writes out (B, H, N, D) and ratio (B, H, N) for the heads of slice ``group``.
 
@@ -212,6 +213,6 @@ def int8_sparse_attention(
         q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, pools.balance, pools.v_channel, selected,
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
-        D=head_dim, TILE=config.tile_m, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
         LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .tiles import QUERY_BLOCK, load_tile, plane_of, store_tile, tile_rows
+from .tiles import load_tile, plane_of, store_tile, tile_rows
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def query_sums_of(sums, block, D: tl.constexpr):
 def _linear_attention(
     q, sums, out, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
-    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr,
+    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -62,7 +62,7 @@ def _linear_attention(
     )  # fmt: skip
 
 
-def linear_attention(q, work, out, block_ratio, ratio, group, *, config):
+def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, config):
     """Writes O_l into out (B, H, N, D) for the heads of slice ``group``, from the sums of ``work`` (a Workspace).
 
     block_ratio: (B * H, T_m): ratio (B, H, N) becomes that of each row's query block, 1 where O_l has no weight. None
@@ -72,5 +72,5 @@ def linear_attention(q, work, out, block_ratio, ratio, group, *, config):
     launch(
         _linear_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
         q, work.query_sums, out, block_ratio, ratio, *q.stride(), *out.stride(), heads, group.start, tokens,
-        D=head_dim, TILE=config.tile_m, options=config.options,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, options=config.options,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..router import K_BLOCK, Q_BLOCK, block_count
+from ..router import K_BLOCK, block_count
 from .channels import SAMPLED, STEP, balance_channels, value_powers
 from .launch import launch
 from .tiles import load_tile, plane_of, valid_rows
@@ -95,12 +95,13 @@ def _smooth(pooled, mean, means, tokens, blocks, D: tl.constexpr, ROWS: tl.const
             tl.store(at, tile.to(means.dtype.element_ty), mask=inside)
 
 
-def pools(k, q=None, v=None, *, queries=False, balance=False, channels=False):
-    """Pools of k, and of q where ``queries``, any stride (B, H, T, D); the samples that ``balance`` (of q and k) and
+def pools(k, q=None, v=None, *, query_block=None, balance=False, channels=False):
+    """Pools of k, and of q in blocks of ``query_block`` unless that is None, any stride (B, H, T, D); the samples that ``balance`` (of q and k) and
     ``channels`` (of v, which implies balance) ask for."""
     batch, heads, k_tokens, head_dim = k.shape
     q, v = k if q is None else q, k if v is None else v
-    q_blocks, k_blocks = block_count(q.shape[2], Q_BLOCK) if queries else 0, block_count(k_tokens, K_BLOCK)
+    queries = query_block is not None
+    q_blocks, k_blocks = block_count(q.shape[2], query_block) if queries else 0, block_count(k_tokens, K_BLOCK)
 
     def empty(wanted, *shape):
         return torch.empty(batch * heads, *shape, dtype=torch.float32, device=k.device) if wanted else None
@@ -113,7 +114,7 @@ def pools(k, q=None, v=None, *, queries=False, balance=False, channels=False):
     launch(
         _pools, (jobs, batch * heads), q, k, v, found.q, found.k, found.balance, found.v_channel,
         *q.stride(), *k.stride(), *v.stride(), heads, q.shape[2], k_tokens, q_blocks, k_blocks,
-        D=head_dim, Q_ROWS=Q_BLOCK, K_ROWS=K_BLOCK, SAMPLED=SAMPLED, STEP=STEP, options={"num_warps": 2},
+        D=head_dim, Q_ROWS=query_block or K_BLOCK, K_ROWS=K_BLOCK, SAMPLED=SAMPLED, STEP=STEP, options={"num_warps": 2},
     )  # fmt: skip
     return found
 
@@ -126,7 +127,7 @@ def block_means(x, block):
     launch(
         _pools, (blocks, batch * heads), x, x, x, None, means, None, None, *x.stride(), *x.stride(), *x.stride(),
         heads, tokens, tokens, 0, blocks,
-        D=head_dim, Q_ROWS=Q_BLOCK, K_ROWS=block, SAMPLED=SAMPLED, STEP=STEP, options={"num_warps": 2},
+        D=head_dim, Q_ROWS=block, K_ROWS=block, SAMPLED=SAMPLED, STEP=STEP, options={"num_warps": 2},
     )  # fmt: skip
     return means
 

@@ -10,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..router import K_BLOCK, block_count
+from ..router import K_BLOCK, Q_BLOCK, block_count
 from ..support import capability
 from .configs import multiplies_by_mma_sync
 from .launch import launch
 from .numerics import MIN_MAGNITUDE, ordered_int
-from .tiles import QUERY_BLOCK
 
 TILE = 64
 HALVES_ROWS = 32
@@ -31,7 +30,7 @@ KEY_BLOCK_LOG2 = tl.constexpr(K_BLOCK.bit_length() - 1)
 @triton.jit(do_not_specialize=["b_heads", "b_stride_h", "rows", "cols", "diagonal", "first_free", "end_free"])
 def _product(
     a, b, out, b_heads, b_stride_h, rows, cols, out_stride, diagonal, first_free, end_free,
-    D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -42,12 +41,13 @@ def _product(
     right = tl.load(right_at, mask=j[None, :] < cols, other=0.0)  # [D, TILE]
     # in steps along D, which need less shared memory, the same product takes three times as long
     tile = tl.dot(left, right, input_precision="tf32x3")  # [TILE, TILE]
-    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED)
+    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED, QUERY_BLOCK)
 
 
 @triton.jit
 def _store(
-    out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED: tl.constexpr
+    out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free,
+    ORDERED: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes a [TILE, TILE] product. ORDERED: as scores()."""
     out_at = out + (bh * rows + i[:, None]) * out_stride + j[None, :]
@@ -97,7 +97,7 @@ def _take_apart(x, high, low, power, tile, rows, D: tl.constexpr, TILE: tl.const
 @triton.jit(do_not_specialize=["b_heads", "rows", "cols", "diagonal", "first_free", "end_free"])
 def _product_of_halves(
     a_high, a_low, a_power, b_high, b_low, b_power, out, b_heads, rows, cols, out_stride, diagonal, first_free, end_free,
-    D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -114,7 +114,7 @@ def _product_of_halves(
     tile = tl.dot(left, right, tile)
     tile *= tl.load(a_power + a_row, mask=a_inside, other=0.0)[:, None]
     tile *= tl.load(b_power + b_row, mask=b_inside, other=0.0)[None, :]
-    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED)
+    _store(out, tile, bh, i, j, rows, cols, out_stride, diagonal, first_free, end_free, ORDERED, QUERY_BLOCK)
 
 
 def _in_halves(a, b):
@@ -130,7 +130,7 @@ def _in_halves(a, b):
     return halves
 
 
-def _launch(a, b, out, b_heads, cols, *ordering):
+def _launch(a, b, out, b_heads, cols, *ordering, query_block=Q_BLOCK):
     """Fills out with A B^T of a (B * H, rows, D) and b (b_heads, cols, D), contiguous; b's heads repeat.
 
     ordering: of scores, see scores().
@@ -138,11 +138,12 @@ def _launch(a, b, out, b_heads, cols, *ordering):
     batch_heads, rows, head_dim = a.shape
     grid = (block_count(rows, TILE), block_count(out.shape[-1], TILE), batch_heads)
     sizes = rows, cols, out.shape[-1], *(ordering or (0, 0, 0))
-    constants = {"D": head_dim, "TILE": TILE, "ORDERED": out.dtype == torch.int32, "options": {"num_warps": 4}}
+    constants = {"D": head_dim, "TILE": TILE, "ORDERED": out.dtype == torch.int32, "QUERY_BLOCK": query_block}
+    options = {"num_warps": 4}
     if multiplies_by_mma_sync(capability(a.device)):
-        launch(_product_of_halves, grid, *_in_halves(a, b), out, b_heads, *sizes, **constants)
+        launch(_product_of_halves, grid, *_in_halves(a, b), out, b_heads, *sizes, **constants, options=options)
     else:
-        launch(_product, grid, a, b, out, b_heads, cols * head_dim, *sizes, **constants)
+        launch(_product, grid, a, b, out, b_heads, cols * head_dim, *sizes, **constants, options=options)
     return out
 
 
@@ -154,11 +155,11 @@ def project(pooled, proj):
     return _launch(pooled, proj, torch.empty_like(pooled), heads, proj.shape[-1])
 
 
-def scores(q_pooled, k_pooled, diagonal=None, forced=(0, 0)):
+def scores(q_pooled, k_pooled, query_block, diagonal=None, forced=(0, 0)):
     """Router scores of (B * H, T_m, D) and (B * H, T_n, D) as int32 (B * H, T_m, T_n padded to whole SCORES_STEPs).
 
     They are in the order of the float32 scores, up to a positive factor, and the padding is below all. diagonal: which key
-    is the first query's own; each query's own key blocks then are above all. None leaves the scores alone. forced: so many
+    is the first query's own; the key blocks of each query block's own tokens then are above all. None leaves the scores alone. forced: so many
     key blocks at the start and the end are above all, too.
     """
     batch_heads, key_blocks, _ = k_pooled.shape
@@ -166,4 +167,5 @@ def scores(q_pooled, k_pooled, diagonal=None, forced=(0, 0)):
     out = torch.empty(batch_heads, q_pooled.shape[1], width, dtype=torch.int32, device=q_pooled.device)
     nowhere = width * K_BLOCK
     own = nowhere if diagonal is None else diagonal
-    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks, own, forced[0], key_blocks - forced[1])
+    ordering = own, forced[0], key_blocks - forced[1]
+    return _launch(q_pooled, k_pooled, out, batch_heads, key_blocks, *ordering, query_block=query_block)

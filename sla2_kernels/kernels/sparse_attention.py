@@ -18,7 +18,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import FP8_MAX, INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, MIN_MAGNITUDE, NO_SCORE, P_LOG2_RANGE, to_fp8
-from .tiles import KEY_BLOCK, QUERY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _sparse_attention(
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2,
-    D: tl.constexpr, TILE: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, BIASED: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, BIASED: tl.constexpr,
     SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -186,7 +186,9 @@ def _sparse_attention(
     tl.store(ratio_at, row_ratio, mask=inside)
 
 
-def sparse_attention(q, k, v, out, work, balance, selected, ratio, group, *, ratio_kind, scale_log2, qk, pv, config):
+def sparse_attention(
+    q, k, v, out, work, balance, selected, ratio, group, *, query_block, ratio_kind, scale_log2, qk, pv, config
+):
     """Writes out (B, H, N, D) and ratio (B, H, N) for the heads of slice ``group``.
 
     work: the packed key blocks (Workspace). balance: of INT8 K, as in Pools. selected: int32 (B * H, T_m, n), ascending.
@@ -200,6 +202,6 @@ def sparse_attention(q, k, v, out, work, balance, selected, ratio, group, *, rat
         q, k, v, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, balance, selected, ratio,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         heads, group.start, tokens, k.shape[2], count, scale_log2,
-        D=head_dim, TILE=config.tile_m, QK=qk, PV=pv, BIASED=qk == "int8" and not config.converts,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, QK=qk, PV=pv, BIASED=qk == "int8" and not config.converts,
         SEVERAL=count > 1, RATIO_KIND=ratio_kind, options=config.options,
     )  # fmt: skip

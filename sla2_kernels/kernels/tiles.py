@@ -7,11 +7,10 @@ do not fit 32 bits.
 import triton
 import triton.language as tl
 
-from ..router import K_BLOCK, Q_BLOCK
+from ..router import K_BLOCK
 from ..support import interpreting
 
-# Plain integers in Triton's interpreter, which knows no int % constexpr.
-QUERY_BLOCK = Q_BLOCK if interpreting() else tl.constexpr(Q_BLOCK)  # query rows that share a selection
+# A plain integer in Triton's interpreter, which knows no int % constexpr.
 KEY_BLOCK = K_BLOCK if interpreting() else tl.constexpr(K_BLOCK)  # keys that are selected or left out together
 
 

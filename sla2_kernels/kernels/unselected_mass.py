@@ -12,7 +12,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE
-from .tiles import QUERY_BLOCK, load_tile, plane_of, tile_rows, valid_rows
+from .tiles import load_tile, plane_of, tile_rows, valid_rows
 
 
 @triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "k_blocks"])
@@ -20,7 +20,7 @@ def _unselected_mass(
     q, k_means, k_mean, unselected, log2_mass,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, mask_stride_h, mask_stride_m,
     heads, q_tokens, k_tokens, k_blocks, scale_log2,
-    D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SMOOTHED: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, d = tile_rows(tile, TILE), tl.arange(0, D)
@@ -51,7 +51,7 @@ def _unselected_mass(
     tl.store(log2_mass + bh * q_tokens + rows, mass, mask=rows < q_tokens)
 
 
-def unselected_mass(q, routed, log2_mass, k_tokens, *, scale_log2, smoothed, config):
+def unselected_mass(q, routed, log2_mass, k_tokens, query_block, *, scale_log2, smoothed, config):
     """Writes log2_mass, float32 (B, H, N), of q (B, H, N, D), any stride; scale_log2 above 0.
 
     routed: a Routing. smoothed: whether the sparse loop's scores are of smoothed K.
@@ -62,5 +62,5 @@ def unselected_mass(q, routed, log2_mass, k_tokens, *, scale_log2, smoothed, con
         _unselected_mass, (block_count(tokens, config.tile_m), batch * heads),
         q, routed.k_means, routed.k_mean, mask, log2_mass, *q.stride(), mask.stride(0), mask.stride(1),
         heads, tokens, k_tokens, mask.shape[2], scale_log2,
-        D=head_dim, TILE=config.tile_m, STEP=config.step, SMOOTHED=smoothed, options=config.options,
+        D=head_dim, TILE=config.tile_m, STEP=config.step, QUERY_BLOCK=query_block, SMOOTHED=smoothed, options=config.options,
     )  # fmt: skip

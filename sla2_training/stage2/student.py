@@ -68,6 +68,7 @@ class Student(nn.Module):
             "backend": self.backend,
             "return_alpha": ratio is None,
             "keep_diagonal": self.router.keep_diagonal,
+            "query_block": self.router.q_block,
         }
         with torch.autocast(q.device.type, enabled=False):
             out = sla2_attention(q, k, v, *projections, ratio, **options)

@@ -18,16 +18,17 @@ def qkv():
     return [torch.randn(1, 300, 2, 32, generator=generator).bfloat16().float() for _ in range(3)]
 
 
-def test_errors_are_those_of_the_operator(qkv):
-    tap = Tap((SPARSITY,), fitted=20, judged=280)
+@pytest.mark.parametrize("query_block", [128, 64])
+def test_errors_are_those_of_the_operator(qkv, query_block):
+    tap = Tap((SPARSITY,), 20, 280, query_block)
     for _ in range(2):  # both halves of guidance
         tap(0, *qkv)
     q, k, v = (x.transpose(1, 2) for x in qkv)
     rows = torch.randperm(300, generator=torch.Generator().manual_seed(0))[20:]
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))[:, :, rows]
-    selected = top_k_blocks(with_diagonal(router_scores(q, k)), 2)
+    selected = top_k_blocks(with_diagonal(router_scores(q, k, query_block=query_block), 0, query_block), 2)
     for ratio, alpha in ((None, None), (torch.tensor([[0.3, 0.6]], dtype=torch.float64), torch.tensor([0.3, 0.6]))):
-        out, _ = sla2_reference(q, k, v, alpha=alpha, key_blocks=selected)
+        out, _ = sla2_reference(q, k, v, alpha=alpha, key_blocks=selected, query_block=query_block)
         expected = (out[:, :, rows] - dense).norm() / dense.norm()
 
         def choose(calls, step, half, layer, ratio=ratio):

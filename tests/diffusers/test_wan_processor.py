@@ -90,23 +90,24 @@ def test_undo_leaves_a_later_processor_alone(transformer):
     assert not isinstance(transformer.blocks[1].attn1.processor, SLA2WanProcessor)
 
 
-@pytest.mark.parametrize("trained_with", [None, True, False])
-def test_own_blocks_are_kept_untrained_or_where_the_router_was_trained_so(
+@pytest.mark.parametrize("trained_with", [None, {"keep_diagonal": True, "q_block": 64}, {"keep_diagonal": False}])
+def test_a_router_is_used_as_it_was_trained_and_none_keeps_own_blocks_and_goes_by_the_card(
     transformer, inputs, monkeypatch, trained_with
 ):
-    kept = []
-
+    used = []
+    monkeypatch.setattr("sla2_diffusers.default_query_block", lambda q, precision: 64)
     for operator in (sla2_attention, fitted_attention):
 
-        def spy(*tensors, keep_diagonal, operator=operator, **options):
-            kept.append(keep_diagonal)
-            return operator(*tensors, keep_diagonal=keep_diagonal, **options)
+        def spy(*tensors, operator=operator, **options):
+            used.append({"keep_diagonal": options["keep_diagonal"], "q_block": options["query_block"]})
+            return operator(*tensors, **options)
 
         monkeypatch.setattr(f"sla2_diffusers.{operator.__name__}", spy)
-    weights = None if trained_with is None else router(keep_diagonal=trained_with)
+    weights = None if trained_with is None else router(**trained_with)
     apply_sla2(transformer, weights, sparsity=0.75, precision="16bit")
     run(transformer, inputs)
-    assert kept == [trained_with is not False] * LAYERS
+    expected = {"keep_diagonal": True, "q_block": 64} if trained_with is None else {"q_block": 128} | trained_with
+    assert used == [expected] * LAYERS
 
 
 def test_cross_attention_is_untouched(transformer, inputs):

@@ -20,11 +20,13 @@ LAYERS, HEADS, HEAD_DIM = 2, 8, 32
 SPARSITY = 0.6
 # tokens: with 4 processes shares within a block; shares that blocks cross; whole blocks alone
 LENGTHS = (300, 1160, 1024)
+QUERY_BLOCKS = (128, 64)
 WAYS = {
     "SLA2 first": {"exchange": "16bit"},
     "SLA2 last": {"exchange": "16bit"},
     "two groups": {"exchange": "16bit"},
     "8 bit": {"exchange": "8bit"},
+    "8 bit, 64 query tokens": {"exchange": "8bit"},
     "untrained": {"exchange": "16bit"},
 }
 
@@ -42,17 +44,17 @@ def projections():
     return each, each.flip(0)
 
 
-def router():
+def router(**facts):
     """Weights that differ from head to head, and projections that the heads of the second layer share."""
     proj_q, proj_k = projections()
     ratios = torch.linspace(-1, 1, HEADS)[None, :, None]
     layers = RouterLayer(proj_q, proj_k, ratios), RouterLayer(proj_q[0], proj_q[1], -ratios)
-    return RouterWeights(layers, model_family="wan", num_heads=HEADS, head_dim=HEAD_DIM, sparsities=(0.75,))
+    return RouterWeights(layers, model_family="wan", num_heads=HEADS, head_dim=HEAD_DIM, sparsities=(0.75,), **facts)
 
 
 def applied(model, way, **options):
     """The handle of SLA2 on the model in one of WAYS."""
-    weights = None if way == "untrained" else router()
+    weights = None if way == "untrained" else router(q_block=64 if "64" in way else 128)
     return apply_sla2(model, weights, sparsity=0.75, minimum_tokens=396, **WAYS[way], **options)
 
 
@@ -74,20 +76,19 @@ def qkv(tokens, dtype, batch=2):
     return [x.to(dtype) for x in (q, k, v, grad)]
 
 
-def attend(q, k, v, heads, key_blocks=None, precision="16bit"):
+def attend(q, k, v, heads, key_blocks=None, precision="16bit", query_block=128):
     proj_q, proj_k = (p[heads] for p in projections())
     alpha = torch.linspace(0.3, 0.8, HEADS)[heads]
-    return sla2_attention(
-        q, k, v, proj_q, proj_k, alpha, sparsity=SPARSITY, precision=precision, layout="BNHD", key_blocks=key_blocks
-    )
+    options = {"precision": precision, "key_blocks": key_blocks, "query_block": query_block}
+    return sla2_attention(q, k, v, proj_q, proj_k, alpha, sparsity=SPARSITY, layout="BNHD", **options)
 
 
-def attend_int8(q, k, v, heads, key_blocks=None):
-    return attend(q, k, v, heads, key_blocks, "int8")
+def attend_int8(q, k, v, heads, key_blocks=None, query_block=128):
+    return attend(q, k, v, heads, key_blocks, "int8", query_block)
 
 
-def routing():
-    return PoolRouting(SPARSITY, *projections())
+def routing(query_block=128):
+    return PoolRouting(SPARSITY, *projections(), query_block=query_block)
 
 
 def output_and_gradients(q, k, v, grad, attention):
@@ -106,16 +107,16 @@ def gathered(part, dim):
     return torch.cat(parts, dim)
 
 
-def exchanged_in_8_bit(tokens, dtype):
+def exchanged_in_8_bit(tokens, dtype, query_block):
     """(output, key blocks of all heads) of int8 attention behind an exchange in 8 bit."""
     selected = []
 
     def attend_and_keep(q, k, v, heads, key_blocks):
         selected.append(key_blocks.key_blocks)
-        return attend_int8(q, k, v, heads, key_blocks)
+        return attend_int8(q, k, v, heads, key_blocks, query_block)
 
     q, k, v, _ = share_of(qkv(tokens, dtype))
-    out = sequence_parallel_attention(q, k, v, attend_and_keep, head_groups=2, routing=routing())
+    out = sequence_parallel_attention(q, k, v, attend_and_keep, head_groups=2, routing=routing(query_block))
     return gathered(out, 1), gathered(torch.cat(selected, dim=1), 1)
 
 
@@ -148,7 +149,8 @@ def work(rank, processes, folder):
     for tokens in LENGTHS:
         for dtype in (torch.float32, torch.bfloat16):
             found["16bit", tokens, dtype] = gathered(together(2)(*share_of(qkv(tokens, dtype)[:3])), 1)
-            found["8bit", tokens, dtype] = exchanged_in_8_bit(tokens, dtype)
+            for query_block in QUERY_BLOCKS:
+                found["8bit", tokens, dtype, query_block] = exchanged_in_8_bit(tokens, dtype, query_block)
     found["broken"] = broken_rows()
     # diffusers counts accelerators, and divides by their number
     torch.accelerator.device_count = lambda: 1

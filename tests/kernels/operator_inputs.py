@@ -24,7 +24,7 @@ class Inputs:
 
     def reference(self, key_blocks=None):
         """(out, ratio) of the definition, on the selection that the call itself used."""
-        options = {"sparsity": self.options.get("sparsity", 0.97), "scale": self.options.get("scale")}
+        options = {"sparsity": 0.97, "scale": None, "query_block": 128} | self.options
         return sla2_reference(*self.tensors(), key_blocks=key_blocks, **options)
 
 

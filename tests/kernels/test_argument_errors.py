@@ -29,6 +29,11 @@ CASES = {
     "layout": ({"layout": "NHD"}, 'layout must be "BHND" or "BNHD", got \'NHD\'.'),
     "precision": ({"precision": "int4"}, 'precision must be "16bit", "int8" or "fp8", got \'int4\'.'),
     "backend": ({"backend": "cuda"}, 'backend must be "auto", "triton" or "torch", got \'cuda\'.'),
+    "query_block 32": ({"query_block": 32}, "query_block must be 128 or 64, got 32."),
+    "query_block of two": (
+        {"query_block": torch.tensor([64, 64])},
+        "query_block must be 128 or 64, got a tensor of shape (2,).",
+    ),
     "sparsity 1": ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, got 1.0."),
     "sparsity below 0": ({"sparsity": -0.1}, "sparsity must be at least 0 and below 1, got -0.1."),
     "sparsity in percent": ({"sparsity": 97}, "sparsity must be at least 0 and below 1, got 97."),
@@ -136,6 +141,10 @@ CASES = {
         {"key_blocks": blocks(2, 3, 3, 1)},
         "key_blocks must be (2, 3, 2) x n with n from 1 to 4, got (2, 3, 3, 1).",
     ),
+    "key_blocks of 128 query tokens": (
+        {"key_blocks": blocks(2, 3, 2, 1), "query_block": 64},
+        "key_blocks must be (2, 3, 3) x n with n from 1 to 4, got (2, 3, 2, 1).",
+    ),
     "no key_blocks": (
         {"key_blocks": blocks(2, 3, 2, 0)},
         "key_blocks must be (2, 3, 2) x n with n from 1 to 4, got (2, 3, 2, 0).",
@@ -183,6 +192,7 @@ FITTED = {
     "layout": CASES["layout"],
     "precision": CASES["precision"],
     "room": CASES["room 3"],
+    "query_block 32": CASES["query_block 32"],
 }
 
 
@@ -214,6 +224,7 @@ def test_the_selection_refuses_the_same(change, sentence):
 FORCED = {
     "layout": ({"layout": "BDHN"}, 'layout must be "BHND" or "BNHD", got \'BDHN\'.'),
     "backend": ({"backend": "cuda"}, 'backend must be "auto", "triton" or "torch", got \'cuda\'.'),
+    "query_block 32": CASES["query_block 32"],
     "front 1.5": ({"front": 1.5}, "front must be an integer, got 1.5."),
     "back text": ({"back": "10"}, "back must be an integer, got '10'."),
     "sparsity None": ({"sparsity": None}, "sparsity must be at least 0 and below 1, got None."),
@@ -238,7 +249,15 @@ def test_a_selection_with_forced_blocks_refuses(change, sentence):
 VIDEO = {
     **{
         name: FORCED[name]
-        for name in ("layout", "backend", "front 1.5", "back text", "sparsity None", "q of 3 dimensions")
+        for name in (
+            "layout",
+            "backend",
+            "query_block 32",
+            "front 1.5",
+            "back text",
+            "sparsity None",
+            "q of 3 dimensions",
+        )
     },
     "k None": ({"k": None}, "k must be a tensor of 4 dimensions (BHND), got None."),
     "v without tokens": ({"v": torch.ones(2, 3, 0, 16)}, "v is empty: shape (2, 3, 0, 16)."),

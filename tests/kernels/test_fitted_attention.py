@@ -19,20 +19,21 @@ SPARSITY = 0.6
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-@pytest.mark.parametrize("keys", [300, 450])
-def test_ratio_rows_and_output_are_the_definitions(generator, keys, layout):
+@pytest.mark.parametrize(("keys", "query_block"), [(300, 128), (450, 128), (450, 64)])
+def test_ratio_rows_and_output_are_the_definitions(generator, keys, query_block, layout):
     inputs = attention_inputs(generator, batch=2, tokens=300, keys=keys, head_dim=32, dtype=torch.float64)
     q, k, v = inputs.q, inputs.k, inputs.v
-    rows, selected = sample_rows(300, 5), select_key_blocks(q, k, sparsity=SPARSITY)
-    ratio, _ = fitted_ratio(q, k, v, selected, rows[:FITTED_ROWS])
-    _, dense = fitted_ratio(q, k, v, selected, rows)
+    block = {"query_block": query_block}
+    rows, selected = sample_rows(300, 5), select_key_blocks(q, k, sparsity=SPARSITY, **block)
+    ratio, _ = fitted_ratio(q, k, v, selected, rows[:FITTED_ROWS], **block)
+    _, dense = fitted_ratio(q, k, v, selected, rows, **block)
     videos = [slice(b, b + 1) for b in range(2)]
     expected = torch.cat(
-        [sla2_reference(q[b], k[b], v[b], alpha=ratio[b][0], key_blocks=selected[b])[0] for b in videos]
+        [sla2_reference(q[b], k[b], v[b], alpha=ratio[b][0], key_blocks=selected[b], **block)[0] for b in videos]
     )
     if layout == "BNHD":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    found = fitted_attention(q, k, v, rows=rows, sparsity=SPARSITY, precision="16bit", layout=layout)
+    found = fitted_attention(q, k, v, rows=rows, sparsity=SPARSITY, precision="16bit", layout=layout, **block)
     out = found.out.transpose(1, 2) if layout == "BNHD" else found.out
     assert relative_error(out, expected) < 1e-10
     assert relative_error(found.dense, dense) < 1e-6 and (found.ratio - ratio).abs().max() < 1e-6  # they are float32

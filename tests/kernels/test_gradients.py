@@ -18,7 +18,7 @@ def leaves_of(inputs):
 
 def reference_gradients(inputs, key_blocks, weight):
     q, k, v, alpha = leaves = leaves_of(inputs)
-    out, _ = sla2_reference(q, k, v, alpha=alpha, key_blocks=key_blocks)
+    out, _ = sla2_reference(q, k, v, alpha=alpha, key_blocks=key_blocks, **inputs.options)
     (out * weight).sum().backward()
     return [x.grad for x in leaves if x is not None]
 
@@ -32,17 +32,19 @@ def operator_gradients(inputs, weight, **options):
 
 @pytest.mark.parametrize("knots", [None, 0, 3])
 @pytest.mark.parametrize(
-    ("tokens", "keys", "sparsity"), [(1, 65, 0.5), (129, 300, 0.5), (300, 200, 0.7), (130, 64, 0.0)]
+    ("tokens", "keys", "sparsity", "query_block"),
+    [(1, 65, 0.5, 128), (129, 300, 0.5, 128), (300, 200, 0.7, 128), (130, 64, 0.0, 128), (300, 200, 0.7, 64)],
 )
-def test_float64_gradients_are_exact(generator, tokens, keys, sparsity, knots):
+def test_float64_gradients_are_exact(generator, tokens, keys, sparsity, query_block, knots):
     inputs = attention_inputs(
-        generator, batch=2, heads=2, tokens=tokens, keys=keys, head_dim=16, dtype=torch.float64, knots=knots
-    )
+        generator, batch=2, tokens=tokens, keys=keys, head_dim=16, dtype=torch.float64, knots=knots,
+        sparsity=sparsity, query_block=query_block,
+    )  # fmt: skip
     inputs.alpha = None if knots is None else inputs.alpha.double()
-    key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=sparsity)
+    key_blocks = select_key_blocks(inputs.q, inputs.k, **inputs.options)
     weight = normal(generator, *inputs.q.shape).double()
     expected = reference_gradients(inputs, key_blocks, weight)
-    found = operator_gradients(inputs, weight, sparsity=sparsity, precision="16bit")
+    found = operator_gradients(inputs, weight, precision="16bit", **inputs.options)
     for grad, wanted in zip(found, expected, strict=True):
         assert (grad - wanted).norm() <= 1e-10 * wanted.norm() + 1e-12
 

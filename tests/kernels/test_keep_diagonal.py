@@ -10,19 +10,20 @@ from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import own_key_blocks, router_scores
 
 
-def own_blocks(query_block, tokens, first=0):
-    """Key blocks that hold the query block's own tokens, counted token by token."""
-    positions = range(first + 128 * query_block, first + min(128 * (query_block + 1), tokens))
+def own_blocks(number, tokens, first=0, size=128):
+    """Key blocks that hold the own tokens of a query block of ``size`` tokens, counted token by token."""
+    positions = range(first + size * number, first + min(size * (number + 1), tokens))
     return {position // 64 for position in positions}
 
 
+@pytest.mark.parametrize("size", [128, 64])
 @pytest.mark.parametrize("first", [0, 1, 63, 64, 70])
-def test_own_key_blocks_are_those_of_its_tokens(first):
+def test_own_key_blocks_are_those_of_its_tokens(first, size):
     keys = 600 + first
-    found = own_key_blocks(torch.arange(5), -(-keys // 64), first)
+    found = own_key_blocks(torch.arange(5), -(-keys // 64), first, size)
     # the last query block may reach past the keys: columns beyond them do not exist
     assert [set(row.nonzero().flatten().tolist()) for row in found] == [
-        {block for block in own_blocks(n, 10**9, first) if block < found.shape[1]} for n in range(5)
+        {block for block in own_blocks(n, 10**9, first, size) if block < found.shape[1]} for n in range(5)
     ]
 
 
@@ -41,15 +42,15 @@ def test_own_blocks_first_then_the_best_of_the_rest(generator, tokens, layout):
             assert set(row) == own | set(rest[: len(row) - len(own)])
 
 
-@pytest.mark.parametrize("knots", [None, 2])
-def test_output_and_ratio_are_the_definitions(generator, knots):
+@pytest.mark.parametrize(("knots", "query_block"), [(None, 128), (2, 128), (2, 64)])
+def test_output_and_ratio_are_the_definitions(generator, knots, query_block):
     inputs = attention_inputs(generator, batch=2, tokens=500, proj="shared", knots=knots, dtype=torch.float64)
     inputs.alpha = None if knots is None else inputs.alpha.double()
-    options = {"sparsity": 0.6, "keep_diagonal": True}
+    options = {"sparsity": 0.6, "keep_diagonal": True, "query_block": query_block}
     out, ratio = sla2_attention(*inputs.tensors(), **options, precision="16bit", return_alpha=True)
     expected, expected_ratio = sla2_reference(*inputs.tensors(), **options)
     assert relative_error(out, expected) < 1e-12 and relative_error(ratio, expected_ratio) < 1e-6
-    without, _ = sla2_reference(*inputs.tensors(), sparsity=0.6)
+    without, _ = sla2_reference(*inputs.tensors(), sparsity=0.6, query_block=query_block)
     assert relative_error(without, expected) > 1e-3, "these inputs do not tell the two apart"
 
 

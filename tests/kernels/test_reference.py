@@ -9,17 +9,17 @@ from sla2_kernels.reference import phi, sla2_reference, top_k_mask
 EXACT = 1e-12
 
 
-def dense_formula(inputs, sparsity):
+def dense_formula(inputs, sparsity, block_rows):
     """(out, ratio) of one head by N x M masks, block by block in Python: shares no code with the reference."""
     q, k, v = (x[0, 0].double() for x in (inputs.q, inputs.k, inputs.v))
     k = k - k.mean(dim=0)
     scale = q.shape[1] ** -0.5
-    q_blocks, k_blocks = q.split(128), k.split(64)
+    q_blocks, k_blocks = q.split(block_rows), k.split(64)
     keep = max(1, int((1 - sparsity) * len(k_blocks) + 1e-6))
     unselected = torch.ones(len(q), len(k), dtype=torch.bool)
     rest = torch.zeros(len(q), dtype=torch.float64)
     for i, q_block in enumerate(q_blocks):
-        rows = slice(128 * i, 128 * i + len(q_block))
+        rows = slice(block_rows * i, block_rows * i + len(q_block))
         pooled = inputs.proj_q.double() @ q_block.mean(dim=0)
         scores = [float(pooled @ (inputs.proj_k.double() @ block.mean(dim=0))) for block in k_blocks]
         best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:keep]
@@ -39,11 +39,13 @@ def dense_formula(inputs, sparsity):
 
 
 @pytest.mark.parametrize("knots", [None, 0])
-@pytest.mark.parametrize(("tokens", "keys"), [(1, 65), (129, 300), (300, 129)])
-def test_equals_a_formula_with_dense_masks(generator, tokens, keys, knots):
+@pytest.mark.parametrize(
+    ("tokens", "keys", "query_block"), [(1, 65, 128), (129, 300, 128), (300, 129, 128), (129, 300, 64)]
+)
+def test_equals_a_formula_with_dense_masks(generator, tokens, keys, query_block, knots):
     inputs = attention_inputs(generator, heads=1, tokens=tokens, keys=keys, head_dim=16, proj="shared", knots=knots)
-    out, ratio = sla2_reference(*inputs.tensors(), sparsity=0.5)
-    expected, expected_ratio = dense_formula(inputs, 0.5)
+    out, ratio = sla2_reference(*inputs.tensors(), sparsity=0.5, query_block=query_block)
+    expected, expected_ratio = dense_formula(inputs, 0.5, query_block)
     assert relative_error(out[0, 0], expected) < EXACT and relative_error(ratio[0, 0], expected_ratio) < 1e-7
 
 

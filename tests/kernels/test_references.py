@@ -53,6 +53,8 @@ def test_a_block_of_queries_holds_tokens_of_one_stretch_and_every_row_comes_back
     for block, (first, end) in zip(gathered[:, 0].split(128), stretches.query_ranges(), strict=True):
         assert len({kinds[token] for token in block.tolist()} - {-1}) == 1
         assert set(block.tolist()) == set(range(first, end)) and kinds[block[0]] >= 0
+    for block, (first, end) in zip(gathered[:, 0].split(64), stretches.query_ranges(64), strict=True):
+        assert set(block.tolist()) <= set(range(first, end)) and len({kinds[token] for token in block.tolist()}) == 1
     asked, (before, behind) = [], stretches.room
 
     def dense(ranges):
@@ -84,14 +86,15 @@ def test_a_routed_block_of_keys_holds_tokens_of_one_stretch(generator, count):
     assert none == [] and [number for number, forced in enumerate(everything) if not forced] == of_the_video
 
 
-def expected_selection(q, k, stretches, sparsity, reference_keys, floor, keep_diagonal):
+def expected_selection(q, k, stretches, sparsity, reference_keys, floor, keep_diagonal, query_block):
     """The same choice, row by row in float64."""
-    scores = reference.router_scores(q.double(), (k - k.mean(dim=2, keepdim=True)).double())
+    k_smooth = (k - k.mean(dim=2, keepdim=True)).double()
+    scores = reference.router_scores(q.double(), k_smooth, query_block=query_block)
     always, ranges = stretches.key_blocks(floor, reference_keys == "exact")
     count = selected_with_references(stretches, sparsity, reference_keys, floor, keep_diagonal)
     found = []
     for head in range(HEADS):
-        for row, (begin, end) in enumerate(stretches.query_ranges()):
+        for row, (begin, end) in enumerate(stretches.query_ranges(query_block)):
             own = range(begin // 64, (end - 1) // 64 + 1) if keep_diagonal else ()
             taken = {number for number, forced in enumerate(always) if forced} | set(own)
             order = scores[0, head, row].argsort(descending=True, stable=True).tolist()
@@ -103,31 +106,36 @@ def expected_selection(q, k, stretches, sparsity, reference_keys, floor, keep_di
 
 
 @pytest.mark.parametrize("keep_diagonal", [True, False])
-@pytest.mark.parametrize(("reference_keys", "floor"), [("routed", 2), ("routed", 0), ("exact", 2)])
-def test_the_selection_takes_floors_and_forced_blocks_first(generator, reference_keys, floor, keep_diagonal):
+@pytest.mark.parametrize(
+    ("reference_keys", "floor", "query_block"),
+    [("routed", 2, 128), ("routed", 0, 128), ("exact", 2, 128), ("routed", 2, 64)],
+)
+def test_the_selection_takes_floors_and_forced_blocks_first(
+    generator, reference_keys, floor, query_block, keep_diagonal
+):
     stretches = drawn(generator, 4)
     q, k, _ = tensors(stretches, generator)
-    q, chosen = gathered_queries(q, stretches, 2), (reference_keys, floor, keep_diagonal)
+    q, chosen = gathered_queries(q, stretches, 2), (reference_keys, floor, keep_diagonal, query_block)
     expected = expected_selection(q, k, stretches, 0.8, *chosen)
     options = {"sparsity": 0.8, "reference_keys": reference_keys, "floor": floor, "keep_diagonal": keep_diagonal}
+    options["query_block"] = query_block
     assert torch.equal(select_with_references(q, k, None, None, stretches, **options), expected)
     q, k = (t.transpose(1, 2) for t in (q, k))
     assert torch.equal(select_with_references(q, k, None, None, stretches, layout="BNHD", **options), expected)
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-@pytest.mark.parametrize("reference_keys", ["routed", "exact"])
-def test_the_output_is_the_specifications(generator, reference_keys, layout):
+@pytest.mark.parametrize(("reference_keys", "query_block"), [("routed", 128), ("exact", 128), ("routed", 64)])
+def test_the_output_is_the_specifications(generator, reference_keys, query_block, layout):
     stretches = drawn(generator, 5)
     q, k, v = tensors(stretches, generator)
     alpha = torch.rand(HEADS, generator=generator)
     gathered = gathered_queries(q, stretches, 2)
-    blocks = select_with_references(
-        gathered, k, None, None, stretches, sparsity=0.8, reference_keys=reference_keys, keep_diagonal=True
-    )
-    expected, _ = reference.sla2_reference(gathered, k, v, alpha=alpha, key_blocks=blocks)
+    options = {"sparsity": 0.8, "reference_keys": reference_keys, "keep_diagonal": True, "query_block": query_block}
+    blocks = select_with_references(gathered, k, None, None, stretches, **options)
+    expected, _ = reference.sla2_reference(gathered, k, v, alpha=alpha, key_blocks=blocks, query_block=query_block)
     given = [t if layout == "BHND" else t.transpose(1, 2) for t in (q, k, v)]
-    options = {"sparsity": 0.8, "reference_keys": reference_keys, "layout": layout, "keep_diagonal": True}
+    options["layout"] = layout
     attend = functools.partial(sla2_attention, alpha=alpha, precision="16bit")
     out = attend_with_references(attend, *given, stretches, **options)
     out = out if layout == "BHND" else out.transpose(1, 2)

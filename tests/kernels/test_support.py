@@ -163,6 +163,23 @@ def test_default_precision(card, capability, precision):
     assert default_precision("cpu") == "16bit"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_only_the_int8_loop_for_hopper_selects_for_every_64_query_tokens(card, capability, monkeypatch):
+    hopper = pytest.importorskip("sla2_kernels.kernels.hopper")
+    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: True)
+    card(capability)
+
+    def chosen(precision="int8", device=CUDA, dtype=torch.bfloat16, head_dim=128):
+        q = types.SimpleNamespace(device=device, dtype=dtype, shape=(1, 300, 2, head_dim))
+        return support.default_query_block(q, precision)
+
+    assert chosen() == (64 if capability == (9, 0) else 128)
+    others = {"precision": "16bit"}, {"precision": "fp8"}, {"device": CPU}, {"dtype": torch.float32}, {"head_dim": 64}
+    assert all(chosen(**other) == 128 for other in others)
+    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: False)
+    assert chosen() == 128
+
+
 @pytest.mark.parametrize(("told", "capability"), [(None, (8, 9)), ("8.0", (8, 0)), ("12.0", (12, 0))])
 def test_the_interpreter_s_card(monkeypatch, told, capability):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

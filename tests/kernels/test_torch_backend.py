@@ -18,8 +18,9 @@ BARS = {
 }
 
 
-def route(inputs, sparsity):
-    return select_key_blocks(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, sparsity=sparsity)
+def route(inputs, sparsity, query_block=128):
+    weights = inputs.proj_q, inputs.proj_k
+    return select_key_blocks(inputs.q, inputs.k, *weights, sparsity=sparsity, query_block=query_block)
 
 
 @pytest.mark.parametrize("knots", [None, 3])
@@ -41,11 +42,12 @@ def test_error_stays_below_the_bar(generator, precision, dtype, head_dim, knots)
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 @pytest.mark.parametrize("tokens", [1, 63, 65, 127, 129, 700])
-@pytest.mark.parametrize("keys", [1, 64, 130])
-def test_shapes(generator, tokens, keys, sparsity):
-    inputs = attention_inputs(generator, heads=3, tokens=tokens, keys=keys, head_dim=24, knots=None)
-    out = sla2_attention(*inputs.tensors(), sparsity=sparsity, precision="16bit")
-    assert relative_error(out, inputs.reference(route(inputs, sparsity))[0]) < 5e-6
+@pytest.mark.parametrize(("keys", "query_block"), [(1, 128), (64, 128), (130, 128), (130, 64)])
+def test_shapes(generator, tokens, keys, query_block, sparsity):
+    options = {"query_block": query_block, "sparsity": sparsity}
+    inputs = attention_inputs(generator, heads=3, tokens=tokens, keys=keys, head_dim=24, knots=None, **options)
+    out = sla2_attention(*inputs.tensors(), precision="16bit", **options)
+    assert relative_error(out, inputs.reference(route(inputs, sparsity, query_block))[0]) < 5e-6
 
 
 @pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])

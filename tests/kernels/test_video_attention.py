@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from sla2_kernels import exact_rows, sla2_attention
+from sla2_kernels.forced_blocks import select_with_forced_blocks
+from sla2_kernels.reference import sla2_reference
 from sla2_kernels.sla_v1 import sla_attention
 from sla2_kernels.video_attention import video_attention, why_dense
 
@@ -31,14 +33,24 @@ def test_sparsity_0_is_dense_and_exact_rows_always_are(layout, front, back):
     assert (sparse - exact).abs().max() > 1e-2
 
 
-def test_without_other_tokens_it_is_the_operator():
-    qkv = tensors()
-    expected = sla2_attention(*qkv, sparsity=0.7, precision="16bit")
-    assert torch.equal(video_attention(*qkv, sparsity=0.7, precision="16bit"), expected)
+@pytest.mark.parametrize("query_block", [128, 64])
+def test_without_other_tokens_it_is_the_operator(query_block):
+    qkv, options = tensors(), {"sparsity": 0.7, "precision": "16bit", "query_block": query_block}
+    assert torch.equal(video_attention(*qkv, **options), sla2_attention(*qkv, **options))
     proj_l = torch.eye(32) / 2, torch.zeros(32)
     for method, weights in (("sla", proj_l), ("top-k only", None)):
-        out = video_attention(*qkv, sparsity=0.7, precision="16bit", method=method, proj_l=weights)
-        assert torch.equal(out, sla_attention(*qkv, weights, sparsity=0.7, precision="16bit"))
+        out = video_attention(*qkv, method=method, proj_l=weights, **options)
+        assert torch.equal(out, sla_attention(*qkv, weights, **options))
+
+
+def test_64_query_tokens_per_selection_between_other_tokens():
+    q, k, v = tensors()
+    options = {"sparsity": 0.7, "query_block": 64}
+    blocks = select_with_forced_blocks(q[:, :, 70:600], k, front=70, back=40, **options)
+    expected, _ = sla2_reference(q[:, :, 70:600], k, v, key_blocks=blocks, query_block=64)
+    out = video_attention(q, k, v, front=70, back=40, precision="16bit", **options)
+    assert blocks.shape[2] == 9
+    torch.testing.assert_close(out[:, :, 70:600].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_callers_dense_attention_runs_the_exact_rows():

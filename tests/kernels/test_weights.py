@@ -79,8 +79,9 @@ def assert_same(a, b):
             assert x is None or torch.equal(x, y)
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    router = make_router()
+@pytest.mark.parametrize("changes", [{}, {"q_block": 64}])
+def test_what_is_saved_comes_back(tmp_path, changes):
+    router = make_router(**changes)
     router.save(tmp_path / "r.safetensors")
     loaded = load_router(tmp_path / "r.safetensors")
     assert_same(router, loaded)
@@ -235,7 +236,8 @@ def test_require_model_names_the_first_mismatch():
         ({"head_dim": 8.0}, "head_dim must be"),
         ({"head_dim": 16}, "tensor layers.0.proj_q must have shape"),
         ({"num_heads": 4}, "tensor layers.0.proj_k must have shape"),
-        ({"q_block": 64}, "q_block must be 128"),
+        ({"q_block": 32}, "q_block must be 128 or 64"),
+        ({"q_block": 64.0}, "q_block must be 128 or 64"),
         ({"k_block": 128}, "k_block must be 64"),
         ({"token_order": "hilbert"}, "token_order must be"),
         ({"sparsities": (0.9,)}, "tensor layers.0.alpha_logits must have shape"),
@@ -351,7 +353,7 @@ def test_every_cut_is_noticed(tmp_path):
         ("num_heads", "4", "tensor layers.0.alpha_logits must have shape"),
         ("head_dim", "128", "must have shape (128, 128) or (3, 128, 128)"),
         ("head_dim", None, "head_dim must be a whole number"),
-        ("q_block", "64", "q_block must be 128"),
+        ("q_block", "96", "q_block must be 128 or 64"),
         ("token_order", "spiral", 'token_order must be "raster"'),
         ("sparsities", "[0.97]", "alpha_logits must have shape"),
         ("sparsities", "[NaN, 0.9]", "sparsities must be a list of numbers"),

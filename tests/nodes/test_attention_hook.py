@@ -304,21 +304,23 @@ def test_training_reaches_q_k_and_v_in_a_run_made_under_inference_mode(bench, qk
     assert all(leaf.grad.abs().sum() > 0 for leaf in leaves)
 
 
-@pytest.mark.parametrize("trained_with", [None, True, False])
-def test_each_query_block_keeps_its_own_blocks_untrained_or_where_the_router_was_trained_so(
-    bench, qkv, pack_module, trained_with
+@pytest.mark.parametrize(("trained_with", "query_block"), [(None, 64), (True, 128), (False, 128), (True, 64)])
+def test_a_router_selects_as_it_was_trained_and_none_keeps_own_blocks_and_goes_by_the_card(
+    bench, qkv, pack_module, monkeypatch, trained_with, query_block
 ):
     kernels, weights = pack_module("sla2_kernels"), pack_module("sla2_kernels.weights")
     layers = (weights.RouterLayer(),) * 4
     router = None
     if trained_with is not None:
-        router = weights.RouterWeights(layers, "wan", HEADS, DIM, keep_diagonal=trained_with)
+        router = weights.RouterWeights(layers, "wan", HEADS, DIM, keep_diagonal=trained_with, q_block=query_block)
+    placed = pack_module("nodes.attention.layer_weights")
+    monkeypatch.setattr(placed, "default_query_block", lambda q, precision: 64)
     b = bench(router=router, ratio_mode="estimated")
     b.model_call()
     found = b.attend(*qkv, heads=HEADS)
     expected, other = (
-        kernels.sla2_attention(*heads_first(qkv), sparsity=0.5, precision="16bit", keep_diagonal=kept)
-        for kept in (trained_with is not False, trained_with is False)
+        kernels.sla2_attention(*heads_first(qkv), sparsity=0.5, precision="16bit", keep_diagonal=kept, query_block=size)
+        for kept, size in ((trained_with is not False, query_block), (trained_with is False, 192 - query_block))
     )
     torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2))
     assert not torch.allclose(expected, other, rtol=1e-3)

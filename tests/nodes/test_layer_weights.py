@@ -11,11 +11,11 @@ CPU = torch.device("cpu")
 SPARSITIES = [0.8 + 0.01 * step for step in range(18)]
 
 
-def router():
+def router(**facts):
     generator = torch.Generator().manual_seed(0)
     proj_q, proj_k = (torch.randn(HEADS, DIM, DIM, generator=generator) for _ in range(2))
     logits = torch.randn(2, HEADS, 3, generator=generator)
-    return RouterWeights((RouterLayer(proj_q, proj_k, logits),), "wan", HEADS, DIM, sparsities=(0.8, 0.97))
+    return RouterWeights((RouterLayer(proj_q, proj_k, logits),), "wan", HEADS, DIM, sparsities=(0.8, 0.97), **facts)
 
 
 def bytes_of(tensors):
@@ -58,3 +58,22 @@ def test_weights_of_sla_v1_are_kept_once(placed):
 def test_a_fixed_ratio_of_1_computes_no_linear_branch(placed):
     weights = placed(router(), ratio_mode="fixed", fixed_ratio=1.0)[0]
     assert not weights.linear_branch and weights.ratio is None
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "expected"),
+    [
+        (None, {}, 64),
+        (None, {"ratio_mode": "estimated"}, 64),
+        (None, {"method": "top-k only"}, 128),
+        (router(), {}, 128),
+        (router(q_block=64), {}, 64),
+        (router(q_block=64), {"ratio_mode": "fitted"}, 64),
+    ],
+    ids=["untrained", "estimated", "top-k only", "trained at 128", "trained at 64", "trained at 64, fitted"],
+)
+def test_query_tokens_per_selection_are_the_router_s_or_else_go_by_the_card(
+    pack_module, monkeypatch, placed, given, settings, expected
+):
+    monkeypatch.setattr(pack_module("nodes.attention.layer_weights"), "default_query_block", lambda q, precision: 64)
+    assert placed(given, **settings)[0].query_block_of(torch.empty(DIM), "int8") == expected

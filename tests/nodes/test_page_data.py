@@ -23,7 +23,7 @@ def test_a_large_map_is_shrunk_to_means_and_keeps_its_share(pack_module):
 def looked_at(pack_module, q, k, **weights):
     """What a sparse call hands to its maps, after the layer: tensors of (B, L, H, D), no learned weights."""
     call, layer_weights = pack_module("nodes.attention.sparse_call"), pack_module("nodes.attention.layer_weights")
-    return call.VideoPart(q, k, k, k, "BNHD"), layer_weights.CallWeights(**weights), 0.5
+    return call.VideoPart(q, k, k, k, "BNHD"), layer_weights.CallWeights(**weights), 0.5, "int8"
 
 
 def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack_module, tmp_path):
@@ -50,18 +50,18 @@ def test_five_steps_of_a_run_are_seen_once_per_layer_and_become_one_picture(pack
     assert "filename" not in page
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep):
-    """Keys that their own queries would never pick; a query block of 128 tokens covers two key blocks of 64."""
+@pytest.mark.parametrize(("keep", "size"), [(False, 128), (True, 128), (True, 64)])
+def test_a_map_shows_the_blocks_that_keep_diagonal_forces(pack_module, keep, size):
+    """Keys that their own queries would never pick; a query block of 128 tokens covers two key blocks of 64, one of 64 one."""
     maps = pack_module("nodes.runs.routing_maps").RoutingMaps()
     q = torch.eye(4, 64).repeat_interleave(128, 0)[None, :, None].repeat(1, 1, 2, 1)
     steps = torch.linspace(1, 0, 2)
     maps.begin_step(steps[:1], steps)
-    maps.see(0, *looked_at(pack_module, q, -q, keep_diagonal=keep))
+    maps.see(0, *looked_at(pack_module, q, -q, keep_diagonal=keep, query_block=size))
     maps.close()
-    own = torch.eye(4).repeat_interleave(2, 1)
-    assert torch.equal(maps.shares[0, 0] * own, own if keep else torch.zeros(4, 8))
-    assert torch.equal(maps.shares[0, 0].sum(dim=1), torch.full((4,), 4.0))
+    own = torch.eye(512 // size).repeat_interleave(size // 64, 1)
+    assert torch.equal(maps.shares[0, 0] * own, own if keep else torch.zeros(own.shape))
+    assert torch.equal(maps.shares[0, 0].sum(dim=1), torch.full((512 // size,), 4.0))
 
 
 def test_without_a_sampler_that_says_its_steps_there_is_no_map(pack_module, tmp_path):

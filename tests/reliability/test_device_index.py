@@ -79,7 +79,7 @@ def test_routing_launches_on_the_tensors_device(cards, monkeypatch):
     from sla2_kernels import triton_backend
 
     launched = []
-    monkeypatch.setattr(triton_backend, "_new_selection", lambda q, count: torch.zeros(2, 3, count))
+    monkeypatch.setattr(triton_backend, "_new_selection", lambda q, query_block, count: torch.zeros(2, 3, count))
     monkeypatch.setattr(triton_backend, "_route", lambda *args, **options: launched.append(cards.current))
     q = SimpleNamespace(device=SECOND, dtype=torch.bfloat16, shape=(1, 2, 300, 64))
     assert triton_backend.route(q, q, None, None, 4).shape == (1, 2, 3, 4)
@@ -131,7 +131,7 @@ def test_a_diffusers_processor_gives_each_device_its_own_weights():
     from sla2_diffusers import SLA2WanProcessor
 
     weights = torch.eye(4), None, torch.ones(2)
-    processor = SLA2WanProcessor(None, None, 0, weights, True, [])
+    processor = SLA2WanProcessor(None, None, 0, weights, True, None, [])
     here, there = processor._weights_on(CPU), processor._weights_on(torch.device("meta"))
     assert [w.device.type for w in here if w is not None] == ["cpu", "cpu"]
     assert [w.device.type for w in there if w is not None] == ["meta", "meta"]

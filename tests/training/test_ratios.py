@@ -13,10 +13,10 @@ HEADS, DIM, LAYERS = 2, 64, 3
 LEARNED = torch.tensor([[[2.0, 3.0], [1.0, 1.5]], [[-1.0, 0.5], [0.25, 0.75]]])  # (S, H, A)
 
 
-def partial(*learned):
+def partial(*learned, **facts):
     """A router whose ``learned`` layers have ratios at two sparsities."""
     layers = [RouterLayer(alpha_logits=LEARNED if n in learned else None) for n in range(LAYERS)]
-    return RouterWeights(tuple(layers), "wan", HEADS, DIM, sparsities=(0.5, 0.9))
+    return RouterWeights(tuple(layers), "wan", HEADS, DIM, sparsities=(0.5, 0.9), **facts)
 
 
 @pytest.mark.parametrize("learned", [(0,), (1,), (1, 2), (), (0, 1, 2)])
@@ -64,18 +64,20 @@ def attend(pack_module):
     return run
 
 
-def test_ratios_start_where_they_were_learned_and_else_where_the_calls_estimate_them(pack_module, attend, qkv):
-    attention = pack_module("nodes.training.lora_attention").LoraAttention(
-        partial(0), 0.5, "16bit", torch.device("cpu")
-    )
+@pytest.mark.parametrize("query_block", [128, 64])
+def test_ratios_start_where_they_were_learned_and_else_where_the_calls_estimate_them(
+    pack_module, attend, qkv, query_block
+):
+    router = partial(0, q_block=query_block)
+    attention = pack_module("nodes.training.lora_attention").LoraAttention(router, 0.5, "16bit", torch.device("cpu"))
+    assert with_trained_ratios(router, attention.trained_logits(), 0.5, "16bit").q_block == query_block
+    options = {"sparsity": 0.5, "precision": "16bit", "layout": "BNHD", "query_block": query_block}
     attention.dense = False
     out, _ = attend(attention, 0, qkv), attend(attention, 1, qkv)
     q, k, v = (tensor.unflatten(-1, (HEADS, DIM)) for tensor in qkv)
-    wanted = sla2_attention(
-        q, k, v, alpha=torch.sigmoid(LEARNED[0]), sparsity=0.5, precision="16bit", layout="BNHD"
-    ).flatten(2)
+    wanted = sla2_attention(q, k, v, alpha=torch.sigmoid(LEARNED[0]), **options).flatten(2)
     assert torch.equal(out, wanted)
-    _, estimated = sla2_attention(q, k, v, sparsity=0.5, precision="16bit", layout="BNHD", return_alpha=True)
+    _, estimated = sla2_attention(q, k, v, return_alpha=True, **options)
     assert attention.needs_start
     attention.start_ratios()
     assert not attention.needs_start

@@ -223,10 +223,10 @@ def test_nan_stops_and_names_the_layer(which, value):
 def out_of_memory_above(limit, monkeypatch):
     real = layer_tensors.block_sums
 
-    def limited(q, k, v, pairs, query_blocks, scale):
+    def limited(q, k, v, pairs, query_blocks, *rest):
         if query_blocks.numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(q, k, v, pairs, query_blocks, scale)
+        return real(q, k, v, pairs, query_blocks, *rest)
 
     monkeypatch.setattr(layer_tensors, "block_sums", limited)
 
@@ -314,29 +314,31 @@ def test_a_resumed_ratio_moves_slowly():
     assert ((moved - old).abs() < 0.1 * (new - old).abs() + 1e-6).all()
 
 
-@pytest.mark.parametrize("keep_diagonal", [True, False])
-def test_errors_are_those_of_the_operator_with_the_same_diagonal(keep_diagonal):
+@pytest.mark.parametrize(("keep_diagonal", "query_block"), [(True, 128), (False, 128), (True, 64)])
+def test_errors_are_those_of_the_operator_with_the_same_diagonal_and_query_block(keep_diagonal, query_block):
     q, k, v = small_qkv(tokens=1500)
-    trainer = make_trainer(sparsities=(0.8,), query_blocks=99, keep_diagonal=keep_diagonal)
+    options = {"keep_diagonal": keep_diagonal, "query_block": query_block}
+    trainer = make_trainer(sparsities=(0.8,), query_blocks=99, **options)
     trainer.observe(0, q, k, v)
     error = trainer.evaluate(0, q, k, v).relative(AFTER, 0.8)
     router = trainer.router()
-    assert router.keep_diagonal is keep_diagonal
+    assert (router.keep_diagonal, router.q_block) == (keep_diagonal, query_block)
     out, other = (
         sla2_attention(
             q, k, v, router.layers[0].proj_q, router.layers[0].proj_k, router.ratio(0, 0.8),
-            sparsity=0.8, precision="16bit", keep_diagonal=kept,
+            sparsity=0.8, precision="16bit", **used,
         )
-        for kept in (keep_diagonal, not keep_diagonal)
+        for used in (options, options | {"keep_diagonal": not keep_diagonal})
     )  # fmt: skip
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert error == pytest.approx(((out - dense).norm() / dense.norm()).item(), rel=1e-4)
     assert error != pytest.approx(((other - dense).norm() / dense.norm()).item(), rel=1e-3)
 
 
-def test_a_resumed_training_keeps_the_diagonal_as_it_began():
-    for keep_diagonal in (True, False):
-        first = make_trainer(keep_diagonal=keep_diagonal)
+def test_a_resumed_training_keeps_the_diagonal_and_the_query_block_as_it_began():
+    for keep_diagonal, query_block in ((True, 128), (False, 64)):
+        first = make_trainer(keep_diagonal=keep_diagonal, query_block=query_block)
         first.observe(0, *small_qkv(tokens=2000))
-        second = make_trainer(keep_diagonal=not keep_diagonal, resume=first.router())
-        assert second.router().keep_diagonal is keep_diagonal
+        second = make_trainer(keep_diagonal=not keep_diagonal, query_block=192 - query_block, resume=first.router())
+        second.observe(0, *small_qkv(tokens=2000))
+        assert (second.router().keep_diagonal, second.router().q_block) == (keep_diagonal, query_block)

@@ -75,10 +75,11 @@ class AbsentCard:
 class Recorder:
     """Compiles what is launched while it is installed; ``kernels`` are the distinct ones, in order of launch.
 
-    While ``compiling`` is False it only takes down ``launches``, the set of what would be compiled.
+    While ``compiling`` is False it only takes down ``launches``, the set of what would be compiled. only: part of the names of
+    what is compiled.
     """
 
-    def __init__(self, monkeypatch, card, compiling=True):
+    def __init__(self, monkeypatch, card, compiling=True, only=""):
         self.kernels, self.launches, self._seen, self.compiling = [], set(), set(), compiling
         # Triton 3.2 keeps the driver in .active, later releases behind a property of that name
         monkeypatch.setattr(driver, "_active" if "_active" in vars(driver) else "active", AbsentCard(card.arch))
@@ -86,7 +87,7 @@ class Recorder:
 
         def launch(function, *args, grid, warmup, **options):
             self.launches.add(_launch(function, args, options))
-            if not self.compiling:
+            if not self.compiling or only not in function.fn.__name__:
                 return None
             kernel = compile_only(function, *args, grid=grid, warmup=True, **options)
             if id(kernel) not in self._seen:

@@ -25,12 +25,12 @@ CASES = [
 ]
 
 
-def run(attend, dtype, head_dim):
+def run(attend, dtype, head_dim, query_block=Q_BLOCK):
     """The operator's output for zeros that need gradients."""
     qkv = [torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
     # nothing is computed here, so the selection that the backward pass sorts has to be given
-    blocks = torch.arange(TOKENS // K_BLOCK // 2).expand(1, HEADS, TOKENS // Q_BLOCK, -1).contiguous()
-    return attend(dtype, head_dim, "16bit", "learned", qkv=qkv, key_blocks=blocks)
+    blocks = torch.arange(TOKENS // K_BLOCK // 2).expand(1, HEADS, TOKENS // query_block, -1).contiguous()
+    return attend(dtype, head_dim, "16bit", "learned", qkv=qkv, key_blocks=blocks, query_block=query_block)
 
 
 def takes_gluon(card, dtype, head_dim):
@@ -48,6 +48,20 @@ def test_backward_fits(compile_for, attend, card, dtype, head_dim):
     for kernel in recorder.kernels:
         print(kernel)
         assert_fits(kernel, card, float("inf") if dtype == torch.float32 else SPILL)
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_walks_with_64_query_tokens_per_selection_fit(compile_for, attend, arch):
+    """Hopper's own, and those whose tiles are others then; the rest are compiled above with another constant."""
+    (card,) = (card for card in CARDS if card.arch == arch)
+    recorder = compile_for(card, compiling=False, only="_gradient")
+    out = run(attend, torch.bfloat16, 128, query_block=64)
+    recorder.compiling = True
+    out.backward(torch.zeros_like(out))
+    assert len(recorder.kernels) == 2 and all(("QUERY_BLOCK", 64) in kernel.constants for kernel in recorder.kernels)
+    for kernel in recorder.kernels:
+        print(kernel)
+        assert_fits(kernel, card, SPILL)
 
 
 @pytest.mark.skipif(TRITON[:2] not in GLUON_RELEASES, reason="Hopper has Triton's walks alone: compiled above")

@@ -122,6 +122,20 @@ def test_float32_launches_what_is_compiled_for_a_card_with_no_more_memory(compil
     assert found and found <= known
 
 
+@pytest.mark.parametrize(
+    ("precision", "arch"), [("int8", 86), ("int8", 100), ("16bit", 86), ("16bit", 90), ("fp8", 89)]
+)
+def test_loops_with_64_query_tokens_per_selection_fit(compile_for, attend, precision, arch):
+    """Their tiles are others; Hopper's own loop is compiled in test_compiled_hopper_loop.py."""
+    (card,) = (card for card in CARDS if card.arch == arch)
+    recorder = compile_for(card, only="_sparse_attention")
+    attend(BF16, 128, precision, "learned", query_block=64)
+    (loop,) = recorder.kernels
+    assert {"TILE": 64, "QUERY_BLOCK": 64}.items() <= dict(loop.constants).items()
+    print(loop)
+    assert_fits(loop, card, spill_bar(card, BF16, loop.name))
+
+
 @pytest.mark.parametrize("precision", ["16bit", "int8", "fp8"])
 @pytest.mark.parametrize("card", CARDS, ids=str)
 def test_without_the_linear_branch_it_launches_what_a_call_with_every_block_selected_does(
@@ -161,7 +175,7 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     unselected = torch.ones(HEADS, TOKENS // 128, TOKENS // 64, dtype=dtype)
     rows, dense = torch.zeros(32, dtype=torch.int32), torch.zeros(1, HEADS, 32, 128)
     sample = Sample(rows, 24, dense, torch.zeros(1, HEADS))
-    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128))
+    fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128), 128)
     config = fit_config(q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)

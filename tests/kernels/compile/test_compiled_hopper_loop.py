@@ -18,12 +18,13 @@ WIDE = torch.zeros(1, HEADS, TOKENS, 272, dtype=torch.bfloat16)
 Q = WIDE[..., :128]
 
 
-def taken(q, k, v, precision="int8", capability=(9, 0)):
-    return takes_hopper_loop(capability, *loop_formats(precision, capability), q, k, v)
+def taken(q, k, v, precision="int8", capability=(9, 0), query_block=128):
+    return takes_hopper_loop(capability, *loop_formats(precision, capability), q, k, v, query_block)
 
 
 def test_no_other_card_and_no_other_format_takes_it():
-    assert taken(Q, Q, Q) and taken(Q, Q, Q, "16bit")
+    assert taken(Q, Q, Q) and taken(Q, Q, Q, "16bit") and taken(Q, Q, Q, query_block=64)
+    assert not taken(Q, Q, Q, "16bit", query_block=64)
     assert not taken(Q, Q, Q, "fp8")
     assert not any(taken(Q, Q, Q, capability=card.capability) for card in OTHERS)
 
@@ -43,10 +44,10 @@ def test_packed_keys_are_copied_whatever_k_is():
 
 
 @pytest.mark.parametrize("ratio", ["none", "learned", "estimated"])
-@pytest.mark.parametrize("precision", ["int8", "16bit"])
-def test_it_fits(compile_for, attend, precision, ratio):
+@pytest.mark.parametrize(("precision", "query_block"), [("int8", 128), ("int8", 64), ("16bit", 128)])
+def test_it_fits(compile_for, attend, precision, query_block, ratio):
     kernels = compile_for(HOPPER).kernels
-    attend(torch.bfloat16, 128, precision, ratio)
+    attend(torch.bfloat16, 128, precision, ratio, query_block=query_block)
     (loop,) = (kernel for kernel in kernels if "sparse_attention" in kernel.name)
     assert loop.name == "_hopper_sparse_attention"
     # at the ends of a tile, outside the loop over pairs

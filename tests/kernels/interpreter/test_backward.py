@@ -23,6 +23,7 @@ CASES = {
     "two batches": {"batch": 2, "heads": 1, "tokens": 140, "keys": 200, "sparsity": 0.5, "head_dim": 32},
     "another scale": {"tokens": 128, "keys": 200, "sparsity": 0.5, "head_dim": 32, "scale": 0.4},
     "head_dim 128": {"tokens": 20, "keys": 130, "sparsity": 0.5, "heads": 1, "head_dim": 128},
+    "64 query tokens": {"tokens": 300, "keys": 330, "sparsity": 0.5, "knots": 3, "head_dim": 32, "query_block": 64},
 }
 
 
@@ -32,7 +33,7 @@ def gradients(inputs, grad, *, key_blocks=None, precision="16bit", layout="BHND"
         t if t is None else t.detach().clone().requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.alpha)
     ]
     views = [t if layout == "BHND" else t.transpose(1, 2) for t in tensors[:3]]
-    options = {"scale": inputs.options.get("scale"), "sparsity": inputs.options["sparsity"], "key_blocks": key_blocks}
+    options = inputs.options | {"key_blocks": key_blocks}
     out = sla2_attention(*views, alpha=tensors[3], precision=precision, layout=layout, backend=backend, **options)
     out.backward(grad if layout == "BHND" else grad.transpose(1, 2))
     return [None if t is None else t.grad for t in tensors]
@@ -40,7 +41,7 @@ def gradients(inputs, grad, *, key_blocks=None, precision="16bit", layout="BHND"
 
 def expected_gradients(inputs, grad, key_blocks):
     tensors = [t if t is None else t.double().requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.alpha)]
-    out, _ = sla2_reference(*tensors[:3], alpha=tensors[3], key_blocks=key_blocks, scale=inputs.options.get("scale"))
+    out, _ = sla2_reference(*tensors[:3], alpha=tensors[3], key_blocks=key_blocks, **inputs.options)
     out.backward(grad.double())
     return [None if t is None else t.grad for t in tensors]
 
@@ -56,8 +57,8 @@ def ratio_terms(inputs, grad, key_blocks):
             inputs.k,
             inputs.v,
             key_blocks=key_blocks,
-            scale=inputs.options.get("scale"),
             alpha=torch.full((inputs.q.shape[1],), ratio),
+            **inputs.options,
         )[0]
         for ratio in (0.75, 0.25)
     )
@@ -65,7 +66,8 @@ def ratio_terms(inputs, grad, key_blocks):
 
 
 def selection(inputs):
-    return select_key_blocks(inputs.q, inputs.k, sparsity=inputs.options["sparsity"], backend="torch")
+    options = {name: value for name, value in inputs.options.items() if name != "scale"}
+    return select_key_blocks(inputs.q, inputs.k, backend="torch", **options)
 
 
 def assert_gradients(found, expected, bar, ratio_terms=0):

@@ -16,14 +16,14 @@ from sla2_kernels.triton_backend import Sample
 ROWS, FITTED = 32, 24
 
 
-def fit(q, k, v, selected, rows):
+def fit(q, k, v, selected, rows, query_block=128):
     """(ratio (B, H), dense (B, H, R, D)) of the kernels, with exact sums of the linear branch."""
     (batch, heads, tokens, head_dim), blocks = q.shape, block_count(k.shape[2], 64)
     unselected = unselected_mask(selected, blocks, torch.float32).flatten(0, 1)
-    ratios = torch.full((batch * heads, block_count(tokens, 128)), torch.nan)
+    ratios = torch.full((batch * heads, block_count(tokens, query_block)), torch.nan)
     dense = torch.full((batch, heads, len(rows), head_dim), torch.nan)
     per_head = torch.full((batch, heads), torch.nan)
-    fitted = FittedRatio(Sample(rows, FITTED, dense, per_head), ratios)
+    fitted = FittedRatio(Sample(rows, FITTED, dense, per_head), ratios, query_block)
     config = fit_config(q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=head_dim**-0.5 * math.log2(math.e), config=config)
     sums = linear_sums(k, v, unselected)
@@ -45,10 +45,12 @@ def linear_sums(k, v, unselected):
     return torch.cat([h, z], dim=2).flatten(2).float()
 
 
-def inputs(generator, *, batch=2, heads=2, tokens=300, keys=700, head_dim=64, count=3, dtype=torch.float32):
+def inputs(
+    generator, *, batch=2, heads=2, tokens=300, keys=700, head_dim=64, count=3, dtype=torch.float32, query_block=128
+):
     q, k, v = (embedded(normal(generator, batch, heads, n, head_dim).to(dtype)) for n in (tokens, keys, keys))
     k += 2 * normal(generator, batch, heads, 1, head_dim).to(dtype)
-    scores = torch.rand(batch, heads, block_count(tokens, 128), block_count(keys, 64), generator=generator)
+    scores = torch.rand(batch, heads, block_count(tokens, query_block), block_count(keys, 64), generator=generator)
     rows = torch.randperm(tokens, generator=generator)[:ROWS].to(torch.int32)
     return q, k, v, top_k_blocks(scores, count), rows
 
@@ -60,14 +62,16 @@ def inputs(generator, *, batch=2, heads=2, tokens=300, keys=700, head_dim=64, co
         ({"keys": 1001, "head_dim": 32, "batch": 1}, 1e-5),  # ragged last key block
         ({"tokens": 33, "keys": 1100, "batch": 1, "count": 7}, 1e-5),  # several programs a head
         ({"head_dim": 128, "dtype": torch.float16}, 2e-3),
+        ({"query_block": 64, "batch": 1}, 1e-5),
     ],
-    ids=["views", "ragged", "splits", "float16"],
+    ids=["views", "ragged", "splits", "float16", "64 query tokens"],
 )
 def test_ratio_and_exact_rows(generator, sizes, bound):
     q, k, v, selected, rows = inputs(generator, **sizes)
-    expected, _ = fitted_ratio(q, k, v, selected, rows[:FITTED])
-    _, expected_dense = fitted_ratio(q, k, v, selected, rows)
-    ratios, dense = fit(q, k, v, selected, rows)
+    block = {"query_block": sizes.get("query_block", 128)}
+    expected, _ = fitted_ratio(q, k, v, selected, rows[:FITTED], **block)
+    _, expected_dense = fitted_ratio(q, k, v, selected, rows, **block)
+    ratios, dense = fit(q, k, v, selected, rows, **block)
     assert relative_error(dense, expected_dense) < bound
     assert (ratios - expected).abs().max() < bound
     assert 0.05 < expected.min() and expected.max() < 0.95

@@ -9,11 +9,14 @@ from sla2_kernels.reference import pool as reference_pool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "keys"), [(1, 300), (63, 65), (65, 63), (128, 1), (300, 128)])
-def test_block_means_of_strided_views(generator, tokens, keys, dtype):
+@pytest.mark.parametrize(
+    ("tokens", "keys", "query_block"),
+    [(1, 300, 128), (63, 65, 128), (65, 63, 64), (128, 1, 128), (300, 128, 128), (300, 128, 64)],
+)
+def test_block_means_of_strided_views(generator, tokens, keys, query_block, dtype):
     q, k = (embedded(normal(generator, 2, 3, count, 64, dtype=dtype) + 1) for count in (tokens, keys))
-    found = pools(k, q, queries=True)
-    assert relative_error(found.q, reference_pool(q.double(), 128).flatten(0, 1)) < 1e-6
+    found = pools(k, q, query_block=query_block)
+    assert relative_error(found.q, reference_pool(q.double(), query_block).flatten(0, 1)) < 1e-6
     assert relative_error(found.k, reference_pool(k.double(), 64).flatten(0, 1)) < 1e-6
 
 

@@ -36,7 +36,7 @@ def test_no_projection_is_the_identity(generator):
 @pytest.mark.parametrize(("q_blocks", "k_blocks"), [(1, 1), (3, 65), (64, 64), (65, 130)])
 def test_scores_are_all_inner_products(generator, q_blocks, k_blocks, head_dim):
     q, k = (normal(generator, 3, blocks, head_dim) for blocks in (q_blocks, k_blocks))
-    found = scores(q, k)
+    found = scores(q, k, 128)
     assert relative_error(as_float(found[..., :k_blocks]), q.double() @ k.double().transpose(1, 2)) < 1e-6
     assert (found[..., k_blocks:] == -(2**31)).all(), "padding that could be selected"
 
@@ -46,4 +46,4 @@ def test_integer_scores_order_as_the_float_ones():
     values = torch.tensor([-3e38, -1.0, -1e-30, 0.0, 1e-30, 0.5, 1.0, 3e38])
     q, k = torch.zeros(1, 1, 32), torch.zeros(1, 8, 32)
     q[..., 0], k[..., 0] = 1, values
-    assert (scores(q, k)[0, 0, :8].diff() > 0).all()
+    assert (scores(q, k, 128)[0, 0, :8].diff() > 0).all()

@@ -13,17 +13,21 @@ pytestmark = pytest.mark.usefixtures("wide_tiles")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("tokens", "keys", "sparsity", "proj"),
-    [(1, 1, 0.97, None), (129, 700, 0.5, None), (129, 700, 0.7, "shared"), (257, 1500, 0.9, "per head")],
-)
-def test_both_backends_select_the_same(generator, tokens, keys, sparsity, proj, dtype):
+    ("tokens", "keys", "sparsity", "proj", "query_block"),
+    [
+        (1, 1, 0.97, None, 128), (129, 700, 0.5, None, 128), (129, 700, 0.7, "shared", 64),
+        (257, 1500, 0.9, "per head", 128),
+    ],
+)  # fmt: skip
+def test_both_backends_select_the_same(generator, tokens, keys, sparsity, proj, query_block, dtype):
     inputs = attention_inputs(generator, batch=2, heads=2, tokens=tokens, keys=keys, dtype=dtype, proj=proj)
     arguments = inputs.q, inputs.k, inputs.proj_q, inputs.proj_k
     found, expected = (
-        select_key_blocks(*arguments, sparsity=sparsity, backend=backend) for backend in ("triton", "torch")
+        select_key_blocks(*arguments, sparsity=sparsity, backend=backend, query_block=query_block)
+        for backend in ("triton", "torch")
     )
     k_smooth = inputs.k.double() - inputs.k.double().mean(dim=2, keepdim=True)
-    scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k)
+    scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k, query_block=query_block)
     assert_same_selection(found, expected, scores)
 
 
@@ -37,28 +41,26 @@ def test_weights_of_any_dtype_and_stride_are_taken(generator):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("tokens", [65, 300, 641])
+@pytest.mark.parametrize(("tokens", "query_block"), [(65, 128), (300, 128), (641, 128), (300, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_backends_keep_the_same_diagonal(generator, tokens, dtype):
+def test_both_backends_keep_the_same_diagonal(generator, tokens, query_block, dtype):
     inputs = attention_inputs(generator, batch=2, tokens=tokens, dtype=dtype, proj="per head")
     arguments = inputs.q, inputs.k, inputs.proj_q, inputs.proj_k
     found, expected, free = (
-        select_key_blocks(*arguments, sparsity=0.6, backend=backend, keep_diagonal=kept)
+        select_key_blocks(*arguments, sparsity=0.6, backend=backend, keep_diagonal=kept, query_block=query_block)
         for backend, kept in (("triton", True), ("torch", True), ("torch", False))
     )
     k_smooth = inputs.k.double() - inputs.k.double().mean(dim=2, keepdim=True)
-    scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k)
-    assert_same_selection(found, expected, with_diagonal(scores))
+    scores = router_scores(inputs.q.double(), k_smooth, inputs.proj_q, inputs.proj_k, query_block=query_block)
+    assert_same_selection(found, expected, with_diagonal(scores, query_block))
     assert tokens == 65 or not torch.equal(expected, free)
 
 
-@pytest.mark.parametrize("front", [64, 70])
-def test_both_backends_keep_the_same_diagonal_behind_other_tokens(generator, front):
+@pytest.mark.parametrize(("front", "query_block"), [(64, 128), (70, 128), (70, 64)])
+def test_both_backends_keep_the_same_diagonal_behind_other_tokens(generator, front, query_block):
     q, k = normal(generator, 1, 2, 500, 32), normal(generator, 1, 2, front + 500, 32)
-    found, expected = (
-        select_with_forced_blocks(q, k, sparsity=0.5, front=front, backend=backend, keep_diagonal=True)
-        for backend in ("triton", "torch")
-    )
+    options = {"sparsity": 0.5, "front": front, "keep_diagonal": True, "query_block": query_block}
+    found, expected = (select_with_forced_blocks(q, k, backend=backend, **options) for backend in ("triton", "torch"))
     # Gaussian scores: no two of them are as near to each other as the two backends are
     assert torch.equal(found, expected)
 

@@ -26,19 +26,30 @@ CASES = {
     "more knots than query blocks": (1, 2, 129, 300, 64, 0.5, 7, None),
     "long ragged": (1, 1, 700, 700, 128, 0.8, None, "per head"),
 }
+FINER = (
+    "one below a query block",
+    "one above, fewer keys",
+    "all selected",
+    "one unselected and ragged",
+    "more knots than query blocks",
+)
 
 
 @pytest.mark.parametrize(("precision", "bar"), [("16bit", 1e-5), ("int8", 6e-2), ("fp8", 1e-1)])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_edge(generator, case, precision, bar):
+@pytest.mark.parametrize(
+    ("case", "query_block"),
+    [pytest.param(case, 128, id=name) for name, case in CASES.items()]
+    + [pytest.param(CASES[name], 64, id=f"{name}, 64 query tokens") for name in FINER],
+)
+def test_edge(generator, case, query_block, precision, bar):
     batch, heads, tokens, keys, head_dim, sparsity, knots, proj = case
     inputs = attention_inputs(
-        generator, batch=batch, heads=heads, tokens=tokens, keys=keys, head_dim=head_dim, knots=knots, proj=proj
-    )
-    routed = select_key_blocks(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, sparsity=sparsity, backend="triton")
-    out, ratio = sla2_attention(
-        *inputs.tensors(), sparsity=sparsity, precision=precision, backend="triton", return_alpha=True
-    )
+        generator, batch=batch, heads=heads, tokens=tokens, keys=keys, head_dim=head_dim, knots=knots, proj=proj,
+        sparsity=sparsity, query_block=query_block,
+    )  # fmt: skip
+    options = inputs.options | {"backend": "triton"}
+    routed = select_key_blocks(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, **options)
+    out, ratio = sla2_attention(*inputs.tensors(), precision=precision, return_alpha=True, **options)
     expected, expected_ratio = inputs.reference(routed)
     assert out.is_contiguous() and relative_error(out, expected) < bar
     assert relative_error(ratio, expected_ratio) < bar
