@@ -53,7 +53,7 @@ def _torch_selection(call, proj_q, proj_k, sparsity, diagonal, forced, query_blo
     if call.key_blocks is not None:
         return call.key_blocks
     count = selected_beside(forced, sparsity, block_count(call.k.shape[2], K_BLOCK))
-    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal, forced, query_block)
+    return router.route(call.q, call.k, proj_q, proj_k, count, diagonal, query_block, forced)
 
 
 @torch.library.custom_op("sla2::attention", mutates_args=())

@@ -109,7 +109,7 @@ def top_k_blocks(scores, count):
     return order.sort(dim=-1).values.to(torch.int32)
 
 
-def route(q, k, proj_q, proj_k, count, diagonal=None, forced=(0, 0), query_block=Q_BLOCK):
+def route(q, k, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK, forced=(0, 0)):
     """The router's choice, int32 (B, H, T_m, count), ascending; what triton_backend.route() does in Triton.
 
     diagonal: position among the keys of the first query's own key, or None; see with_diagonal(). forced: so many key blocks
