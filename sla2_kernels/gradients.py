@@ -27,16 +27,8 @@ def backward(ctx, grad_out, grad_row_ratio, grad_blocks):
     tokens = 2 if ctx.heads_first else 1
     grad_out = grad_out.narrow(tokens, ctx.before, q.shape[tokens])  # not of the rows that are the caller's
     grad_row_ratio = None if alpha is None else grad_row_ratio
-    options = (
-        ctx.heads_first,
-        ctx.scale,
-        alpha,
-        ctx.precision,
-        ctx.backend,
-        grad_row_ratio,
-        ctx.linear_branch,
-        ctx.query_block,
-    )
+    formats = ctx.heads_first, ctx.scale, alpha, ctx.precision, ctx.backend
+    options = *formats, grad_row_ratio, ctx.linear_branch, ctx.query_block
     *grads, grad_alpha = torch.ops.sla2.attention_backward(grad_out, q, k, v, key_blocks, row_ratio, *options)
     return *grads, None, None, None if alpha is None else grad_alpha, *[None] * 14
 

@@ -161,5 +161,24 @@ def test_the_operator_s_registration_without_the_linear_branch_on_our_own_select
     inputs = attention_inputs(generator, tokens=130, keys=200, head_dim=16)
     key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5, query_block=64)
     leaves = [x.requires_grad_() for x in inputs.tensors()[:3]]
-    arguments = *leaves, None, None, None, key_blocks, 0.5, "16bit", True, 0.25, "torch", None, False, True, 3, 5, 0, 0, 64
+    arguments = (
+        *leaves,
+        None,
+        None,
+        None,
+        key_blocks,
+        0.5,
+        "16bit",
+        True,
+        0.25,
+        "torch",
+        None,
+        False,
+        True,
+        0,
+        0,
+        0,
+        0,
+        64,
+    )
     torch.library.opcheck(torch.ops.sla2.attention.default, arguments)
