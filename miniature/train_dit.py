@@ -16,7 +16,7 @@ from .clips import encode_scenes, simulate_clips
 from .optim import Average, Budget, Log, Optimiser, save_weights
 from .sample import sample_latents
 from .vae import WanVAE, denormalise_latents
-from .wan import Attention, WanBlock, WanConfig, WanModel, dense_attention
+from .wan import WanBlock, WanConfig, WanModel
 
 ABOUT = "Wan2.1-shaped text-to-video transformer, trained on procedural videos (miniature/README.md)"
 DIT_FILE = "wan_miniature_dit.safetensors"
@@ -58,14 +58,12 @@ def noise_levels(batch: int, shift: float, generator: torch.Generator) -> torch.
     return shift * u / (1 + (shift - 1) * u)
 
 
-def flow_loss(
-    model, clean, noise, t, context, rope_scale: float = 1.0, attention: Attention = dense_attention
-) -> torch.Tensor:
+def flow_loss(model, clean, noise, t, context, rope_scale: float = 1.0) -> torch.Tensor:
     """(B,) mean squared error of the velocity noise - clean at noise level t."""
     level = t.view(-1, 1, 1, 1, 1)
     noisy = torch.lerp(clean, noise, level)
     with torch.autocast(clean.device.type, torch.bfloat16):
-        velocity = model(noisy, t * 1000, context, attention, rope_scale)
+        velocity = model(noisy, t * 1000, context, rope_scale=rope_scale)
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
 
 
