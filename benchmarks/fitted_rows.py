@@ -2,18 +2,24 @@
 
     python -m benchmarks.fitted_rows --device cuda       a minute on an H100
     python -m benchmarks.fitted_rows --query-block 64    with 64 query tokens per selection
+    python -m benchmarks.fitted_rows --noised 2          rendered clips at 2 noise levels, both query blocks: minutes on a CPU
     python -m benchmarks.fitted_rows --tiny --device cpu
 
 Dense sampling of held-out captions at 81 frames of 832 x 480. In every call of every layer both branches are computed in
 float32 for rows that a ratio is fitted on and, apart from them, for rows that it is judged on. An error is the root mean
 square over the layers of ||out - dense|| / ||dense||, over all heads, both halves of guidance and steps 8 to 19 of 20.
+--noised: instead of sampling, one dense call per guidance half on a rendered held-out clip at the noise levels of some of those steps.
 """
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from miniature.captions import embed, split_captions
+from miniature.pool import fill_pool
+from miniature.sample import SHIFT, noise_schedule
 from sla2_kernels.router import (
     K_BLOCK,
     Q_BLOCK,
@@ -158,6 +164,31 @@ def table(taps, rows, first_judged):
     return found
 
 
+def of_noised_clips(miniature, captions, levels, first_judged, taps):
+    """Calls of the taps (by query block) on rendered clips of these captions, at levels between step ``first_judged`` and the last."""
+    schedule = noise_schedule(miniature.steps, SHIFT)[:-1]
+    steps = torch.linspace(first_judged, miniature.steps - 1, levels).round().long()
+
+    def attend(layer, q, k, v):
+        return [tap(layer, q, k, v) for tap in taps][0]
+
+    for number, caption in enumerate(captions):
+        clip = fill_pool(
+            miniature.vae, [caption], [0], size=miniature.size, seed=2 * SEED + number, device=miniature.device
+        )
+        clean = clip.latents.float()
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number)).to(clean.device)
+        for level in schedule[steps].tolist():
+            for words in (str(caption), ""):
+                with torch.no_grad(), miniature._autocast():
+                    t = torch.full((1,), 1000 * level, device=clean.device)
+                    miniature.model(torch.lerp(clean, noise, level), t, embed(words).to(clean.device), attend)
+
+
+def _of_the_call(calls, step, half, layer, rows):
+    return fitted_ratio([calls[step, half, layer]], rows)
+
+
 def _bound(calls, step, half, layer):
     _, (_, cross, square, _), _ = calls[step, half, layer]
     return (cross / square).clamp(0, 1)
@@ -168,6 +199,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--videos", type=int, default=3, help="held-out captions")
     parser.add_argument("--query-block", type=int, choices=QUERY_BLOCKS, default=Q_BLOCK)
+    parser.add_argument("--noised", type=int, default=0, help="noise levels of rendered clips, instead of sampling")
     parser.add_argument("--tiny", action="store_true", help="a random miniature of a few tokens: tries this script")
     args = parser.parse_args(argv)
     if args.tiny:
@@ -184,11 +216,22 @@ def main(argv=None):
         miniature = Miniature.load(None, args.device)
         fitted, judged, sparsities, rows, first = FITTED, JUDGED, SPARSITIES, ROWS, FIRST_JUDGED
         miniature.size = (81, 480, 832)
+    print("skips " + " ".join(f"{100 * sparsity:7.0f}%" for sparsity in sparsities))
+    if args.noised:
+        held_out = split_captions()[1]
+        captions = [held_out[i * len(held_out) // args.videos] for i in range(args.videos)]
+        taps = [Tap(sparsities, fitted, judged, block) for block in QUERY_BLOCKS]
+        of_noised_clips(miniature, captions, args.noised, first, taps)
+        for tap in taps:
+            steps = sorted({step for step, _, _ in tap.calls})
+            for what, choose in (("estimated", lambda *_: None), ("fitted", partial(_of_the_call, rows=rows[2]))):
+                found = " ".join(f"{value:8.4f}" for value in error([tap], steps, choose).tolist())
+                print(f"{found}  {what}, {tap.query_block} query tokens", flush=True)
+        return
     taps = []
     for number, caption in enumerate(miniature._captions("held out", args.videos)):
         taps.append(Tap(sparsities, fitted, judged, args.query_block))
         miniature._sample(caption, 2 * SEED + number, taps[-1])
-    print("skips " + " ".join(f"{100 * sparsity:7.0f}%" for sparsity in sparsities))
     for what, found in table(taps, rows, first):
         print(f"{' '.join(f'{value:8.4f}' for value in found.tolist())}  {what}", flush=True)
 
