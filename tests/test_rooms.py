@@ -52,7 +52,7 @@ def test_a_room_imports_those_below_it(room):
         ("sla2_training", {"sla2_kernels"}),
         ("sla2_diffusers.py", {"sla2_kernels"}),
         ("nodes", {"sla2_kernels", "sla2_training", "miniature"}),
-        ("miniature", {"sla2_training"}),
+        ("miniature", {"sla2_training", "sla2_kernels"}),
         ("tooling", {"miniature", "sla2_kernels", "sla2_diffusers"}),
         ("benchmarks", {"tooling", "miniature", "sla2_kernels", "sla2_training", "sla2_diffusers"}),
         ("demo.py", {"tooling"}),

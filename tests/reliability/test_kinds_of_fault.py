@@ -144,7 +144,7 @@ def test_an_event_names_the_node_as_the_page_knows_it(pack_module, monkeypatch, 
     """In a subgraph a node's id is a path such as 12:7."""
     events, sent = pack_module("nodes.page.events"), []
     server = type("Server", (), {"client_id": "c", "send_sync": lambda self, *message: sent.append(message)})()
-    monkeypatch.setattr(events, "_server", lambda: server)
+    monkeypatch.setattr(events, "server_of_page", lambda: server)
     events.send_event("outcome", node_id, {"headline": "x"})
     assert sent == [("sla2.outcome", {"node": str(node_id), "workflow": None, "headline": "x"}, "c")]
 
