@@ -1,12 +1,12 @@
 """The sparse loop and the linear branch for Hopper (sm_90) in Gluon: a producer warp and its consumer warpgroups, persistent.
 
-The producer brings Q tiles and pairs of selected key blocks by TMA through a ring of stages; each consumer holds half a
-query block (64 rows). In each step the scores of this pair and P V of the pair before are under way while the consumer
-takes exponentials. H_i comes last through the same ring, and phi(Q_i) H_i is taken beside the last P V. The arithmetic is
-that of sparse_attention.py and linear_attention.py, but for Q's scale, which is one per row.
+The producer brings Q tiles and pairs of selected key blocks by TMA through a ring of stages; each consumer holds 64
+rows, half a query block or a whole one. In each step the scores of this pair and P V of the pair before are under way while
+the consumer takes exponentials. H_i comes last through the same ring, and phi(Q_i) H_i is taken beside the last P V. The
+arithmetic is that of sparse_attention.py and linear_attention.py, but for Q's scale, which is one per row.
 
-In 8 bit two programs of one consumer share a multiprocessor, each with half a query block: faster than one program of two,
-although both bring the same key blocks. In 16 bit there is shared memory for one program, of two consumers.
+In 8 bit two programs of one consumer share a multiprocessor: faster than one program of two, although for query blocks of
+128 both bring the same key blocks. In 16 bit there is shared memory for one program, of two consumers.
 
 P V's left operand stays in the registers that the scores came in: pack(register_order=True) puts V's keys in the order in
 which those registers are an FP8 operand, and V's channels, with them H_i's columns, in the one that gives each thread eight
