@@ -110,7 +110,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                     "in place of the widget's. Needs no router. 0: off.",
                 ),
                 io.Combo.Input(
-                    "reference_keys", optional=True, options=list(REFERENCE_KEYS), default=REFERENCE_KEYS[0],
+                    "reference_keys", optional=True, options=list(REFERENCE_KEYS), default=REFERENCE_KEYS[0], advanced=True,
                     tooltip="How reference images and videos, guides and poses are attended. routed: selected like the video, "
                     "at least one block of each. exact: always all of them, slower.",
                 ),
