@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from miniature.captions import embed, split_captions
 from miniature.pool import fill_pool
 from miniature.sample import SHIFT, noise_schedule
+from miniature.wan import dense_attention
 from sla2_kernels.router import (
     K_BLOCK,
     Q_BLOCK,
@@ -55,6 +56,11 @@ class Tap:
         self.calls, self._counts = {}, {}
 
     def __call__(self, layer, q, k, v):
+        self.look(layer, q, k, v)
+        return dense_attention(layer, q, k, v)
+
+    def look(self, layer, q, k, v):
+        """Keeps what errors of a call follow from."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         call = self._counts[layer] = self._counts.get(layer, -1) + 1
         generator = torch.Generator().manual_seed(1000 * call + layer)
@@ -68,7 +74,6 @@ class Tap:
         summed = products[..., self.fitted :].double().sum(dim=-1)
         kept = products[1:3, ..., : self.fitted].clone(), summed, energy[..., self.fitted :].double().sum(dim=-1)
         self.calls[call // 2, call % 2, layer] = kept
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def _head(self, q, k, v, scores, rows):
         """(products (4, S, R), energy (R,)) of one head: q, k, v (N, D), scores (T_m, T_n)."""
@@ -170,7 +175,9 @@ def of_noised_clips(miniature, captions, levels, first_judged, taps):
     steps = torch.linspace(first_judged, miniature.steps - 1, levels).round().long()
 
     def attend(layer, q, k, v):
-        return [tap(layer, q, k, v) for tap in taps][0]
+        for tap in taps:
+            tap.look(layer, q, k, v)
+        return dense_attention(layer, q, k, v)
 
     for number, caption in enumerate(captions):
         clip = fill_pool(
