@@ -26,7 +26,7 @@ from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_q
 
 logger = logging.getLogger("sla2")
 
-HEAD_GROUPS = 1  # of a process that shares a call; with 2 one is computed while the other is exchanged: not timed yet
+HEAD_GROUPS = 2  # of a process that shares a call: one is computed while the other is exchanged
 
 
 @dataclass
@@ -348,7 +348,7 @@ def apply_sla2(
             reason; "torch" computes it block by block on any device.
         exchange: what GPUs that share a video send each other (context parallelism): "16bit" is q, k and v in their own
             dtype, and the result that of one GPU; "8bit" half the bytes, the same key blocks, and an error 3 to 17% above
-            INT8's. Meant for GPUs joined by PCI Express; checked between CPU processes, not timed on GPUs yet.
+            INT8's. Meant for GPUs joined by PCI Express, where it was not timed: over NVLink it gains nothing.
 
     Raises:
         TypeError: transformer is not a Wan transformer, or router is no RouterWeights.
