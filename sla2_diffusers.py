@@ -138,15 +138,16 @@ class SLA2WanProcessor:
         from sla2_kernels.pool_routing import PoolRouting
         from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
-        routing = None
+        routing, groups = None, HEAD_GROUPS
         if self.settings.exchange == "8bit":
             proj_q, proj_k, _ = self._weights_on(q.device)
+            groups = 1  # packing and opening messages beside attention takes longer than it hides
             routing = PoolRouting(
                 self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend,
                 self._query_block_of(q, precision),
             )  # fmt: skip
         mesh = self._parallel_config.context_parallel_config._ulysses_mesh
-        return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=HEAD_GROUPS, routing=routing)
+        return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=groups, routing=routing)
 
     def _attend(self, precision, q, k, v, heads, key_blocks=None):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""

@@ -104,7 +104,7 @@ def candidates(shape, device):
     blocks = block_count(tokens, Q_BLOCK), block_count(tokens, K_BLOCK)
     unselected = (torch.rand(heads, *blocks, device=device) < SPARSITY).to(q.dtype)
     rows = sample_rows(tokens, 0, device)
-    fit, current = FittedRatio(Sample(rows, len(rows), None, None), None), fit_config(q.element_size())
+    fit, current = FittedRatio(Sample(rows, len(rows), None, None), None, Q_BLOCK), fit_config(q.element_size())
     found = []
     for warps, stages in WARPS_AND_STAGES:
         for programs in PROGRAMS:

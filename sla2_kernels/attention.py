@@ -93,7 +93,7 @@ def sla2_attention(
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
     key_blocks, is_routed, forced, diagonal = checked_blocks(
-        key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys
+        key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys, sparsity
     )
     before, behind = checked_pair("room", room)
     refuse_forward_mode(q, k, v, alpha)

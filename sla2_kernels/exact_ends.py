@@ -8,7 +8,6 @@ from .arguments import TOKENS_DIM
 from .forced_blocks import select_with_forced_blocks
 from .router import Q_BLOCK
 from .selection import RoutedBlocks, forced_block_counts
-from .stretches import MAX_OWN_BLOCKS
 
 
 def attend_video(
@@ -40,7 +39,7 @@ def attend_video(
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
     routing["query_block"] = query_block
     forced = forced_block_counts(k.shape[TOKENS_DIM[layout]], key_prefix, key_suffix)
-    if forced.suffix and keep_diagonal and forced.selected(sparsity) - forced.prefix - forced.suffix < MAX_OWN_BLOCKS:
+    if keep_diagonal and not forced.has_room_for_own(sparsity):
         # among blocks that must be taken the operator prefers the first ones, and own ones might be too many
         blocks = select_with_forced_blocks(q, k, proj_q, proj_k, front=key_prefix, back=key_suffix, **routing)
         options["key_blocks"] = RoutedBlocks(blocks)

@@ -24,18 +24,19 @@ def takes_exact_rows(q, k, v, layout="BHND"):
     return takes_hopper_loop(capability(q.device), "16bit", "16bit", q, k, v)
 
 
-def exact_rows(q, k, v, *, scale=None, layout="BHND"):
+def exact_rows(q, k, v, *, scale=None, layout="BHND", backend="auto"):
     """Softmax attention of q over all keys, in the precision of its dtype.
 
     Args:
         q: (B, H, R, D), or (B, R, H, D) with layout "BNHD"; any number of rows. k, v: (B, H, M, D) or (B, M, H, D).
         scale: softmax scale, None is D ** -0.5.
+        backend: "torch" is PyTorch's attention; otherwise Hopper's 16-bit loop where it can run.
 
     Returns:
         The output in q's layout and dtype.
     """
     # while torch.compile traces, strides and addresses are not to be asked for
-    if not torch.compiler.is_compiling() and takes_exact_rows(q, k, v, layout):
+    if backend != "torch" and not torch.compiler.is_compiling() and takes_exact_rows(q, k, v, layout):
         return sla2_attention(
             q,
             k,

@@ -132,7 +132,7 @@ def fitted_attention(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
         )
     key_blocks, is_routed, forced, diagonal = checked_blocks(
-        key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys
+        key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys, sparsity
     )
     blocks, sparsity = block_count(k.shape[TOKENS_DIM[layout]], K_BLOCK), checked_sparsity(sparsity)
     count = selected_beside(forced, sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]

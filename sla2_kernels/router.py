@@ -12,6 +12,7 @@ import torch.nn.functional as F
 Q_BLOCK = 128  # the paper's; query blocks of a call are one of QUERY_BLOCKS
 QUERY_BLOCKS = (Q_BLOCK, 64)
 K_BLOCK = 64
+MAX_OWN_BLOCKS = Q_BLOCK // K_BLOCK + 1  # key blocks with tokens of one query block, where the grids do not meet
 PARTS = 2**40
 # Below this mean of phi(q) phi(k) / max phi(q) over the unselected keys the linear branch has no weight, and the ratio is 1.
 # Far above the rounding error of float32 and bfloat16: no backend divides by a vanishing sum, and all decide alike.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import router
-from .arguments import TOKENS_DIM, check_diagonal, check_key_blocks, checked_pair
-from .router import K_BLOCK, block_count, selected_beside, selected_block_count
+from .arguments import TOKENS_DIM, check_diagonal, check_key_blocks, checked_pair, checked_sparsity
+from .router import K_BLOCK, MAX_OWN_BLOCKS, block_count, selected_beside, selected_block_count
 from .support import resolve_backend
 
 
@@ -21,6 +21,10 @@ class ForcedBlocks(NamedTuple):
     def selected(self, sparsity):
         """Number of key blocks that each query block attends; ``sparsity`` is the share of the free ones that is skipped."""
         return selected_beside((self.prefix, self.suffix), sparsity, sum(self))
+
+    def has_room_for_own(self, sparsity):
+        """Whether keep_diagonal leaves the forced ones at the end: a query block's own ones come before them."""
+        return not self.suffix or self.selected(sparsity) - self.prefix - self.suffix >= min(MAX_OWN_BLOCKS, self.free)
 
     def attended_keys(self, tokens, sparsity):
         """Upper bound on the keys, of ``tokens``, that each query attends exactly.
@@ -50,10 +54,11 @@ class RoutedBlocks(NamedTuple):
     key_blocks: Tensor
 
 
-def checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys=(0, 0)):
+def checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys=(0, 0), sparsity=0.0):
     """What selects the key blocks of a call; raises ValueError where its arguments do not fit.
 
     keep_diagonal needs as many keys between the exact ones as queries; both are ignored where ``key_blocks`` are given.
+    Among blocks that must be taken the first ones come first, so that keep_diagonal beside exact keys at the end needs room.
 
     Returns:
         (key blocks or None, whether they were RoutedBlocks, key blocks at the start and the end that hold exact keys, the place
@@ -74,6 +79,11 @@ def checked_blocks(key_blocks, q, k, layout, keep_diagonal, query_block, exact_k
     forced = forced_block_counts(keys, first, last)
     if keep_diagonal:
         check_diagonal(q, k.narrow(axis, first, keys - first - last))
+        if not forced.has_room_for_own(checked_sparsity(sparsity)):
+            raise ValueError(
+                f"keep_diagonal beside exact keys at the end needs {MAX_OWN_BLOCKS} selected key blocks before them: lower "
+                "sparsity, or pass key_blocks of select_with_forced_blocks()."
+            )
     return None, False, (forced.prefix, forced.suffix), first if keep_diagonal else None
 
 

@@ -1,8 +1,8 @@
 """SLA, the predecessor of SLA2 (arXiv 2509.24006), for weights that were trained with it; and its sparse branch alone.
 
 O = O_s + proj_l(O_l): softmax attention over the key blocks that the heuristic router picks, plus a projection of linear
-attention over ALL keys (that is what the released code and the TurboDiffusion checkpoints do). Query blocks of 128 tokens,
-key blocks of 64.
+attention over ALL keys (that is what the released code and the TurboDiffusion checkpoints do). Query blocks of 128 tokens
+unless ``query_block`` says otherwise, key blocks of 64.
 """
 
 import re

@@ -15,10 +15,8 @@ from itertools import pairwise
 import torch
 
 from .arguments import checked_count
-from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
+from .router import K_BLOCK, MAX_OWN_BLOCKS, Q_BLOCK, block_count, selected_block_count
 from .support import without_autocast
-
-MAX_OWN_BLOCKS = Q_BLOCK // K_BLOCK + 1  # key blocks with tokens of one query block, where the grids do not meet
 
 
 @dataclass(frozen=True)

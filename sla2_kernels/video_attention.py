@@ -100,7 +100,7 @@ def video_attention(
         "keep_diagonal": keep_diagonal,
         "query_block": query_block,
     }
-    exact = dense or functools.partial(exact_rows, layout=layout, scale=scale)
+    exact = dense or functools.partial(exact_rows, layout=layout, scale=scale, backend=backend)
     if references:
         stretches = Stretches(tokens, (prefix, tokens - suffix), tuple(tuple(reference) for reference in references))
         routing["room"] = stretches.room

@@ -160,7 +160,7 @@ def replayed_calls():
 
 
 def fitted_and_judged():
-    """Sampled rows, ratios and totals of a call that fits, against float64 and plain torch; played back, the same bits."""
+    """Sampled rows, ratios and totals of a call that fits, against float64 and plain torch; replayed, the same bits."""
     q, k, v = (x.transpose(1, 2) for x in random_qkv(3001, 4, seed=8))
     rows, blocks = sample_rows(3001, 0, "cuda"), select_key_blocks(q, k, sparsity=0.9)
     on_cpu = [x.cpu() for x in (q, k, v, blocks, rows)]

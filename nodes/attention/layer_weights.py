@@ -68,10 +68,11 @@ class LayerWeights:
         projections = self._projections(layer, device)
         if self._sla_weights is not None:
             return CallWeights(proj_l=projections, linear_branch=False)
+        ratio, untrained = None, self._router is None
         if self._settings.method == "top-k only":
-            return CallWeights(*projections, linear_branch=False)
-        ratio = None
-        untrained = self._router is None
+            return CallWeights(
+                *projections, linear_branch=False, query_block=Q_BLOCK if untrained else self._router.q_block
+            )
         as_trained = {
             "keep_diagonal": untrained or self._router.keep_diagonal,
             "query_block": None if untrained else self._router.q_block,

@@ -390,7 +390,7 @@ def _next_pair(at, q, q_scale, scales, exponents, state, kv_ring, step, dtype: g
 
 @gluon.jit
 def _phi(q_at, z_at, layout: gl.constexpr):
-    """phi(Q) of half a query block without its denominator, which cancels: (bfloat16 (64, D), phi(Q) Z_i (64,))."""
+    """phi(Q) of 64 rows without its denominator, which cancels: (bfloat16 (64, D), phi(Q) Z_i (64,))."""
     wide = q_at.load(layout).to(gl.float32)
     largest = gl.max(wide, 1)
     exponentials = gl.exp2(wide * LOG2_E - (largest * LOG2_E)[:, None])
@@ -439,7 +439,7 @@ def _finish_mixed(acc_t, a0, a1, row_sum, ratio, phi, norm, kv_ring, step, QK: g
 
 @gluon.jit
 def _store_output(acc, out_plane, stride_n, stride_d, first_row, tokens, QK: gl.constexpr):
-    """Writes half a query block (64, D)."""
+    """Writes 64 rows (64, D)."""
     STORE: gl.constexpr = _stored(QK)
     acc = acc.to(out_plane.dtype.element_ty)
     if QK == "int8":

@@ -5,6 +5,7 @@ import torch
 from operator_inputs import attention_inputs, relative_error
 
 from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.forced_blocks import select_with_forced_blocks
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import own_key_blocks, router_scores
@@ -88,3 +89,14 @@ def test_queries_that_are_not_the_keys_tokens_are_refused():
             call()
     with pytest.raises(ValueError, match="between front and back as queries, got 190 and 130.$"):
         select_with_forced_blocks(q, k, sparsity=0.5, front=10, keep_diagonal=True)
+
+
+@pytest.mark.parametrize("attend", [sla2_attention, fitted_attention])
+def test_own_blocks_need_room_beside_exact_keys_at_the_end(generator, attend):
+    """They come first among the blocks that must be taken, and exact keys at the end would be lost without a word."""
+    q, k = (torch.randn(1, 1, tokens, 16, generator=generator) for tokens in (576, 640))
+    options = {"keep_diagonal": True, "exact_keys": (0, 64), "precision": "16bit", "backend": "torch"}
+    rows = {} if attend is sla2_attention else {"rows": torch.arange(32, dtype=torch.int32), "fitted": 24}
+    with pytest.raises(ValueError, match="needs 3 selected key blocks before them"):
+        attend(q, k, k, sparsity=0.9, **options, **rows)
+    attend(q, k, k, sparsity=0.6, **options, **rows)

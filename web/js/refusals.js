@@ -17,7 +17,7 @@ export function translateRefusals(api) {
 function translated(answer) {
   for (const { class_type: kind, errors } of Object.values(answer?.node_errors ?? {})) {
     if (!kind?.startsWith("SLA2")) continue;
-    for (const error of errors) error.details = fromServer(error.details ?? "");
+    for (const error of errors ?? []) error.details = fromServer(error.details ?? "");
   }
   return answer;
 }
