@@ -157,12 +157,9 @@ def table(taps, rows, first_judged):
         def before(calls, step, half, layer, few=few):
             return fitted_ratio([calls[few[max(few.index(step) - 1, 0)], half, layer]], rows[-3])
 
-        def now(calls, step, half, layer):
-            return fitted_ratio([calls[step, half, layer]], rows[-3])
-
         for what, choose in (
             ("estimated", lambda *_: None),
-            ("fitted in the step", now),
+            ("fitted in the step", partial(_of_the_call, rows=rows[-3])),
             ("fitted one step before", before),
         ):
             found.append((f"steps as far apart as {count} steps are: {what}", error(taps, few[1:], choose)))

@@ -45,9 +45,8 @@ from .weight_files import weight_file
 
 LIVE_FILE, LOG_FILE = "live_lora.safetensors", "distil_log_{}.json"
 WARMUP = 30  # steps
-ATTENTION_TOKENS = (
-    8000  # of a video whose self-attention costs as much as the rest (H200: 0.5 us a token at 2,184, 2.7 at 32,760)
-)
+# of a video whose self-attention costs as much as the rest (H200: 0.5 us a token at 2,184, 2.7 at 32,760)
+ATTENTION_TOKENS = 8000
 
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # (x, noise level) -> velocity, both (B, 16, T, h, w) float32
 

@@ -32,9 +32,10 @@ class _Call(NamedTuple):
 def _prepared(q, k, v, key_blocks, heads_first, is_routed, room):
     # what is returned must not be a view, or a caller could not write into it under autograd
     result = torch.empty(_with_room(q, heads_first, room), dtype=q.dtype, device=q.device)
-    out = result.narrow(2 if heads_first else 1, room[0], q.shape[2 if heads_first else 1])
+    out = result
     if not heads_first:
         q, k, v, out = (t.transpose(1, 2) for t in (q, k, v, out))
+    out = out.narrow(2, room[0], q.shape[2])
     if key_blocks is not None and not is_routed:
         key_blocks = distinct_blocks(key_blocks, block_count(k.shape[2], K_BLOCK))
     return _Call(q, k, v, key_blocks, out, result)

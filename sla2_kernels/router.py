@@ -111,7 +111,7 @@ def top_k_blocks(scores, count):
 
 
 def route(q, k, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK, forced=(0, 0)):
-    """The router's choice, int32 (B, H, T_m, count), ascending; what triton_backend.route() does in Triton.
+    """The router's choice, int32 (B, H, T_m, count), ascending; what triton_backend.route() and its attention() do in Triton.
 
     diagonal: position among the keys of the first query's own key, or None; see with_diagonal(). forced: so many key blocks
     at the start and the end are taken first.
