@@ -3,7 +3,7 @@
 A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number and motion can be learned where a clip costs a
 hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over the
 distances that they have at 480 pixels (ComfyUI: the stock node ScaleROPE). The objects never meet: "bounce" moves one up and
-down in each half, half a turn apart, "circle" moves both on opposite sides of one circle. Both have one size and turn alike, by
+down in each half, as springs do, one at the top when the other is at the bottom; "circle" moves both on opposite sides of one circle. Both have one size and turn alike, by
 the same angle in every clip, so that an outline is known as soon as its place is. Where the objects start, which way they go,
 how bright it is and where the pattern of the floor lies are the seed's.
 """
@@ -20,6 +20,7 @@ from .videos import Scenes, draws, floor_waves
 FULL_HEIGHT = 480  # pixels: where RoPE is as ComfyUI has it
 RADIUS = 0.15  # of every object, in heights
 SPIN = 0.015  # radians a frame
+TURN = 0.045  # radians a frame of either motion's period
 FLOOR_SCALE = 1.6 / FULL_HEIGHT  # of the first world's periods in pixels
 # what floor_waves() makes the periods (first of each pair) and directions of its four waves from
 FLOOR_DRAWS = ((0.5, 0.5), (0.1, 0.4), (0.9, 0.7), (0.3, 0.2))
@@ -48,8 +49,8 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     time = torch.arange(frames)
     # In heights from here on.
     aspect = width / height
-    bounce = _bounce(time, aspect, uniform(-0.03, 0.03, 2), uniform(0.0, 2.0))
-    circle = _circle(time, aspect, uniform(-0.01, 0.01, 2), uniform(0.0, 2 * math.pi), 0.045 * sign())
+    bounce = _bounce(time, aspect, uniform(-0.03, 0.03, 2), uniform(0.0, 2 * math.pi))
+    circle = _circle(time, aspect, uniform(-0.01, 0.01, 2), uniform(0.0, 2 * math.pi), TURN * sign())
     position = torch.where((kind[:, 2] == 0)[:, None, None, None], bounce, circle)
     direction = torch.tensor([0.0, 1.0, -1.0])[kind[:, 4]]
     return Scenes(
@@ -65,10 +66,9 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
 
 
 def _bounce(time, aspect: float, aside, phase) -> torch.Tensor:
-    """(N, F, 2, 2): one object up and down in the middle of each half, `aside` of it, half a turn (1) apart; phase (N,): 0 to 2."""
-    room = 1 - 2 * RADIUS
-    turn = (phase[:, None, None] + torch.tensor([0.0, 1.0]) + 0.0125 / room * time[:, None]) % 2
-    y = RADIUS + room * torch.minimum(turn, 2 - turn)
+    """(N, F, 2, 2): one object up and down in the middle of each half, `aside` of it, opposite each other; phase (N,)."""
+    theta = (phase[:, None] + TURN * time)[..., None] + torch.tensor([0.0, math.pi])
+    y = 0.5 + (0.5 - RADIUS) * theta.cos()
     x = (torch.tensor([0.25, 0.75]) * aspect + aside)[:, None].expand_as(y)
     return torch.stack([x, y], -1)
 
