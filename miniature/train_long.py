@@ -76,11 +76,11 @@ class Size:
 # Token counts are multiples of 8: others make the compiler begin anew. The more tokens an object has, the higher the noise at
 # which its place is decided: shifts grow with the picture's side.
 REAL = {
-    "small": Size(81, 128, 208, 3072, 64, 6.0),
-    "square": Size(45, 160, 160, 384, 64, 6.0),
-    "low": Size(81, 256, 416, 320, 8, 10.0),
+    "small": Size(81, 128, 208, 3072, 64, 8.0),
+    "square": Size(45, 160, 160, 384, 64, 8.0),
+    "low": Size(81, 256, 416, 320, 8, 14.0),
     "short": Size(17, 480, 832, 256, 8, 14.0),
-    "full": Size(81, 480, 832, 288, 2, 18.0),
+    "full": Size(81, 480, 832, 288, 2, 26.0),
 }
 TINY = {
     "small": Size(9, 16, 32, 4, 3, 5.0),
@@ -137,7 +137,9 @@ def draw_name(mix: dict[str, float], generator: torch.Generator) -> str:
 class Data:
     """Pools by size, held-out pools for the validation loss, and the context of every caption (the last is the empty one)."""
 
-    def __init__(self, vae, sizes: dict[str, Size], names, *, seed: int, test_clips: int, log: Log, device):
+    def __init__(
+        self, vae, sizes: dict[str, Size], names, *, share: float, seed: int, test_clips: int, log: Log, device
+    ):
         train, held_out = split_captions()
         captions = train + held_out
         self.contexts = torch.cat([embed(str(caption)) for caption in [*captions, ""]]).to(device)
@@ -145,7 +147,7 @@ class Data:
         self.pools: dict[str, Pool] = {}
         for number, name in enumerate(names):
             order = torch.randperm(len(train), generator=generator).tolist()
-            chosen = [order[i % len(order)] for i in range(sizes[name].clips)]
+            chosen = [order[i % len(order)] for i in range(math.ceil(sizes[name].clips * share))]
             begin = time.monotonic()
             self.pools[name] = fill_pool(
                 vae, captions, chosen, size=sizes[name].extent, seed=seed + number, device=device, world=scaled
@@ -306,7 +308,7 @@ def sit(args) -> None:
                 log.record(stage="check", size=name, attention=attention.__name__, gradient_error=error)
     if args.decoder_seconds:
         names = list(dict.fromkeys([*names, *(name for name, *_ in DECODER[args.tiny])]))
-    data = Data(vae, sizes, names, seed=seed, test_clips=args.test_clips, log=log, device=device)
+    data = Data(vae, sizes, names, share=args.clips, seed=seed, test_clips=args.test_clips, log=log, device=device)
     if args.decoder_seconds:
         batches = [(data.pools[name], *rest) for name, *rest in DECODER[args.tiny]]
         budget = Budget(args.decoder_seconds, args.steps)
@@ -347,6 +349,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="grow the transformer to this many blocks first")
     parser.add_argument("--mix", nargs="+", default=["small=1", "low=1,full=1"], help="shares of the steps by size")
     parser.add_argument("--finish", action="store_true", help="lower the learning rate to zero in this sitting")
+    parser.add_argument(
+        "--clips", type=float, default=1.0, help="share of the clips of every size: less in a short sitting"
+    )
     parser.add_argument(
         "--low-noise",
         type=float,
