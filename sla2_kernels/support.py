@@ -94,11 +94,12 @@ def default_query_block(q, precision):
     on_hopper = q.device.type == "cuda" and capability(q.device)[0] == 9
     if not on_hopper or precision != "int8" or _triton_reason() is not None:
         return Q_BLOCK
-    from .kernels.hopper import can_be_copied, why_no_loop_of
+    from .kernels.hopper import takes_hopper_loop, why_no_loop_of
 
     # while torch.compile traces, addresses are not to be asked for
-    copied = torch.compiler.is_compiling() or can_be_copied(q)
-    return 64 if copied and why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
+    if torch.compiler.is_compiling():
+        return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
+    return 64 if takes_hopper_loop(capability(q.device), "int8", "fp8", q, q, q, 64) else Q_BLOCK
 
 
 def triton_install_command():

@@ -26,7 +26,7 @@ def takes_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
 
 def takes_hopper_walks(card, q, k, v, grad_out):
     """True where the backward's walks in Gluon (hopper_backward.py) take these tensors, (B, H, N, D) all."""
-    return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and can_be_copied(grad_out)
+    return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and _can_be_copied(grad_out)
 
 
 def why_not_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
@@ -45,7 +45,7 @@ def why_not_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
     if reason:
         return reason
     copied = {"q": q} if qk == "int8" else {"q": q, "k": k, "v": v}
-    odd = [name for name, x in copied.items() if not can_be_copied(x)]
+    odd = [name for name, x in copied.items() if not _can_be_copied(x)]
     if odd:
         return f"the Hopper loop needs strides and addresses in multiples of {TMA_BYTES} bytes, unlike those of {' and '.join(odd)}"
     return None
@@ -63,7 +63,7 @@ def why_no_loop_of(dtype, head_dim):
     return None
 
 
-def can_be_copied(x):
+def _can_be_copied(x):
     """Whether TMA can: neighbours along D, every other stride a positive multiple of 16 bytes."""
     *outer, inner = x.stride()
     size = x.element_size()
