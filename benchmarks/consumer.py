@@ -26,7 +26,7 @@ from .consumer_imitation import CARDS, Imitation
 from .consumer_roofline import SHEETS, milliseconds, sla2_work, sol_work
 from .consumer_table import consumer_markdown
 from .inputs import Shape, make_inputs
-from .measure import environment, launch_ms
+from .measure import environment, event_ms, graph_timer, launch_ms
 from .rivals import sol_attn
 from .rivals.packages import add_peer_folders
 
@@ -160,7 +160,7 @@ class Run:
         graph = method == "sla2" or shape.tokens % sol_attn.BLOCK == 0
         row = {
             "part": f"sm_{self.arch}", "method": method, "setting": setting, "shape": shape.name, "tokens": shape.tokens,
-            "heads": shape.heads, "sparsity": sparsity, "graph": graph, "ms": graph_ms(call) if graph else event_ms(call),
+            "heads": shape.heads, "sparsity": sparsity, "graph": graph, "ms": gpu_ms(call, graph),
             "host_ms": launch_ms(call),
             "launches": sum(count for _, count in kernels.values()),
             "kernels": {name: round(ms, 4) for name, (ms, _) in kernels.items()},
@@ -204,29 +204,10 @@ def output_error(sparsity):
     return float((out.transpose(1, 2).double() - expected).norm() / expected.norm())
 
 
-def graph_ms(call):
-    """Median GPU milliseconds of ``call()``, launched by a CUDA graph of three calls."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPLAYS):
-            call()
-    return event_ms(graph.replay, repeats=1) / REPLAYS
-
-
-def event_ms(call, repeats=REPLAYS):
-    """Median milliseconds of ``call()`` between two events of the GPU, ``repeats`` calls one right after the other."""
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / repeats)
-    return statistics.median(times)
+def gpu_ms(call, graph):
+    """Median milliseconds of ``call()``, launched by a CUDA graph or one right after the other."""
+    run = graph_timer(call, REPLAYS) if graph else lambda: event_ms(call, REPLAYS)
+    return statistics.median(run() for _ in range(5))
 
 
 def kernel_times(call):

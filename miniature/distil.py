@@ -39,7 +39,7 @@ from .optim import Average, Budget, Log, Optimiser
 from .sample import WEIGHTS, noise_schedule
 from .scaled import rope_scale
 from .train_dit import DIT_FILE
-from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, parse_mix, prepare
+from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, check_mixes, parse_mix, prepare
 from .wan import WanModel
 from .weight_files import weight_file
 
@@ -331,9 +331,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.student_steps = tuple(sorted({int(count) for count in args.student_steps.split(",")}))
-        [parse_mix(text) for text in args.mix]
     except ValueError as error:
         parser.error(str(error))
+    check_mixes(parser, args.mix)
     if args.student_steps[0] < 1:
         parser.error("--student-steps: numbers from 1 on, with commas between them, as in 4,8")
     if args.resume and not (args.out / LIVE_FILE).exists():

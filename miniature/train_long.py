@@ -124,6 +124,14 @@ def parse_mix(text: str) -> dict[str, float]:
     return {name: share / total for name, share in shares.items() if share}
 
 
+def check_mixes(parser: argparse.ArgumentParser, texts: list[str]) -> None:
+    """Ends the program with the parser's usage where one of --mix is no such text."""
+    try:
+        [parse_mix(text) for text in texts]
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def draw_name(mix: dict[str, float], generator: torch.Generator) -> str:
     """A size, by the shares of the mix."""
     point = float(torch.rand((), generator=generator))
@@ -375,10 +383,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--print-seconds", type=float, default=5.0)
     parser.add_argument("--save-seconds", type=float, default=60.0, help="files are also written this often")
     args = parser.parse_args(argv)
-    try:
-        [parse_mix(text) for text in args.mix]
-    except ValueError as error:
-        parser.error(str(error))
+    check_mixes(parser, args.mix)
     return args
 
 

@@ -164,9 +164,13 @@ class WanModel(nn.Module):
         self.run_block = WanBlock.__call__  # not forward, which goes past FSDP's hooks
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, attention: Attention = dense_attention,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        attention: Attention = dense_attention,
         rope_scale: float = 1.0,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """The velocity of x.
 
         Args:

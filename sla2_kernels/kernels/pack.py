@@ -31,6 +31,12 @@ def register_order_of_channels(channel):
 
 
 @triton.jit
+def from_register_order_of_channels(x, D: tl.constexpr):
+    """A vector [D] in that order, channel after channel."""
+    return x.reshape([D // 32, 4, 4, 2]).permute([0, 2, 1, 3]).reshape([D])
+
+
+@triton.jit
 def int8_exponent(largest):
     """log2 of a scale that brings magnitudes up to ``largest`` within INT8, and a little more for its own rounding."""
     return tl.maximum(tl.log2(tl.maximum(largest, 1e-30) * (1.001 / INT8_MAX)), MIN_EXPONENT)

@@ -65,9 +65,7 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["a_rows", "b_rows"])
-def _halves(
-    a, b, a_high, a_low, a_power, b_high, b_low, b_power, a_rows, b_rows, D: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _halves(a, b, a_high, a_low, a_power, b_high, b_low, b_power, a_rows, b_rows, D: tl.constexpr, TILE: tl.constexpr):
     """Takes both operands apart, first a, then b."""
     a_tiles = tl.cdiv(a_rows, TILE)
     tile = tl.program_id(0)

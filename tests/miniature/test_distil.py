@@ -45,8 +45,10 @@ def test_the_loss_falls_and_the_student_comes_nearer_to_the_guided_teacher(first
     assert tested[-1] < 0.7 * log["results"]["error_teacher"]["small_4"]
     assert log["results"]["steps"] == 60
     assert {path.name for path in first.iterdir()} == {
-        "wan_miniature_4_steps_lora.safetensors", distil.LIVE_FILE, distil.LOG_FILE.format(1)
-    }  # fmt: skip
+        "wan_miniature_4_steps_lora.safetensors",
+        distil.LIVE_FILE,
+        distil.LOG_FILE.format(1),
+    }
 
 
 def test_resuming_goes_on_from_the_live_lora_also_for_other_steps(first, weights):
