@@ -114,8 +114,10 @@ def _loop_config(capability, qk, pv, head_dim, element_size):
         # more rows of float32 spill kilobytes per thread, or do not fit 99 KB with Triton 3.2
         return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
     if pv == "int8":
-        # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that
-        return LoopConfig(128, 4, 2)
+        # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that. Five stages: the
+        # index of a key block is read first, which takes every second one, and with fewer K and V have one buffer alone, so
+        # that each turn waits for what it has just asked for
+        return LoopConfig(128, 4, 5)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":
