@@ -142,10 +142,10 @@ def mass_config(capability, element_size, query_block):
 
 def pack_config(pv, register_order, element_size):
     """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
-    if register_order:
+    if register_order or (pv == "int8" and element_size == 2):
         # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
         return PackConfig(2, 4, registers=168)
-    return PackConfig(1, 4 if pv == "int8" and element_size == 2 else 8)
+    return PackConfig(1, 8)
 
 
 def fit_config(element_size):
