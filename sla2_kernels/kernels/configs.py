@@ -162,3 +162,6 @@ def product_config(capability, element_size):
     if _large_shared_memory(capability):
         return ProductConfig(128, 128, 64, 8, 3)
     return ProductConfig(128, 128, 32, 4, 4)
+
+
+INT8_PRODUCT = ProductConfig(128, 256, 64, 8, 2)  # the masked sum in INT8
