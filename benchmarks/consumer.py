@@ -41,7 +41,7 @@ SHAPES = {
     )
 }
 CHECKED = Shape("checked", 3, (5, 20, 31))
-FORMATS = {"pv": "int8", "sums": "16bit", "scores": "16bit"}
+FORMATS = {"pv": "int8", "sums": "int8", "scores": "16bit"}
 TOLERANCE = 0.06  # of the output against float64, Gaussian inputs
 STEPS_PER_FIT = 8
 REPLAYS = 3

@@ -15,7 +15,8 @@ TMA_BYTES = 16  # strides and addresses of what it copies are multiples
 
 
 @functools.cache
-def _gluon_is_known():
+def gluon_is_known():
+    """Whether the installed Triton is one of GLUON_RELEASES."""
     return is_tested_triton(GLUON_RELEASES)
 
 
@@ -57,7 +58,7 @@ def why_no_loop_of(dtype, head_dim):
         return f"the Hopper loop is for head_dim 128, and this call has {head_dim}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper loop takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if not _gluon_is_known():
+    if not gluon_is_known():
         first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
         return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
     return None

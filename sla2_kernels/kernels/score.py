@@ -14,15 +14,15 @@ from ..router import K_BLOCK, Q_BLOCK, block_count
 from ..support import capability
 from .configs import multiplies_by_mma_sync
 from .launch import launch
-from .numerics import MIN_MAGNITUDE, ordered_int
+from .numerics import FLOAT32_ONE, MIN_MAGNITUDE, ordered_int
 
 TILE = 64
 HALVES_ROWS = 32
 SCORES_STEP = 128  # the length of a row of scores is a multiple of it, so that the top-k reads without masks
 INT32_MIN = tl.constexpr(-(2**31))  # the padding, and below every score
 INT32_MAX = tl.constexpr(2**31 - 1)  # a query's own key blocks and the forced ones, above every score
-# parts of a float32 as an integer
-FLOAT32_EXPONENT, FLOAT32_ONE = tl.constexpr(0x7F800000), tl.constexpr(127 << 23)
+# a float32's exponent as an integer
+FLOAT32_EXPONENT = tl.constexpr(0x7F800000)
 TEN_OCTAVES = tl.constexpr(10 << 23)
 KEY_BLOCK_LOG2 = tl.constexpr(K_BLOCK.bit_length() - 1)
 
