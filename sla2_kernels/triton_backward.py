@@ -47,8 +47,8 @@ def attention_backward(
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "query_block": query_block}
         k_mean = smooth(pools(k).k, k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        walk_queries, walk_keys = _walks(q, k, v, grad_out, config)
-        walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales)
+        walk_queries, walk_keys = _walks(q, k, v, grad_out, k_mean, config)
+        walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, **scales)
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
@@ -62,13 +62,14 @@ def attention_backward(
     return grad_ratio.unflatten(0, q.shape[:2])
 
 
-def _walks(q, k, v, grad_out, config):
+def _walks(q, k, v, grad_out, k_mean, config):
     """The two walks over selected pairs that such tensors take."""
     if takes_hopper_walks(capability(q.device), q, k, v, grad_out):
         from .kernels.hopper_backward import hopper_key_gradients, hopper_query_gradient
 
         return hopper_query_gradient, hopper_key_gradients
-    return partial(query_gradient, config=config.queries), partial(key_gradients, config=config.keys)
+    walk_queries = partial(query_gradient, k_mean=k_mean, config=config.queries)
+    return walk_queries, partial(key_gradients, config=config.keys)
 
 
 def _workspace_dtype(dtype):
