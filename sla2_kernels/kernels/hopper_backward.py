@@ -33,7 +33,7 @@ HEAD_DIM, ROWS = 128, 64
 D = gl.constexpr(HEAD_DIM)
 TILE = gl.constexpr(ROWS)  # rows of every tile
 KEY_BLOCK = gl.constexpr(K_BLOCK)
-LAZY = gl.constexpr(3.0)
+LAZY = gl.constexpr(4.0)
 
 
 @dataclass(frozen=True)
