@@ -17,7 +17,7 @@ from .kernels.backward_keys import key_gradients, selecting_blocks
 from .kernels.backward_linear import linear_keys, linear_queries
 from .kernels.backward_queries import query_gradient
 from .kernels.configs import product_config
-from .kernels.hopper import takes_hopper_walks
+from .kernels.hopper import takes_hopper_linear, takes_hopper_walks
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pools, smooth
@@ -90,21 +90,23 @@ def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q
     sums = torch.empty(size, blocks, columns, dtype=dtype, device=q.device)
     query_sums = torch.empty(size, q_blocks, columns, dtype=dtype, device=q.device)
     work = Workspace(sums=sums, norms=sums[..., q.shape[3] ** 2 :], query_sums=query_sums)
-    weight, row_product = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    tiles = block_count(k.shape[2], config.keys)
+    row_product = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    on_hopper = takes_hopper_linear(capability(q.device), q, k, v, grad_out, grad_q, grad_k, grad_v)
+    tiles = block_count(k.shape[2], K_BLOCK if on_hopper else config.keys)
     tile_totals = torch.empty(len(selected), tiles, head_dim, dtype=torch.float32, device=q.device)
     product = product_config(capability(q.device), dtype.itemsize)
+    if on_hopper:
+        from .kernels.hopper_linear import hopper_linear_keys as of_keys, hopper_linear_queries as of_queries
+    else:
+        of_queries, of_keys = partial(linear_queries, config=config), partial(linear_keys, config=config)
     # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
     factor = q_blocks / (blocks * K_BLOCK)
     for group in groups:
         pack(k, v, k_mean, work, group, "16bit", "16bit")
         masked_sum(unselected, sums, query_sums, group, product)
-        linear_queries(
-            q, grad_out, grad_q, query_sums, ratio, row_delta, weight, row_product, group,
-            query_block=query_block, config=config,
-        )  # fmt: skip
+        of_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_product, group, query_block=query_block)
         masked_sum(transposed, query_sums, sums, group, product)
-        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor, config=config)
+        of_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor)
     return tile_totals.sum(dim=1) / k.shape[2], row_product
 
 
