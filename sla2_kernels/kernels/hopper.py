@@ -30,6 +30,13 @@ def takes_hopper_walks(card, q, k, v, grad_out):
     return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and _can_be_copied(grad_out)
 
 
+def takes_hopper_linear(card, *tensors):
+    """True where the linear branch's gradients in Gluon (hopper_linear.py) take these: q, k, v and the gradients."""
+    return takes_hopper_walks(card, *tensors[:4]) and all(
+        x.dtype == torch.bfloat16 and _can_be_copied(x) for x in tensors
+    )
+
+
 def why_not_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
     """None where the loop in Gluon takes such a call, else one sentence why Triton's does; arguments as above."""
     if interpreting():
