@@ -90,7 +90,7 @@ def insert(text, part, content):
     """``text`` with one marked part replaced. Raises ValueError where a mark is missing or there twice."""
     begin, end = marks(part)
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the README must hold {begin} and {end} once each.")
+        raise ValueError(f"the document must hold {begin} and {end} once each.")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 

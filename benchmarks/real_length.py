@@ -1,7 +1,7 @@
 """What each method costs in quality at real length: the miniature at 81 frames of 832 x 480, 32,760 tokens.
 
     python -m benchmarks.real_length --weights FOLDER --router FILE --lora 0.97=FILE 0.99=FILE --few-lora 4=FILE 8=FILE --peers FOLDER --minutes 6
-    python -m benchmarks.real_length --table --out FILE          the table of a results file, nothing is measured
+    python -m benchmarks.real_length --table --docs docs/QUALITY.md      the table of --out, nothing is measured
     python -m benchmarks.real_length --tiny --device cpu         a random miniature of a few tokens: tries the script
 
 Rows are measured in the order of their value and written at once; what the file has already is not measured again, so a run
@@ -43,6 +43,7 @@ from . import results
 from .measure import environment, use_device
 from .miniature_model import SEED, Miniature
 from .quality_report import real_length_markdown
+from .readme import insert
 from .rivals import sol_attn
 from .rivals.packages import add_peer_folders
 from .target_error import dense as exact_attention
@@ -317,8 +318,8 @@ class Bench:
             raise Absent(f"no --few-lora for {job.steps} steps")
         own, reference = self.own_run(job), self.run(job.steps)
         some = range(0, len(self.captions), max(1, len(self.captions) // job.videos)) if job.videos else ()
-        own.dense(range(self.args.recorded), decode=False)
         reference.dense(some)
+        own.dense(range(self.args.recorded), decode=False)
         variant = self.variant(job, own.calls)
         row = {"variant": job.variant, "sparsity": job.sparsity, "precision": job.precision, "steps": job.steps}
         row |= output_errors(variant, own.calls)
@@ -457,6 +458,9 @@ def parse(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--table", action="store_true", help="print the table of --out")
     parser.add_argument(
+        "--docs", type=Path, help="with --table: a document, such as docs/QUALITY.md, that takes it between its marks"
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="a random miniature: --router and LoRAs must be of its size"
     )
     args = parser.parse_args(argv)
@@ -475,7 +479,11 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     if args.table:
-        print(real_length_markdown(results.load(args.out)))
+        table = real_length_markdown(results.load(args.out))
+        print(table)
+        if args.docs:
+            text = insert(args.docs.read_text(encoding="utf-8"), "real length", table)
+            args.docs.write_text(text, encoding="utf-8")
         return
     use_device(args.device)
     add_peer_folders(args.peers)

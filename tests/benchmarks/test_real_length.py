@@ -70,6 +70,11 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
     one, two = at[names.STAGE_1, "int8", 2], at[names.STAGE_2, "int8", 2]
     assert one["videos"][0]["psnr"] > two["videos"][0]["psnr"]
 
+    (tmp_path / "docs.md").write_text("a\n<!-- real length begin -->\nold\n<!-- real length end -->\nb\n")
+    real_length.main([*words, "--table", "--docs", str(tmp_path / "docs.md")])
+    text = (tmp_path / "docs.md").read_text()
+    assert quality_report.real_length_markdown(content) in text and "old" not in text and text.endswith("b\n")
+
     _lora(tmp_path / "stage2_lora.safetensors", 0.03)
     with pytest.raises(ValueError, match=r"rows of another --lora 0\.6"):
         real_length.main(words)
