@@ -15,6 +15,7 @@ from pathlib import Path
 from tooling.comfyui import find_comfyui
 
 FILES = ("node_helpers.py", "LICENSE", "comfyui_version.py")
+FOLDERS = ("comfy", "comfy_api/torch_helpers")  # the second compiles a model as ComfyUI's node does
 PACKAGES = ("comfy_aimdo", "torchsde", "trampoline")
 
 
@@ -34,7 +35,7 @@ def collect(comfyui, folder):
     comfyui, folder = Path(comfyui), Path(folder)
     if not (comfyui / "comfy" / "model_base.py").is_file():
         raise FileNotFoundError(f"{comfyui} is no ComfyUI checkout: comfy/model_base.py is missing.")
-    total = copy_python_files(comfyui / "comfy", folder / "comfy")
+    total = sum(copy_python_files(comfyui / name, folder / name) for name in FOLDERS)
     for name in FILES:
         if (comfyui / name).is_file():
             shutil.copyfile(comfyui / name, folder / name)

@@ -9,7 +9,7 @@ continues), the averaged weights and the VAE under their usual names, long_log.j
 one (--from) or with those that are shipped, grown to --layers. The optimiser's state is not kept: its memory is some 50
 steps long, and each sitting warms up for 100. Several mixes share the sitting's time equally, one after the other. Seeds of clips and noise follow from --seed and the sitting's number, so
 that no sitting sees the clips of another. --sparse-share 0.7 trains full clips with SLA2's own sparse attention, forward and
-backward, for the first 0.7 of a sitting: at 32,760 tokens a step takes 0.6 of the time. --finish lowers the learning rate to zero over the second half of a sitting.
+backward, for the first 0.7 of a sitting: at 32,760 tokens a step takes 0.6 of the time. --finish lowers the learning rate to zero over the second half of a sitting. --low-noise of the steps see levels at which outlines are drawn.
 
 Sizes: small, 81 frames of 208 x 128; square, 45 frames of 160 x 160; low, 81 frames of 416 x 256; short, 17 frames
 of 832 x 480; full, 81 frames of it. All show the same world (scaled.py): layout, number and motion are learned small.
@@ -49,6 +49,7 @@ from .weight_files import weight_file
 LIVE_FILE, LOG_FILE = "live.safetensors", "long_log.json"
 TESTED = ("small", "full")  # sizes of the validation losses
 SPARSITY = 0.9  # of --sparse-share
+LOW_SHIFT = 2.0  # of the noise in --low-noise of the steps
 ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -193,7 +194,8 @@ def train(model, data: Data, sizes, mixes, args, *, budget: Budget, seed: int, l
         dropped = (torch.rand(size.batch, generator=generator) < 0.1).to(device)
         context = data.contexts[torch.where(dropped, EMPTY, pool.caption[index])]
         clean = pool.latents[index].float()
-        t = noise_levels(size.batch, size.shift, generator).to(device)
+        low = float(torch.rand((), generator=generator)) < args.low_noise
+        t = noise_levels(size.batch, LOW_SHIFT if low else size.shift, generator).to(device)
         sparse = name == "full" and progress < args.sparse_share
         attention = sparse_attention if sparse else dense_attention
         attending = partial(model, attention=attention)
@@ -345,6 +347,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="grow the transformer to this many blocks first")
     parser.add_argument("--mix", nargs="+", default=["small=1", "low=1,full=1"], help="shares of the steps by size")
     parser.add_argument("--finish", action="store_true", help="lower the learning rate to zero in this sitting")
+    parser.add_argument(
+        "--low-noise",
+        type=float,
+        default=0.3,
+        help="share of the steps whose noise is half below 0.67, of whatever size",
+    )
     parser.add_argument("--decoder-seconds", type=float, default=0.0, help="train the VAE's decoder this long first")
     parser.add_argument("--decoder-share", type=float, default=1.0, help="how far its weights move to the trained ones")
     parser.add_argument("--decoder-lr", type=float, default=1e-3)
