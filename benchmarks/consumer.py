@@ -184,14 +184,14 @@ class Run:
         return sorted({kernel.name for kernel in self.imitation.kernels if not kernel.faithful and kernel.name in ran})
 
 
-def sla2_calls(q, k, v, sparsity):
+def sla2_calls(q, k, v, sparsity, **options):
     """(a call with a ratio per head, a call that fits it), as the untrained mode makes them: (B, N, H, D), own key blocks kept."""
     from sla2_kernels import sla2_attention
     from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
     ratio = torch.linspace(0.6, 0.95, q.shape[2], device=q.device)
     rows = sample_rows(q.shape[1], 0, q.device)
-    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True}
+    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True, **options}
     return (
         lambda: sla2_attention(q, k, v, alpha=ratio, **settings),
         lambda: fitted_attention(q, k, v, rows=rows, **settings).out,
@@ -199,17 +199,23 @@ def sla2_calls(q, k, v, sparsity):
 
 
 def further_calls(q, k, v, sparsity):
-    """{setting: call} of the operator's other modes, on (B, N, H, D)."""
-    from sla2_kernels import sla2_attention
+    """{setting: call} of the operator's other modes, on (B, N, H, D); without a router also with the queries per selection of this card."""
+    from sla2_kernels import Q_BLOCK, sla2_attention
     from sla2_kernels.sla_v1 import sla_attention
+    from sla2_kernels.support import default_query_block
 
     settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD"}
     proj_l = torch.eye(q.shape[3], device=q.device), torch.zeros(q.shape[3], device=q.device)
-    return {
-        "estimated": lambda: sla2_attention(q, k, v, keep_diagonal=True, **settings),
+    block = default_query_block(q, "int8")
+    found = {
+        "estimated": lambda: sla2_attention(q, k, v, keep_diagonal=True, query_block=block, **settings),
         "top-k only": lambda: sla2_attention(q, k, v, linear_branch=False, **settings),
         "SLA v1": lambda: sla_attention(q, k, v, proj_l, **settings),
     }
+    if block != Q_BLOCK:
+        fixed, fitting = sla2_calls(q, k, v, sparsity, query_block=block)
+        found |= {f"a ratio per head, {block} queries": fixed, f"a call that fits, {block} queries": fitting}
+    return found
 
 
 def output_error(sparsity):

@@ -8,7 +8,7 @@
 Errors are those of benchmarks.real_length, the miniature's. Times are whole calls with random data at 14B-720p (40 heads, 75,600
 tokens) and MiniMax H3 (56 heads, 42,000 tokens): on Hopper as shipped (sm_90), and in the instructions of an RTX 40 timed on
 the same card (sm_89, see consumer_imitation). A fitted ratio: one call in four fits it, as the node does in runs of more than
-8 steps. SLA v1 is timed in 8 bit and its error is that of 16 bit.
+8 steps; on Hopper 64 queries share a selection without a router, elsewhere 128. SLA v1 is timed in 8 bit and its error is that of 16 bit.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from .plot import COLOURS, axis, decades
 from .results import RESULTS, load
 
 SHAPES = {"14B-720p": "Wan 14B, 1280 x 720", "H3": "MiniMax H3"}
-PARTS = {"sm_90": "Hopper", "sm_89": "in an RTX 40's instructions"}
+HOPPER = "sm_90"
+PARTS = {HOPPER: "Hopper", "sm_89": "in an RTX 40's instructions"}
 STEPS = 20  # of the runs whose errors are drawn
 PANEL, GAP, LEFT, TOP = (360, 250), (70, 70), 70, 70
 
@@ -59,10 +60,12 @@ def points(errors, times):
         for shape in SHAPES:
             of_panel = {}
             for method in METHODS:
+                untrained = method.variant in (names.FITTED, names.UNTRAINED)
+                variant = method.variant + names.OTHER_CARDS * (untrained and part != HOPPER)
                 joined = [
                     (ms, row["error"], row["sparsity"])
                     for row in errors["rows"]
-                    if (row["variant"], row["precision"], row["steps"]) == (method.variant, method.precision, STEPS)
+                    if (row["variant"], row["precision"], row["steps"]) == (variant, method.precision, STEPS)
                     and (ms := time_of(times["rows"], part, shape, row["sparsity"], *method.timed)) is not None
                 ]
                 if joined:
@@ -75,9 +78,10 @@ def points(errors, times):
 def time_of(rows, part, shape, sparsity, method, setting):
     """Milliseconds, or None where that was not measured or its output was wrong."""
     if setting == "fitted":
-        own, fits = (
-            time_of(rows, part, shape, sparsity, method, name) for name in ("a ratio per head", "a call that fits")
-        )
+        # without a router 64 queries share a selection on Hopper
+        queries = ", 64 queries" * (part == HOPPER)
+        both = ("a ratio per head" + queries, "a call that fits" + queries)
+        own, fits = (time_of(rows, part, shape, sparsity, method, name) for name in both)
         return None if None in (own, fits) else own + (fits - own) / names.EVERY
     keys = {"part": part, "shape": shape, "sparsity": sparsity, "method": method, "setting": setting}
     return next(

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from sla2_kernels import K_BLOCK, sla2_attention
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.router import block_count, selected_block_count
+from sla2_kernels.support import default_query_block
 
 from .rivals import fitted_sla, pooled_tail, sol_attn
 
 DENSE = "dense"
 UNTRAINED = "SLA2 untrained (heuristic router, own key blocks kept, estimated ratio)"
 FITTED = "SLA2 untrained (heuristic router, own key blocks kept, ratio fitted in the run)"
+OTHER_CARDS = "; 128 queries per selection, as on cards other than Hopper"
 STAGE_1 = "SLA2 stage 1 (learned router, learned ratio)"
 STAGE_2 = "SLA2 stage 2 (with its LoRA and ratios)"
 HEURISTIC = "heuristic router, learned ratio"
@@ -62,19 +64,19 @@ def _share(sparsity, q, k):
     return selected_block_count(sparsity, blocks) / blocks
 
 
-def sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True):
-    """router None: the heuristic one, with ``keep_diagonal``; else the router says whether it keeps the diagonal."""
+def sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True, query_block=None):
+    """router None: the heuristic one, with ``keep_diagonal`` and ``query_block`` (None: as the node chooses); else the router says both."""
 
     def attend(layer, q, k, v):
         proj_q = proj_k = alpha = None
-        kept = keep_diagonal
+        kept, block = keep_diagonal, query_block or default_query_block(q, precision)
         if router is not None:
-            kept = router.keep_diagonal
+            kept, block = router.keep_diagonal, router.q_block
             weights = router.layers[layer]
             proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
             alpha = _on(q.device, router.ratio(layer, sparsity)) if learned_ratio else None
         options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": kept}
-        return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
+        return sla2_attention(q, k, v, proj_q, proj_k, alpha, query_block=block, **options)
 
     return Variant(name, attend, sparsity, precision, functools.partial(_share, sparsity))
 
@@ -83,8 +85,9 @@ class _Fitted:
     """A ratio per head that is fitted as the node does it: in a long run in every fourth call of a layer and half of guidance,
     the calls between take it over; else in every call."""
 
-    def __init__(self, sparsity, precision):
+    def __init__(self, sparsity, precision, query_block):
         self.options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": True}
+        self.query_block = query_block
         self.begin(None, 1)
 
     def begin(self, steps, halves):
@@ -94,17 +97,19 @@ class _Fitted:
     def __call__(self, layer, q, k, v):
         turn, half = divmod(self.calls[layer], self.halves)
         self.calls[layer] += 1
+        block = self.query_block or default_query_block(q, self.options["precision"])
         if turn % self.every:
-            return sla2_attention(q, k, v, alpha=self.ratios[layer, half], **self.options)
+            return sla2_attention(q, k, v, alpha=self.ratios[layer, half], query_block=block, **self.options)
         rows = sample_rows(q.shape[1], 1000 * self.calls[layer] + layer, q.device)
-        fit = fitted_attention(q, k, v, rows=rows, **self.options)
+        fit = fitted_attention(q, k, v, rows=rows, query_block=block, **self.options)
         self.ratios[layer, half] = fit.ratio.mean(dim=0)
         return fit.out
 
 
-def fitted(sparsity, precision):
-    run = _Fitted(sparsity, precision)
-    return Variant(FITTED, run, sparsity, precision, functools.partial(_share, sparsity), run.begin)
+def fitted(sparsity, precision, name=FITTED, query_block=None):
+    """query_block: None, as the node chooses."""
+    run = _Fitted(sparsity, precision, query_block)
+    return Variant(name, run, sparsity, precision, functools.partial(_share, sparsity), run.begin)
 
 
 def _on(device, tensor):
@@ -115,7 +120,8 @@ def _router_only(sparsity, router):
     def attend(layer, q, k, v):
         weights = router.layers[layer]
         proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
-        return fitted_sla.sparse_branch(q, k, v, sparsity, proj_q, proj_k, router.keep_diagonal)
+        own = {"keep_diagonal": router.keep_diagonal, "query_block": router.q_block}
+        return fitted_sla.sparse_branch(q, k, v, sparsity, proj_q, proj_k, **own)
 
     return Variant(ROUTER_ONLY, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 

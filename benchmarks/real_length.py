@@ -36,7 +36,7 @@ from miniature.train_long import attention_backend
 from miniature.vae import denormalise_latents, psnr
 from miniature.wan import WanModel
 from miniature.weight_files import KINDS, weight_file
-from sla2_kernels import load_router
+from sla2_kernels import Q_BLOCK, load_router
 
 from . import quality_variants as names
 from . import results
@@ -106,6 +106,8 @@ def plan(sparsities, steps, few_steps, videos, few_videos):
     for sparsity in sparsities:
         jobs += [Job(name, sparsity, "16bit", steps, 0) for name in (*trained, names.UNTRAINED)]
     jobs += [Job(names.BLOCK_SPARSE, sparsity, "int8", steps, 0) for sparsity in sparsities]
+    others = (names.FITTED + names.OTHER_CARDS, names.UNTRAINED + names.OTHER_CARDS)
+    jobs += [Job(name, sparsity, "int8", steps, 0) for sparsity in sparsities for name in others]
     return list({job.key: job for job in reversed(jobs)}.values())[::-1]
 
 
@@ -284,10 +286,11 @@ class Bench:
         sparsity, bits = job.sparsity, job.precision
         if job.variant == names.DENSE:
             return names.Variant(names.DENSE, names.dense)
-        if job.variant == names.FITTED:
-            return names.fitted(sparsity, bits)
-        if job.variant == names.UNTRAINED:
-            return names.sla2(job.variant, sparsity, bits, None, False)
+        block = Q_BLOCK if job.variant.endswith(names.OTHER_CARDS) else None
+        if job.variant.startswith(names.FITTED):
+            return names.fitted(sparsity, bits, job.variant, block)
+        if job.variant.startswith(names.UNTRAINED):
+            return names.sla2(job.variant, sparsity, bits, None, False, query_block=block)
         if job.variant == names.STAGE_1:
             if self.router is None:
                 raise Absent("no --router")

@@ -96,6 +96,8 @@ def test_the_plan_has_every_row_once_and_the_main_ones_first():
             assert {
                 job.precision for job in jobs if (job.variant, job.sparsity, job.steps) == (name, sparsity, 20)
             } == {"int8", "16bit"}
+        for name in (names.FITTED, names.UNTRAINED):
+            assert any((job.variant, job.sparsity) == (name + names.OTHER_CARDS, sparsity) for job in jobs)
         rivals = {job.variant for job in jobs if job.sparsity == sparsity and job.steps == 20}
         assert {names.SOL_EQUAL, names.V1_FITTED, names.BLOCK_SPARSE} <= rivals
     assert all(job.videos == 8 and not job.loss for job in jobs if job.steps in (4, 8))
