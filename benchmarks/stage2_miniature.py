@@ -11,7 +11,8 @@ clips, noise and number of steps. All are judged on the same held-out clips and 
 flow-matching loss, and distance to the velocity of the model run dense. "Gap closed" is of the loss between dense and the
 untrained mode with a ratio fitted in every call, in the same format.
 --outliers k:8:30 multiplies 8 channels of K by 30 and divides Q's by as much in every self-attention call, dense ones too (as
-int8_outliers does): no logit changes, and the linear branch does. Such runs take the heuristic router.
+int8_outliers does): no logit changes, and the linear branch does. Such runs take the heuristic router. "int8" multiplies P V in
+FP8 on Hopper; --arch 89 runs what an RTX 40 would, where P V is in INT8.
 
 Writes results.json and table.md after each run, and per run a LoRA and a router file in a folder of its own. --minutes ends
 a call of this script: the run at work is saved, and the same command goes on with it.
@@ -23,7 +24,9 @@ with flow), 60 GiB with 4 clips at a time (15 GiB a clip: lower --micro-batch), 
 import argparse
 import copy
 import gc
+import os
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -43,6 +46,7 @@ from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLate
 
 from . import quality_variants as names
 from . import results
+from .consumer_imitation import CARDS, Imitation
 from .int8_outliers import with_gains
 from .measure import environment, use_device
 from .miniature_model import Miniature
@@ -53,7 +57,7 @@ FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
 AFTER = "stage 2"
 KEPT_EQUAL = (
     "loss", "steps", "batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
-    "validation_clips", "levels", "frames", "height", "width", "world", "heuristic",
+    "validation_clips", "levels", "frames", "height", "width", "world", "heuristic", "arch",
 )  # fmt: skip
 
 
@@ -399,6 +403,12 @@ def parse(argv=None):
     parser.add_argument("--clips", type=int, default=96, help="training clips, encoded at the start")
     parser.add_argument("--validation-clips", type=int, default=8, help="of held-out captions")
     parser.add_argument("--levels", type=int, default=6, help="noise levels that each of them is judged at")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        choices=CARDS,
+        help="in this card's instructions, as benchmarks.consumer: 89 has P V in INT8",
+    )
     parser.add_argument("--world", choices=WORLDS, default="scaled", help="what the weights were trained on")
     for name, value in (("frames", 81), ("height", 480), ("width", 832)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -409,6 +419,8 @@ def parse(argv=None):
         args.steps, args.batch, args.micro_batch, args.clips = min(args.steps, 4), 2, 2, 2
         args.validation_clips, args.levels, args.sparsities = 1, 2, args.sparsities[:1]
     args.evaluated = args.evaluated or args.trained
+    if args.arch and torch.device(args.device).type != "cuda":
+        parser.error(f"--arch {args.arch} compiles for an H100 or H200 at hand, and the device is {args.device}")
     return args
 
 
@@ -416,6 +428,9 @@ def main(argv=None):
     args = parse(argv)
     use_device(args.device)  # accelerate takes the current one
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.arch:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+        Imitation(CARDS[args.arch]).begin()
     # by outliers first: what is judged against one dense model follows each other
     jobs = [
         Job(sparsity, form, gains) for gains in args.outliers for sparsity in args.sparsities for form in args.trained
