@@ -172,9 +172,11 @@ def compiled_sol(name, sparsity, **options):
     return Variant(name, attend, sparsity, None, kept)
 
 
-def equal_topk_ratio(sparsity, captures):
-    """The largest topk_ratio with which sol_attn keeps, over these calls, no more key blocks in all than SLA2; at least one block."""
-    calls = [(c.q.transpose(1, 2), c.k.transpose(1, 2)) for c in captures]
+def equal_topk_ratio(sparsity, calls):
+    """The largest topk_ratio with which sol_attn keeps no more key blocks in all than SLA2; at least one block.
+
+    calls: [(q, k), ...], (B, N, H, D), over which its share is averaged.
+    """
     blocks = block_count(calls[0][1].shape[1], sol_attn.BLOCK)
     most = selected_block_count(sparsity, block_count(calls[0][1].shape[1], K_BLOCK))
     for count in range(most, 1, -1):

@@ -10,6 +10,7 @@ import torch
 from benchmarks import quality_report, real_length
 from benchmarks import quality_variants as names
 from benchmarks.miniature_model import Miniature
+from benchmarks.rivals import sol_attn
 from miniature.lora import add_lora, lora_of, save_lora
 from sla2_kernels import identity_router
 from sla2_kernels.weights import RouterLayer
@@ -78,6 +79,34 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
     _lora(tmp_path / "stage2_lora.safetensors", 0.03)
     with pytest.raises(ValueError, match=r"rows of another --lora 0\.6"):
         real_length.main(words)
+
+
+def test_sol_attn_runs_on_the_models_own_layout_at_an_equal_number_of_blocks(words, tmp_path, monkeypatch):
+    seen = []
+
+    def compiled(q, k, v, **options):
+        assert all(x.is_contiguous() and x.shape == (1, 144, 1, 128) for x in (q, k, v))
+        seen.append(options)
+        return names.dense(0, q, k, v)
+
+    monkeypatch.setattr(sol_attn, "load_compiled", lambda: compiled)
+    real_length.main([*words, "--only", "sol_attn", "--sampling-steps", "2"])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    found = {(row["variant"], row["steps"]): row for row in rows if row["variant"] != names.DENSE}
+    assert set(found) == {(name, steps) for name in (names.SOL_EQUAL, names.SOL_TAU) for steps in (1, 2)}
+    # of three blocks one and its neighbours: two at the ends, three in the middle, and one that top-k may add
+    assert 7 / 9 <= found[names.SOL_EQUAL, 2]["kept"] <= 1 and found[names.SOL_TAU, 2]["kept"] is None
+    assert {tuple(options) for options in seen} == {("topk_ratio",), ("tau",)} and {"tau": 1.3} in seen
+
+
+def test_as_many_blocks_in_all_is_the_largest_count_that_keeps_no_more():
+    torch.manual_seed(0)
+    calls = [(torch.randn(1, 2560, 2, 32), torch.randn(1, 2560, 2, 32)) for _ in range(2)]
+    ratio = names.equal_topk_ratio(0.7, calls)
+    count = int(40 * ratio)
+    kept = [sum(sol_attn.kept_share(q, k, number) for q, k in calls) / 2 for number in (count, count + 1)]
+    assert kept[0] <= 0.3 < kept[1]
+    assert int(40 * names.equal_topk_ratio(0.99, calls)) == 1
 
 
 def test_recorded_calls_meet_both_halves_and_differ_from_caption_to_caption():
