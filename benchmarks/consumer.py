@@ -69,6 +69,11 @@ def parse(argv=None):
     parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
     parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
+    parser.add_argument(
+        "--all-methods",
+        action="store_true",
+        help="also an estimated ratio, top-k only and SLA v1, for error_against_time",
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the results file")
     parser.add_argument("--roofline", action="store_true", help="print the estimate by data sheet")
     parser.add_argument("--child", type=int, metavar="ARCH", help=argparse.SUPPRESS)
@@ -94,7 +99,7 @@ def measure_apart(args, arch):
             sys.executable, "-m", "benchmarks.consumer", "--child", str(arch), "--shapes", ",".join(args.shapes),
             "--sparsities", ",".join(map(str, args.sparsities)), "--out", str(args.out),
         ]  # fmt: skip
-        peers = ["--peers", args.peers] if args.peers else []
+        peers = (["--peers", args.peers] if args.peers else []) + ["--all-methods"] * args.all_methods
         subprocess.run([*words, *peers], env={**os.environ, "TRITON_CACHE_DIR": cache}, check=True)
 
 
@@ -108,7 +113,7 @@ def measure_arch(args):
     about = {"environment": environment("cuda")}
     for name in args.shapes:
         for sparsity in args.sparsities:
-            run.time(SHAPES[name], sparsity, peers=bool(args.peers))
+            run.time(SHAPES[name], sparsity, peers=bool(args.peers), all_methods=args.all_methods)
             about["kernels"] = [vars(kernel) for kernel in imitation.kernels] if imitation else []
             content = results.load(args.out)
             results.save(args.out, results.replace_part(content, f"sm_{args.child}", run.rows, about))
@@ -121,7 +126,7 @@ class Run:
         self.arch, self.imitation, self.rows = arch, imitation, []
         self._errors = {}
 
-    def time(self, shape, sparsity, peers):
+    def time(self, shape, sparsity, peers, all_methods=False):
         q, k, v = make_inputs(shape)
         if sparsity not in self._errors:
             self._errors[sparsity] = output_error(sparsity)
@@ -135,6 +140,8 @@ class Run:
             one | {"setting": "fitted", "ms": ms, "kernels": {}, "host_ms": max(one["host_ms"], eighth["host_ms"])}
         )
         print(line(self.rows[-1]), flush=True)
+        for setting, call in further_calls(q, k, v, sparsity).items() if all_methods else ():
+            self._add(shape, "sla2", setting, sparsity, call)
         if peers:
             import comfy_kitchen
 
@@ -177,18 +184,38 @@ class Run:
         return sorted({kernel.name for kernel in self.imitation.kernels if not kernel.faithful and kernel.name in ran})
 
 
-def sla2_calls(q, k, v, sparsity):
+def sla2_calls(q, k, v, sparsity, **options):
     """(a call with a ratio per head, a call that fits it), as the untrained mode makes them: (B, N, H, D), own key blocks kept."""
     from sla2_kernels import sla2_attention
     from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
     ratio = torch.linspace(0.6, 0.95, q.shape[2], device=q.device)
     rows = sample_rows(q.shape[1], 0, q.device)
-    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True}
+    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True, **options}
     return (
         lambda: sla2_attention(q, k, v, alpha=ratio, **settings),
         lambda: fitted_attention(q, k, v, rows=rows, **settings).out,
     )
+
+
+def further_calls(q, k, v, sparsity):
+    """{setting: call} of the operator's other modes, on (B, N, H, D); without a router also with the queries per selection of this card."""
+    from sla2_kernels import Q_BLOCK, sla2_attention
+    from sla2_kernels.sla_v1 import sla_attention
+    from sla2_kernels.support import default_query_block
+
+    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD"}
+    proj_l = torch.eye(q.shape[3], device=q.device), torch.zeros(q.shape[3], device=q.device)
+    block = default_query_block(q, "int8")
+    found = {
+        "estimated": lambda: sla2_attention(q, k, v, keep_diagonal=True, query_block=block, **settings),
+        "top-k only": lambda: sla2_attention(q, k, v, linear_branch=False, **settings),
+        "SLA v1": lambda: sla_attention(q, k, v, proj_l, **settings),
+    }
+    if block != Q_BLOCK:
+        fixed, fitting = sla2_calls(q, k, v, sparsity, query_block=block)
+        found |= {f"a ratio per head, {block} queries": fixed, f"a call that fits, {block} queries": fitting}
+    return found
 
 
 def output_error(sparsity):

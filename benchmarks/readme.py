@@ -10,6 +10,7 @@ import sys
 from tooling.paths import ROOT
 
 from .consumer_table import consumer_markdown
+from .error_against_time import plot as error_plot
 from .plot import part_plot
 from .results import RESULTS, load
 from .table import calls_markdown, markdown, memory_markdown, step_markdown
@@ -46,13 +47,15 @@ def consumers(folder=RESULTS):
     return [load(path) for path in sorted(folder.glob("consumer-*.json"))]
 
 
-def plots(contents):
-    """{file name: (SVG text, what it shows)} of the first card that has each part."""
+def plots(contents, folder=RESULTS):
+    """{file name: (SVG text, what it shows)} of the first card that has each part, and error against time."""
     found = {}
     for part, shows in PLOTS.items():
         svg = next(filter(None, (part_plot(content, part) for content in contents)), None)
         if svg:
             found[f"{part}.svg"] = svg, shows
+    if svg := error_plot(folder):
+        found["error_time.svg"] = svg, "Attention error against time of a call, by method"
     return found
 
 
@@ -87,7 +90,7 @@ def insert(text, part, content):
     """``text`` with one marked part replaced. Raises ValueError where a mark is missing or there twice."""
     begin, end = marks(part)
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the README must hold {begin} and {end} once each.")
+        raise ValueError(f"the document must hold {begin} and {end} once each.")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 

@@ -163,6 +163,19 @@ def test_the_measure_samples_with_the_lora(tiny_weights, tmp_path):
         losses.append(report["validation_loss"])
     assert (report["lora"], report["steps"], report["cfg"]) == ("lora.safetensors", 1, 1.0)
     assert losses[0] != losses[1]
+    words = [
+        "--weights",
+        str(tiny_weights),
+        "--lora",
+        str(tmp_path / "lora.safetensors"),
+        "--out",
+        str(tmp_path / "merged"),
+    ]
+    lora.main(words)
+    merged, _ = sample.load_models(tmp_path / "merged")
+    wanted, _ = sample.load_models(tiny_weights, lora=tmp_path / "lora.safetensors")
+    for ours, theirs in zip(merged.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.bfloat16().float())
 
 
 @pytest.mark.parametrize(
