@@ -30,7 +30,8 @@ from .triton_backend import Workspace, _head_groups
 def attention_backward(
     q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True, query_block=Q_BLOCK
 ):
-    """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
+    """Fills grad_q (B, H, N, D), any stride, grad_k and grad_v (B, H, M, D), contiguous in either layout; returns d loss / d
+    ratio, (B, H, T_m) float32.
 
     Args:
         q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
