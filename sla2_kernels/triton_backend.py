@@ -6,6 +6,7 @@ pools -> scores -> top-k -> unselected mass where no ratio was learned; then per
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -212,8 +213,7 @@ class Sample:
     ratio: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Tensors:
+class _Tensors(NamedTuple):
     """The tensors of a call that its kernels read or fill.
 
     block_ratio: float32 (B * H, T_m), or None where it is estimated. row_ratio: float32 (B, H, N), to be filled. rows, dense,
@@ -235,8 +235,7 @@ class _Tensors:
     head_ratio: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """What else decides which kernels a call launches. routing: whether it selects. linear: whether a block is left out.
 
     qk, pv: formats of the two products. hopper: whether the loop in Gluon runs. fitted: as in Sample, or None.
@@ -302,7 +301,7 @@ def attention(
         settings = _Settings(
             scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted, query_block
         )
-        cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
+        cached(tensors, settings, lambda: _attend(tensors, settings))
     return row_ratio, selected.unflatten(0, q.shape[:2])
 
 

@@ -87,7 +87,7 @@ def test_low_bit_loses_no_more_than_its_emulation(generator, change, precision):
     change(inputs)
     emulated = relative_error(*run(inputs, precision, "torch"))
     # the emulation has h_j in full precision; one key of a block decides it where values are one-hot
-    assert relative_error(*run(inputs, precision, "triton")) < 1.2 * emulated + (1e-2 if precision == "int8" else 5e-3)
+    assert relative_error(*run(inputs, precision, "triton")) < 1.2 * emulated + (2e-2 if precision == "int8" else 5e-3)
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2], ids=["first", "middle", "last"])
