@@ -129,17 +129,6 @@ def _rounded(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _add_products(a0, a1, other0, other1, acc0, acc1):
-    """acc0 + a0 other0 and acc1 + a1 other1, (64, D)."""
-    t0 = warpgroup_mma(a0, other0, acc0, is_async=True)
-    t1 = warpgroup_mma(a1, other1, acc1, is_async=True)
-    acc0, acc1 = warpgroup_mma_wait(0, [t0, t1])
-    keep(a0, 16)
-    keep(a1, 16)
-    return acc0, acc1
-
-
-@gluon.jit
 def _of_sums(x):
     """A row's value where the (64, D) accumulators have that row."""
     return gl.convert_layout(x, gl.SliceLayout(1, _sums()))[:, None]
@@ -218,26 +207,31 @@ def _add_keys(q, g, ring, step, first_key, state, k_tokens, scale_log2, FIRST: g
     if FIRST:
         p = gl.where(valid, p, 0.0)
     p = _rounded(p, k.dtype)
-    block_sum = gl.sum(p, 1)
-    # naming P here keeps its exponentials before the wait, beside dO V^T
-    dp, p = warpgroup_mma_wait(0, [t1, p])
-    if FIRST:
-        delta = gl.sum(p * dp, 1) / block_sum
-        p_sum = block_sum
-    else:
+    if not FIRST:
         if rises:
+            dp = warpgroup_mma_wait(0, [t1])
             correction = gl.exp2(row_max - new_max)
             p_sum = p_sum * correction
             ds_sum = ds_sum * correction
-            change = (ds_sum + gl.sum(p * (dp - delta[:, None]), 1)) / (p_sum + block_sum)
+            change = (ds_sum + gl.sum(p * (dp - delta[:, None]), 1)) / (p_sum + gl.sum(p, 1))
             delta = delta + change
             ds_sum = ds_sum - change * p_sum
             p_k = p_k * _of_sums(correction)
             ds_k = ds_k * _of_sums(correction) - _of_sums(change) * p_k
-        p_sum = p_sum + block_sum
+    # asking for P K first keeps the exponentials before the wait, beside dO V^T
+    c = _as_operand(p, k.dtype)
+    p_t = warpgroup_mma(c, k, p_k, is_async=True)
+    dp = warpgroup_mma_wait(1, [t1])
+    if FIRST:
+        delta = gl.sum(p * dp, 1) / gl.sum(p, 1)
     ds = _rounded(p * (dp - delta[:, None]), k.dtype)
+    a = _as_operand(ds, k.dtype)
+    ds_t = warpgroup_mma(a, k, ds_k, is_async=True)
+    p_sum = p_sum + gl.sum(p, 1)
     ds_sum = ds_sum + gl.sum(ds, 1)
-    ds_k, p_k = _add_products(_as_operand(ds, k.dtype), _as_operand(p, k.dtype), k, k, ds_k, p_k)
+    ds_k, p_k = warpgroup_mma_wait(0, [ds_t, p_t])
+    keep(a, 16)
+    keep(c, 16)
     leave(empty, step)
     return ds_k, p_k, ds_sum, p_sum, new_max, delta
 

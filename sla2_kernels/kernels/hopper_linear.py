@@ -24,7 +24,7 @@ HEAD_DIM = 128
 D = gl.constexpr(HEAD_DIM)
 KEYS = gl.constexpr(K_BLOCK)
 # registers per thread: as many programs per multiprocessor as shared memory allows
-QUERIES, KEYS_OPTIONS = {}, {"maxnreg": 168}
+QUERIES, KEYS_OPTIONS = {}, {}
 
 
 @gluon.constexpr_function
