@@ -24,6 +24,7 @@ with flow), 60 GiB with 4 clips at a time (15 GiB a clip: lower --micro-batch), 
 import argparse
 import copy
 import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -40,7 +41,7 @@ from miniature.measure import WORLDS
 from miniature.pool import fill_pool
 from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
-from sla2_kernels import identity_router, load_router, quantization
+from sla2_kernels import identity_router, load_router
 from sla2_training.draws import noise_like
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
 
@@ -119,25 +120,38 @@ class TimedTrainer(Stage2Trainer):
 
 @contextmanager
 def unbalanced():
-    """While open, INT8 rounds Q and K as they are: no channel is balanced between them."""
-    from sla2_kernels import triton_backend
-    from sla2_kernels.kernels import launch
+    """While open, INT8 rounds Q and K as they are: no channel is balanced between them.
 
-    pools, balance, direct = triton_backend.pools, quantization.balance, launch.DIRECT
+    In every copy of the package in this process: the registered operator may be another's than this module's.
+    """
+    before = []
 
-    def without(*args, **options):
-        found = pools(*args, **options)
-        if found.balance is not None:
-            found.balance.fill_(1.0)
-        return found
+    def put(module, name, value):
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
 
-    # a replayed call would leave out what is not a kernel of ours
-    triton_backend.pools, launch.DIRECT = without, False
-    quantization.balance = lambda q, k: torch.ones(q.shape[1], dtype=q.dtype, device=q.device)
+    def without(pools):
+        def made(*args, **options):
+            found = pools(*args, **options)
+            if found.balance is not None:
+                found.balance.fill_(1.0)
+            return found
+
+        return made
+
+    for copied in [name.removesuffix("operators") for name in sys.modules if name.endswith("sla2_kernels.operators")]:
+        kernels, launch, rounding = (
+            importlib.import_module(copied + name) for name in ("triton_backend", "kernels.launch", "quantization")
+        )
+        put(kernels, "pools", without(kernels.pools))
+        # a replayed call would leave out what is not a kernel of ours
+        put(launch, "DIRECT", False)
+        put(rounding, "balance", lambda q, k: torch.ones(q.shape[1], dtype=q.dtype, device=q.device))
     try:
         yield
     finally:
-        triton_backend.pools, launch.DIRECT, quantization.balance = pools, direct, balance
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def running(form):
