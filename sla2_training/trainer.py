@@ -4,7 +4,6 @@ Source: arXiv 2602.12675, Algorithm 1. Nothing is stored: each observation draws
 computes their dense rows exactly, and takes an optimisation step. No N x N tensor exists.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +39,6 @@ class TrainerOptions:
     memory_of(), 0.19 GB at 32,760 tokens of head_dim 128 and 0.43 GB at 75,600, whatever the bound says.
     steps_per_observation: optimisation steps on each tensor that is seen, each with new query blocks. seed: of the draws.
     keep_diagonal, query_block: as in sla2_attention; a training that is resumed keeps what it began with.
-    tf32: on CUDA, products of 16-bit tensors' rows round to TF32, which holds every 16-bit number and is many times as fast
-    as float32.
     """
 
     per_head: bool = True
@@ -56,24 +53,6 @@ class TrainerOptions:
     seed: int = 0
     keep_diagonal: bool = True
     query_block: int = Q_BLOCK
-    tf32: bool = True
-
-
-@contextmanager
-def tensor_float32(enabled):
-    """CUDA's float32 products round their operands to TF32 while this context lasts, in all threads, if ``enabled``."""
-    matmul = torch.backends.cuda.matmul
-    name, tf32 = "allow_tf32", True
-    try:
-        before = matmul.allow_tf32
-    except RuntimeError:  # torch 2.9 and newer, where the application uses the setting's new name
-        name, tf32, before = "fp32_precision", "tf32", matmul.fp32_precision
-    if enabled:
-        setattr(matmul, name, tf32)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 class RouterTrainer:
@@ -146,8 +125,7 @@ class RouterTrainer:
             # a single key block of video is always selected, so there is nothing to learn
             return 0.0
         for _ in range(self.options.steps_per_observation if steps is None else steps):
-            with tensor_float32(self._rounds(tensors)):
-                loss = self._within_memory(tensors, lambda: self._step(state, tensors))
+            loss = self._within_memory(tensors, lambda: self._step(state, tensors))
             self.steps[layer] = self.steps.get(layer, 0) + 1
             self.losses.setdefault(layer, []).append(loss)
         return loss
@@ -165,8 +143,7 @@ class RouterTrainer:
         """evaluate() of a LayerTensors, outside inference mode and autocast; of some (router, ratio) variants alone."""
         tensors.check(self.start.num_heads, self.start.head_dim)
         state = self.layer_state(tensors.layer).on(tensors.q.device)
-        with tensor_float32(self._rounds(tensors)):
-            errors = self._within_memory(tensors, lambda: self._evaluate(state, tensors, variants))
+        errors = self._within_memory(tensors, lambda: self._evaluate(state, tensors, variants))
         self.errors[tensors.layer] = self.errors[tensors.layer] + errors if tensors.layer in self.errors else errors
         return errors
 
@@ -202,9 +179,6 @@ class RouterTrainer:
             start = self._start_layer(layer)
             self.states[layer] = LayerState(start, self.start.num_heads, self.start.head_dim, self.options)
         return self.states[layer]
-
-    def _rounds(self, tensors):
-        return self.options.tf32 and tensors.q.device.type == "cuda" and tensors.q.dtype.itemsize == 2
 
     def _within_memory(self, tensors, work):
         """work(), with half the query blocks after each out-of-memory error until it fits."""
