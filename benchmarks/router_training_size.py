@@ -90,9 +90,9 @@ def largest_operations(step, device, count):
     return [(event.key[:80], spent / total, spent / 1000, event.count) for event, spent in rows[:count]]
 
 
-def measure(model, device, steps, per_head, top, tf32):
+def measure(model, device, steps, per_head, top):
     """One layer of ``model``: a first step alone, then ``steps`` that are timed, then one that is taken apart if ``top``."""
-    options = TrainerOptions(per_head=per_head, tf32=tf32)
+    options = TrainerOptions(per_head=per_head)
     q, k, v = activations(model, device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     trainer = RouterTrainer("size", model.layers, model.heads, model.head_dim, sparsities=SPARSITIES, options=options)
     shown = {"layout": "BNHD", "prefix": model.prefix}
@@ -108,7 +108,6 @@ def measure(model, device, steps, per_head, top, tf32):
     return {
         "model": model.name,
         "per head": per_head,
-        "tf32": tf32,
         "seconds per layer and step": seconds,
         "hours for all layers": seconds * model.layers * STEPS_PER_LAYER / 3600,
         "peak bytes of a step": peak,
@@ -128,7 +127,6 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--models", default="", help="those alone whose names hold this text")
     parser.add_argument("--top", type=int, default=0, help="take a step apart: so many of its operations")
-    parser.add_argument("--no-tf32", action="store_true", help="float32 products, as before TrainerOptions.tf32")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="write the rows as JSON, after each of them")
     args = parser.parse_args(argv)
@@ -138,7 +136,7 @@ def main(argv=None):
     rows = []
     for model in models:
         for per_head in (True, False):
-            rows.append(measure(model, args.device, args.steps, per_head, args.top, not args.no_tf32))
+            rows.append(measure(model, args.device, args.steps, per_head, args.top))
             print(json.dumps(rows[-1]), flush=True)
             if args.out:
                 args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
