@@ -16,7 +16,11 @@ from .results import RESULTS, load
 from .table import calls_markdown, markdown, memory_markdown, step_markdown
 
 NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
-SHOWN_FIRST = ("MiniMax H3, int8", "LTX-2, second stage, 16 bit", "Wan 2.2 14B, 720p, fp8")  # columns of the first screen
+SHOWN_FIRST = (
+    "MiniMax H3, int8",
+    "LTX-2, second stage, 16 bit",
+    "Wan 2.2 14B, 720p, fp8",
+)  # columns of the first screen
 NO_CALLS = "MiniMax H3, LTX-2, HunyuanVideo and others [run too](#supported-models); no full step of theirs has been timed yet."
 PLOTS = {
     "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",

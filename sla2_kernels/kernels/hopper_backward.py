@@ -172,9 +172,7 @@ def _produce_keys(descriptors, own_ring, ring, selected, sizes, QUERY_BLOCK: gl.
         _expect_pairs(q_desc, bar, CONSUMERS)
         for part in gl.static_range(CONSUMERS):
             at = 2 * (CONSUMERS * place + part)
-            _load_pair(
-                q_desc, g_desc, b, h, (first + part) * TILE, bar, own_smem.index(at), own_smem.index(at + 1)
-            )
+            _load_pair(q_desc, g_desc, b, h, (first + part) * TILE, bar, own_smem.index(at), own_smem.index(at + 1))
         turn += 1
         for s in range(count):
             following = gl.load(listed + s)
@@ -367,7 +365,9 @@ def _row_numbers(row_shift, row_delta, block, part, q_tokens, QUERY_BLOCK: gl.co
 
 
 @gluon.jit
-def _consume_queries(own_ring, ring, listed, row_numbers, outputs, place, sizes, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr):
+def _consume_queries(
+    own_ring, ring, listed, row_numbers, outputs, place, sizes, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr
+):
     """The program's warpgroup: dK and dV of its key block."""
     own_smem, own_full = own_ring
     q_smem, g_smem, full, empty = ring
@@ -394,7 +394,9 @@ def _consume_queries(own_ring, ring, listed, row_numbers, outputs, place, sizes,
         # beside the products: this step's rows change places, the next step's are loaded
         shift = gl.convert_layout(next_shift, COLUMN)
         this_delta = next_delta
-        next_shift, next_delta = _row_numbers(row_shift, row_delta, following, (step + 1) % TILES, q_tokens, QUERY_BLOCK)
+        next_shift, next_delta = _row_numbers(
+            row_shift, row_delta, following, (step + 1) % TILES, q_tokens, QUERY_BLOCK
+        )
         following = gl.load(listed + (step + 2) // TILES, mask=step + 2 < steps, other=0)
         scores = warpgroup_mma_wait(1, [t0])
         p = gl.exp2(scores * scale_log2 - shift[None, :])

@@ -75,9 +75,7 @@ def _consume(PART: gl.constexpr, out_desc, ring, out_smem, blocks, tiles_m, tile
 
 
 @gluon.jit(do_not_specialize=["first_head", "blocks", "tiles_m", "tiles_n", "tiles"])
-def _hopper_product(
-    mask_desc, sums_desc, out_desc, first_head, blocks, tiles_m, tiles_n, tiles, STAGES: gl.constexpr
-):
+def _hopper_product(mask_desc, sums_desc, out_desc, first_head, blocks, tiles_m, tiles_n, tiles, STAGES: gl.constexpr):
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
     mask_smem = gl.allocate_shared_memory(mask_desc.dtype, [2 * STAGES, 1, ROWS, STEP], mask_desc.layout)
