@@ -1,4 +1,4 @@
-"""Each method's attention error at 32,760 tokens against its time at the shapes of large models: one plot for the README.
+"""Each method's attention error at 32,760 tokens against its time at the shapes of large models: one plot.
 
     python -m benchmarks.consumer --archs 90,89 --shapes 14B-720p,H3 --sparsities 0.97,0.99,0.9,0.95 --all-methods --peers FOLDER
         --out benchmarks/results/error-times-nvidia-h200.json                  the times

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from ...sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
-from .run_dense import RunDense
+from .run_dense import RunDense, stop_where_asked
 
 logger = logging.getLogger("sla2")
 
@@ -54,8 +54,12 @@ def attempt(call, layer, device, compute):
     raise RunDense(reason)
 
 
-def rows_or_below(run, compute, below):
-    """A function of slices: compute(*slices), rows of text and sound; once its kernels cannot be built or started, below(*slices)."""
+def rows_or_below(call, layer, compute, below):
+    """A function of slices: compute(*slices), rows of text and sound; once its kernels cannot be built or started, below(*slices).
+
+    Raises RuntimeError instead where the node was asked to stop.
+    """
+    run = call.run
 
     def rows(*slices):
         if run.rows_failed is None:
@@ -65,7 +69,9 @@ def rows_or_below(run, compute, below):
                 remedy = kernel_failure_remedy(error)
                 if is_out_of_memory(error) or remedy is None:
                     raise
-                run.rows_failed = f"the kernels could not be built or started ({failure_in_a_line(error)}); {remedy}"
+                reason = f"the kernels could not be built or started ({failure_in_a_line(error)}); {remedy}"
+                stop_where_asked(call.hook.settings, reason, f" in layer {layer}")
+                run.rows_failed = reason
                 logger.warning(
                     "SLA2: PyTorch's attention computes the rows of text and sound for this run: %s", run.rows_failed
                 )

@@ -69,13 +69,13 @@ def _attend_sparse(call, layer, below, args, kwargs, is_default):
     dense = rows_below(below, args, kwargs)
     takes = is_default and exact.dense_queries and not call.has_autograd and takes_rows(request)
     if takes:
-        dense = rows_or_below(run, partial(rows_of_request, request), dense)
+        dense = rows_or_below(call, layer, partial(rows_of_request, request), dense)
     # what the dense rows' attention takes: whole dense attention needs less
     whole = attempt_rest(call, request.q.device, lambda: with_dense_rows(out, request, exact, dense))
     if errors is not None:
         run.count_errors(layer, errors)
     if takes and run.rows_failed is not None:
-        run.count_rows_below()
+        run.count_call_with_rows_below()
     # rows that a reference's last block computes twice count once
     rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
     run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)

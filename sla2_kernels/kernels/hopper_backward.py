@@ -6,8 +6,9 @@ V tiles that come, and go through tile after tile; in the walk for dK and dV a p
 share a multiprocessor.
 
 The arithmetic of the walk for dQ is not quite Triton's. Its running maximum and delta stay as they are until a score rises
-LAZY above the maximum (log2), so that most steps rescale nothing: P is at most 2^LAZY, and dS is still rounded where it is small.
-delta comes from the sums of the rounded P and dS, so that each row of dS sums to zero and K's mean has no part in dQ.
+LAZY above the maximum (log2), so that most steps rescale nothing: P may reach 2^LAZY, and dS is rounded after delta is
+subtracted, when it is small. delta comes from the sums of the rounded P and dS, so that each row of dS sums to zero and K's
+mean has no part in dQ.
 """
 
 from dataclasses import dataclass

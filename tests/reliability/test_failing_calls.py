@@ -316,6 +316,11 @@ def test_the_sparse_loop_fails_on_the_exact_rows_alone(
         with pytest.raises(ValueError, match="ours"):
             b.attend(*qkv, heads=HEADS)
         return
+    if error is KERNELS["shared memory"]:
+        stopping = run_of(grid=(6, 10, 10), front=260, references=references, stop_on_unsupported=True)
+        with pytest.raises(RuntimeError, match="SLA2 stopped in layer 0"):
+            stopping.attend(*qkv, heads=HEADS)
+        attempts.clear()
     outs = [b.attend(*qkv, heads=HEADS, layer=layer) for layer in (0, 1, 0)]
     data, text = end(b)
     assert len(attempts) == 1
