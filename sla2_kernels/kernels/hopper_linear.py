@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import K_BLOCK, block_count
-from .hopper_gluon import barrier, keep, load_async, new_barriers, reinterpret, store_async
+from .gluon_shared import barrier, keep, load_async, new_barriers, reinterpret, store_async
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 

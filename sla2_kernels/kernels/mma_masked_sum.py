@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..router import block_count
 from .along_key_blocks import along_key_blocks
-from .hopper_gluon import barrier, copy_async
+from .gluon_shared import barrier, copy_async
 from .launch import launch
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 

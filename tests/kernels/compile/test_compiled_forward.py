@@ -9,7 +9,7 @@ from cards import CARDS, assert_fits
 
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio
-from sla2_kernels.kernels.hopper import gluon_is_known
+from sla2_kernels.kernels.gluon_releases import gluon_is_known
 from sla2_kernels.kernels.row_errors import add_row_errors
 from sla2_kernels.support import unsupported_reason
 from sla2_kernels.triton_backend import Sample
