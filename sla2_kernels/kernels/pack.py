@@ -68,19 +68,6 @@ def _int8_power(largest):
 
 
 @triton.jit
-def _largest_or_nan(a, b):
-    """Largest magnitude in two float32 tensors, NaN where one holds a NaN: tl.max would pass over it, but its bits are above all.
-
-    A maximum of each: of both at a time ptxas spills twice as much on sm_80.
-    """
-    a_bits, b_bits = (
-        tl.max(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF),
-        tl.max(b.to(tl.int32, bitcast=True) & 0x7FFFFFFF),
-    )
-    return tl.maximum(a_bits, b_bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _even_sums(phi, v, v_channel):
     """(h_j of a part of V's channels, over their powers of two, [D, PART] in phi's dtype; its largest magnitude). v_channel:
     where those powers begin."""
@@ -140,14 +127,13 @@ def _pack(
         even_first *= _over_power(tl.load(v_channel + bh * D + part))[None, :]
         even_last *= _over_power(tl.load(v_channel + bh * D + (D - PART) + part))[None, :]
     v_largest = tl.maximum(tl.max(tl.abs(even_first)), tl.max(tl.abs(even_last)))
-    if PV == "int8":
-        v_largest = _largest_or_nan(even_first, even_last)
     if PV == "fp8":
         exponent = fp8_exponent(v_largest)
         tl.store(v_exponent + tile, exponent)
     elif PV == "int8":
-        # INT8 has no NaN: one in V, or an infinity, goes on as that of the exponent and of z_j
-        exponent = int8_exponent(v_largest) + 0.0 * v_largest
+        # INT8 has no NaN, and a maximum passes over it: one in V, or an infinity, goes on as that of the exponent and of z_j
+        zero_or_nan = tl.sum(0.0 * even_first + 0.0 * even_last)
+        exponent = int8_exponent(v_largest) + zero_or_nan
         tl.store(v_exponent + tile, exponent)
         for p in tl.static_range(PARTS):
             biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
@@ -159,7 +145,7 @@ def _pack(
         share = tl.where(rows < tokens, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
         z = tl.sum(exponentials * share[:, None], axis=0)  # [D]
         if SUMS == "int8":
-            z += 0.0 * v_largest
+            z += zero_or_nan
         tl.store(norms + tile * NORM_STRIDE + d, z.to(norms.dtype.element_ty))
         if SUMS == "fp8":
             # |h_j| <= z_j max |V_j|, and a little more for phi's rounding
