@@ -107,8 +107,8 @@ def plan(sparsities, steps, few_steps, videos, few_videos):
     for sparsity in sparsities:
         jobs += [Job(name, sparsity, "16bit", steps, 0) for name in (*trained, names.UNTRAINED)]
     jobs += [Job(names.BLOCK_SPARSE, sparsity, "int8", steps, 0) for sparsity in sparsities]
-    others = (names.FITTED + names.OTHER_CARDS, names.UNTRAINED + names.OTHER_CARDS)
-    jobs += [Job(name, sparsity, "int8", steps, 0) for sparsity in sparsities for name in others]
+    elsewhere = (names.FITTED + names.OTHER_CARDS, names.UNTRAINED + names.OTHER_CARDS)
+    jobs += [Job(name, sparsity, "int8", steps, 0) for sparsity in sparsities for name in elsewhere]
     return list({job.key: job for job in reversed(jobs)}.values())[::-1]
 
 

@@ -142,18 +142,27 @@ def _fitted_attention(
     return call.result, ratio.float(), dense
 
 
+# private names of torch, None where a release lacks one: then every call takes torch's way
+_HIDDEN_STATE = [
+    getattr(torch._C, "_get_tracing_state", None),
+    getattr(torch._C, "_len_torch_dispatch_stack", None),
+    getattr(torch._C, "_len_torch_function_stack", None),
+    getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None),
+]
+_CAN_BE_PLAIN = None not in _HIDDEN_STATE and hasattr(Tensor, "_is_zerotensor")
+
+
 def _is_plain(tensors):
     """Whether nothing but the operator's own code would see a call with these tensors, or None: no tracing, no gradient, no
-    transform, no subclass."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    transform, no mode, no subclass, and memory that holds what the tensor means."""
+    if torch.compiler.is_compiling() or not _CAN_BE_PLAIN or any(state() for state in _HIDDEN_STATE):
         return False
     needs_gradients = torch.is_grad_enabled()
     return all(
         type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type in ("cpu", "cuda")
         and not (needs_gradients and x.requires_grad)
+        and not (x.is_neg() or x._is_zerotensor())
         for x in tensors
         if x is not None
     )

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .router import Q_BLOCK
 
@@ -89,15 +90,16 @@ def default_query_block(q, precision):
     """Query tokens per selection without a trained router: 64 where that has less error in the same time, else 128.
 
     That is where the INT8 loop for Hopper runs (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). q: (..., D), in
-    either layout. precision: as resolve_precision() returns.
+    either layout. precision: as resolve_precision() returns. While torch.compile traces, and for a FakeTensor, dtype and shape
+    decide, so that a compiled call and a plain one can differ for strides or addresses that TMA does not take.
     """
     on_hopper = q.device.type == "cuda" and capability(q.device)[0] == 9
     if not on_hopper or precision != "int8" or _triton_reason() is not None:
         return Q_BLOCK
     from .kernels.hopper import takes_hopper_loop, why_no_loop_of
 
-    # while torch.compile traces, addresses are not to be asked for
-    if torch.compiler.is_compiling():
+    # neither has an address
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
     return 64 if takes_hopper_loop(capability(q.device), "int8", "fp8", q, q, q, 64) else Q_BLOCK
 

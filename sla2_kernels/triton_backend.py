@@ -12,7 +12,8 @@ import torch
 
 from .kernels import configs
 from .kernels.fitted_ratio import FittedRatio
-from .kernels.hopper import gluon_is_known, why_not_hopper_loop
+from .kernels.gluon_releases import gluon_is_known
+from .kernels.hopper import why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention

@@ -1,23 +1,14 @@
 """Which calls take the sparse loop written for Hopper (hopper_loop.py, in Gluon) instead of Triton's, and why others do not."""
 
-import functools
-
 import torch
 import triton
 
 from ..router import Q_BLOCK
-from ..support import interpreting, is_tested_triton
+from ..support import interpreting
+from .gluon_releases import GLUON_RELEASES, gluon_is_known
 
-# The releases whose Gluon it was compiled with; names in it still change from one to the next.
-GLUON_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
 FORMATS = (("int8", "fp8"), ("16bit", "16bit"))
 TMA_BYTES = 16  # strides and addresses of what it copies are multiples
-
-
-@functools.cache
-def gluon_is_known():
-    """Whether the installed Triton is one of GLUON_RELEASES."""
-    return is_tested_triton(GLUON_RELEASES)
 
 
 def takes_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):

@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..router import K_BLOCK, Q_BLOCK, block_count
 from .backward_keys import NO_ROW
 from .backward_queries import MIN_RATIO
-from .hopper_gluon import keep, leave, load_async, new_barriers, programs, wait_empty, wait_full
+from .gluon_shared import keep, leave, load_async, new_barriers, programs, wait_empty, wait_full
 from .launch import launch
 from .numerics import NO_SCORE
 

@@ -16,15 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import K_BLOCK, block_count
-from .hopper_gluon import barrier, keep, load_async, new_barriers, reinterpret, store_async
+from .gluon_shared import barrier, keep, load_async, new_barriers, reinterpret, store_async
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 
 HEAD_DIM = 128
 D = gl.constexpr(HEAD_DIM)
 KEYS = gl.constexpr(K_BLOCK)
-# registers per thread: as many programs per multiprocessor as shared memory allows
-QUERIES, KEYS_OPTIONS = {}, {}
 
 
 @gluon.constexpr_function
@@ -51,8 +49,6 @@ def _hopper_linear_queries(
     b = bh // heads
     h = bh % heads
     ACC: gl.constexpr = _sums(ROWS)
-    # as many warps, of the (D, D) gradient
-    SQUARE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, 128, 16])
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [1, 1, ROWS, D], q_desc.layout)
     g_smem = gl.allocate_shared_memory(g_desc.dtype, [1, 1, ROWS, D], g_desc.layout)
     h_smem = gl.allocate_shared_memory(sums_desc.dtype, [1, 1, D, D], sums_desc.layout)
@@ -103,7 +99,7 @@ def _hopper_linear_queries(
     mbarrier.wait(bar.index(0), 1)
     dq = (dq + sparse_smem.reshape([ROWS, D]).load(ACC).to(gl.float32)).to(q_desc.dtype)
     fence_async_shared()
-    zeros = gl.zeros([D, D], gl.float32, SQUARE)
+    zeros = gl.zeros([D, D], gl.float32, ACC)
     dh_t = warpgroup_mma(q_tile.permute([1, 0]), g_tile, zeros, use_acc=False, is_async=True)
     dh = warpgroup_mma_wait(0, [dh_t])
     # every warp's products have read what is written now
@@ -184,7 +180,7 @@ def hopper_linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row
         _hopper_linear_queries, (query_sums.shape[1], group.stop - group.start),
         *(_descriptor(x, query_block) for x in (q, grad_out, grad_q)), _squares(query_sums),
         query_sums, ratio, row_delta, row_product, heads, group.start, tokens,
-        ROWS=query_block, options={"num_warps": query_block // 16} | QUERIES,
+        ROWS=query_block, options={"num_warps": query_block // 16},
     )  # fmt: skip
 
 
@@ -194,5 +190,5 @@ def hopper_linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, *
     launch(
         _hopper_linear_keys, (block_count(tokens, K_BLOCK), group.stop - group.start),
         *(_descriptor(x, K_BLOCK) for x in (k, v, grad_k, grad_v)), _squares(sums), k_mean, sums, tile_totals,
-        heads, group.start, tokens, factor, options={"num_warps": 4} | KEYS_OPTIONS,
+        heads, group.start, tokens, factor, options={"num_warps": 4},
     )  # fmt: skip

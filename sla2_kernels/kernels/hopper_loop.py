@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import K_BLOCK, Q_BLOCK, block_count
-from .hopper_gluon import (
+from .gluon_shared import (
     keep,
     leave,
     load_async,

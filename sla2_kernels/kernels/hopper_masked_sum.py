@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
 from .along_key_blocks import along_key_blocks
-from .hopper_gluon import keep, leave, load_async, new_barriers, programs, stage_of, wait_empty, wait_full
+from .gluon_shared import keep, leave, load_async, new_barriers, programs, stage_of, wait_empty, wait_full
 from .launch import launch
 
 STAGES = 7  # tiles of h and W in flight: as many as the shared memory holds

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
-from .hopper_gluon import leave, load_async, new_barriers, programs, store_async, wait_empty, wait_full
+from .gluon_shared import leave, load_async, new_barriers, programs, store_async, wait_empty, wait_full
 from .launch import launch
 
 STAGES = 3  # steps in flight: as many as fit beside the results

@@ -2,7 +2,7 @@
 
 INT8 matrix instructions want both operands along the sum, that is along the key blocks j, but h_j is stored feature by
 feature. So the product is transposed, H^T = h^T W^T, and h^T comes from registers, where four bytes of four key blocks change
-places, as in hopper_masked_sum.py; Triton reads h byte by byte instead, which takes three times as long. Tiles of h and of
+places, as in hopper_masked_sum.py; plain Triton takes 1.2 times as long (2.09 ms for 1.75, benchmarks/NOTES.md). Tiles of h and of
 the weights W (kernels/weighted_mask.py) come by cp.async. Bands as in masked_sum.py.
 """
 
@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..router import block_count
 from .along_key_blocks import along_key_blocks
-from .hopper_gluon import barrier, copy_async
+from .gluon_shared import barrier, copy_async
 from .launch import launch
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 

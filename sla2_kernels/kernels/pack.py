@@ -131,7 +131,9 @@ def _pack(
         exponent = fp8_exponent(v_largest)
         tl.store(v_exponent + tile, exponent)
     elif PV == "int8":
-        exponent = int8_exponent(v_largest)
+        # INT8 has no NaN, and a maximum passes over it: one in V, or an infinity, goes on as that of the exponent and of z_j
+        zero_or_nan = tl.sum(0.0 * even_first + 0.0 * even_last)
+        exponent = int8_exponent(v_largest) + zero_or_nan
         tl.store(v_exponent + tile, exponent)
         for p in tl.static_range(PARTS):
             biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
@@ -142,6 +144,8 @@ def _pack(
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
         share = tl.where(rows < tokens, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
         z = tl.sum(exponentials * share[:, None], axis=0)  # [D]
+        if SUMS == "int8":
+            z += zero_or_nan
         tl.store(norms + tile * NORM_STRIDE + d, z.to(norms.dtype.element_ty))
         if SUMS == "fp8":
             # |h_j| <= z_j max |V_j|, and a little more for phi's rounding

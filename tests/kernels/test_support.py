@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sla2_kernels import default_precision, support, unsupported_reason
 
@@ -178,6 +179,9 @@ def test_only_the_int8_loop_for_hopper_selects_for_every_64_query_tokens(card, c
     others = {"precision": "16bit"}, {"precision": "fp8"}, {"device": CPU}, {"dtype": torch.float32}, {"head_dim": 64}
     assert all(chosen(**other) == 128 for other in (*others, {"spare": 4})), "spare: strides that TMA does not take"
     assert chosen(spare=8) == chosen()
+    views = (torch.empty(300, 132, dtype=torch.bfloat16, device="meta")[:, :d] for d in (128, 64))
+    fakes = [FakeTensor(FakeTensorMode(), view, CUDA) for view in views]
+    assert [support.default_query_block(fake, "int8") for fake in fakes] == [chosen(), 128]
     monkeypatch.setattr(hopper, "gluon_is_known", lambda: False)
     assert chosen() == 128
 

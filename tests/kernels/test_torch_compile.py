@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from operator_inputs import attention_inputs, normal
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla2_kernels import gradients, operators, select_key_blocks, sla2_attention
@@ -43,7 +44,7 @@ class Watching(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_only_a_call_that_something_watches_goes_through_torch_s_operator(generator):
+def test_only_a_call_that_something_watches_goes_through_torch_s_operator(generator, monkeypatch):
     q, k, v = attention_inputs(generator, tokens=70, keys=70).tensors()[:3]
     expected = sla2_attention(q, k, v, sparsity=0.5)
     with Watching() as watching:
@@ -55,6 +56,43 @@ def test_only_a_call_that_something_watches_goes_through_torch_s_operator(genera
         assert sla2_attention(q, k, v, alpha=alpha, sparsity=0.5).grad_fn is None
     batched = torch.func.vmap(lambda x: operators._is_plain((x,)) * torch.ones(()))(q)
     assert operators._is_plain((q, None)) and not batched.any()
+    calls = []
+
+    class WatchingFunctions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with WatchingFunctions():
+        out = sla2_attention(q, k, v, sparsity=0.5)
+    assert "sla2.attention" in calls and torch.equal(out, expected)
+    monkeypatch.setattr(operators, "_CAN_BE_PLAIN", False)
+    assert not operators._is_plain((q,))
+
+
+AROUND = {
+    "nothing": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("name", ["whole", "negated", "zero"])
+@pytest.mark.parametrize("around", AROUND)
+def test_a_plain_call_is_torch_s_operator(generator, around, name):
+    """Also where q's memory does not hold what q means: torch negates it, or fills in zeros, when it is read."""
+    q, k, v = attention_inputs(generator, tokens=70, keys=70).tensors()[:3]
+    expected_q = torch.zeros_like(q) if name == "zero" else q
+    if name == "negated":
+        q = torch.complex(torch.zeros_like(q), -q).conj().imag
+    elif name == "zero":
+        q = torch._efficientzerotensor(q.shape)
+    rest = k, v, None, None, None, None, 0.5, "16bit", True, 32**-0.5, "torch"
+    with AROUND[around]():
+        expected = torch.ops.sla2.attention(expected_q, *rest)
+        assert operators._is_plain((q,)) == (name == "whole")
+        for found in (operators.attention(q, *rest), torch.ops.sla2.attention(q, *rest)):
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_the_search_for_triton_is_not_compiled(generator, monkeypatch):

@@ -6,7 +6,7 @@ from ahead_of_time import HEADS, TOKENS, TRITON
 from cards import CARDS, assert_fits
 
 from sla2_kernels import K_BLOCK, Q_BLOCK
-from sla2_kernels.kernels.hopper import GLUON_RELEASES
+from sla2_kernels.kernels.gluon_releases import GLUON_RELEASES
 
 BACKWARD = {"_linear_queries", "_linear_sums", "_linear_keys", "_query_gradient", "_key_gradient"}
 WALKS = {"_query_gradient": "_hopper_query_gradient", "_key_gradient": "_hopper_key_gradient"}

@@ -7,7 +7,8 @@ from ahead_of_time import HEADS, TOKENS, TRITON
 from cards import CARDS, assert_fits
 
 from sla2_kernels.kernels.configs import loop_formats
-from sla2_kernels.kernels.hopper import GLUON_RELEASES, takes_hopper_loop
+from sla2_kernels.kernels.gluon_releases import GLUON_RELEASES
+from sla2_kernels.kernels.hopper import takes_hopper_loop
 
 if TRITON[:2] not in GLUON_RELEASES:
     pytest.skip(f"Triton {triton.__version__} has no Gluon for Hopper as it is used here", allow_module_level=True)
