@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from miniature import videos
+from miniature import scaled, videos
 from miniature.captions import embed, split_captions
 from miniature.optim import Budget, Log, Optimiser
 from miniature.pool import fill_pool
@@ -42,7 +42,7 @@ def data_speed(name: str, size, args, vae, device):
     """Prints the times of one size; a pool of a few clips for the other measurements."""
     train, _ = split_captions()
     frames, height, width = size.extent
-    scenes = videos.simulate(train[:2], frames=frames, height=height, width=width, seed=0).to(device)
+    scenes = scaled.simulate(train[:2], frames=frames, height=height, width=width, seed=0).to(device)
     render = milliseconds(
         device, args.repeats, lambda: videos.render(scenes, frames=frames, height=height, width=width)
     )

@@ -7,8 +7,9 @@ import torch
 
 from miniature.captions import embed, split_captions
 from miniature.captures import Recorder
+from miniature.pool import fill_pool
 from miniature.sample import WEIGHTS, load_models, sample_latents
-from miniature.train_dit import encode_clips, validation_loss
+from miniature.train_dit import validation_loss
 from miniature.vae import WanVAE, denormalise_latents, psnr
 from miniature.wan import WanConfig, WanModel
 
@@ -35,10 +36,10 @@ class Miniature:
 
     @classmethod
     def load(cls, folder, device, *, steps=20, levels=8, bf16=False, cfg=3.0):
-        """The trained model at its evaluated size."""
+        """The trained model at 32,760 tokens."""
         model, vae = load_models(Path(folder) if folder else WEIGHTS, device)
         bf16 = bf16 or torch.device(device).type != "cpu"
-        return cls(model, vae, (81, 320, 320), steps, torch.device(device), levels, bf16, cfg)
+        return cls(model, vae, (81, 480, 832), steps, torch.device(device), levels, bf16, cfg)
 
     @classmethod
     def tiny(cls, device):
@@ -89,8 +90,9 @@ class Miniature:
         if not hasattr(self, "_clips"):
             held_out = split_captions()[1]
             chosen = [i * len(held_out) // clips for i in range(clips)]
-            options = {"size": self.size, "batch": 1, "device": self.device, "until": float("inf")}
-            self._clips = encode_clips(self.vae, held_out, chosen, seed=SEED + 12, **options)
+            self._clips = fill_pool(
+                self.vae, held_out, chosen, size=self.size, seed=SEED + 12, device=self.device, pixels=1
+            )
             self._contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
 
         def model(x, t, context, **options):

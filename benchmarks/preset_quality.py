@@ -26,8 +26,8 @@ from .miniature_in_comfyui import MiniatureInComfyUI
 from .video_metrics import ssim
 
 SEED = 12000
-# of the miniature's evaluated size: 81 frames of 320 x 320, 8,400 tokens
-LATENT, TINY = (21, 40, 40), (3, 16, 16)
+# 81 frames of 832 x 480, 32,760 tokens
+LATENT, TINY = (21, 60, 104), (3, 16, 16)
 # what each number of steps is run with; the longer ones as most people sample Wan
 RUNS = {"20-50": (20, "uni_pc"), "4-8": (8, "euler"), "4-50": (20, "uni_pc")}
 
@@ -90,8 +90,9 @@ def noise_levels(model, steps):
 
 
 def patched_by(miniature, model, preset):
+    layers = len(model.model.diffusion_model.blocks)
     parse_layers = miniature.module("nodes.settings.values").parse_layers
-    rules = miniature.module("nodes.settings.schedule").parse_schedule(preset.schedule, 6, parse_layers)
+    rules = miniature.module("nodes.settings.schedule").parse_schedule(preset.schedule, layers, parse_layers)
     router = miniature.router() if preset.trained else None
     chosen = {"sparsity": preset.sparsity, "schedule": rules, "target_error": preset.target_error}
     return miniature.patched(model, router, **chosen)

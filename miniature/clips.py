@@ -6,12 +6,12 @@ import time
 
 import torch
 
-from . import videos
+from . import scaled, videos
 from .captions import Caption
 from .vae import WanVAE, normalise_latents
 
 
-def simulate_clips(captions: list[Caption], chosen: list[int], size, seed: int, device, world=videos) -> videos.Scenes:
+def simulate_clips(captions: list[Caption], chosen: list[int], size, seed: int, device, world=scaled) -> videos.Scenes:
     """One scene per chosen caption number, on `device`. size: (frames, height, width). world: module with simulate()."""
     frames, height, width = size
     wanted = [captions[i] for i in chosen]

@@ -34,10 +34,8 @@ from safetensors.torch import load_file
 
 from .captions import embed, split_captions
 from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora, set_lora
-from .measure import WORLDS
 from .optim import Average, Budget, Log, Optimiser
-from .sample import WEIGHTS, noise_schedule
-from .scaled import rope_scale
+from .sample import SHIFT, WEIGHTS, noise_schedule
 from .train_dit import DIT_FILE
 from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, parse_mix, prepare
 from .wan import WanModel
@@ -267,8 +265,7 @@ def distil(args) -> None:
     if args.resume:
         set_lora(student, load_lora(live))
     mixes = [parse_mix(text) for text in args.mix]
-    names = dict.fromkeys(name for mix in mixes for name in mix)
-    ropes = {name: rope_scale(sizes[name].height) if args.world == "scaled" else 1.0 for name in names}
+    ropes = {name: sizes[name].rope for mix in mixes for name in mix}
     about = f"LoRA for {', '.join(map(str, args.student_steps))} steps at guidance 1 and shift {args.shift:g}, distilled from guidance {args.guidance:g}"
 
     with attention_backend(args.attention, device):
@@ -306,10 +303,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher-steps", type=int, default=20, help="of the whole schedule, rounded up")
     parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher")
-    parser.add_argument("--shift", type=float, default=12.0, help="of the noise levels, ComfyUI's ModelSamplingSD3")
-    parser.add_argument(
-        "--world", choices=WORLDS, default="scaled", help="of the weights: train_long's, or that of weights/"
-    )
+    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
     parser.add_argument("--mix", nargs="+", default=["small=1", "small=1,full=1"], help="shares of the time by size")
     parser.add_argument("--own", type=float, default=0.5, help="share of the rounds that go the student's own way")
     parser.add_argument("--reuse", type=int, default=3, help="how often a segment is trained on, on average")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import videos
+from . import scaled, videos
 from .captions import Caption
 from .clips import encode_scenes, simulate_clips
 from .vae import WanVAE
@@ -33,13 +33,13 @@ class Pool:
 @torch.no_grad()
 def fill_pool(
     vae: WanVAE, captions: list[Caption], chosen: list[int], *, size: tuple[int, int, int], seed: int, device,
-    until: float = float("inf"), pixels: int = 8_000_000, world=videos,
+    until: float = float("inf"), pixels: int = 8_000_000, world=scaled,
 ) -> Pool:  # fmt: skip
     """Render and encode one clip per chosen caption number, in batches of about `pixels` pixels.
 
     Args:
         size: (frames, height, width).
-        world: module with simulate(): videos or scaled.
+        world: module with simulate().
         until: time.monotonic() after which no further batch begins; at least one is made.
     """
     scenes = simulate_clips(captions, chosen, size, seed, device, world)

@@ -13,9 +13,6 @@ from miniature.train_dit import DIT_FILE
 from miniature.train_vae import VAE_FILE
 from miniature.tune_decoder import window
 from miniature.vae import WanVAE, normalise_latents
-from miniature.weight_files import WEIGHTS
-
-CHECKPOINT = WEIGHTS.parent / "checkpoint"
 
 SITTING = ["--tiny", "--minutes", "0", "--steps", "3", "--test-clips", "1", "--device", "cpu", "--no-compile",
            "--print-seconds", "0"]  # fmt: skip
@@ -90,13 +87,6 @@ def test_the_same_sitting_twice_gives_the_same_weights(first, sit):
     for name in (DIT_FILE, VAE_FILE, train_long.LIVE_FILE):
         one, two = load_file(first / name), load_file(again / name)
         assert all(torch.equal(one[key], two[key]) for key in one), name
-
-
-def test_the_checkpoint_that_is_kept_has_averaged_weights_alone():
-    state, number = train_long.load_start(CHECKPOINT, None)
-    kept = load_file(CHECKPOINT / DIT_FILE)
-    assert number == log_of(CHECKPOINT)["run"]["sitting"] + 1
-    assert all(torch.equal(state[key], kept[key].float()) for key in kept)
 
 
 def test_a_folder_without_a_sitting_is_named(tmp_path):
