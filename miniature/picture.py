@@ -1,10 +1,10 @@
-"""The pictures of the READMEs: held-out captions at real length, dense and with SLA2 at 97%, frame by frame. On a GPU.
+"""The pictures of the READMEs: held-out captions at real length, dense and with SLA2 at 97%, frame by frame. Needs Pillow.
 
-    python -m miniature.picture --out FOLDER              81 frames of 832 x 480, 32,760 tokens
+    python -m miniature.picture --out FOLDER              on a GPU: 81 frames of 832 x 480, 32,760 tokens
     python -m miniature.picture --out FOLDER --frames 9 --height 64 --width 96 --steps 2 --sparsity 0.5 --device cpu      a trial
 
-Writes picture.png: per caption a row of frames dense, one with SLA2 without a trained router (ratio fitted in the run), and
-one with the router, where --router names one (--router none: without). samples.png has six captions, dense. picture.json says
+Writes picture.jpg: per caption a row of frames dense, one with SLA2 without a trained router (ratio fitted in the run), and
+one with the router, where --router names one (--router none: without). samples.jpg has six captions, dense. picture.json says
 which, and how far the final latents are from the dense ones.
 """
 
@@ -27,7 +27,7 @@ from .wan import dense_attention
 from .weight_files import weight_file
 
 SEED = 5000  # as miniature.measure's: the same videos
-CAPTIONS = 3, 17  # of the held-out ones
+CAPTIONS = (17,)  # of the held-out ones
 SAMPLES = 0, 4, 8, 12, 16, 20
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--router", default=weight_file("wan_miniature_router.safetensors"), help='a file, or "none"')
     parser.add_argument("--captions", type=int, nargs="+", default=CAPTIONS, help="numbers of held-out captions")
-    parser.add_argument("--samples", type=int, nargs="*", default=SAMPLES, help="those of samples.png")
+    parser.add_argument("--samples", type=int, nargs="*", default=SAMPLES, help="those of samples.jpg")
     parser.add_argument("--sparsity", type=float, default=0.97)
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
@@ -111,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
             report["rows"].append({"caption": str(held_out[number]), "way": way, "latent_error": error})
             rows.append(video)
             print(f"{held_out[number]}: {way}, latents off by {error:.3f}", flush=True)
-    images.write_png(args.out / "picture.png", images.contact_sheet(rows, args.columns, args.shrink))
+    images.write_jpg(args.out / "picture.jpg", images.contact_sheet(rows, args.columns, args.shrink))
     if args.samples:
         shown = [studio.film(number, held_out[number], dense_attention)[1] for number in args.samples]
-        images.write_png(args.out / "samples.png", images.contact_sheet(shown, 8, args.shrink))
+        images.write_jpg(args.out / "samples.jpg", images.contact_sheet(shown, 8, args.shrink))
         report["samples"] = [str(held_out[number]) for number in args.samples]
     (args.out / "picture.json").write_text(json.dumps(report, indent=1))
 
