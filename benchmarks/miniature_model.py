@@ -8,7 +8,7 @@ import torch
 from miniature.captions import embed, split_captions
 from miniature.captures import Recorder
 from miniature.pool import fill_pool
-from miniature.sample import WEIGHTS, load_models, sample_latents
+from miniature.sample import GUIDANCE, WEIGHTS, load_models, sample_latents
 from miniature.train_dit import validation_loss
 from miniature.vae import WanVAE, denormalise_latents, psnr
 from miniature.wan import WanConfig, WanModel
@@ -32,10 +32,10 @@ class Miniature:
     device: torch.device
     levels: int = 8
     bf16: bool = False
-    cfg: float = 3.0
+    cfg: float = GUIDANCE
 
     @classmethod
-    def load(cls, folder, device, *, steps=20, levels=8, bf16=False, cfg=3.0):
+    def load(cls, folder, device, *, steps=20, levels=8, bf16=False, cfg=GUIDANCE):
         """The trained model at 32,760 tokens."""
         model, vae = load_models(Path(folder) if folder else WEIGHTS, device)
         bf16 = bf16 or torch.device(device).type != "cpu"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from miniature.captions import split_captions
-from miniature.sample import load_models
+from miniature.sample import GUIDANCE, load_models
 from miniature.vae import psnr
 from tooling.comfyui import find_comfyui
 
@@ -70,7 +70,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", default=find_comfyui()[1], type=Path)
     parser.add_argument("--prompts", type=int, default=3, help="held-out captions, one video each")
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=results.RESULTS / "presets.json")
     parser.add_argument("--tiny", action="store_true")

@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from .captions import embed, split_captions
 from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora, set_lora
 from .optim import Average, Budget, Log, Optimiser
-from .sample import SHIFT, WEIGHTS, noise_schedule
+from .sample import GUIDANCE, SHIFT, WEIGHTS, noise_schedule
 from .train_dit import DIT_FILE
 from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, parse_mix, prepare
 from .wan import WanModel
@@ -302,7 +302,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--student-steps", default="4", help="numbers of sampling steps that one LoRA serves, e.g. 4 or 4,8"
     )
     parser.add_argument("--teacher-steps", type=int, default=20, help="of the whole schedule, rounded up")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
     parser.add_argument("--mix", nargs="+", default=["small=1", "small=1,full=1"], help="shares of the time by size")
     parser.add_argument("--own", type=float, default=0.5, help="share of the rounds that go the student's own way")

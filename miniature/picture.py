@@ -21,7 +21,7 @@ from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
 from . import images
 from .captions import Caption, embed, split_captions
-from .sample import SHIFT, WEIGHTS, load_models, sample_latents
+from .sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
 from .vae import denormalise_latents
 from .wan import dense_attention
 from .weight_files import weight_file
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
     parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels")
     parser.add_argument("--shrink", type=int, default=4, help="each side of a frame is divided by this")
     parser.add_argument("--columns", type=int, default=6, help="frames per row")

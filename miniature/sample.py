@@ -20,7 +20,8 @@ from .vae import WanVAE, denormalise_latents
 from .wan import Attention, WanConfig, WanModel, dense_attention
 from .weight_files import WEIGHTS, weight_file
 
-SHIFT = 12.0  # ComfyUI's ModelSamplingSD3; its default for Wan2.1 is 8
+# what the shipped weights are measured with. SHIFT: ComfyUI's ModelSamplingSD3; its default for Wan2.1 is 8.
+SHIFT, GUIDANCE = 12.0, 5.0
 
 
 def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
@@ -31,7 +32,7 @@ def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_latents(
-    model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 20, cfg: float = 3.0,
+    model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 20, cfg: float = GUIDANCE,
     shift: float = SHIFT, device: torch.device | str = "cpu", attention: Attention = dense_attention,
     rope_scale: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
     parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

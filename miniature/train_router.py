@@ -22,7 +22,7 @@ from sla2_training import RouterTrainer, TrainerOptions
 
 from .captions import embed, split_captions
 from .captures import FILES, by_layer, load_captures, model_shape
-from .sample import WEIGHTS, load_models, sample_latents
+from .sample import GUIDANCE, WEIGHTS, load_models, sample_latents
 from .wan import HEAD_DIM, WanConfig, WanModel, dense_attention
 
 FAMILY = "wan"
@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument("--evaluate-every", type=int, default=7, help="measure on each n-th model call of a sampling")
     parser.add_argument("--steps-per-call", type=int, default=1, help="optimisation steps per layer and model call")
     parser.add_argument("--sampling-steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--cfg", type=float, default=GUIDANCE)
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
     parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from miniature.sample import SHIFT
+from miniature.sample import GUIDANCE, SHIFT
 from miniature.scaled import rope_scale
 
 CAPTION = "two red balls bounce over tiles, camera still"
@@ -18,7 +18,7 @@ class Plan:
     width: int
     steps: int
     sparsity: float
-    cfg: float = 3.0
+    cfg: float = GUIDANCE
     shift: float = SHIFT
     seed: int = 7
     minimum_tokens: int = 0

@@ -159,6 +159,16 @@ def test_plans_are_as_long_and_as_sparse_as_they_say():
     assert (measured["tokens"], measured["reference"]["sparsity"]) == (1200, plan_for("cuda").sparsity)
     error = next(error for _, sparsity, error in measured["rows"] if sparsity == plan_for("cpu").sparsity)
     assert error <= measured["reference"]["error"]
-    workflow = json.loads((ROOT / "workflows" / "First look, nothing to download.json").read_text(encoding="utf-8"))
-    (node,) = (node for node in workflow["nodes"] if node["type"] == "SLA2ApplyAttention")
-    assert node["widgets_values"][0] == plan_for("cpu").sparsity
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("First look, nothing to download", "cpu"), ("Miniature, both stages beside dense", "cuda")]
+)
+def test_the_miniatures_workflows_are_made_as_the_demo_is(name, device):
+    workflow, plan = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")), plan_for(device)
+    found = {node["type"]: node.get("widgets_values") for node in workflow["nodes"]}
+    assert found["EmptyHunyuanLatentVideo"] == [plan.width, plan.height, plan.frames, 1]
+    assert found["ModelSamplingSD3"] == [plan.shift]
+    assert found.get("ScaleROPE", [1, 0, 1, 0, 1, 0]) == [plan.rope_scale, 0, plan.rope_scale, 0, 1, 0]
+    assert found["KSampler"][2:] == [plan.steps, plan.cfg, "euler", "simple", 1]
+    assert found["SLA2ApplyAttention"][0] == plan.sparsity
