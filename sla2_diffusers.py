@@ -88,14 +88,15 @@ class SLA2WanProcessor:
             return dense(reason)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        attend = functools.partial(self._attend, precision)
+        query_block = self.query_block or default_query_block(q, precision)
+        attend = functools.partial(self._attend, precision, query_block)
         # processes that share a call must all take the same path, so there an error is raised instead of running dense
         if self._parallel_config is None:
             out, reason = self._attempt(attend, q, k, v)
             if reason:
                 return dense(reason)
         else:
-            out = self._attend_together(attend, precision, q, k, v)
+            out = self._attend_together(attend, query_block, q, k, v)
         self._count_sparse(q.shape)
         out = out.flatten(2)
         for step in attn.to_out:
@@ -133,7 +134,7 @@ class SLA2WanProcessor:
         logger.warning("SLA2: every layer runs dense from now on: %s", reason)
         return None, reason
 
-    def _attend_together(self, attend, precision, q, k, v):
+    def _attend_together(self, attend, query_block, q, k, v):
         """The output of this process's tokens; q, k, v (B, N / P, H, D)."""
         from sla2_kernels.pool_routing import PoolRouting
         from sla2_kernels.sequence_parallel import sequence_parallel_attention
@@ -142,14 +143,12 @@ class SLA2WanProcessor:
         if self.settings.exchange == "8bit":
             proj_q, proj_k, _ = self._weights_on(q.device)
             groups = 1  # packing and opening messages beside attention takes longer than it hides
-            routing = PoolRouting(
-                self.settings.sparsity, proj_q, proj_k, self.keep_diagonal, self.settings.backend,
-                self._query_block_of(q, precision),
-            )  # fmt: skip
+            settings = self.settings
+            routing = PoolRouting(settings.sparsity, proj_q, proj_k, self.keep_diagonal, settings.backend, query_block)
         mesh = self._parallel_config.context_parallel_config._ulysses_mesh
         return sequence_parallel_attention(q, k, v, attend, mesh.get_group(), head_groups=groups, routing=routing)
 
-    def _attend(self, precision, q, k, v, heads, key_blocks=None):
+    def _attend(self, precision, query_block, q, k, v, heads, key_blocks=None):
         """SLA2 attention of the heads in the slice ``heads``; q, k, v (B, N, those heads, D)."""
         proj_q, proj_k, ratio = _of_heads(heads, *self._weights_on(q.device))
         options = {
@@ -159,14 +158,11 @@ class SLA2WanProcessor:
             "backend": self.settings.backend,
             "keep_diagonal": self.keep_diagonal,
             "key_blocks": key_blocks,
-            "query_block": self._query_block_of(q, precision),
+            "query_block": query_block,
         }
         if ratio is None and self._fits(q, k, v):
             return self._fitted(q, k, v, proj_q, proj_k, options)
         return sla2_attention(q, k, v, proj_q, proj_k, ratio, **options)
-
-    def _query_block_of(self, q, precision):
-        return self.query_block or default_query_block(q, precision)
 
     def _fits(self, q, k, v):
         """Whether a call without a trained ratio fits one: not where it is trained, compiled or captured."""

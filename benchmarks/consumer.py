@@ -26,7 +26,7 @@ from .consumer_imitation import CARDS, Imitation
 from .consumer_roofline import SHEETS, milliseconds, sla2_work, sol_work
 from .consumer_table import consumer_markdown
 from .inputs import Shape, make_inputs
-from .measure import environment, launch_ms
+from .measure import environment, event_ms, graph_timer, launch_ms
 from .rivals import sol_attn
 from .rivals.packages import add_peer_folders
 
@@ -41,7 +41,7 @@ SHAPES = {
     )
 }
 CHECKED = Shape("checked", 3, (5, 20, 31))
-FORMATS = {"pv": "int8", "sums": "16bit", "scores": "16bit"}
+FORMATS = {"pv": "int8", "sums": "int8", "scores": "16bit"}
 TOLERANCE = 0.06  # of the output against float64, Gaussian inputs
 STEPS_PER_FIT = 8
 REPLAYS = 3
@@ -69,6 +69,11 @@ def parse(argv=None):
     parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
     parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
+    parser.add_argument(
+        "--all-methods",
+        action="store_true",
+        help="also an estimated ratio, top-k only and SLA v1, for error_against_time",
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the results file")
     parser.add_argument("--roofline", action="store_true", help="print the estimate by data sheet")
     parser.add_argument("--child", type=int, metavar="ARCH", help=argparse.SUPPRESS)
@@ -94,7 +99,7 @@ def measure_apart(args, arch):
             sys.executable, "-m", "benchmarks.consumer", "--child", str(arch), "--shapes", ",".join(args.shapes),
             "--sparsities", ",".join(map(str, args.sparsities)), "--out", str(args.out),
         ]  # fmt: skip
-        peers = ["--peers", args.peers] if args.peers else []
+        peers = (["--peers", args.peers] if args.peers else []) + ["--all-methods"] * args.all_methods
         subprocess.run([*words, *peers], env={**os.environ, "TRITON_CACHE_DIR": cache}, check=True)
 
 
@@ -108,7 +113,7 @@ def measure_arch(args):
     about = {"environment": environment("cuda")}
     for name in args.shapes:
         for sparsity in args.sparsities:
-            run.time(SHAPES[name], sparsity, peers=bool(args.peers))
+            run.time(SHAPES[name], sparsity, peers=bool(args.peers), all_methods=args.all_methods)
             about["kernels"] = [vars(kernel) for kernel in imitation.kernels] if imitation else []
             content = results.load(args.out)
             results.save(args.out, results.replace_part(content, f"sm_{args.child}", run.rows, about))
@@ -121,7 +126,7 @@ class Run:
         self.arch, self.imitation, self.rows = arch, imitation, []
         self._errors = {}
 
-    def time(self, shape, sparsity, peers):
+    def time(self, shape, sparsity, peers, all_methods=False):
         q, k, v = make_inputs(shape)
         if sparsity not in self._errors:
             self._errors[sparsity] = output_error(sparsity)
@@ -135,6 +140,8 @@ class Run:
             one | {"setting": "fitted", "ms": ms, "kernels": {}, "host_ms": max(one["host_ms"], eighth["host_ms"])}
         )
         print(line(self.rows[-1]), flush=True)
+        for setting, call in further_calls(q, k, v, sparsity).items() if all_methods else ():
+            self._add(shape, "sla2", setting, sparsity, call)
         if peers:
             import comfy_kitchen
 
@@ -160,7 +167,7 @@ class Run:
         graph = method == "sla2" or shape.tokens % sol_attn.BLOCK == 0
         row = {
             "part": f"sm_{self.arch}", "method": method, "setting": setting, "shape": shape.name, "tokens": shape.tokens,
-            "heads": shape.heads, "sparsity": sparsity, "graph": graph, "ms": graph_ms(call) if graph else event_ms(call),
+            "heads": shape.heads, "sparsity": sparsity, "graph": graph, "ms": gpu_ms(call, graph),
             "host_ms": launch_ms(call),
             "launches": sum(count for _, count in kernels.values()),
             "kernels": {name: round(ms, 4) for name, (ms, _) in kernels.items()},
@@ -177,18 +184,38 @@ class Run:
         return sorted({kernel.name for kernel in self.imitation.kernels if not kernel.faithful and kernel.name in ran})
 
 
-def sla2_calls(q, k, v, sparsity):
+def sla2_calls(q, k, v, sparsity, **options):
     """(a call with a ratio per head, a call that fits it), as the untrained mode makes them: (B, N, H, D), own key blocks kept."""
     from sla2_kernels import sla2_attention
     from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
     ratio = torch.linspace(0.6, 0.95, q.shape[2], device=q.device)
     rows = sample_rows(q.shape[1], 0, q.device)
-    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True}
+    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD", "keep_diagonal": True, **options}
     return (
         lambda: sla2_attention(q, k, v, alpha=ratio, **settings),
         lambda: fitted_attention(q, k, v, rows=rows, **settings).out,
     )
+
+
+def further_calls(q, k, v, sparsity):
+    """{setting: call} of the operator's other modes, on (B, N, H, D); without a router also with the queries per selection of this card."""
+    from sla2_kernels import Q_BLOCK, sla2_attention
+    from sla2_kernels.sla_v1 import sla_attention
+    from sla2_kernels.support import default_query_block
+
+    settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD"}
+    proj_l = torch.eye(q.shape[3], device=q.device), torch.zeros(q.shape[3], device=q.device)
+    block = default_query_block(q, "int8")
+    found = {
+        "estimated": lambda: sla2_attention(q, k, v, keep_diagonal=True, query_block=block, **settings),
+        "top-k only": lambda: sla2_attention(q, k, v, linear_branch=False, **settings),
+        "SLA v1": lambda: sla_attention(q, k, v, proj_l, **settings),
+    }
+    if block != Q_BLOCK:
+        fixed, fitting = sla2_calls(q, k, v, sparsity, query_block=block)
+        found |= {f"a ratio per head, {block} queries": fixed, f"a call that fits, {block} queries": fitting}
+    return found
 
 
 def output_error(sparsity):
@@ -204,29 +231,10 @@ def output_error(sparsity):
     return float((out.transpose(1, 2).double() - expected).norm() / expected.norm())
 
 
-def graph_ms(call):
-    """Median GPU milliseconds of ``call()``, launched by a CUDA graph of three calls."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPLAYS):
-            call()
-    return event_ms(graph.replay, repeats=1) / REPLAYS
-
-
-def event_ms(call, repeats=REPLAYS):
-    """Median milliseconds of ``call()`` between two events of the GPU, ``repeats`` calls one right after the other."""
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / repeats)
-    return statistics.median(times)
+def gpu_ms(call, graph):
+    """Median milliseconds of ``call()``, launched by a CUDA graph or one right after the other."""
+    run = graph_timer(call, REPLAYS) if graph else lambda: event_ms(call, REPLAYS)
+    return statistics.median(run() for _ in range(5))
 
 
 def kernel_times(call):

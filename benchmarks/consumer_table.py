@@ -54,7 +54,7 @@ def _notes(content, rows):
         f"Another card's instructions, timed on one {env['card']} ({versions}): Triton's PTX for sm_80 (A100), sm_86 (RTX 30) or "
         "sm_89 (RTX 40, L40), assembled for this card, no more programs at a time than there. GPU time of the whole call in ms, by "
         "CUDA graph. No RTX card was timed. In brackets: times faster than sol_attn with as many key blocks in all, its own block and "
-        "neighbours counted. Fitted: one call in eight fits the ratio."
+        "neighbours counted. Fitted: one call in eight fits the ratio (the node: every call in runs of at most 8 steps, every fourth in longer ones)."
     ]
     ours = [row for row in rows if row["method"] == "sla2"]
     if ours:

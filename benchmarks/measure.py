@@ -40,6 +40,29 @@ def median_ms(function, device, *, least_ms=120, repeats=7):
         return do_bench(function, warmup=25, rep=max(least_ms, repeats * once), return_mode="median")
 
 
+def graph_timer(function, calls):
+    """A function that returns the GPU milliseconds of one ``function()``, launched by a CUDA graph of ``calls`` of them."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+
+    return lambda: event_ms(graph.replay) / calls
+
+
+def event_ms(function, calls=1):
+    """Milliseconds of one ``function()`` between two events of the GPU, ``calls`` of them one right after the other."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
 def launch_ms(function):
     """Median milliseconds of the host's part: how long a call takes to return, the GPU being idle before."""
     times = []

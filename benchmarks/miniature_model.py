@@ -8,8 +8,8 @@ import torch
 from miniature.captions import embed, split_captions
 from miniature.captures import Recorder
 from miniature.pool import fill_pool
-from miniature.sample import GUIDANCE, WEIGHTS, load_models, sample_latents
-from miniature.train_dit import validation_loss
+from miniature.sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
+from miniature.train_dit import validation_losses
 from miniature.vae import WanVAE, denormalise_latents, psnr
 from miniature.wan import WanConfig, WanModel
 
@@ -22,7 +22,8 @@ SEED = 4000
 class Miniature:
     """size: (frames, height, width) of its videos. steps: of sampling. levels: noise levels of the validation loss.
 
-    bf16: run and record in bfloat16, as ComfyUI runs the model. cfg: guidance scale, 1 turns guidance off.
+    bf16: run and record in bfloat16, as ComfyUI runs the model. cfg: guidance scale, 1 turns guidance off. shift: of the
+    noise levels.
     """
 
     model: WanModel
@@ -33,6 +34,7 @@ class Miniature:
     levels: int = 8
     bf16: bool = False
     cfg: float = GUIDANCE
+    shift: float = SHIFT
 
     @classmethod
     def load(cls, folder, device, *, steps=20, levels=8, bf16=False, cfg=GUIDANCE):
@@ -83,10 +85,16 @@ class Miniature:
     def _sample(self, caption, seed, attention):
         with self._autocast():
             options = {"steps": self.steps, "cfg": self.cfg, "device": self.device, "attention": attention}
+            options["shift"] = self.shift
             return sample_latents(self.model, embed(caption), shape=self.latent_shape, seed=seed, **options)
 
     def validation_loss(self, attention, clips):
-        """Flow-matching loss on held-out captions with this attention: same clips and noise at every call."""
+        """Mean of validation_losses()."""
+        losses = self.validation_losses(attention, clips)
+        return sum(losses) / len(losses)
+
+    def validation_losses(self, attention, clips):
+        """Flow-matching loss of each of ``clips`` clips of held-out captions: same clips and noise at every call."""
         if not hasattr(self, "_clips"):
             held_out = split_captions()[1]
             chosen = [i * len(held_out) // clips for i in range(clips)]
@@ -95,10 +103,10 @@ class Miniature:
             )
             self._contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
 
-        def model(x, t, context, **options):
+        def run(x, t, context, **options):
             return self.model(x, t, context, attention, **options)
 
-        return float(validation_loss(model, self._clips, self._contexts, levels=self.levels))
+        return validation_losses(run, self._clips, self._contexts, levels=self.levels)
 
     @torch.no_grad()
     def videos(self, attention, prompts):

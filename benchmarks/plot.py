@@ -93,8 +93,8 @@ def draw(lines, title, x_name, *, log_x):
         raise ValueError("nothing to plot: measure the parts length and sparsity first.")
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
-    place_x = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
-    place_y = _axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, True)
+    place_x = axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
+    place_y = axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, True)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
@@ -106,7 +106,7 @@ def draw(lines, title, x_name, *, log_x):
         at = place_x(x)
         parts.append(f'<line x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>')
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_tick(x)}</text>')
-    for y in _decades(min(ys), max(ys)):
+    for y in decades(min(ys), max(ys)):
         at = place_y(y)
         parts.append(f'<line x1="{LEFT}" y1="{at:.1f}" x2="{WIDTH - RIGHT}" y2="{at:.1f}" stroke="#eee"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
@@ -121,7 +121,8 @@ def draw(lines, title, x_name, *, log_x):
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _axis(low, high, first, last, logarithmic):
+def axis(low, high, first, last, logarithmic):
+    """value -> where it lies between first and last, which are the places of low and high."""
     scale = math.log if logarithmic else float
     low, high = scale(low), scale(high)
     span = (high - low) or 1.0
@@ -132,7 +133,7 @@ def _tick(x):
     return f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
 
 
-def _decades(low, high):
+def decades(low, high):
     """1, 2, 5 of each power of ten between the ends."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]

@@ -1,5 +1,7 @@
 """The quality table and its bars, from the rows that quality.py measured."""
 
+import statistics
+
 from . import quality_variants as names
 
 COLUMNS = (
@@ -32,6 +34,57 @@ def markdown(content):
 
 def _cell(value, form):
     return "-" if value is None else form.format(value)
+
+
+def real_length_markdown(content):
+    """Table of what benchmarks.real_length measured: by steps and sparsity, the lowest attention error first; then what is missing."""
+    rows = content["rows"]
+    dense = {row["steps"]: row for row in rows if row["variant"] == names.DENSE}
+    lines = [
+        "| steps | skips | method | bits | attention error | validation loss | times dense's | PSNR dB | SSIM | frames right | videos right | blocks kept |",
+        "|---" * 12 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: (-row["steps"], row["sparsity"] or 0.0, row["error"])):
+        videos = row["videos"]
+        losses, base = row.get("validation_losses"), dense.get(row["steps"], {}).get("validation_losses")
+        cells = [
+            str(row["steps"]),
+            "-" if row["sparsity"] is None else f"{100 * row['sparsity']:g}%",
+            row["variant"],
+            row["precision"] or "-",
+            _spread(list(row["error_by_caption"].values()), 4, row["error"]),
+            f"{statistics.fmean(losses):.4f}" if losses else "-",
+            _times(losses, base),
+            _spread([video["psnr"] for video in videos if "psnr" in video], 1),
+            _spread([video["ssim"] for video in videos if "ssim" in video], 3),
+            _spread([video["frames_right"] for video in videos], 2),
+            f"{sum(video['passed'] for video in videos)} of {len(videos)}" if videos else "-",
+            _cell(row["kept"], "{:.1%}"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    absent = content.get("absent", {})
+    for why in dict.fromkeys(absent.values()):
+        lines.append(f"- not measured, {why}: {'; '.join(name for name, reason in absent.items() if reason == why)}")
+    lines += [f"- {content['left']} rows are left: the run was ended by --minutes."] if content.get("left") else []
+    return "\n".join(lines)
+
+
+def _times(losses, base):
+    """Mean loss as a multiple of dense's, and the spread of that over the clips."""
+    if not losses or not base:
+        return "-"
+    spread = f" ± {statistics.stdev(a / b for a, b in zip(losses, base, strict=True)):.2f}" if len(losses) > 1 else ""
+    return f"{statistics.fmean(losses) / statistics.fmean(base):.2f}{spread}"
+
+
+def _spread(values, digits, mean=None):
+    """The mean and the standard deviation of one value, "-" where there is none."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values) if mean is None else mean
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
 def layers_markdown(rows, sparsity):

@@ -1,6 +1,7 @@
 """What quality.py compares: each variant replaces dense self-attention, layer by layer."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,13 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from sla2_kernels import K_BLOCK, sla2_attention
+from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.router import block_count, selected_block_count
+from sla2_kernels.support import default_query_block
 
 from .rivals import fitted_sla, pooled_tail, sol_attn
 
 DENSE = "dense"
 UNTRAINED = "SLA2 untrained (heuristic router, own key blocks kept, estimated ratio)"
+FITTED = "SLA2 untrained (heuristic router, own key blocks kept, ratio fitted in the run)"
+OTHER_CARDS = "; 128 queries per selection, as on cards other than Hopper"
 STAGE_1 = "SLA2 stage 1 (learned router, learned ratio)"
+STAGE_2 = "SLA2 stage 2 (with its LoRA and ratios)"
 HEURISTIC = "heuristic router, learned ratio"
 ESTIMATED = "learned router, estimated ratio"
 ROUTER_ONLY = "learned router, no linear branch"
@@ -25,17 +31,23 @@ V1_IDENTITY = "SLA v1, proj_l = identity"
 V1_FITTED = "SLA v1, proj_l fitted to the training captures"
 SOL = "sol_attn, top-k with pooled tail"
 SOL_EQUAL = "sol_attn, as many blocks in all"
+SOL_TAU = "sol_attn, tau 1.3"
+
+SHORT_RUN, EVERY = 8, 4  # when the node fits a ratio: nodes/runs/fitted_ratios.py
 
 
 @dataclass(frozen=True)
 class Variant:
-    """attend(layer, q, k, v) -> out, all (B, N, H, D). kept(q, k): share of key blocks computed exactly."""
+    """attend(layer, q, k, v) -> out, all (B, N, H, D). kept(q, k): share of key blocks computed exactly, None where unknown.
+    begin(steps, halves): called before the calls of one video, or with (None, 1) before calls that have nothing to do with
+    each other."""
 
     name: str
     attend: Callable
     sparsity: float | None = None
     precision: str | None = None
     kept: Callable = field(default=lambda q, k: 1.0)
+    begin: Callable = field(default=lambda steps, halves: None)
 
     def __call__(self, layer, q, k, v):
         # the variants choose their own precision; autocast would change it
@@ -52,21 +64,52 @@ def _share(sparsity, q, k):
     return selected_block_count(sparsity, blocks) / blocks
 
 
-def _sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True):
-    """router None: the heuristic one, with ``keep_diagonal``; else the router says whether it keeps the diagonal."""
+def sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True, query_block=None):
+    """router None: the heuristic one, with ``keep_diagonal`` and ``query_block`` (None: as the node chooses); else the router says both."""
 
     def attend(layer, q, k, v):
         proj_q = proj_k = alpha = None
-        kept = keep_diagonal
+        kept, block = keep_diagonal, query_block or default_query_block(q, precision)
         if router is not None:
-            kept = router.keep_diagonal
+            kept, block = router.keep_diagonal, router.q_block
             weights = router.layers[layer]
             proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
             alpha = _on(q.device, router.ratio(layer, sparsity)) if learned_ratio else None
         options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": kept}
-        return sla2_attention(q, k, v, proj_q, proj_k, alpha, **options)
+        return sla2_attention(q, k, v, proj_q, proj_k, alpha, query_block=block, **options)
 
     return Variant(name, attend, sparsity, precision, functools.partial(_share, sparsity))
+
+
+class _Fitted:
+    """A ratio per head that is fitted as the node does it: in a long run in every fourth call of a layer and half of guidance,
+    the calls between take it over; else in every call."""
+
+    def __init__(self, sparsity, precision, query_block):
+        self.options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": True}
+        self.query_block = query_block
+        self.begin(None, 1)
+
+    def begin(self, steps, halves):
+        self.halves, self.every = halves, 1 if steps is None or steps <= SHORT_RUN else EVERY
+        self.calls, self.ratios = Counter(), {}
+
+    def __call__(self, layer, q, k, v):
+        turn, half = divmod(self.calls[layer], self.halves)
+        self.calls[layer] += 1
+        block = self.query_block or default_query_block(q, self.options["precision"])
+        if turn % self.every:
+            return sla2_attention(q, k, v, alpha=self.ratios[layer, half], query_block=block, **self.options)
+        rows = sample_rows(q.shape[1], 1000 * self.calls[layer] + layer, q.device)
+        fit = fitted_attention(q, k, v, rows=rows, query_block=block, **self.options)
+        self.ratios[layer, half] = fit.ratio.mean(dim=0)
+        return fit.out
+
+
+def fitted(sparsity, precision, name=FITTED, query_block=None):
+    """query_block: None, as the node chooses."""
+    run = _Fitted(sparsity, precision, query_block)
+    return Variant(name, run, sparsity, precision, functools.partial(_share, sparsity), run.begin)
 
 
 def _on(device, tensor):
@@ -77,16 +120,17 @@ def _router_only(sparsity, router):
     def attend(layer, q, k, v):
         weights = router.layers[layer]
         proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
-        return fitted_sla.sparse_branch(q, k, v, sparsity, proj_q, proj_k, router.keep_diagonal)
+        own = {"keep_diagonal": router.keep_diagonal, "query_block": router.q_block}
+        return fitted_sla.sparse_branch(q, k, v, sparsity, proj_q, proj_k, **own)
 
     return Variant(ROUTER_ONLY, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
 
-def _block_sparse(sparsity):
+def block_sparse(sparsity, precision="16bit"):
     def attend(layer, q, k, v):
-        return fitted_sla.sparse_branch(q, k, v, sparsity)
+        return fitted_sla.sparse_branch(q, k, v, sparsity, precision=precision)
 
-    return Variant(BLOCK_SPARSE, attend, sparsity, "16bit", functools.partial(_share, sparsity))
+    return Variant(BLOCK_SPARSE, attend, sparsity, precision, functools.partial(_share, sparsity))
 
 
 def _pooled(sparsity):
@@ -96,7 +140,7 @@ def _pooled(sparsity):
     return Variant(POOLED, attend, sparsity, "16bit", functools.partial(_share, sparsity))
 
 
-def _v1(name, sparsity, projection_of):
+def v1(name, sparsity, projection_of):
     def attend(layer, q, k, v):
         return fitted_sla.attention(q, k, v, sparsity, projection_of(layer, q))
 
@@ -109,6 +153,40 @@ def _sol(name, function, sparsity, count_of):
         return function(q, k, v, topk_ratio=count_of(q, k) / blocks)
 
     return Variant(name, attend, sparsity, None, lambda q, k: sol_attn.kept_share(q, k, count_of(q, k)))
+
+
+def compiled_sol(name, sparsity, **options):
+    """sol_attn as ComfyUI calls it, comfy-kitchen's compiled one; ImportError where that cannot run.
+
+    options: topk_ratio or tau. What it keeps with tau it does not say.
+    """
+    function = sol_attn.load_compiled()
+
+    def attend(layer, q, k, v):
+        return function(q.contiguous(), k.contiguous(), v.contiguous(), **options)
+
+    def kept(q, k):
+        blocks = block_count(k.shape[1], sol_attn.BLOCK)
+        return sol_attn.kept_share(q, k, int(options["topk_ratio"] * blocks)) if "topk_ratio" in options else None
+
+    return Variant(name, attend, sparsity, None, kept)
+
+
+def equal_topk_ratio(sparsity, calls):
+    """The largest topk_ratio with which sol_attn keeps no more key blocks in all than SLA2; at least one block.
+
+    calls: [(q, k), ...], (B, N, H, D), over which its share is averaged.
+    """
+    blocks = block_count(calls[0][1].shape[1], sol_attn.BLOCK)
+    most = selected_block_count(sparsity, block_count(calls[0][1].shape[1], K_BLOCK))
+    for count in range(most, 1, -1):
+        shares = [sol_attn.kept_share(q, k, count) for q, k in calls]
+        if sum(shares) / len(shares) <= _share(sparsity, *calls[0]):
+            break
+    else:
+        count = 1
+    # its count rounds down, so a little more than the share of whole blocks
+    return (count + 0.01) / blocks
 
 
 def fit_v1(captures_by_layer, sparsities):
@@ -134,17 +212,17 @@ def make_variants(sparsities, precisions, stage_1, heuristic, projections):
         sol_function = None
     variants = [Variant(DENSE, dense)]
     for sparsity in sparsities:
-        variants += [_sla2(STAGE_1, sparsity, precision, stage_1, True) for precision in precisions]
+        variants += [sla2(STAGE_1, sparsity, precision, stage_1, True) for precision in precisions]
         variants += [
-            _sla2(UNTRAINED, sparsity, "16bit", None, False),
-            _sla2(HEURISTIC, sparsity, "16bit", heuristic, True),
-            _sla2(ESTIMATED, sparsity, "16bit", stage_1, False),
+            sla2(UNTRAINED, sparsity, "16bit", None, False),
+            sla2(HEURISTIC, sparsity, "16bit", heuristic, True),
+            sla2(ESTIMATED, sparsity, "16bit", stage_1, False),
             _router_only(sparsity, stage_1),
-            _block_sparse(sparsity),
-            _sla2(FREE, sparsity, "16bit", None, False, keep_diagonal=False),
+            block_sparse(sparsity),
+            sla2(FREE, sparsity, "16bit", None, False, keep_diagonal=False),
             _pooled(sparsity),
-            _v1(V1_IDENTITY, sparsity, lambda layer, q: fitted_sla.identity_projection(q.shape[-1], q.device)),
-            _v1(V1_FITTED, sparsity, lambda layer, q, s=sparsity: projections[layer, s]),
+            v1(V1_IDENTITY, sparsity, lambda layer, q: fitted_sla.identity_projection(q.shape[-1], q.device)),
+            v1(V1_FITTED, sparsity, lambda layer, q, s=sparsity: projections[layer, s]),
         ]
         if sol_function is not None:
             asked = functools.partial(_asked_count, sparsity)

@@ -20,7 +20,7 @@ from sla2_kernels.loops import watch_loops
 from sla2_kernels.reference import fitted_ratio, sla2_reference
 
 from .inputs import Shape, make_inputs
-from .measure import environment, is_gpu, use_device
+from .measure import environment, graph_timer, is_gpu, median_ms, use_device
 
 SHAPES = (
     Shape("14B-720p", 40, (21, 45, 80)),
@@ -130,7 +130,7 @@ def measured(shape, kind, device):
     """{(query block, sparsity): median ms of one call}, all settings in turn, round after round."""
     q, k, v = make_inputs(shape, kind, device=device)
     settings = [(block, sparsity) for sparsity in SPARSITIES for block in QUERY_BLOCKS]
-    runs = {setting: replayed(lambda setting=setting: call(q, k, v, *setting), device) for setting in settings}
+    runs = {setting: timer(lambda setting=setting: call(q, k, v, *setting), device) for setting in settings}
     times = {setting: [] for setting in settings}
     for _ in range(ROUNDS):
         for setting, run in runs.items():
@@ -138,28 +138,9 @@ def measured(shape, kind, device):
     return {setting: statistics.median(seconds) for setting, seconds in times.items()}
 
 
-def replayed(function, device):
-    """A function that returns the milliseconds of one function(), launched by a CUDA graph of CALLS of them."""
-    if not is_gpu(device):
-        from .measure import median_ms
-
-        return lambda: median_ms(function, device)
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            function()
-
-    def run():
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / CALLS
-
-    return run
+def timer(function, device):
+    """A function that returns the milliseconds of one function()."""
+    return graph_timer(function, CALLS) if is_gpu(device) else lambda: median_ms(function, device)
 
 
 def tables(times):

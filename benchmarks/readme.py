@@ -10,11 +10,17 @@ import sys
 from tooling.paths import ROOT
 
 from .consumer_table import consumer_markdown
+from .error_against_time import plot as error_plot
 from .plot import part_plot
 from .results import RESULTS, load
 from .table import calls_markdown, markdown, memory_markdown, step_markdown
 
 NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
+SHOWN_FIRST = (
+    "MiniMax H3, int8",
+    "LTX-2, second stage, 16 bit",
+    "Wan 2.2 14B, 720p, fp8",
+)  # columns of the first screen
 NO_CALLS = "MiniMax H3, LTX-2, HunyuanVideo and others [run too](#supported-models); no full step of theirs has been timed yet."
 PLOTS = {
     "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",
@@ -46,13 +52,15 @@ def consumers(folder=RESULTS):
     return [load(path) for path in sorted(folder.glob("consumer-*.json"))]
 
 
-def plots(contents):
-    """{file name: (SVG text, what it shows)} of the first card that has each part."""
+def plots(contents, folder=RESULTS):
+    """{file name: (SVG text, what it shows)} of the first card that has each part, and error against time."""
     found = {}
     for part, shows in PLOTS.items():
         svg = next(filter(None, (part_plot(content, part) for content in contents)), None)
         if svg:
             found[f"{part}.svg"] = svg, shows
+    if svg := error_plot(folder):
+        found["error_time.svg"] = svg, "Attention error against time of a call, by method"
     return found
 
 
@@ -72,14 +80,15 @@ def blocks():
 def first_screen(step_contents, call_contents):
     """One table: the models that most people run where they were timed, else Wan alone."""
     if call_contents:
-        return "\n\n".join(map(calls_markdown, call_contents))
+        return "\n\n".join(calls_markdown(content, SHOWN_FIRST) for content in call_contents)
     return "\n\n".join([*map(step_markdown, step_contents), NO_CALLS]) if step_contents else NOTHING
 
 
 def details(contents, step_contents, call_contents):
-    """Pictures and tables of attention calls; where the first screen has another table, Wan's steps and H3's memory, too."""
+    """Pictures and tables of attention calls; where the first screen has another table, steps with other weights and memory, too."""
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    further = [*map(step_markdown, step_contents), *map(memory_markdown, call_contents)] if call_contents else []
+    further = [*map(step_markdown, step_contents)] if call_contents else []
+    further += [table(content) for table in (calls_markdown, memory_markdown) for content in call_contents]
     return "\n\n".join(filter(None, [*pictures[:1], *map(markdown, contents), *further, *pictures[1:]])) or NOTHING
 
 
@@ -87,7 +96,7 @@ def insert(text, part, content):
     """``text`` with one marked part replaced. Raises ValueError where a mark is missing or there twice."""
     begin, end = marks(part)
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the README must hold {begin} and {end} once each.")
+        raise ValueError(f"the document must hold {begin} and {end} once each.")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 

@@ -1,106 +1,338 @@
-"""The paper's ablation in small: what stage 2 and low-bit training bring, on the trained miniature.
+"""What stage 2 and low-bit training bring, on the trained miniature at real length: 81 frames of 832 x 480, 32,760 tokens.
 
-    python -m benchmarks.stage2_miniature --out stage2_out --minutes 6      on one H100
-    python -m benchmarks.stage2_miniature --out stage2_out --tiny           random weights on a CPU: a test of the script
+    python -m benchmarks.stage2_miniature --weights FOLDER --router FILE --out FOLDER --sparsities 0.97,0.99 --minutes 6
+    python -m benchmarks.stage2_miniature --weights FOLDER --out FOLDER --sparsities 0.97 --heuristic --steps 120 --outliers k:8:30 none
+        --trained 16bit "int8 plain" fp8 int8 --minutes 6            low-bit training where rounding costs something
+    python -m benchmarks.stage2_miniature --out FOLDER --tiny --device cpu       random weights: a test of the script
 
-Per sparsity: dense, the heuristic router, stage 1, stage 1 and 2 with low-bit training (QAT), stage 2 trained in 16 bit and
-then run in 8 bit, and the heuristic router with stage 2. Every run has the same videos, noise and number of steps, which
---minutes sets after a few timed ones. Losses are flow-matching losses on held-out captions, the same at every row.
-Writes table.md, results.json, and per run a LoRA and a router file.
+A run trains a LoRA and the mixing ratios for one sparsity, its forward pass in one format: "int8", as shipped, "int8 plain",
+which leaves out the balance of channels (quantization.py) as the paper's scheme does, "fp8" or "16bit". Every run has the same
+clips, noise and number of steps. All are judged on the same held-out clips and noise, in each format that is asked for:
+flow-matching loss, and distance to the velocity of the model run dense. "Gap closed" is of the loss between dense and the
+untrained mode with a ratio fitted in every call, in the same format.
+--outliers k:8:30 multiplies 8 channels of K by 30 and divides Q's by as much in every self-attention call, dense ones too (as
+int8_outliers does): no logit changes, and the linear branch does. Such runs take the heuristic router. "int8" multiplies P V in
+FP8 on Hopper; --arch 89 runs what an RTX 40 would, where P V is in INT8.
+
+Writes results.json and table.md after each run, and per run a LoRA and a router file in a folder of its own. --minutes ends
+a call of this script: the run at work is saved, and the same command goes on with it.
+
+Estimated for one H200, never run there at this length: 0.3 to 0.45 s for a step of 4 clips with distillation (0.2 to 0.35
+with flow), 60 GiB with 4 clips at a time (15 GiB a clip: lower --micro-batch), 25 s to start, 1 s to judge a run in a format.
 """
 
 import argparse
 import copy
+import gc
+import importlib
+import os
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from miniature.captions import embed, split_captions
-from miniature.train_dit import encode_clips
-from sla2_kernels import default_precision, identity_router, load_router
+from miniature.measure import WORLDS
+from miniature.pool import fill_pool
+from miniature.sample import WEIGHTS
+from miniature.train_long import attention_backend
+from sla2_kernels import identity_router, load_router
+from sla2_training.draws import noise_like
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
 
+from . import quality_variants as names
 from . import results
+from .consumer_imitation import CARDS, Imitation
+from .int8_outliers import with_gains
 from .measure import environment, use_device
 from .miniature_model import Miniature
-from .quality import train_router
 
 NAME = "Wan miniature"
-QAT, AFTERWARDS, HEURISTIC = "stage 1 + 2 (QAT)", "stage 1 + 2 in 16 bit, run in 8 bit", "heuristic router + 2 (QAT)"
-RUNS = (QAT, AFTERWARDS, HEURISTIC)
+FORMATS = ("int8", "int8 plain", "fp8", "16bit")
+FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
+AFTER = "stage 2"
+KEPT_EQUAL = (
+    "loss", "steps", "batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
+    "validation_clips", "levels", "frames", "height", "width", "world", "heuristic", "arch",
+)  # fmt: skip
 
 
-def main(argv=None):
-    args = parse(argv)
-    use_device(args.device)  # accelerate takes the current one
-    begin, device = time.monotonic(), torch.device(args.device)
-    facts = environment(args.device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    miniature = Miniature.tiny(device) if args.tiny else Miniature.load(args.weights, device)
-    train, validation = videos(miniature, args.clips, 0), videos(miniature, args.validation_clips, 1)
-    print(f"{time.monotonic() - begin:.0f} s: {len(train)} training clips, {len(validation)} held out", flush=True)
-    router = load_router(args.router) if args.router else stage_1(args, miniature)
-    args.out.mkdir(parents=True, exist_ok=True)
-    router.save(args.out / "stage1_router.safetensors")
-    print(f"{time.monotonic() - begin:.0f} s: stage 1 done", flush=True)
+@dataclass(frozen=True)
+class Outliers:
+    """Gains in every self-attention call, as int8_outliers.with_gains; side None: none."""
 
-    runs = [(sparsity, name) for sparsity in args.sparsities for name in RUNS]
-    steps, rows = args.steps, []
-    for number, (sparsity, name) in enumerate(runs):
-        if number == 0 and args.minutes:
-            seconds = seconds_per_step(args, miniature, router, train, sparsity)
-            # a tenth is left for the validations
-            remaining = 0.9 * (60 * args.minutes - (time.monotonic() - begin))
-            steps = max(args.least_steps, min(args.steps, int(remaining / len(runs) / seconds)))
-            print(f"{seconds:.3f} s per step: {steps} steps per run", flush=True)
-        trainer = prepare(args, miniature, router, train, validation, sparsity, name, steps)
-        report = trainer.train()
-        rows += rows_of(name, sparsity, trainer, report)
-        content = {"environment": facts, "steps": steps, "loss": args.loss, "tokens": tokens(miniature), "rows": rows}
-        # after each run: one that is cut off keeps what it has
-        results.save(args.out / "results.json", content)
-        print(f"{time.monotonic() - begin:.0f} s: skips {100 * sparsity:g}% {name}\n{report.table()}", flush=True)
-    text = table(rows, args.sparsities)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{steps} steps of {args.batch} videos, {args.loss} loss\n{text}")
+    side: str | None = None
+    channels: int = 0
+    gain: float = 1.0
+
+    @classmethod
+    def parse(cls, text):
+        if text == "none":
+            return cls()
+        side, *numbers = text.split(":")
+        if side not in ("q", "k", "both") or len(numbers) != 2:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither none nor SIDE:CHANNELS:GAIN, such as k:8:30")
+        return cls(side, int(numbers[0]), float(numbers[1]))
+
+    def __str__(self):
+        return f"{self.side}:{self.channels}:{self.gain:g}" if self.side else "none"
+
+    def __call__(self, attend):
+        """``attend`` (layer, q, k, v) on tensors with these gains."""
+        if self.side is None:
+            return attend
+        return lambda layer, q, k, v: attend(layer, *with_gains(q, k, self.side, self.channels, self.gain), v)
 
 
-def stage_1(args, miniature):
-    captures = miniature.record("train", prompts=args.prompts, per_video=4)
-    return train_router(captures, tuple(args.sparsities), args.observations)
+@dataclass(frozen=True)
+class Job:
+    """A training run. trained: the format of its forward pass."""
+
+    sparsity: float
+    trained: str
+    outliers: Outliers
+
+    @property
+    def folder(self):
+        return f"{100 * self.sparsity:g}-{self.trained}-{self.outliers}".replace(" ", "-").replace(":", "-")
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the table, LoRAs and routers")
-    parser.add_argument("--weights", type=Path, help="folder of the miniature's weights")
-    parser.add_argument("--router", help="router file of stage 1; trained here where left out")
-    parser.add_argument(
-        "--sparsities", type=lambda text: [float(s) for s in text.split(",")], default=[0.97, 0.95, 0.9]
-    )
-    parser.add_argument("--minutes", type=float, help="of everything; default: --steps whatever they take")
-    parser.add_argument("--steps", type=int, default=400, help="most steps of each run")
-    parser.add_argument("--least-steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--loss", choices=("distill", "flow"), default="distill")
-    parser.add_argument("--lora-rank", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--ratio-learning-rate", type=float, default=2e-2)
-    parser.add_argument("--clips", type=int, default=192, help="training clips, encoded at the start")
-    parser.add_argument("--validation-clips", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=6, help="videos sampled for stage 1")
-    parser.add_argument("--observations", type=int, default=150, help="stage 1's steps per layer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true")
-    args = parser.parse_args(argv)
-    if args.tiny:
-        args.steps, args.least_steps, args.batch, args.micro_batch, args.clips = 2, 1, 2, 2, 2
-        args.validation_clips, args.prompts, args.observations, args.sparsities = 1, 1, 2, args.sparsities[:1]
-    return args
+class TimeIsUp(Exception):
+    """The minutes are over; the run was saved."""
+
+
+class TimedTrainer(Stage2Trainer):
+    """Stops before a step when ``until`` (time.monotonic()) has passed, and saves what it has."""
+
+    until = float("inf")
+
+    def _forward_backward(self):
+        if time.monotonic() > self.until:
+            self._save()
+            raise TimeIsUp
+        return super()._forward_backward()
+
+
+@contextmanager
+def unbalanced():
+    """While open, INT8 rounds Q and K as they are: no channel is balanced between them.
+
+    In every copy of the package in this process: the registered operator may be another's than this module's.
+    """
+    before = []
+
+    def put(module, name, value):
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    def without(pools):
+        def made(*args, **options):
+            found = pools(*args, **options)
+            if found.balance is not None:
+                found.balance.fill_(1.0)
+            return found
+
+        return made
+
+    for copied in [name.removesuffix("operators") for name in sys.modules if name.endswith("sla2_kernels.operators")]:
+        kernels, launch, rounding = (
+            importlib.import_module(copied + name) for name in ("triton_backend", "kernels.launch", "quantization")
+        )
+        put(kernels, "pools", without(kernels.pools))
+        # a replayed call would leave out what is not a kernel of ours
+        put(launch, "DIRECT", False)
+        put(rounding, "balance", lambda q, k: torch.ones(q.shape[1], dtype=q.dtype, device=q.device))
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def running(form):
+    """Context in which an operator called with precision_of(form) runs in this one of FORMATS."""
+    return unbalanced() if form == "int8 plain" else nullcontext()
+
+
+def precision_of(form):
+    return form.split()[0]
+
+
+class Held:
+    """Held-out clips at even noise levels with the dense model's velocities, to judge others by."""
+
+    @torch.no_grad()
+    def __init__(self, miniature, data, outliers):
+        self.miniature, self.outliers, self.items = miniature, outliers, []
+        for video in range(len(data)):
+            clean, context = data.batch(torch.tensor([video]), torch.tensor([False]), miniature.device)
+            noise = noise_like(clean, [1000 + video])
+            for level in range(miniature.levels):
+                t = torch.full((1,), (level + 0.5) / miniature.levels, device=miniature.device)
+                noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))
+                self.items.append((noisy, t, context, noise - clean))
+        self.dense = [self.velocity(names.dense)(*item[:3]) for item in self.items]
+        pairs = zip(self.dense, self.items, strict=True)
+        self.dense_flow = sum(_square(dense, item[3]) for dense, item in pairs) / len(self.items)
+
+    def velocity(self, attend):
+        """The model's own velocity with another attention."""
+        attend = self.outliers(attend)
+
+        def velocity(noisy, t, context):
+            with self.miniature._autocast():
+                return self.miniature.model(noisy, t * 1000, context, attend, self.miniature.rope_scale).float()
+
+        return velocity
+
+    @torch.no_grad()
+    def losses(self, velocity):
+        """{"flow", "distance"}: mean squared errors to the true velocity and to the dense model's."""
+        flow = distance = 0.0
+        for (noisy, t, context, wanted), dense in zip(self.items, self.dense, strict=True):
+            own = velocity(noisy, t, context)
+            flow, distance = flow + _square(own, wanted), distance + _square(own, dense)
+        return {"flow": flow / len(self.items), "distance": distance / len(self.items)}
+
+
+def _square(a, b):
+    return F.mse_loss(a, b).item()
+
+
+class Study:
+    """What all runs share, and results.json."""
+
+    def __init__(self, args):
+        self.args, self.begin, self.device = args, time.monotonic(), torch.device(args.device)
+        self.until = self.begin + 60 * args.minutes if args.minutes else float("inf")
+        self.content = self._started()
+        if args.tiny:
+            self.miniature = replace(Miniature.tiny(self.device), levels=args.levels)
+        else:
+            size = {"size": (args.frames, args.height, args.width), "levels": args.levels, "world": args.world}
+            self.miniature = Miniature.load(args.weights, self.device, **size)
+        sizes = self.miniature.model.config
+        self.heuristic = identity_router("wan", sizes.num_layers, sizes.num_heads, 128)
+        self.router = load_router(args.router) if args.router else self.heuristic
+        self.train = videos(self.miniature, args.clips, 0)
+        self.validation = videos(self.miniature, args.validation_clips, 1)
+        self.held = {}
+        self.say(f"{len(self.train)} training clips, {len(self.validation)} held out, {tokens(self.miniature)} tokens")
+
+    def _started(self):
+        """Raises ValueError where the folder has rows of other settings."""
+        settings = {name: getattr(self.args, name) for name in KEPT_EQUAL}
+        content = results.load(self.path)
+        for name, value in content.get("settings", {}).items():
+            if settings[name] != value:
+                raise ValueError(
+                    f"{self.path} has rows with {name} {value}, and this run has {settings[name]}: give another --out."
+                )
+        return content | {"settings": settings, "environment": environment(self.args.device)}
+
+    @property
+    def path(self):
+        return self.args.out / "results.json"
+
+    def say(self, text):
+        print(f"{time.monotonic() - self.begin:4.0f} s  {text}", flush=True)
+
+    def keep(self, row):
+        self.content["rows"].append(row)
+        results.save(self.path, self.content)
+        self.say(line(row))
+
+    def has(self, **facts):
+        return any(all(row[key] == value for key, value in facts.items()) for row in self.content["rows"])
+
+    def judge(self, outliers):
+        if outliers not in self.held:
+            self.held = {outliers: Held(self.miniature, self.validation, outliers)}
+        return self.held[outliers]
+
+    def router_of(self, outliers):
+        """(its name in the rows, RouterWeights): a trained router does not know channels with gains."""
+        if self.args.heuristic or outliers.side or not self.args.router:
+            return "heuristic", self.heuristic
+        return "stage 1", self.router
+
+    def trainer(self, job):
+        args, model = self.args, copy.deepcopy(self.miniature.model).requires_grad_(False)
+        copied = ("loss", "steps", "batch", "micro_batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift")
+        config = Stage2Config(
+            output=str(args.out / job.folder), sparsity=job.sparsity, precision=precision_of(job.trained),
+            lora_alpha=args.lora_rank, warmup=min(20, args.steps), checkpoint_every=200, validate_every=10**9,
+            mixed_precision="bf16" if self.device.type == "cuda" else "no", gradient_checkpointing=False,
+            **{name: getattr(args, name) for name in copied},
+        )  # fmt: skip
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+        router = with_knots(self.router_of(job.outliers)[1], args.knots)
+
+        def run_with_gains(model, noisy, t, context, attend):
+            return run(model, noisy, t, context, job.outliers(attend), self.miniature.rope_scale)
+
+        student = Student(model, run_with_gains, router, sparsity=job.sparsity, precision=config.precision)
+        trainer = TimedTrainer(config, student, self.train, model_name=NAME, say=self.say)
+        trainer.until = self.until
+        return trainer
+
+    def run(self, job):
+        """Trains and judges a job, or goes on with it. Raises TimeIsUp."""
+        facts = {"sparsity": job.sparsity, "outliers": str(job.outliers)}
+        if self.has(run=AFTER, trained=job.trained, **facts):
+            return
+        if time.monotonic() > self.until:
+            raise TimeIsUp
+        held, formats = self.judge(job.outliers), list(dict.fromkeys([job.trained, *self.args.evaluated]))
+        for form in formats:
+            if not self.has(run=FITTED, evaluated=form, **facts):
+                with running(form):
+                    found = held.losses(held.velocity(names.fitted(job.sparsity, precision_of(form))))
+                self.keep({"run": FITTED, "trained": None, "evaluated": form, "router": "heuristic", **facts, **found,
+                           "dense_flow": held.dense_flow})  # fmt: skip
+        with running(job.trained):
+            trainer = self.trainer(job)
+        self._judge_student(trainer, BEFORE, None, formats, held, job)
+        begin, first = time.monotonic(), len(trainer.report.losses)
+        with running(job.trained):
+            trainer.train(resume=True)
+        steps = len(trainer.report.losses) - first
+        self.say(f"{(time.monotonic() - begin) / max(1, steps):.3f} s per step, {peak_gib(self.device)}")
+        self._judge_student(trainer, AFTER, job.trained, formats, held, job)
+        (self.args.out / "table.md").write_text(table(self.content["rows"]) + "\n", encoding="utf-8")
+
+    def _judge_student(self, trainer, what, trained, formats, held, job):
+        facts = {"run": what, "trained": trained, "sparsity": job.sparsity, "outliers": str(job.outliers)}
+        trainer.wrapped.eval()
+        for form in formats:
+            if self.has(evaluated=form, **facts):
+                continue
+            trainer.student.precision = precision_of(form)
+            with running(form):
+                found = held.losses(trainer._velocity)
+            router = self.router_of(job.outliers)[0]
+            self.keep({**facts, "evaluated": form, "router": router, **found, "dense_flow": held.dense_flow})
+        trainer.student.precision = precision_of(job.trained)
+
+
+def with_knots(router, knots):
+    """``router`` with so many ratio knots along the query axis, where it has one; ValueError where it has another number."""
+    if knots == 1 or router.layers[0].alpha_logits is None:
+        return router
+    if router.layers[0].alpha_logits.shape[2] != 1:
+        raise ValueError(f"--knots {knots}: this router has {router.layers[0].alpha_logits.shape[2]} already.")
+    expanded = (layer.alpha_logits.expand(-1, -1, knots).contiguous() for layer in router.layers)
+    pairs = zip(router.layers, expanded, strict=True)
+    return replace(router, layers=tuple(replace(layer, alpha_logits=logits) for layer, logits in pairs))
+
+
+def peak_gib(device):
+    return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else "on the CPU"
 
 
 def tokens(miniature):
@@ -112,94 +344,123 @@ def videos(miniature, count, split):
     """VideoLatents of rendered clips: split 0 has the training captions, 1 the held-out ones."""
     captions = split_captions()[split]
     chosen = [i * len(captions) // count if count <= len(captions) else i % len(captions) for i in range(count)]
-    options = {"size": miniature.size, "batch": 1, "device": miniature.device, "until": float("inf")}
-    clips = encode_clips(miniature.vae, captions, chosen, seed=7000 + split, **options)
+    options = {"size": miniature.size, "device": miniature.device, "world": WORLDS[miniature.world]}
+    clips = fill_pool(miniature.vae, captions, chosen, seed=7000 + split, **options)
     context = torch.cat([embed(str(caption)) for caption in captions]).to(miniature.device)
     return VideoLatents(clips.latents, context, clips.caption, torch.zeros_like(context[:1]))
 
 
-def run(model, noisy, t, context, attend):
-    return model(noisy, t * 1000, context, attend)
+def run(model, noisy, t, context, attend, rope_scale=1.0):
+    return model(noisy, t * 1000, context, attend, rope_scale)
 
 
-def prepare(args, miniature, router, train, validation, sparsity, name, steps):
-    """The Stage2Trainer of one run."""
-    low = "int8" if miniature.device.type == "cpu" else default_precision(miniature.device)
-    folder = args.out / f"{100 * sparsity:g}-{RUNS.index(name)}"
-    names = ("loss", "batch", "micro_batch", "lora_rank", "learning_rate", "ratio_learning_rate")
-    asked = {name: getattr(args, name) for name in names}
-    never = {"gradient_checkpointing": False, "checkpoint_every": 10**9, "validate_every": 10**9}
-    config = Stage2Config(
-        output=str(folder),
-        sparsity=sparsity,
-        precision="16bit" if name == AFTERWARDS else low,
-        steps=steps,
-        warmup=min(10, steps),
-        lora_alpha=args.lora_rank,
-        mixed_precision="bf16" if miniature.device.type == "cuda" else "no",
-        validation_levels=miniature.levels,
-        **asked,
-        **never,
+def line(row):
+    made = f"trained in {row['trained']}, " if row["trained"] else ""
+    return (
+        f"skips {100 * row['sparsity']:g}%, outliers {row['outliers']}, {row['run']}: {made}run in {row['evaluated']}: "
+        f"loss {row['flow']:.5f} (dense {row['dense_flow']:.5f}), distance {row['distance']:.6f}"
     )
-    model = copy.deepcopy(miniature.model).requires_grad_(False)
-    add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
-    sizes = model.config
-    own = identity_router("wan", sizes.num_layers, sizes.num_heads, 128) if name == HEURISTIC else router
-    student = Student(model, run, own, sparsity=sparsity, precision=config.precision)
-    return Stage2Trainer(config, student, train, validation=validation, model_name=NAME)
 
 
-def seconds_per_step(args, miniature, router, train, sparsity, count=6):
-    """Median time of a step after the first ones, which compile kernels."""
-    trainer = prepare(args, miniature, router, train, None, sparsity, QAT, count)
-    trainer.config = replace(trainer.config, steps=10**6)
-    times = []
-    for _ in range(count):
-        begin = time.monotonic()
-        trainer._forward_backward()
-        trainer._update()
-        trainer.step += 1
-        times.append(time.monotonic() - begin)
-    return sorted(times[2:])[len(times[2:]) // 2]
+def closed(rows, row):
+    """Share of the loss gap between the fitted ratio, in the same format, and dense that a row closes; None without a gap."""
+    same = ("sparsity", "outliers", "evaluated")
+    (start,) = [r["flow"] for r in rows if r["run"] == FITTED and all(r[key] == row[key] for key in same)]
+    gap = start - row["dense_flow"]
+    return (start - row["flow"]) / gap if gap > 0 else None
 
 
-def rows_of(name, sparsity, trainer, report):
-    """What one run says: the state before it (stage 1, or the heuristic router), after it, and dense."""
-
-    def row(what, validation, precision):
-        found = {"flow": validation.flow, "distance": validation.distance, "dense_flow": report.dense_flow}
-        return {"run": what, "sparsity": sparsity, "precision": precision, **found}
-
-    first, last = report.validations[0], report.validations[-1]
-    precision = trainer.config.precision
-    if name == AFTERWARDS:
-        trainer.student.precision = "int8" if trainer.device.type == "cpu" else default_precision(trainer.device)
-        trainer.validate()
-        return [
-            row("stage 1, 16 bit", first, precision),
-            row("stage 1 + 2, 16 bit", last, precision),
-            row(name, report.validations[-1], trainer.student.precision),
-        ]
-    before = "stage 1" if name == QAT else "heuristic router"
-    return [row(before, first, precision), row(name, last, precision)]
-
-
-def table(rows, sparsities):
-    """Markdown: a row per run, and per sparsity its loss and the share of stage 1's gap to dense that it closes."""
-    names = list(dict.fromkeys(row["run"] for row in rows))
-    at = {(row["run"], row["sparsity"]): row for row in rows}
-    heads = " | ".join(f"skips {100 * s:g}%: loss | distance | gap closed" for s in sparsities)
-    lines = [f"| run | {heads} |", "|---" * (1 + 3 * len(sparsities)) + "|"]
-    dense = rows[0]["dense_flow"]
-    lines.append("| dense | " + " | ".join(f"{dense:.5f} | 0 | " for _ in sparsities) + " |")
-    for name in names:
-        cells = []
-        for sparsity in sparsities:
-            row, start = at[name, sparsity], at["stage 1", sparsity]["flow"]
-            closed = f"{100 * (start - row['flow']) / (start - dense):.0f}%" if start > dense else ""
-            cells.append(f"{row['flow']:.5f} | {row['distance']:.6f} | {closed}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def table(rows):
+    """Markdown: per sparsity and outliers, every run and format."""
+    lines = [
+        "| skips | outliers | run | router | trained in | run in | loss | times dense's | distance | gap closed |",
+        "|---" * 10 + "|",
+    ]
+    order = {FITTED: 0, BEFORE: 1, AFTER: 2}
+    for row in sorted(rows, key=lambda row: (-row["sparsity"], row["outliers"], order[row["run"]], row["evaluated"])):
+        share = closed(rows, row)
+        lines.append(
+            f"| {100 * row['sparsity']:g}% | {row['outliers']} | {row['run']} | {row['router']} | {row['trained'] or '-'} | {row['evaluated']} | "
+            f"{row['flow']:.5f} | {row['flow'] / row['dense_flow']:.3f} | {row['distance']:.6f} | {'-' if share is None else f'{100 * share:.0f}%'} |"
+        )
     return "\n".join(lines)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table, LoRAs and routers")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the miniature's weights")
+    parser.add_argument("--router", help="router file of stage 1; without one the heuristic router")
+    parser.add_argument("--heuristic", action="store_true", help="the heuristic router, whatever --router says")
+    parser.add_argument("--sparsities", type=lambda text: [float(s) for s in text.split(",")], default=[0.97, 0.99])
+    parser.add_argument(
+        "--trained", nargs="+", choices=FORMATS, default=["int8"], help="formats of the forward pass, a run each"
+    )
+    parser.add_argument(
+        "--evaluated", nargs="+", choices=FORMATS, help="formats that every run is judged in; default: --trained"
+    )
+    parser.add_argument(
+        "--outliers", nargs="+", type=Outliers.parse, default=[Outliers()], metavar="SIDE:CHANNELS:GAIN"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="a call of this script ends after so many; default: when all is done"
+    )
+    parser.add_argument("--steps", type=int, default=400, help="of each run")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--loss", choices=("distill", "flow"), default="distill")
+    parser.add_argument("--lora-rank", type=int, default=32)
+    parser.add_argument("--knots", type=int, default=1, help="ratios along the query axis, where the router has one")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--ratio-learning-rate", type=float, default=2e-2)
+    parser.add_argument("--shift", type=float, default=5.0, help="of the noise levels that are trained on")
+    parser.add_argument("--clips", type=int, default=96, help="training clips, encoded at the start")
+    parser.add_argument("--validation-clips", type=int, default=8, help="of held-out captions")
+    parser.add_argument("--levels", type=int, default=6, help="noise levels that each of them is judged at")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        choices=CARDS,
+        help="in this card's instructions, as benchmarks.consumer: 89 has P V in INT8",
+    )
+    parser.add_argument("--world", choices=WORLDS, default="scaled", help="what the weights were trained on")
+    for name, value in (("frames", 81), ("height", 480), ("width", 832)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.steps, args.batch, args.micro_batch, args.clips = min(args.steps, 4), 2, 2, 2
+        args.validation_clips, args.levels, args.sparsities = 1, 2, args.sparsities[:1]
+    args.evaluated = args.evaluated or args.trained
+    if args.arch and torch.device(args.device).type != "cuda":
+        parser.error(f"--arch {args.arch} compiles for an H100 or H200 at hand, and the device is {args.device}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    use_device(args.device)  # accelerate takes the current one
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.arch:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+        Imitation(CARDS[args.arch]).begin()
+    # by outliers first: what is judged against one dense model follows each other
+    jobs = [
+        Job(sparsity, form, gains) for gains in args.outliers for sparsity in args.sparsities for form in args.trained
+    ]
+    with attention_backend("cudnn", torch.device(args.device)):
+        study = Study(args)
+        for number, job in enumerate(jobs):
+            try:
+                study.run(job)
+            except TimeIsUp:
+                study.say(
+                    f"the minutes are over, {len(jobs) - number} of {len(jobs)} runs are left: run the same command again"
+                )
+                break
+            gc.collect()  # a trainer and its optimiser
+    print(f"\n{args.steps} steps of {args.batch} clips, {args.loss} loss\n{table(study.content['rows'])}")
 
 
 if __name__ == "__main__":

@@ -113,9 +113,12 @@ def step_markdown(content):
     return "\n".join(lines)
 
 
-def calls_markdown(content):
-    """Seconds of one model call per model and kind of weights, from the file that comfyui_calls writes."""
-    parts = [part for part in content["parts"] if part not in ("crossover", "memory")]
+def calls_markdown(content, chosen=("",)):
+    """Seconds of one model call per model and kind of weights, from the file that comfyui_calls writes.
+
+    chosen: what the names of the columns begin with; all where left out.
+    """
+    parts = [p for p in content["parts"] if p.startswith(tuple(chosen)) and p not in ("crossover", "memory")]
     table = {}
     for row in content["rows"]:
         if row["part"] in parts:

@@ -37,7 +37,7 @@ from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora, set_lora
 from .optim import Average, Budget, Log, Optimiser
 from .sample import GUIDANCE, SHIFT, WEIGHTS, noise_schedule
 from .train_dit import DIT_FILE
-from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, parse_mix, prepare
+from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, check_mixes, parse_mix, prepare
 from .wan import WanModel
 from .weight_files import weight_file
 
@@ -325,9 +325,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.student_steps = tuple(sorted({int(count) for count in args.student_steps.split(",")}))
-        [parse_mix(text) for text in args.mix]
     except ValueError as error:
         parser.error(str(error))
+    check_mixes(parser, args.mix)
     if args.student_steps[0] < 1:
         parser.error("--student-steps: numbers from 1 on, with commas between them, as in 4,8")
     if args.resume and not (args.out / LIVE_FILE).exists():

@@ -1,8 +1,13 @@
-"""LoRA on the transformer's blocks: trained as factors, saved as ComfyUI's stock loader takes them, merged into weights."""
+"""LoRA on the transformer's blocks: trained as factors, saved as ComfyUI's stock loader takes them, merged into weights.
+
+python -m miniature.lora --weights FOLDER --lora FILE --out FOLDER      merged weights and the VAE, for a router of that model
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .optim import replace_file
+from .optim import replace_file, save_weights
+from .weight_files import WEIGHTS, weight_file
 
 LAYER = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])")
 PREFIX = "diffusion_model."
@@ -113,3 +119,26 @@ def merge_lora(state: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) ->
         scale = float(lora.get(f"{layer}.alpha", down.shape[0])) / down.shape[0]
         merged[name] = state[name] + scale * (up.to(state[name]) @ down.to(state[name]))
     return merged
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the transformer and VAE files")
+    parser.add_argument("--lora", type=Path, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the merged transformer and a copy of the VAE"
+    )
+    args = parser.parse_args(argv)
+    dit, vae = "wan_miniature_dit.safetensors", "wan_miniature_vae.safetensors"
+    state = {key: value.float() for key, value in load_file(weight_file(dit, args.weights)).items()}
+    merged = merge_lora(state, load_lora(args.lora))
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_weights(
+        args.out / dit, merged, torch.bfloat16, f"the miniature's transformer with {args.lora.name} merged into it"
+    )
+    shutil.copyfile(weight_file(vae, args.weights), args.out / vae)
+    print(f"{args.out}: {dit} with {args.lora.name}, {vae}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
 """The second miniature world: one scene at every size, scaled with the picture's height.
 
-A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number and motion can be learned where a clip costs a
-hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over the
-distances that they have at 480 pixels (ComfyUI: the stock node ScaleROPE). The objects never meet: "bounce" moves one up and
-down in each half, as springs do, one at the top when the other is at the bottom; "circle" moves both on opposite sides of one circle. Both have one size and turn alike, by
-the same angle in every clip, so that an outline is known as soon as its place is. Where the objects start, which way they go,
-how bright it is and where the pattern of the floor lies are the seed's.
+A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number and motion can be learned where a clip costs
+a hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over
+the distances that they have at 480 pixels (ComfyUI: the stock node ScaleROPE). The objects never meet: "bounce" moves one
+up and down in each half, as springs do, one at the top when the other is at the bottom; "circle" moves both on opposite
+sides of one circle. All have one size and turn by the same angle in every clip, so that an outline is known as soon as
+its place is. Where the objects start, which way they go, how bright it is and where the pattern of the floor lies are the
+seed's.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ def flow_loss(model, clean, noise, t, context, rope_scale: float | None = None) 
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
 
 
-@torch.no_grad()
 def validation_loss(
     model,
     data: Pool,
@@ -56,14 +55,28 @@ def validation_loss(
     clips: int | None = None,
     rope_scale: float | None = None,
 ) -> float:
-    """Mean flow loss over the clips at evenly spaced noise levels, with noise that is the same at every call."""
-    device = data.latents.device
-    total, count = 0.0, 0
+    """Mean of validation_losses()."""
+    losses = validation_losses(model, data, contexts, levels, clips, rope_scale)
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def validation_losses(
+    model,
+    data: Pool,
+    contexts: torch.Tensor,
+    levels: int = 8,
+    clips: int | None = None,
+    rope_scale: float | None = None,
+) -> list[float]:
+    """Flow loss of each clip, the mean over evenly spaced noise levels, with noise that is the same at every call."""
+    device, losses = data.latents.device, []
     for i in range(min(clips or len(data.latents), len(data.latents))):
         clean = data.latents[i : i + 1].float()
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1000 + i)).to(device)
+        total = 0.0
         for level in range(levels):
             t = torch.full((1,), (level + 0.5) / levels, device=device)
             total += flow_loss(model, clean, noise, t, contexts[data.caption[i : i + 1]], rope_scale)
-            count += 1
-    return (total / count).item()
+        losses.append((total / levels).item())
+    return losses

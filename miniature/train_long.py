@@ -7,9 +7,11 @@
 A sitting renders and encodes clips, trains until its minutes are over, and saves: live.safetensors (where the next sitting
 continues), the averaged weights and the VAE under their usual names, long_log.json. It begins with weights made by an earlier
 one (--from) or with those that are shipped, grown to --layers. The optimiser's state is not kept: its memory is some 50
-steps long, and each sitting warms up for 100. Several mixes share the sitting's time equally, one after the other. Seeds of clips and noise follow from --seed and the sitting's number, so
-that no sitting sees the clips of another. --sparse-share 0.7 trains full clips with SLA2's own sparse attention, forward and
-backward, for the first 0.7 of a sitting: at 32,760 tokens a step takes 0.6 of the time. --finish lowers the learning rate to zero over the second half of a sitting. --low-noise of the steps see levels at which outlines are drawn.
+steps long, and each sitting warms up for 100. Several mixes share the sitting's time equally, one after the other. Seeds of
+clips and noise follow from --seed and the sitting's number, so that no sitting sees the clips of another. --sparse-share 0.7
+trains full clips with SLA2's own sparse attention, forward and backward, for the first 0.7 of a sitting: at 32,760 tokens a
+step takes 0.6 of the time. --finish lowers the learning rate to zero over the second half of a sitting. --low-noise of the
+steps see the levels at which outlines are drawn.
 
 Sizes: small, 81 frames of 208 x 128; square, 45 frames of 160 x 160; low, 81 frames of 416 x 256; short, 17 frames
 of 832 x 480; full, 81 frames of it. All show the same world (scaled.py): layout, number and motion are learned small.
@@ -122,6 +124,14 @@ def parse_mix(text: str) -> dict[str, float]:
     if not total:
         raise ValueError(f"mix {text!r} has no number above 0")
     return {name: share / total for name, share in shares.items() if share}
+
+
+def check_mixes(parser: argparse.ArgumentParser, texts: list[str]) -> None:
+    """Ends the program with the parser's usage where one of --mix is no such text."""
+    try:
+        [parse_mix(text) for text in texts]
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def draw_name(mix: dict[str, float], generator: torch.Generator) -> str:
@@ -356,7 +366,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--low-noise",
         type=float,
         default=0.3,
-        help="share of the steps whose noise is half below 0.67, of whatever size",
+        help="share of the steps with noise levels of shift 2 (median 0.67), whatever the size",
     )
     parser.add_argument("--decoder-seconds", type=float, default=0.0, help="train the VAE's decoder this long first")
     parser.add_argument("--decoder-share", type=float, default=1.0, help="how far its weights move to the trained ones")
@@ -375,10 +385,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--print-seconds", type=float, default=5.0)
     parser.add_argument("--save-seconds", type=float, default=60.0, help="files are also written this often")
     args = parser.parse_args(argv)
-    try:
-        [parse_mix(text) for text in args.mix]
-    except ValueError as error:
-        parser.error(str(error))
+    check_mixes(parser, args.mix)
     return args
 
 

@@ -166,9 +166,13 @@ class WanModel(nn.Module):
         self.run_block = WanBlock.__call__  # not forward, which goes past FSDP's hooks
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, attention: Attention = dense_attention,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        attention: Attention = dense_attention,
         rope_scale: float | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """The velocity of x.
 
         Args:

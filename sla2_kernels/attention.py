@@ -3,9 +3,7 @@
 They check their arguments (arguments.py) and call one torch operator (operators.py), so torch.compile sees no graph break.
 """
 
-import torch
-
-from . import operators  # noqa: F401  registers torch.ops.sla2.attention
+from . import operators
 from .arguments import (
     HEADS_DIM,
     check_alpha,
@@ -97,7 +95,7 @@ def sla2_attention(
     )
     before, behind = checked_pair("room", room)
     refuse_forward_mode(q, k, v, alpha)
-    out, row_ratio, _ = torch.ops.sla2.attention(
+    out, row_ratio, _ = operators.attention(
         q,
         k,
         v,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import operators  # noqa: F401  registers torch.ops.sla2.fitted_attention
+from . import operators
 from .arguments import (
     HEADS_DIM,
     TOKENS_DIM,
@@ -141,7 +141,7 @@ def fitted_attention(
     check_sample(rows, fitted)
     before, behind = checked_pair("room", room)
     return Fitted(
-        *torch.ops.sla2.fitted_attention(
+        *operators.fitted_attention(
             q,
             k,
             v,

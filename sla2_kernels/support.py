@@ -88,15 +88,18 @@ def resolve_precision(precision, device):
 def default_query_block(q, precision):
     """Query tokens per selection without a trained router: 64 where that has less error in the same time, else 128.
 
-    That is where the INT8 loop for Hopper runs (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). q: (..., D).
-    precision: as resolve_precision() returns.
+    That is where the INT8 loop for Hopper runs (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). q: (..., D), in
+    either layout. precision: as resolve_precision() returns.
     """
     on_hopper = q.device.type == "cuda" and capability(q.device)[0] == 9
     if not on_hopper or precision != "int8" or _triton_reason() is not None:
         return Q_BLOCK
-    from .kernels.hopper import why_no_loop_of
+    from .kernels.hopper import takes_hopper_loop, why_no_loop_of
 
-    return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
+    # while torch.compile traces, addresses are not to be asked for
+    if torch.compiler.is_compiling():
+        return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
+    return 64 if takes_hopper_loop(capability(q.device), "int8", "fp8", q, q, q, 64) else Q_BLOCK
 
 
 def triton_install_command():

@@ -6,23 +6,24 @@ pools -> scores -> top-k -> unselected mass where no ratio was learned; then per
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .kernels import configs
 from .kernels.fitted_ratio import FittedRatio
-from .kernels.hopper import why_not_hopper_loop
+from .kernels.hopper import gluon_is_known, why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
-from .kernels.masked_sum import masked_sum
+from .kernels.masked_sum import int8_masked_sum, masked_sum
 from .kernels.pack import pack
 from .kernels.pool import Pools, pools, smooth
 from .kernels.score import INT32_MAX, INT32_MIN, project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
 from .kernels.unselected_mass import unselected_mass
-from .kernels.weighted_mask import weighted_mask
+from .kernels.weighted_mask import BANDS, int8_weighted_mask, weighted_mask
 from .loops import HOPPER, TRITON, took_loop
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside
 from .support import capability, interpreting, on_device
@@ -64,13 +65,15 @@ class Workspace:
     packed_v: torch.Tensor | None = None  # V in 8 bit, transposed, (G, T_n, D, 64)
     v_exponent: torch.Tensor | None = None  # float32 (G, T_n)
     sums: torch.Tensor | None = None  # h_j: the first D * D of (G, T_n, >= D * D)
-    norms: torch.Tensor | None = None  # z_j: (G, T_n, D), where h_j is not in FP8 the last row of sums
+    norms: torch.Tensor | None = None  # z_j: (G, T_n, D), where h_j is in 16 bit the last row of sums
     query_sums: torch.Tensor | None = None  # (G, T_m, (D + 1) * D): H_i and Z_i
-    # where h_j is in FP8:
+    # where h_j is in 8 bit:
     query_norms: torch.Tensor | None = None  # Z_i: (G, T_m, D), the last row of query_sums
     sums_exponent: torch.Tensor | None = None  # float32 (G, T_n)
-    weights: torch.Tensor | None = None  # (G, T_m, T_n padded): 1 - M_c times the blocks' powers of two
+    # 1 - M_c times the blocks' powers of two, (G, T_m, T_n padded), in INT8 (G, BANDS, T_m, T_n padded)
+    weights: torch.Tensor | None = None
     weights_scale: torch.Tensor | None = None  # float32 (G,): what to multiply their products with
+    bands: torch.Tensor | None = None  # int32 (G,): how many of INT8's bands a head needs
 
 
 def _sums_dtype(q):
@@ -148,14 +151,15 @@ def route_marked(q, k, proj_q, proj_k, count, always, raise_more, query_block=Q_
         return selected.unflatten(0, q.shape[:2])
 
 
-def _workspace_bytes_per_head(q, k, q_blocks, qk, pv, linear, fp8_sums):
+def _workspace_bytes_per_head(q, k, q_blocks, qk, pv, linear, low_sums):
     blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
     packed = blocks * K_BLOCK * head_dim * ((qk != "16bit") + (pv != "16bit"))
     if not linear:
         return packed
     sum_bytes = (head_dim + 1) * head_dim * q.element_size()
-    key_bytes = head_dim * (head_dim + q.element_size()) if fp8_sums else sum_bytes
-    return packed + blocks * key_bytes + q_blocks * (sum_bytes + blocks * fp8_sums)
+    key_bytes = head_dim * (head_dim + q.element_size()) if low_sums else sum_bytes
+    weight_bytes = (BANDS.value if pv == "int8" else 1) * blocks if low_sums else 0
+    return packed + blocks * key_bytes + q_blocks * (sum_bytes + weight_bytes)
 
 
 def _head_groups(q, per_head):
@@ -167,7 +171,7 @@ def _head_groups(q, per_head):
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, fp8_sums):
+def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, low_sums):
     blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
     fp8 = torch.float8_e4m3fn
 
@@ -182,10 +186,13 @@ def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, fp8_sums):
         v_exponent=empty(pv != "16bit", blocks),
         query_sums=empty(linear, q_blocks, rows, dtype=sums_dtype),
     )
-    if fp8_sums:
-        work.sums, work.sums_exponent = empty(True, blocks, square, dtype=fp8), empty(True, blocks)
+    if low_sums:
+        low = torch.int8 if pv == "int8" else fp8
+        work.sums, work.sums_exponent = empty(True, blocks, square, dtype=low), empty(True, blocks)
         work.norms, work.query_norms = empty(True, blocks, head_dim, dtype=sums_dtype), work.query_sums[..., square:]
-        work.weights, work.weights_scale = empty(True, q_blocks, mask_width(blocks), dtype=fp8), empty(True)
+        bands = (BANDS.value,) if pv == "int8" else ()
+        work.weights = empty(True, *bands, q_blocks, mask_width(blocks), dtype=low)
+        work.weights_scale, work.bands = empty(True), empty(pv == "int8", dtype=torch.int32)
     elif linear:
         work.sums = empty(True, blocks, rows, dtype=sums_dtype)
         work.norms = work.sums[..., square:]
@@ -206,8 +213,7 @@ class Sample:
     ratio: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Tensors:
+class _Tensors(NamedTuple):
     """The tensors of a call that its kernels read or fill.
 
     block_ratio: float32 (B * H, T_m), or None where it is estimated. row_ratio: float32 (B, H, N), to be filled. rows, dense,
@@ -229,8 +235,7 @@ class _Tensors:
     head_ratio: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """What else decides which kernels a call launches. routing: whether it selects. linear: whether a block is left out.
 
     qk, pv: formats of the two products. hopper: whether the loop in Gluon runs. fitted: as in Sample, or None.
@@ -249,9 +254,9 @@ class _Settings:
     query_block: int
 
     @property
-    def fp8_sums(self):
-        """Whether h_j is in FP8."""
-        return self.linear and self.hopper and self.pv == "fp8"
+    def low_sums(self):
+        """Whether h_j is in 8 bit, in the format of V."""
+        return self.linear and (self.pv == "int8" or (self.hopper and self.pv == "fp8"))
 
     @property
     def register_order(self):
@@ -296,16 +301,16 @@ def attention(
         settings = _Settings(
             scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted, query_block
         )
-        cached(tuple(vars(tensors).values()), settings, lambda: _attend(tensors, settings))
+        cached(tensors, settings, lambda: _attend(tensors, settings))
     return row_ratio, selected.unflatten(0, q.shape[:2])
 
 
 def _attend(t, s):
     """Runs the kernels of a call (_Tensors, _Settings), group of heads after group of heads."""
     routed, q_blocks = _routing(t, s), t.selected.shape[1]
-    per_head = _workspace_bytes_per_head(t.q, t.k, q_blocks, s.qk, s.pv, s.linear, s.fp8_sums)
+    per_head = _workspace_bytes_per_head(t.q, t.k, q_blocks, s.qk, s.pv, s.linear, s.low_sums)
     groups = _head_groups(t.q, per_head)
-    work = _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.fp8_sums)
+    work = _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.low_sums)
     scale_log2, fit = s.scale * math.log2(math.e), None
     if t.rows is not None:
         fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio, s.query_block)
@@ -322,7 +327,7 @@ def _attend(t, s):
     for group in groups:
         pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **packing)
         if s.linear:
-            _sum_unselected(routed.unselected, work, group, s, t.q)
+            _sum_unselected(routed, work, group, s, t.q)
         if fit is not None:
             fit.fit(t.q, work.query_sums, group, register_order=s.register_order)
         _loop(t, s, work, routed, group, scale_log2)
@@ -341,16 +346,26 @@ def _routing(t, s):
     return Routing()
 
 
-def _sum_unselected(unselected, work, group, s, q):
+def _sum_unselected(routed, work, group, s, q):
     """H_i and Z_i of a group of heads."""
-    if s.fp8_sums:
+    if not s.low_sums:
+        config = configs.product_config(capability(q.device), q.element_size())
+        masked_sum(routed.unselected, work.sums, work.query_sums, group, config)
+        return
+    if s.hopper:
         from .kernels.hopper_masked_sum import hopper_masked_sum
 
-        weighted_mask(unselected, work, group)
+        weighted_mask(routed.unselected, work, group)
         hopper_masked_sum(work, group)
+        return
+    in_gluon = gluon_is_known() and not interpreting()
+    int8_weighted_mask(routed.unselected, work, group, register_order=in_gluon)
+    if in_gluon:
+        from .kernels.mma_masked_sum import mma_masked_sum
+
+        mma_masked_sum(work, routed.v_channel, group)
     else:
-        config = configs.product_config(capability(q.device), q.element_size())
-        masked_sum(unselected, work.sums, work.query_sums, group, config)
+        int8_masked_sum(work, routed.v_channel, group, configs.INT8_PRODUCT)
 
 
 def _loop(t, s, work, routed, group, scale_log2):

@@ -17,7 +17,7 @@ from .kernels.backward_keys import key_gradients, selecting_blocks
 from .kernels.backward_linear import linear_keys, linear_queries
 from .kernels.backward_queries import query_gradient
 from .kernels.configs import product_config
-from .kernels.hopper import takes_hopper_walks
+from .kernels.hopper import takes_hopper_linear, takes_hopper_walks
 from .kernels.masked_sum import masked_sum
 from .kernels.pack import pack
 from .kernels.pool import pools, smooth
@@ -30,7 +30,8 @@ from .triton_backend import Workspace, _head_groups
 def attention_backward(
     q, k, v, grad_out, key_blocks, ratio, grad_q, grad_k, grad_v, *, scale, linear_branch=True, query_block=Q_BLOCK
 ):
-    """Fills grad_q (B, H, N, D), grad_k and grad_v (B, H, M, D), any stride; returns d loss / d ratio, (B, H, T_m) float32.
+    """Fills grad_q (B, H, N, D), any stride, grad_k and grad_v (B, H, M, D), contiguous in either layout; returns d loss / d
+    ratio, (B, H, T_m) float32.
 
     Args:
         q, grad_out: (B, H, N, D); k, v: (B, H, M, D); one dtype, any stride.
@@ -47,8 +48,8 @@ def attention_backward(
         scales = {"scale": scale, "scale_log2": scale * math.log2(math.e), "query_block": query_block}
         k_mean = smooth(pools(k).k, k.shape[2])
         shift, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        walk_queries, walk_keys = _walks(q, k, v, grad_out, config)
-        walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, k_mean, **scales)
+        walk_queries, walk_keys = _walks(q, k, v, grad_out, k_mean, config)
+        walk_queries(q, k, v, grad_out, grad_q, selected, ratio, shift, delta, **scales)
         correction, grad_ratio = None, torch.zeros(selected.shape[:2], dtype=torch.float32, device=q.device)
         if linear_branch and selected.shape[2] < blocks:
             correction, product = _linear_branch(
@@ -62,13 +63,14 @@ def attention_backward(
     return grad_ratio.unflatten(0, q.shape[:2])
 
 
-def _walks(q, k, v, grad_out, config):
+def _walks(q, k, v, grad_out, k_mean, config):
     """The two walks over selected pairs that such tensors take."""
     if takes_hopper_walks(capability(q.device), q, k, v, grad_out):
         from .kernels.hopper_backward import hopper_key_gradients, hopper_query_gradient
 
         return hopper_query_gradient, hopper_key_gradients
-    return partial(query_gradient, config=config.queries), partial(key_gradients, config=config.keys)
+    walk_queries = partial(query_gradient, k_mean=k_mean, config=config.queries)
+    return walk_queries, partial(key_gradients, config=config.keys)
 
 
 def _workspace_dtype(dtype):
@@ -89,21 +91,25 @@ def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q
     sums = torch.empty(size, blocks, columns, dtype=dtype, device=q.device)
     query_sums = torch.empty(size, q_blocks, columns, dtype=dtype, device=q.device)
     work = Workspace(sums=sums, norms=sums[..., q.shape[3] ** 2 :], query_sums=query_sums)
-    weight, row_product = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    tiles = block_count(k.shape[2], config.keys)
+    row_product = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    on_hopper = takes_hopper_linear(capability(q.device), q, k, v, grad_out, grad_q, grad_k, grad_v)
+    tiles = block_count(k.shape[2], K_BLOCK if on_hopper else config.keys)
     tile_totals = torch.empty(len(selected), tiles, head_dim, dtype=torch.float32, device=q.device)
-    product = product_config(capability(q.device), dtype.itemsize)
+    if on_hopper:
+        from .kernels.hopper_linear import hopper_linear_keys as of_keys
+        from .kernels.hopper_linear import hopper_linear_queries as of_queries
+        from .kernels.hopper_product import hopper_product as product
+    else:
+        of_queries, of_keys = partial(linear_queries, config=config), partial(linear_keys, config=config)
+        product = partial(masked_sum, config=product_config(capability(q.device), dtype.itemsize))
     # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
     factor = q_blocks / (blocks * K_BLOCK)
     for group in groups:
         pack(k, v, k_mean, work, group, "16bit", "16bit")
-        masked_sum(unselected, sums, query_sums, group, product)
-        linear_queries(
-            q, grad_out, grad_q, query_sums, ratio, row_delta, weight, row_product, group,
-            query_block=query_block, config=config,
-        )  # fmt: skip
-        masked_sum(transposed, query_sums, sums, group, product)
-        linear_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor, config=config)
+        product(unselected, sums, query_sums, group)
+        of_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_product, group, query_block=query_block)
+        product(transposed, query_sums, sums, group)
+        of_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor)
     return tile_totals.sum(dim=1) / k.shape[2], row_product
 
 

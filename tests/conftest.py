@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from sla2_kernels.support import interpreting
 from tooling.comfyui import find_comfyui
 from tooling.paths import ROOT as PACK
 
@@ -41,6 +42,13 @@ def comfyui_path():
     if path is None:
         pytest.skip(f"no ComfyUI found at {looked}")
     return path
+
+
+def pytest_configure(config):
+    if interpreting() and importlib.util.find_spec("triton") is not None:
+        from language_patches import patch_language_once
+
+        patch_language_once()
 
 
 COMFYUI_TESTS = pytest.StashKey[set]()

@@ -15,10 +15,10 @@ from sla2_kernels import sla2_attention
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e6)
 
 
-def sparse_branch(q, k, v, sparsity, proj_q=None, proj_k=None, keep_diagonal=False):
-    """O_s of (B, N, H, D) tensors: softmax attention over the selected key blocks alone."""
-    options = {"precision": "16bit", "layout": "BNHD", "keep_diagonal": keep_diagonal}
-    return sla2_attention(q, k, v, proj_q, proj_k, linear_branch=False, sparsity=sparsity, **options)
+def sparse_branch(q, k, v, sparsity, proj_q=None, proj_k=None, precision="16bit", **options):
+    """O_s of (B, N, H, D) tensors: softmax attention over the selected key blocks alone. options: of sla2_attention."""
+    options |= {"precision": precision, "layout": "BNHD", "linear_branch": False}
+    return sla2_attention(q, k, v, proj_q, proj_k, sparsity=sparsity, **options)
 
 
 def linear_branch(q, k, v):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import sol_attn
+
 PEER_FOLDERS = ("sla_main", "sla_1", "ck", "fvk", "sage")
 
 
@@ -95,17 +97,12 @@ def _sla_one():
 
 
 def _sol_attn():
-    import comfy_kitchen
-
-    if not hasattr(comfy_kitchen, "sol_attn"):
-        raise ImportError(f"comfy_kitchen {getattr(comfy_kitchen, '__version__', '')} has no sol_attn")
-    if not comfy_kitchen.sol_attn_is_available(torch.device("cuda")):
-        raise ImportError("comfy_kitchen's compiled sol_attn does not run on this device")
+    function = sol_attn.load_compiled()
 
     def of_sparsity(sparsity):
         def prepare(q, k, v):
             q, k, v = (x.contiguous() for x in (q, k, v))
-            return lambda: comfy_kitchen.sol_attn(q, k, v, topk_ratio=1 - sparsity)
+            return lambda: function(q, k, v, topk_ratio=1 - sparsity)
 
         return prepare
 

@@ -1,4 +1,4 @@
-"""sol_attn of comfy-kitchen (ComfyUI core's Model Sparse Attention), its eager reference, for comparison.
+"""sol_attn of comfy-kitchen (ComfyUI core's Model Sparse Attention), for comparison.
 
 It takes query and key blocks of 64 tokens, top-k by pooled scores, and always adds the diagonal block and its neighbours.
 At a few thousand tokens those are as many as the top-k itself, so a fair comparison counts them.
@@ -14,6 +14,17 @@ def load():
     from comfy_kitchen.backends.eager.sol_attn import sol_attn
 
     return sol_attn
+
+
+def load_compiled():
+    """The compiled function, or ImportError with the reason."""
+    import comfy_kitchen
+
+    if not hasattr(comfy_kitchen, "sol_attn"):
+        raise ImportError(f"comfy_kitchen {getattr(comfy_kitchen, '__version__', '')} has no sol_attn")
+    if not comfy_kitchen.sol_attn_is_available(torch.device("cuda")):
+        raise ImportError("comfy_kitchen's compiled sol_attn does not run on this device")
+    return comfy_kitchen.sol_attn
 
 
 def _scores(q, k):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from miniature.captures import by_layer, model_shape
-from sla2_kernels import RouterLayer, RouterWeights
+from sla2_kernels import RouterLayer
 from sla2_training.trainer import RouterTrainer
 
 from .training import evaluate, table, train
@@ -98,7 +98,7 @@ def _heads_as_layers(captures, router):
         for h in range(heads):
             projections = (p[h : h + 1] if p is not None and p.dim() == 3 else p for p in (layer.proj_q, layer.proj_k))
             layers.append(RouterLayer(*projections))
-    return split, RouterWeights(layers, router.model_family, 1, router.head_dim)
+    return split, replace(router, layers=layers, num_heads=1)
 
 
 def _energy_shares(captures, layers, heads):

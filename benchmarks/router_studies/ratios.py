@@ -58,10 +58,13 @@ def collect_rows(trainer, captures):
             second = sums.mean_logits + 0.5 * tensors.scale**2 * (q.square() @ variance.T)[None]
             second = second[:, :, None].masked_fill(mask[:, :, :, None] > 0, -torch.inf).logsumexp(dim=-1)
             here = {
-                "c": rest.square().sum(-1), "p": (d * rest).sum(-1), "n": d.square().sum(-1),
-                "log_odds": selected - unselected, "log_odds_second_order": selected - second,
+                "c": rest.square().sum(-1),
+                "p": (d * rest).sum(-1),
+                "n": d.square().sum(-1),
+                "log_odds": selected - unselected,
+                "log_odds_second_order": selected - second,
                 "share": sums.selected_share(mask),
-            }  # fmt: skip
+            }
             for name, value in here.items():
                 parts[name].append((pair % heads, value[0].transpose(1, 2).flatten(0, 1)))
             place = blocks.flatten(0, 1)[pair] / max(1, tensors.query_block_count - 1)

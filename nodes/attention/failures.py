@@ -4,10 +4,14 @@ Each failure is counted with its reason and said once per run. All other errors 
 ComfyUI's interrupt, another pack's error, a mistake of ours.
 """
 
+import logging
+
 import torch
 
 from ...sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
-from .run_dense import RunDense
+from .run_dense import RunDense, stop_where_asked
+
+logger = logging.getLogger("sla2")
 
 OUT_OF_MEMORY = "memory ran out in sparse attention: the rest of this step runs dense"
 NOT_FINITE = "the layer's first sparse output held NaN or infinity: it runs dense for this run"
@@ -50,8 +54,34 @@ def attempt(call, layer, device, compute):
     raise RunDense(reason)
 
 
+def rows_or_below(call, layer, compute, below):
+    """A function of slices: compute(*slices), rows of text and sound; once its kernels cannot be built or started, below(*slices).
+
+    Raises RuntimeError instead where the node was asked to stop.
+    """
+    run = call.run
+
+    def rows(*slices):
+        if run.rows_failed is None:
+            try:
+                return compute(*slices)
+            except Exception as error:
+                remedy = kernel_failure_remedy(error)
+                if is_out_of_memory(error) or remedy is None:
+                    raise
+                reason = f"the kernels could not be built or started ({failure_in_a_line(error)}); {remedy}"
+                stop_where_asked(call.hook.settings, reason, f" in layer {layer}")
+                run.rows_failed = reason
+                logger.warning(
+                    "SLA2: PyTorch's attention computes the rows of text and sound for this run: %s", run.rows_failed
+                )
+        return below(*slices)
+
+    return rows
+
+
 def attempt_rest(call, device, compute):
-    """The same for what comes after the kernels, some rows' dense attention included: only out of memory is survived."""
+    """As attempt() for what comes after the sparse loop, the exact rows included: only out of memory is survived."""
     try:
         return compute()
     except RuntimeError as error:

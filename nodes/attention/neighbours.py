@@ -8,17 +8,24 @@ from .model_call import OVERRIDE
 from .model_marks import is_mark
 
 BACKENDS = {
-    "attention_basic": "ComfyUI's basic attention", "attention_split": "ComfyUI's split attention",
-    "attention_sub_quad": "ComfyUI's sub-quadratic attention", "attention_xformers": "xFormers",
-    "attention_pytorch": "PyTorch's scaled_dot_product_attention", "attention_flash": "FlashAttention",
-    "attention_sage": "SageAttention", "attention3_sage": "SageAttention 3",
+    "attention_basic": "ComfyUI's basic attention",
+    "attention_split": "ComfyUI's split attention",
+    "attention_sub_quad": "ComfyUI's sub-quadratic attention",
+    "attention_xformers": "xFormers",
+    "attention_pytorch": "PyTorch's scaled_dot_product_attention",
+    "attention_flash": "FlashAttention",
+    "attention_sage": "SageAttention",
+    "attention3_sage": "SageAttention 3",
     "attention_comfy_kitchen_int8": "comfy-kitchen's INT8 attention",
-}  # fmt: skip
+}
 ADAPTERS = {"boft": "BOFT", "glora": "GLoRA", "loha": "LoHa", "lokr": "LoKr", "lora": "LoRA", "oft": "OFT"}
 WRAPPERS = {
-    "easycache": "EasyCache", "lazycache": "LazyCache", "torch.compile": "torch.compile",
-    "ContextWindows_prepare_sampling": "context windows", "ContextWindows_sampler_sample": "context windows",
-}  # fmt: skip
+    "easycache": "EasyCache",
+    "lazycache": "LazyCache",
+    "torch.compile": "torch.compile",
+    "ContextWindows_prepare_sampling": "context windows",
+    "ContextWindows_sampler_sample": "context windows",
+}
 
 
 def attention_stack(model, hook=None, run=None):

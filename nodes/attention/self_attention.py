@@ -11,7 +11,7 @@ from ...sla2_kernels.loops import watch_loops
 from ...sla2_kernels.support import resolve_precision
 from ..runs.record import capturing
 from .call import check_supported, read_call
-from .failures import attempt, attempt_rest, check_attempted, check_output
+from .failures import attempt, attempt_rest, check_attempted, check_output, rows_or_below
 from .layer_requests import TRAINED_FOR_VSA
 from .run_dense import RunDense, say_once, stop_where_asked
 from .sparse_call import (
@@ -64,15 +64,18 @@ def _attend_sparse(call, layer, below, args, kwargs, is_default):
     out, ratio, kept, keys, judging, loops = result
     own, run = own_rows(out, request, exact), call.run
     check_output(call, layer, own, sparsity, (request.q, request.k, request.v))
-    if judging is not None:
-        run.count_errors(layer, *judging.against(own))
-    device = request.q.device
-    if is_default and exact.dense_queries and not call.has_autograd and takes_rows(request):
-        dense, attempted = partial(rows_of_request, request), partial(attempt, call, layer, device)
-    else:
-        # what the dense rows' attention takes: whole dense attention needs less
-        dense, attempted = rows_below(below, args, kwargs), partial(attempt_rest, call, device)
-    whole = attempted(lambda: with_dense_rows(out, request, exact, dense))
+    # before rows are moved or written; counted once the call is sure to be sparse
+    errors = None if judging is None else judging.errors(own)
+    dense = rows_below(below, args, kwargs)
+    takes = is_default and exact.dense_queries and not call.has_autograd and takes_rows(request)
+    if takes:
+        dense = rows_or_below(call, layer, partial(rows_of_request, request), dense)
+    # what the dense rows' attention takes: whole dense attention needs less
+    whole = attempt_rest(call, request.q.device, lambda: with_dense_rows(out, request, exact, dense))
+    if errors is not None:
+        run.count_errors(layer, errors)
+    if takes and run.rows_failed is not None:
+        run.count_call_with_rows_below()
     # rows that a reference's last block computes twice count once
     rows = min(ratio.shape[2], request.tokens - exact.dense_queries)
     run.count_sparse(layer, (*ratio.shape[:2], rows), kept, keys, precision, ratio, request.tokens)

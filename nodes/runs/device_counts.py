@@ -2,7 +2,6 @@
 
 import torch
 
-from ...sla2_kernels.fitted_attention import add_errors
 from ..compat.recording import lasting_tensors
 
 EMPTY = [float("inf"), float("-inf")]  # the range of no ratio at all
@@ -15,7 +14,7 @@ class DeviceCounts:
         self._layers = layers
         self._bounds = {}  # by device: float32 (layers, 2), lowest and highest ratio
         self._bad = {}  # by device: int32 (layers,), outputs with NaN or infinity
-        self._errors = {}  # by device: float32 (layers, 5), totals of add_errors()
+        self._errors = {}  # by device: float32 (layers, 5), sums of add_errors()
         self._measured = 0  # calls in them
 
     def prepare(self, device):
@@ -39,10 +38,10 @@ class DeviceCounts:
         self.prepare(bad.device)
         self._bad[bad.device][layer].add_(bad)
 
-    def add_errors(self, layer, out, dense, rows):
-        """Of a call that fitted its ratio on the first of these rows; the arguments are those of fitted_attention.add_errors()."""
-        self.prepare(out.device)
-        add_errors(self._errors[out.device][layer], out, dense, rows)
+    def add_errors(self, layer, errors):
+        """errors: float32 (5,), what fitted_attention.add_errors() found of one call that fitted its ratio."""
+        self.prepare(errors.device)
+        self._errors[errors.device][layer].add_(errors)
         self._measured += 1
 
     def fetch(self):

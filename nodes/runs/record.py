@@ -64,6 +64,8 @@ class RunRecord:
         self.aside = None  # why SLA2 takes no call of this run
         self.has_hidden_calls = False  # layers that ran without the options that would have shown them to us
         self.failed_layers = {}  # layer, None for all of them -> why it runs dense until the run ends
+        self.rows_failed = None  # why PyTorch's attention computes the rows of text and sound until the run ends
+        self.calls_with_rows_below = 0  # sparse calls of which it did
         self.precisions = set()
         self.loops = Counter()  # Loop -> sparse calls that took it
         self.devices = set()  # that sparse calls ran on
@@ -174,10 +176,15 @@ class RunRecord:
             self.shortest = keys if self.shortest is None else min(self.shortest, keys)
             self._on_devices.add_ratio(layer, ratio)
 
-    def count_errors(self, layer, out, dense, rows):
+    def count_errors(self, layer, errors):
         """The arguments are those of DeviceCounts.add_errors()."""
         with self.lock:
-            self._on_devices.add_errors(layer, out, dense, rows)
+            self._on_devices.add_errors(layer, errors)
+
+    def count_call_with_rows_below(self):
+        """A sparse call whose rows of text and sound PyTorch's attention computed, because of rows_failed."""
+        with self.lock:
+            self.calls_with_rows_below += 1
 
     def target(self, error):
         """The run's ErrorTarget for this attention error."""
@@ -277,6 +284,7 @@ class RunRecord:
         self._on_devices.clear()
         self.fitted_ratios.clear()
         self._note_bad_outputs()
+        self._note_calls_with_rows_below()
         self._note_errors()
         self._note_unmet()
         if self.plan is not None and self.sparse_calls:
@@ -308,6 +316,11 @@ class RunRecord:
             self.note(
                 f"sparse outputs with NaN or infinity: {calls}; try bit_width 16bit, or these layers in dense_layers"
             )
+
+    def _note_calls_with_rows_below(self):
+        if self.calls_with_rows_below:
+            calls = f"{self.calls_with_rows_below} call{'s' if self.calls_with_rows_below > 1 else ''}"
+            self.note(f"PyTorch's attention computed the rows of text and sound of {calls}: {self.rows_failed}")
 
     def _note_errors(self):
         left_out = sum(record.rows_left_out for record in self.layers.values())

@@ -39,9 +39,8 @@ def _key_gradient(
     q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, g_stride_b, g_stride_h, g_stride_n, g_stride_d,
-    gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d, gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d,
-    heads, q_tokens, k_tokens, pairs, scale_log2, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, QUERY_BLOCK: tl.constexpr, LINEAR: tl.constexpr,
+    grad_stride_h, grad_stride_n, heads, q_tokens, k_tokens, pairs, scale_log2, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, d = tile_rows(tile, KEYS), tl.arange(0, D)
@@ -72,21 +71,22 @@ def _key_gradient(
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="tf32x3")  # [KEYS, D]
 
     dk *= scale
-    gk_plane = plane_of(grad_k, bh, heads, gk_stride_b, gk_stride_h)
-    gv_plane = plane_of(grad_v, bh, heads, gv_stride_b, gv_stride_h)
-    if LINEAR:
-        of_linear = load_tile(gk_plane, keys, d, gk_stride_n, gk_stride_d, k_tokens).to(tl.float32)
+    grad_stride_b = heads.to(tl.int64) * k_tokens * D
+    gk_plane = plane_of(grad_k, bh, heads, grad_stride_b, grad_stride_h)
+    gv_plane = plane_of(grad_v, bh, heads, grad_stride_b, grad_stride_h)
+    if k_correction is not None:
+        of_linear = load_tile(gk_plane, keys, d, grad_stride_n, 1, k_tokens).to(tl.float32)
         dk += of_linear - tl.load(k_correction + bh * D + d)[None, :]
-        dv += load_tile(gv_plane, keys, d, gv_stride_n, gv_stride_d, k_tokens).to(tl.float32)
-    store_tile(gk_plane, keys, d, gk_stride_n, gk_stride_d, k_tokens, dk)
-    store_tile(gv_plane, keys, d, gv_stride_n, gv_stride_d, k_tokens, dv)
+        dv += load_tile(gv_plane, keys, d, grad_stride_n, 1, k_tokens).to(tl.float32)
+    store_tile(gk_plane, keys, d, grad_stride_n, 1, k_tokens, dk)
+    store_tile(gv_plane, keys, d, grad_stride_n, 1, k_tokens, dv)
 
 
 def key_gradients(
     q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction,
     *, scale, scale_log2, query_block, config,
 ):  # fmt: skip
-    """grad_k and grad_v (B, H, M, D), any stride: the sparse branch's share.
+    """grad_k and grad_v (B, H, M, D), contiguous or views of contiguous (B, M, H, D): the sparse branch's share.
 
     transposed: what selecting_blocks() returns. k_correction: float32 (B * H, D), the mean over tokens of the linear
     branch's dK, whose dK and dV grad_k and grad_v hold then; None where there is no linear branch.
@@ -96,8 +96,7 @@ def key_gradients(
     launch(
         _key_gradient, (block_count(tokens, config.keys), batch * heads),
         q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
-        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_k.stride(), *grad_v.stride(),
+        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_k.stride()[1:3],
         heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
-        D=head_dim, ROWS=config.rows, KEYS=config.keys, QUERY_BLOCK=query_block, LINEAR=k_correction is not None,
-        options=config.options,
+        D=head_dim, ROWS=config.rows, KEYS=config.keys, QUERY_BLOCK=query_block, options=config.options,
     )  # fmt: skip

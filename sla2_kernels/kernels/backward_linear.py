@@ -8,6 +8,7 @@ H is read COLS columns at a time, so that float32 fits too. O_l does not change 
 projection term of softmax's gradient is zero for Q. Rows where O_l has no weight pass no gradient on.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -130,18 +131,16 @@ def _linear_keys(
     tl.store(tile_totals + (bh * tl.num_programs(0) + tile) * D + d, tl.sum(dk, axis=0))
 
 
-def linear_queries(
-    q, grad_out, grad_q, query_sums, ratio, row_delta, row_weight, row_product, group, *, query_block, config
-):
+def linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_product, group, *, query_block, config):
     """Adds to grad_q (B, H, N, D) for the heads of slice ``group``, and turns query_sums into its own gradient.
 
     query_sums: (G, T_m, (D + 1) * D), H_i and Z_i of the masked sum. ratio, and row_delta, rowsum(dO O_s): float32
-    (B, H, N). Filled too, of the same shape: row_weight, (1 - alpha) / (phi(Q) Z), and row_product, rowsum(dO O_l); where
-    O_l has no weight 0 and rowsum(dO O_s).
+    (B, H, N). Filled too, of the same shape: row_product, rowsum(dO O_l), or rowsum(dO O_s) where O_l has no weight.
     """
     heads, tokens, head_dim = q.shape[1:]
     q_blocks, slots = query_sums.shape[1], group.stop - group.start
     cols = min(config.cols, head_dim)
+    row_weight = torch.empty_like(row_product)  # (1 - alpha) / (phi(Q) Z), 0 where O_l has no weight
     tiles = {"D": head_dim, "ROWS": config.rows, "COLS": cols, "QUERY_BLOCK": query_block}
     launch(
         _linear_queries, (block_count(tokens, config.rows), slots),

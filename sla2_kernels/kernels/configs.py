@@ -114,8 +114,10 @@ def _loop_config(capability, qk, pv, head_dim, element_size):
         # more rows of float32 spill kilobytes per thread, or do not fit 99 KB with Triton 3.2
         return LoopConfig(64, 8, 1) if capability[0] == 10 else LoopConfig(2048 // head_dim, 4, 1)
     if pv == "int8":
-        # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that
-        return LoopConfig(128, 4, 2)
+        # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that. Five stages: the
+        # index of a key block is read first, which takes every second one, and with fewer K and V have one buffer alone, so
+        # that each turn waits for what it has just asked for
+        return LoopConfig(128, 4, 5)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":
@@ -140,10 +142,10 @@ def mass_config(capability, element_size, query_block):
 
 def pack_config(pv, register_order, element_size):
     """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
-    if register_order:
+    if register_order or (pv == "int8" and element_size == 2):
         # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
         return PackConfig(2, 4, registers=168)
-    return PackConfig(1, 4 if pv == "int8" and element_size == 2 else 8)
+    return PackConfig(1, 8)
 
 
 def fit_config(element_size):
@@ -160,3 +162,6 @@ def product_config(capability, element_size):
     if _large_shared_memory(capability):
         return ProductConfig(128, 128, 64, 8, 3)
     return ProductConfig(128, 128, 32, 4, 4)
+
+
+INT8_PRODUCT = ProductConfig(128, 256, 64, 8, 2)  # the masked sum in INT8

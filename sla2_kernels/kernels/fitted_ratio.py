@@ -19,7 +19,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE, is_finite, phi_numerator
-from .pack import register_order_of_channels
+from .pack import from_register_order_of_channels
 from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 MIN_BLOCKS = 8  # key blocks of one program: below that its partial sums outweigh what it reads
@@ -110,13 +110,13 @@ def _row_products(
     row = tl.load(rows + sample).to(tl.int64)
     q_at = plane_of(q, bh, heads, q_stride_b, q_stride_h) + row * q_stride_n + d * q_stride_d
     phi = phi_numerator(tl.load(q_at).to(tl.float32), 0)  # [D]
-    column = d
-    if REGISTER_ORDER:
-        column = register_order_of_channels(d)
     query_sums += (slot * q_blocks + row // QUERY_BLOCK) * ((D + 1) * D)
-    h = tl.load(query_sums + d[:, None] * D + column).to(tl.float32)  # [D, D]
+    h = tl.load(query_sums + d[:, None] * D + d).to(tl.float32)  # [D, D]
     z = tl.load(query_sums + D * D + d).to(tl.float32)  # [D]
     o_linear = tl.sum(phi[:, None] * h, axis=0) / tl.sum(phi * z, axis=0)  # [D]
+    if REGISTER_ORDER:
+        # H's columns stay where they are, so that its loads stay wide
+        o_linear = from_register_order_of_channels(o_linear, D)
     to_sparse = own / own_norm - o_linear
     cross = tl.sum((out - o_linear) * to_sparse, axis=0)
     square = tl.sum(to_sparse * to_sparse, axis=0)

@@ -15,7 +15,8 @@ TMA_BYTES = 16  # strides and addresses of what it copies are multiples
 
 
 @functools.cache
-def _gluon_is_known():
+def gluon_is_known():
+    """Whether the installed Triton is one of GLUON_RELEASES."""
     return is_tested_triton(GLUON_RELEASES)
 
 
@@ -27,6 +28,13 @@ def takes_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
 def takes_hopper_walks(card, q, k, v, grad_out):
     """True where the backward's walks in Gluon (hopper_backward.py) take these tensors, (B, H, N, D) all."""
     return takes_hopper_loop(card, "16bit", "16bit", q, k, v) and _can_be_copied(grad_out)
+
+
+def takes_hopper_linear(card, *tensors):
+    """True where the linear branch's gradients in Gluon (hopper_linear.py) take these: q, k, v and the gradients."""
+    return takes_hopper_walks(card, *tensors[:4]) and all(
+        x.dtype == torch.bfloat16 and _can_be_copied(x) for x in tensors
+    )
 
 
 def why_not_hopper_loop(card, qk, pv, q, k, v, query_block=Q_BLOCK):
@@ -57,7 +65,7 @@ def why_no_loop_of(dtype, head_dim):
         return f"the Hopper loop is for head_dim 128, and this call has {head_dim}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper loop takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if not _gluon_is_known():
+    if not gluon_is_known():
         first, last = (".".join(map(str, release)) for release in (GLUON_RELEASES[0], GLUON_RELEASES[-1]))
         return f"the Hopper loop was tested with Triton {first} to {last}, and this is Triton {triton.__version__}"
     return None

@@ -1,9 +1,17 @@
 """The two walks of the backward pass for Hopper (sm_90) in Gluon: what backward_queries.py and backward_keys.py compute.
 
-One program of one warpgroup per 64 query rows or 64 keys, and two such programs at a time on each multiprocessor: while one
-takes exponentials, the other multiplies. The program's own pair of tiles (Q and dO, or K and V) stays in shared memory; the
-pairs that it walks over come by TMA, each while the one before is worked on.
+A producer warp brings tiles by TMA through a ring of stages, consumer warpgroups of 64 query rows or 64 keys multiply: while
+one takes exponentials, the other's products run. In the walk for dQ the two consumers of a program share the pairs of K and
+V tiles that come, and go through tile after tile; in the walk for dK and dV a program has one consumer, and two programs
+share a multiprocessor.
+
+The arithmetic of the walk for dQ is not quite Triton's. Its running maximum and delta stay as they are until a score rises
+LAZY above the maximum (log2), so that most steps rescale nothing: P may reach 2^LAZY, and dS is rounded after delta is
+subtracted, when it is small. delta comes from the sums of the rounded P and dS, so that each row of dS sums to zero and K's
+mean has no part in dQ.
 """
+
+from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,10 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..router import K_BLOCK, block_count
+from ..router import K_BLOCK, Q_BLOCK, block_count
 from .backward_keys import NO_ROW
 from .backward_queries import MIN_RATIO
-from .hopper_gluon import barrier, keep, load_async, new_barriers
+from .hopper_gluon import keep, leave, load_async, new_barriers, programs, wait_empty, wait_full
 from .launch import launch
 from .numerics import NO_SCORE
 
@@ -26,7 +34,30 @@ HEAD_DIM, ROWS = 128, 64
 D = gl.constexpr(HEAD_DIM)
 TILE = gl.constexpr(ROWS)  # rows of every tile
 KEY_BLOCK = gl.constexpr(K_BLOCK)
-STAGES = gl.constexpr(2)  # pairs of tiles: the one that is worked on, and the next
+LAZY = gl.constexpr(4.0)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """consumers: warpgroups that multiply. stages: pairs of tiles in flight. own_stages: of the program's own pairs.
+
+    resident: programs per multiprocessor. options: Triton's.
+    """
+
+    consumers: int
+    stages: int
+    own_stages: int
+    resident: int
+    options: dict
+
+
+PAIRED = Walk(2, 3, 2, resident=1, options={"num_warps": 4})
+ALONE = Walk(1, 2, 1, resident=2, options={"num_warps": 4, "maxnreg": 128})
+
+
+def query_walk(query_block):
+    """The walk for dQ: a query block of 128 rows is two consumers' work."""
+    return PAIRED if query_block == Q_BLOCK else ALONE
 
 
 @gluon.constexpr_function
@@ -41,13 +72,22 @@ def _sums():
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
 
 
+@gluon.constexpr_function
+def _in_order():
+    """Layout of 64 numbers that a warpgroup loads."""
+    return gl.BlockedLayout([1], [32], [4], [0])
+
+
 @gluon.jit
-def _load_pair(desc0, desc1, b, h, row, bar, smem0, smem1, pred):
-    """Two tiles of the same rows of two tensors, under way."""
-    BYTES: gl.constexpr = 2 * TILE * D * desc0.dtype.primitive_bitwidth // 8
-    mbarrier.expect(bar, BYTES, pred=pred)
-    load_async(desc0, [b, h, row, 0], bar, smem0, pred=pred)
-    load_async(desc1, [b, h, row, 0], bar, smem1, pred=pred)
+def _load_pair(desc0, desc1, b, h, row, bar, smem0, smem1):
+    """Two tiles of the same rows of two tensors, under way; the barrier expects them already."""
+    load_async(desc0, [b, h, row, 0], bar, smem0)
+    load_async(desc1, [b, h, row, 0], bar, smem1)
+
+
+@gluon.jit
+def _expect_pairs(desc, bar, PAIRS: gl.constexpr):
+    mbarrier.expect(bar, PAIRS * 2 * TILE * D * desc.dtype.primitive_bitwidth // 8)
 
 
 @gluon.jit
@@ -71,14 +111,22 @@ def _as_operand(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _add_products(a0, a1, other0, other1, acc0, acc1):
-    """acc0 + a0 other0 and acc1 + a1 other1, (64, D)."""
-    t0 = warpgroup_mma(a0, other0, acc0, is_async=True)
-    t1 = warpgroup_mma(a1, other1, acc1, is_async=True)
-    acc0, acc1 = warpgroup_mma_wait(0, [t0, t1])
-    keep(a0, 16)
-    keep(a1, 16)
-    return acc0, acc1
+def _rounded(x, dtype: gl.constexpr):
+    """float32 rounded to dtype, as float32 again: two numbers at a time, which Triton's own conversion there and back is not."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 pair;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 $0, pair, 16;
+            and.b32 $1, pair, 0xffff0000;
+            }
+            """,
+            "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(dtype).to(gl.float32)
 
 
 @gluon.jit
@@ -88,177 +136,335 @@ def _of_sums(x):
 
 
 @gluon.jit
-def _add_keys(tiles, stage, first_key, state, k_tokens, scale_log2, RAGGED: gl.constexpr):
-    """One key block of the walk of backward_queries.py, whose names these are."""
-    q, g, k_smem, v_smem = tiles
-    ds_k, p_k, ds_sum, p_sum, row_max, row_sum, product_sum, delta = state
+def _rows_at(x, strides, b, h, rows, d):
+    """Addresses of rows of one head of a (B, H, N, D) tensor."""
+    stride_b, stride_h, stride_n, stride_d = strides
+    plane = x + b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
+    return plane + rows.to(gl.int64)[:, None] * stride_n + d[None, :] * stride_d
+
+
+@gluon.jit
+def _query_tile_at(tile, row_tiles, QUERY_BLOCK: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(head, first tile of 64 rows, query block) of a program's turn."""
+    turns = row_tiles // CONSUMERS
+    first = tile % turns * CONSUMERS
+    return tile // turns, first, first // (QUERY_BLOCK // TILE)
+
+
+@gluon.jit
+def _produce_keys(descriptors, own_ring, ring, selected, sizes, QUERY_BLOCK: gl.constexpr):
+    """One warp: fills a stage of the program's own ring per turn, Q and dO, and a stage of K and V per key block."""
+    q_desc, g_desc, k_desc, v_desc = descriptors
+    own_smem, own_full, own_empty = own_ring
+    k_smem, v_smem, full, empty = ring
+    heads, row_tiles, count, tiles = sizes
+    CONSUMERS: gl.constexpr = own_smem.shape[0] // own_full.shape[0] // 2
+    turn = 0
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        bh, first, q_block = _query_tile_at(tile, row_tiles, QUERY_BLOCK, CONSUMERS)
+        b = bh // heads
+        h = bh % heads
+        listed = selected + (bh.to(gl.int64) * (row_tiles // (QUERY_BLOCK // TILE)) + q_block) * count
+        # the last block alone may be ragged: it comes first, and the other steps need no masks
+        block = gl.load(listed + count - 1)
+        place = wait_empty(own_empty, turn)
+        bar = own_full.index(place)
+        _expect_pairs(q_desc, bar, CONSUMERS)
+        for part in gl.static_range(CONSUMERS):
+            at = 2 * (CONSUMERS * place + part)
+            _load_pair(q_desc, g_desc, b, h, (first + part) * TILE, bar, own_smem.index(at), own_smem.index(at + 1))
+        turn += 1
+        for s in range(count):
+            following = gl.load(listed + s)
+            stage = wait_empty(empty, step)
+            bar = full.index(stage)
+            _expect_pairs(k_desc, bar, 1)
+            _load_pair(k_desc, v_desc, b, h, block * KEY_BLOCK, bar, k_smem.index(stage), v_smem.index(stage))
+            block = following
+            step += 1
+
+
+@gluon.jit
+def _add_keys(q, g, ring, step, first_key, state, k_tokens, scale_log2, FIRST: gl.constexpr):
+    """One key block of the walk of backward_queries.py, whose names these are; ds_sum is over the rounded dS, p_sum over P."""
+    k_smem, v_smem, full, empty = ring
+    ds_k, p_k, ds_sum, p_sum, row_max, delta = state
+    stage = wait_full(full, step)
     k = _tile(k_smem, stage)
     t0, t1 = _start_products(q, g, k, _tile(v_smem, stage))
     scores = warpgroup_mma_wait(1, [t0])
-    if RAGGED:
+    if FIRST:
         valid = (first_key + gl.arange(0, TILE, gl.SliceLayout(0, _scores())) < k_tokens)[None, :]
         scores = gl.where(valid, scores, NO_SCORE)
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    block_max = gl.max(scores, 1) * scale_log2
+    if FIRST:
+        rises = True
+        new_max = block_max
+    else:
+        rises = gl.max(block_max - row_max, 0) > LAZY
+        new_max = gl.where(rises, gl.maximum(row_max, block_max), row_max)
     p = gl.exp2(scores * scale_log2 - new_max[:, None])
-    if RAGGED:
+    if FIRST:
         p = gl.where(valid, p, 0.0)
-    correction = gl.exp2(row_max - new_max)
-    row_sum = row_sum * correction + gl.sum(p, 1)
-    # naming P here keeps its exponentials before the wait, beside dO V^T
-    dp, p = warpgroup_mma_wait(0, [t1, p])
-    product_sum = product_sum * correction + gl.sum(p * dp, 1)
-    new_delta = product_sum / row_sum
-    change = (new_delta - delta) * correction
-    ds = (p * (dp - new_delta[:, None])).to(k.dtype)
-    p = p.to(k.dtype)
-    ds_sum = ds_sum * correction - change * p_sum + gl.sum(ds.to(gl.float32), 1)
-    p_sum = p_sum * correction + gl.sum(p.to(gl.float32), 1)
-    ds_k = ds_k * _of_sums(correction) - _of_sums(change) * p_k
-    p_k = p_k * _of_sums(correction)
-    ds_k, p_k = _add_products(_as_operand(ds, k.dtype), _as_operand(p, k.dtype), k, k, ds_k, p_k)
-    return ds_k, p_k, ds_sum, p_sum, new_max, row_sum, product_sum, new_delta
+    p = _rounded(p, k.dtype)
+    if not FIRST:
+        if rises:
+            dp = warpgroup_mma_wait(0, [t1])
+            correction = gl.exp2(row_max - new_max)
+            p_sum = p_sum * correction
+            ds_sum = ds_sum * correction
+            change = (ds_sum + gl.sum(p * (dp - delta[:, None]), 1)) / (p_sum + gl.sum(p, 1))
+            delta = delta + change
+            ds_sum = ds_sum - change * p_sum
+            p_k = p_k * _of_sums(correction)
+            ds_k = ds_k * _of_sums(correction) - _of_sums(change) * p_k
+    # asking for P K first keeps the exponentials before the wait, beside dO V^T
+    c = _as_operand(p, k.dtype)
+    p_t = warpgroup_mma(c, k, p_k, is_async=True)
+    dp = warpgroup_mma_wait(1, [t1])
+    if FIRST:
+        delta = gl.sum(p * dp, 1) / gl.sum(p, 1)
+    ds = _rounded(p * (dp - delta[:, None]), k.dtype)
+    a = _as_operand(ds, k.dtype)
+    ds_t = warpgroup_mma(a, k, ds_k, is_async=True)
+    p_sum = p_sum + gl.sum(p, 1)
+    ds_sum = ds_sum + gl.sum(ds, 1)
+    ds_k, p_k = warpgroup_mma_wait(0, [ds_t, p_t])
+    keep(a, 16)
+    keep(c, 16)
+    leave(empty, step)
+    return ds_k, p_k, ds_sum, p_sum, new_max, delta
 
 
-@gluon.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "count"])
-def _hopper_query_gradient(
-    q_desc, g_desc, k_desc, v_desc, grad_q, selected, ratio, row_shift, row_delta, k_mean,
-    out_stride_b, out_stride_h, out_stride_n, out_stride_d, heads, q_tokens, k_tokens, count, scale_log2, scale,
-    QUERY_BLOCK: gl.constexpr,
-):  # fmt: skip
-    tile = gl.program_id(0)
-    bh = gl.program_id(1)
-    b = bh // heads
-    h = bh % heads
+@gluon.jit
+def _consume_keys(PART: gl.constexpr, own_ring, ring, inputs, outputs, sizes, QUERY_BLOCK: gl.constexpr):
+    """One warpgroup: the PART-th 64 query rows of every turn of this program."""
+    own_smem, own_full, own_empty = own_ring
+    selected, ratio = inputs
+    grad_q, row_shift, row_delta, strides = outputs
+    heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale = sizes
+    CONSUMERS: gl.constexpr = own_smem.shape[0] // own_full.shape[0] // 2
     ROW: gl.constexpr = gl.SliceLayout(1, _scores())
-    own_smem = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, TILE, D], q_desc.layout)
+    turn = 0
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        bh, first, q_block = _query_tile_at(tile, row_tiles, QUERY_BLOCK, CONSUMERS)
+        last = (bh.to(gl.int64) * (row_tiles // (QUERY_BLOCK // TILE)) + q_block) * count + count - 1
+        first_key = gl.load(selected + last) * KEY_BLOCK
+        place = wait_full(own_full, turn)
+        q = _tile(own_smem, 2 * (CONSUMERS * place + PART))
+        g = _tile(own_smem, 2 * (CONSUMERS * place + PART) + 1)
+        zeros = gl.zeros([TILE, D], gl.float32, _sums())
+        none = gl.zeros([TILE], gl.float32, ROW)
+        state = (zeros, zeros, none, none, none, none)
+        ds_k, p_k, ds_sum, p_sum, row_max, delta = _add_keys(
+            q, g, ring, step, first_key, state, k_tokens, scale_log2, True
+        )
+        step += 1
+        for _ in range(1, count):
+            state = (ds_k, p_k, ds_sum, p_sum, row_max, delta)
+            ds_k, p_k, ds_sum, p_sum, row_max, delta = _add_keys(
+                q, g, ring, step, 0, state, k_tokens, scale_log2, False
+            )
+            step += 1
+        leave(own_empty, turn)
+        turn += 1
+
+        rows = (first + PART) * TILE + gl.arange(0, TILE, ROW)
+        inside = rows < q_tokens
+        row_at = bh.to(gl.int64) * q_tokens + rows
+        row_ratio = gl.load(ratio + row_at, mask=inside, other=1.0)
+        change = ds_sum / p_sum
+        gl.store(row_shift + row_at, row_max + gl.log2(p_sum) - gl.log2(gl.maximum(row_ratio, MIN_RATIO)), mask=inside)
+        gl.store(row_delta + row_at, delta + change, mask=inside)
+        dq = (ds_k - _of_sums(change) * p_k) * _of_sums(row_ratio * scale / p_sum)
+        out_rows = (first + PART) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, _sums()))
+        d = gl.arange(0, D, gl.SliceLayout(0, _sums()))
+        out_at = _rows_at(grad_q, strides, bh // heads, bh % heads, out_rows, d)
+        gl.store(out_at, dq.to(grad_q.dtype.element_ty), mask=(out_rows < q_tokens)[:, None])
+
+
+@gluon.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "row_tiles", "count", "tiles"])
+def _hopper_query_gradient(
+    q_desc, g_desc, k_desc, v_desc, grad_q, selected, ratio, row_shift, row_delta,
+    out_stride_b, out_stride_h, out_stride_n, out_stride_d,
+    heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale,
+    QUERY_BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OWN_STAGES: gl.constexpr,
+):  # fmt: skip
+    UPPER: gl.constexpr = 0
+    LOWER: gl.constexpr = 1
+    own_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS * OWN_STAGES, 1, 1, TILE, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, TILE, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, TILE, D], v_desc.layout)
-    own_bar = new_barriers(1, 1)
+    own_full = new_barriers(OWN_STAGES, 1)
+    own_empty = new_barriers(OWN_STAGES, CONSUMERS)
     full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, CONSUMERS)
     fence_async_shared()
-    barrier()
-    q_blocks = (q_tokens + QUERY_BLOCK - 1) // QUERY_BLOCK
-    listed = selected + (bh.to(gl.int64) * q_blocks + tile // (QUERY_BLOCK // TILE)) * count
-    # the last block alone may be ragged: it comes first, and the loop needs no masks
-    first_key = gl.load(listed + count - 1) * KEY_BLOCK
-    _load_pair(q_desc, g_desc, b, h, tile * TILE, own_bar.index(0), own_smem.index(0), own_smem.index(1), True)
-    _load_pair(k_desc, v_desc, b, h, first_key, full.index(0), k_smem.index(0), v_smem.index(0), True)
-    following = gl.load(listed) * KEY_BLOCK
-    _load_pair(k_desc, v_desc, b, h, following, full.index(1), k_smem.index(1), v_smem.index(1), count > 1)
-    mbarrier.wait(own_bar.index(0), 0)
-    q = _tile(own_smem, 0)
-    g = _tile(own_smem, 1)
-    tiles = (q, g, k_smem, v_smem)
+    # constants survive only in tuples written in the call itself
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (_consume_keys, (
+                UPPER, (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), (selected, ratio),
+                (grad_q, row_shift, row_delta, (out_stride_b, out_stride_h, out_stride_n, out_stride_d)),
+                (heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale), QUERY_BLOCK,
+            )),
+            (_produce_keys, (
+                (q_desc, g_desc, k_desc, v_desc), (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), selected,
+                (heads, row_tiles, count, tiles), QUERY_BLOCK,
+            )),
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume_keys, (
+                UPPER, (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), (selected, ratio),
+                (grad_q, row_shift, row_delta, (out_stride_b, out_stride_h, out_stride_n, out_stride_d)),
+                (heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale), QUERY_BLOCK,
+            )),
+            (_consume_keys, (
+                LOWER, (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), (selected, ratio),
+                (grad_q, row_shift, row_delta, (out_stride_b, out_stride_h, out_stride_n, out_stride_d)),
+                (heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale), QUERY_BLOCK,
+            )),
+            (_produce_keys, (
+                (q_desc, g_desc, k_desc, v_desc), (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), selected,
+                (heads, row_tiles, count, tiles), QUERY_BLOCK,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
 
-    zeros = gl.zeros([TILE, D], gl.float32, _sums())
-    none = gl.zeros([TILE], gl.float32, ROW)
-    state = (zeros, zeros, none, none, gl.full([TILE], NO_SCORE, gl.float32, ROW), none, none, none)
-    mbarrier.wait(full.index(0), 0)
-    ds_k, p_k, ds_sum, p_sum, row_max, row_sum, product_sum, delta = _add_keys(
-        tiles, 0, first_key, state, k_tokens, scale_log2, True
-    )
-    for step in range(1, count):
-        # every warp has left the stage that is filled next
-        barrier()
-        following = gl.load(listed + step) * KEY_BLOCK
-        free = (step + 1) % STAGES
-        more = step + 1 < count
-        _load_pair(k_desc, v_desc, b, h, following, full.index(free), k_smem.index(free), v_smem.index(free), more)
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        state = (ds_k, p_k, ds_sum, p_sum, row_max, row_sum, product_sum, delta)
-        ds_k, p_k, ds_sum, p_sum, row_max, row_sum, product_sum, delta = _add_keys(
-            tiles, stage, 0, state, k_tokens, scale_log2, False
+
+@gluon.jit
+def _produce_queries(descriptors, own_ring, ring, listed, place, steps, QUERY_BLOCK: gl.constexpr):
+    """One warp: K and V of the program's key block, then a stage of Q and dO per 64 rows of the listed query blocks."""
+    q_desc, g_desc, k_desc, v_desc = descriptors
+    own_smem, own_full = own_ring
+    q_smem, g_smem, full, empty = ring
+    b, h, tile = place
+    TILES: gl.constexpr = QUERY_BLOCK // TILE
+    # a list may be empty, and a step that is not there reads no number of a block
+    block = gl.load(listed, mask=steps > 0, other=0)
+    _expect_pairs(k_desc, own_full.index(0), 1)
+    _load_pair(k_desc, v_desc, b, h, tile * TILE, own_full.index(0), own_smem.index(0), own_smem.index(1))
+    for step in range(steps):
+        after = step + 1
+        following = gl.load(listed + after // TILES, mask=after < steps, other=0)
+        stage = wait_empty(empty, step)
+        bar = full.index(stage)
+        _expect_pairs(q_desc, bar, 1)
+        row = block * QUERY_BLOCK + step % TILES * TILE
+        _load_pair(q_desc, g_desc, b, h, row, bar, q_smem.index(stage), g_smem.index(stage))
+        block = following
+
+
+@gluon.jit
+def _row_numbers(row_shift, row_delta, block, part, q_tokens, QUERY_BLOCK: gl.constexpr):
+    """What 64 query rows are subtracted: one load each, neighbours side by side."""
+    rows = block * QUERY_BLOCK + part * TILE + gl.arange(0, TILE, _in_order())
+    shift = gl.load(row_shift + rows, mask=rows < q_tokens, other=NO_ROW)
+    return shift, gl.load(row_delta + rows, mask=rows < q_tokens, other=0.0)
+
+
+@gluon.jit
+def _consume_queries(
+    own_ring, ring, listed, row_numbers, outputs, place, sizes, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr
+):
+    """The program's warpgroup: dK and dV of its key block."""
+    own_smem, own_full = own_ring
+    q_smem, g_smem, full, empty = ring
+    row_shift, row_delta = row_numbers
+    grad_k, grad_v, k_correction, gk_strides, gv_strides = outputs
+    b, h, tile = place
+    steps, heads, q_tokens, k_tokens, scale_log2, scale = sizes
+    TILES: gl.constexpr = QUERY_BLOCK // TILE
+    COLUMN: gl.constexpr = gl.SliceLayout(0, _scores())
+    dtype: gl.constexpr = q_smem.dtype
+    block = gl.load(listed, mask=steps > 0, other=0)
+    next_shift, next_delta = _row_numbers(row_shift, row_delta, block, 0, q_tokens, QUERY_BLOCK)
+    following = gl.load(listed + 1 // TILES, mask=steps > 1, other=0)
+    dk = gl.zeros([TILE, D], gl.float32, _sums())
+    dv = gl.zeros([TILE, D], gl.float32, _sums())
+    mbarrier.wait(own_full.index(0), 0)
+    k = _tile(own_smem, 0)
+    v = _tile(own_smem, 1)
+    for step in range(steps):
+        stage = wait_full(full, step)
+        q = _tile(q_smem, stage)
+        g = _tile(g_smem, stage)
+        t0, t1 = _start_products(k, v, q, g)
+        # beside the products: this step's rows change places, the next step's are loaded
+        shift = gl.convert_layout(next_shift, COLUMN)
+        this_delta = next_delta
+        next_shift, next_delta = _row_numbers(
+            row_shift, row_delta, following, (step + 1) % TILES, q_tokens, QUERY_BLOCK
         )
+        following = gl.load(listed + (step + 2) // TILES, mask=step + 2 < steps, other=0)
+        scores = warpgroup_mma_wait(1, [t0])
+        p = gl.exp2(scores * scale_log2 - shift[None, :])
+        delta = gl.convert_layout(this_delta, COLUMN)
+        a = _as_operand(p, dtype)
+        dv_t = warpgroup_mma(a, g, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, [t1])
+        ds = _as_operand(p * (dp - delta[None, :]), dtype)
+        dk_t = warpgroup_mma(ds, q, dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, [dv_t, dk_t])
+        keep(a, 16)
+        keep(ds, 16)
+        leave(empty, step)
 
-    rows = tile.to(gl.int64) * TILE + gl.arange(0, TILE, ROW)
-    inside = rows < q_tokens
-    row_at = bh.to(gl.int64) * q_tokens + rows
-    row_ratio = gl.load(ratio + row_at, mask=inside, other=1.0)
-    shift = row_max + gl.log2(row_sum) - gl.log2(gl.maximum(row_ratio, MIN_RATIO))
-    gl.store(row_shift + row_at, shift, mask=inside)
-    gl.store(row_delta + row_at, delta, mask=inside)
+    keys = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, _sums()))
     d = gl.arange(0, D, gl.SliceLayout(0, _sums()))
-    mean = gl.load(k_mean + bh * D + d)
-    dq = (ds_k - _of_sums(ds_sum) * mean[None, :]) * _of_sums(row_ratio * scale / row_sum)
-    out_rows = tile.to(gl.int64) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, _sums()))
-    out_at = grad_q + b.to(gl.int64) * out_stride_b + h.to(gl.int64) * out_stride_h
-    out_at = out_at + out_rows[:, None] * out_stride_n + d[None, :] * out_stride_d
-    gl.store(out_at, dq.to(grad_q.dtype.element_ty), mask=(out_rows < q_tokens)[:, None])
+    inside = (keys < k_tokens)[:, None]
+    gk_at = _rows_at(grad_k, gk_strides, b, h, keys, d)
+    gv_at = _rows_at(grad_v, gv_strides, b, h, keys, d)
+    dk = dk * scale
+    if LINEAR:
+        correction = gl.load(k_correction + (b * heads + h) * D + d)
+        dk += gl.load(gk_at, mask=inside, other=0.0).to(gl.float32) - correction[None, :]
+        dv += gl.load(gv_at, mask=inside, other=0.0).to(gl.float32)
+    gl.store(gk_at, dk.to(grad_k.dtype.element_ty), mask=inside)
+    gl.store(gv_at, dv.to(grad_v.dtype.element_ty), mask=inside)
 
 
 @gluon.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "pairs"])
 def _hopper_key_gradient(
     q_desc, g_desc, k_desc, v_desc, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
     gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d, gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d,
-    heads, q_tokens, k_tokens, pairs, scale_log2, scale, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr,
+    heads, q_tokens, k_tokens, pairs, scale_log2, scale,
+    QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     tile = gl.program_id(0)
     bh = gl.program_id(1)
     b = bh // heads
     h = bh % heads
-    TILES: gl.constexpr = QUERY_BLOCK // TILE  # of a query block
+    wide = bh.to(gl.int64)
     own_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, TILE, D], k_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, TILE, D], q_desc.layout)
     g_smem = gl.allocate_shared_memory(g_desc.dtype, [STAGES, 1, 1, TILE, D], g_desc.layout)
-    own_bar = new_barriers(1, 1)
+    own_full = new_barriers(1, 1)
     full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 1)
     fence_async_shared()
-    barrier()
-    starts += bh.to(gl.int64) * ((k_tokens + KEY_BLOCK - 1) // KEY_BLOCK + 1) + tile
+    starts += wide * ((k_tokens + KEY_BLOCK - 1) // KEY_BLOCK + 1) + tile
     first = gl.load(starts)
-    steps = TILES * (gl.load(starts + 1) - first)
-    listed = query_blocks + bh.to(gl.int64) * pairs + first
-    row_shift += bh.to(gl.int64) * q_tokens
-    row_delta += bh.to(gl.int64) * q_tokens
-    _load_pair(k_desc, v_desc, b, h, tile * TILE, own_bar.index(0), own_smem.index(0), own_smem.index(1), True)
-    # a list may be empty, and a step that is not there reads no number of a block
-    row = gl.load(listed, mask=steps > 0, other=0) * QUERY_BLOCK
-    _load_pair(q_desc, g_desc, b, h, row, full.index(0), q_smem.index(0), g_smem.index(0), steps > 0)
-    mbarrier.wait(own_bar.index(0), 0)
-    k = _tile(own_smem, 0)
-    v = _tile(own_smem, 1)
-    dtype: gl.constexpr = q_desc.dtype
-
-    dk = gl.zeros([TILE, D], gl.float32, _sums())
-    dv = gl.zeros([TILE, D], gl.float32, _sums())
-    for step in range(0, steps):
-        # every warp has left the stage that is filled next
-        barrier()
-        after = step + 1
-        more = after < steps
-        following = gl.load(listed + after // TILES, mask=more, other=0) * QUERY_BLOCK + after % TILES * TILE
-        free = after % STAGES
-        _load_pair(q_desc, g_desc, b, h, following, full.index(free), q_smem.index(free), g_smem.index(free), more)
-        rows = row + gl.arange(0, TILE, gl.SliceLayout(0, _scores()))
-        shift = gl.load(row_shift + rows, mask=rows < q_tokens, other=NO_ROW)
-        delta = gl.load(row_delta + rows, mask=rows < q_tokens, other=0.0)
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        q = _tile(q_smem, stage)
-        g = _tile(g_smem, stage)
-        t0, t1 = _start_products(k, v, q, g)
-        scores = warpgroup_mma_wait(1, [t0])
-        p = gl.exp2(scores * scale_log2 - shift[None, :])
-        # naming P here keeps its exponentials before the wait, beside V dO^T
-        dp, p = warpgroup_mma_wait(0, [t1, p])
-        ds = p * (dp - delta[None, :])
-        dv, dk = _add_products(_as_operand(p, dtype), _as_operand(ds, dtype), g, q, dv, dk)
-        row = following
-
-    keys = tile.to(gl.int64) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, _sums()))
-    d = gl.arange(0, D, gl.SliceLayout(0, _sums()))
-    inside = (keys < k_tokens)[:, None]
-    gk_at = grad_k + b.to(gl.int64) * gk_stride_b + h.to(gl.int64) * gk_stride_h
-    gk_at = gk_at + keys[:, None] * gk_stride_n + d[None, :] * gk_stride_d
-    gv_at = grad_v + b.to(gl.int64) * gv_stride_b + h.to(gl.int64) * gv_stride_h
-    gv_at = gv_at + keys[:, None] * gv_stride_n + d[None, :] * gv_stride_d
-    dk = dk * scale
-    if LINEAR:
-        dk += gl.load(gk_at, mask=inside, other=0.0).to(gl.float32) - gl.load(k_correction + bh * D + d)[None, :]
-        dv += gl.load(gv_at, mask=inside, other=0.0).to(gl.float32)
-    gl.store(gk_at, dk.to(grad_k.dtype.element_ty), mask=inside)
-    gl.store(gv_at, dv.to(grad_v.dtype.element_ty), mask=inside)
+    steps = (QUERY_BLOCK // TILE) * (gl.load(starts + 1) - first)
+    listed = query_blocks + wide * pairs + first
+    # constants survive only in tuples written in the call itself
+    gl.warp_specialize([
+        (_consume_queries, (
+            (own_smem, own_full), (q_smem, g_smem, full, empty), listed,
+            (row_shift + wide * q_tokens, row_delta + wide * q_tokens),
+            (
+                grad_k, grad_v, k_correction, (gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d),
+                (gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d),
+            ),
+            (b, h, tile), (steps, heads, q_tokens, k_tokens, scale_log2, scale), QUERY_BLOCK, LINEAR,
+        )),
+        (_produce_queries, (
+            (q_desc, g_desc, k_desc, v_desc), (own_smem, own_full), (q_smem, g_smem, full, empty), listed,
+            (b, h, tile), steps, QUERY_BLOCK,
+        )),
+    ], [1], [24])  # fmt: skip
 
 
 def _descriptors(*tensors):
@@ -268,15 +474,19 @@ def _descriptors(*tensors):
 
 
 def hopper_query_gradient(
-    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, k_mean, *, scale, scale_log2, query_block
+    q, k, v, grad_out, grad_q, selected, ratio, row_shift, row_delta, *, scale, scale_log2, query_block
 ):
     """As query_gradient() of backward_queries.py, for calls whose q, k, v and grad_out TMA can copy."""
     batch, heads, tokens, _ = q.shape
+    walk = query_walk(query_block)
+    row_tiles = block_count(tokens, query_block) * (query_block // ROWS)
+    tiles = batch * heads * row_tiles // walk.consumers
     launch(
-        _hopper_query_gradient, (block_count(tokens, ROWS), batch * heads),
-        *_descriptors(q, grad_out, k, v), grad_q, selected, ratio, row_shift, row_delta, k_mean,
-        *grad_q.stride(), heads, tokens, k.shape[2], selected.shape[2], scale_log2, scale,
-        QUERY_BLOCK=query_block, options={"num_warps": 4},
+        _hopper_query_gradient, (min(tiles, walk.resident * programs(q.device)),),
+        *_descriptors(q, grad_out, k, v), grad_q, selected, ratio, row_shift, row_delta,
+        *grad_q.stride(), heads, tokens, k.shape[2], row_tiles, selected.shape[2], tiles, scale_log2, scale,
+        QUERY_BLOCK=query_block, CONSUMERS=walk.consumers, STAGES=walk.stages, OWN_STAGES=walk.own_stages,
+        options=walk.options,
     )  # fmt: skip
 
 
@@ -288,7 +498,9 @@ def hopper_key_gradients(
     query_blocks, starts = transposed
     launch(
         _hopper_key_gradient, (block_count(tokens, K_BLOCK), batch * heads),
-        *_descriptors(q, grad_out, k, v), grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
+        *_descriptors(q, grad_out, k, v), grad_k, grad_v, query_blocks, starts, row_shift, row_delta,
+        # warp_specialize() passes no None on: any float32 tensor stands in
+        row_delta if k_correction is None else k_correction,
         *grad_k.stride(), *grad_v.stride(), heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
-        QUERY_BLOCK=query_block, LINEAR=k_correction is not None, options={"num_warps": 4},
+        QUERY_BLOCK=query_block, LINEAR=k_correction is not None, STAGES=ALONE.stages, options=ALONE.options,
     )  # fmt: skip

@@ -1,15 +1,18 @@
-"""What the kernels in Gluon for Hopper share."""
+"""What the kernels in Gluon share."""
 
 import functools
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # renamed between Triton 3.6 and 3.9
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
+from .along_key_blocks import along_key_blocks
 from .hopper_gluon import keep, leave, load_async, new_barriers, programs, stage_of, wait_empty, wait_full
 from .launch import launch
 
@@ -52,42 +53,11 @@ def _produce(h_desc, w_desc, ring, blocks, tiles_m, tiles_f, tiles):
 
 
 @gluon.jit
-def _along_key_blocks(h, layout: gl.constexpr):
-    """E4M3 bits of h (STEP, FEATURES) as the left operand (FEATURES, STEP), without moving anything between threads.
-
-    Its rows are the features in the order of bits 1, 6 5, 0, 4 3 2 of their numbers, its columns the key blocks in the
-    order of bits 5 4, 2 1, 3, 0: that of the weights.
-    """
-    h = h.reshape([4, 2, 4, 2, 32, 4]).permute([0, 2, 4, 5, 1, 3])
-    even, odd = h.split()
-    h0, h2 = even.split()
-    h1, h3 = odd.split()
-    y0, y1, y2, y3 = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t0, t1, u0, u1;
-        prmt.b32 t0, $4, $5, 0x5140;
-        prmt.b32 t1, $4, $5, 0x7362;
-        prmt.b32 u0, $6, $7, 0x5140;
-        prmt.b32 u1, $6, $7, 0x7362;
-        prmt.b32 $0, t0, u0, 0x5410;
-        prmt.b32 $1, t0, u0, 0x7632;
-        prmt.b32 $2, t1, u1, 0x5410;
-        prmt.b32 $3, t1, u1, 0x7632;
-        }
-        """,
-        "=r,=r,=r,=r,r,r,r,r", [h0, h1, h2, h3], dtype=[gl.int8] * 4, is_pure=True, pack=4,
-    )  # fmt: skip
-    y = gl.join(gl.join(y0, y2), gl.join(y1, y3))  # (5 4, 2 1, feature 6..2, word, feature 1, feature 0)
-    y = y.reshape([4, 4, 4, 8, 4, 2, 2]).permute([5, 2, 6, 3, 0, 1, 4]).reshape([128, 64])
-    return gl.convert_layout(y, layout).to(gl.float8e4nv, bitcast=True)
-
-
-@gluon.jit
 def _operand(h_smem, full, step, PART: gl.constexpr, load_layout: gl.constexpr, layout: gl.constexpr):
     """The left operand of a step, once it has come."""
     h = h_smem.index(2 * wait_full(full, step) + PART)
-    return _along_key_blocks(h.reshape([h.shape[1], h.shape[2]]).load(load_layout), layout)
+    h = along_key_blocks(h.reshape([h.shape[1], h.shape[2]]).load(load_layout))
+    return gl.convert_layout(h, layout).to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit

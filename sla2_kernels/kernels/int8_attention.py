@@ -29,7 +29,7 @@ P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 
 MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
-LANES = tl.constexpr(4)  # threads that share a row's scores
+COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 
 
 @triton.jit
@@ -61,16 +61,16 @@ def _fma(x, y, z):
 
 @triton.jit
 def _probabilities(scores, factor, offset, correction, valid, RAGGED: tl.constexpr):
-    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, LANES]."""
+    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, COLUMNS]."""
     ROWS: tl.constexpr = scores.shape[0]
     KEYS: tl.constexpr = scores.shape[1]
     p = tl.exp2(_fma(scores, factor, offset[:, None]))
     if RAGGED:
         p = tl.where(valid[None, :], p, 0.0)
-    # over what one thread holds of a row; the lanes are added up once, behind the loop
-    sums = tl.sum(tl.sum(p.reshape([ROWS, KEYS // 8, LANES, 2]), axis=3), axis=1)
+    # over what lies in one column of the tiles, and so in one register, as all sums do: the columns are added up behind the loop
+    sums = tl.sum(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), axis=1)
     biased = tl.fma(p, correction[:, None], INT8_BIAS).to(tl.int32, bitcast=True)
-    ordered = biased.to(tl.int8).reshape([ROWS, KEYS // 16, 2, LANES, 2]).permute([0, 1, 3, 2, 4])
+    ordered = biased.to(tl.int8).reshape([ROWS, KEYS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
     return ordered.reshape([ROWS, KEYS]), sums
 
 
@@ -147,7 +147,7 @@ def _int8_sparse_attention(
 
     acc = tl.zeros([TILE, D], dtype=tl.int32)
     row_max = tl.zeros([TILE], dtype=tl.float32)
-    row_sum = tl.zeros([TILE, LANES], dtype=tl.float32)
+    row_sum = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
     selected += (bh * q_blocks + q_block) * count
     # the list ascends, so only its last block can be the ragged one: it comes first, and the loop needs no masks
     j = tl.load(selected + count - 1).to(tl.int64)

@@ -22,6 +22,8 @@ INT8_BIAS = tl.constexpr(12582912.0)
 INT8_BIAS_BITS = tl.constexpr(0x4B400000)
 INT8_MAX = tl.constexpr(127.0)
 
+FLOAT32_ONE = tl.constexpr(127 << 23)  # its bits
+
 FP8_MAX = tl.constexpr(448.0)  # of E4M3
 FP8_MIN_NORMAL = tl.constexpr(2.0**-6)
 FP8_SUBNORMAL_STEPS = tl.constexpr(1.5 * 2.0**14)  # float32 numbers of this size are 2^-9 apart, E4M3's smallest step

@@ -107,9 +107,11 @@ def pools(k, q=None, v=None, *, query_block=None, balance=False, channels=False)
         return torch.empty(batch * heads, *shape, dtype=torch.float32, device=k.device) if wanted else None
 
     found = Pools(
-        empty(True, k_blocks, head_dim), empty(queries, q_blocks, head_dim),
-        empty(balance or channels, 2, head_dim), empty(channels, head_dim),
-    )  # fmt: skip
+        empty(True, k_blocks, head_dim),
+        empty(queries, q_blocks, head_dim),
+        empty(balance or channels, 2, head_dim),
+        empty(channels, head_dim),
+    )
     jobs = k_blocks + q_blocks + (2 if channels else 1 if balance else 0)
     launch(
         _pools, (jobs, batch * heads), q, k, v, found.q, found.k, found.balance, found.v_channel,

@@ -14,15 +14,15 @@ from ..router import K_BLOCK, Q_BLOCK, block_count
 from ..support import capability
 from .configs import multiplies_by_mma_sync
 from .launch import launch
-from .numerics import MIN_MAGNITUDE, ordered_int
+from .numerics import FLOAT32_ONE, MIN_MAGNITUDE, ordered_int
 
 TILE = 64
 HALVES_ROWS = 32
 SCORES_STEP = 128  # the length of a row of scores is a multiple of it, so that the top-k reads without masks
 INT32_MIN = tl.constexpr(-(2**31))  # the padding, and below every score
 INT32_MAX = tl.constexpr(2**31 - 1)  # a query's own key blocks and the forced ones, above every score
-# parts of a float32 as an integer
-FLOAT32_EXPONENT, FLOAT32_ONE = tl.constexpr(0x7F800000), tl.constexpr(127 << 23)
+# a float32's exponent as an integer
+FLOAT32_EXPONENT = tl.constexpr(0x7F800000)
 TEN_OCTAVES = tl.constexpr(10 << 23)
 KEY_BLOCK_LOG2 = tl.constexpr(K_BLOCK.bit_length() - 1)
 
@@ -65,9 +65,7 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["a_rows", "b_rows"])
-def _halves(
-    a, b, a_high, a_low, a_power, b_high, b_low, b_power, a_rows, b_rows, D: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _halves(a, b, a_high, a_low, a_power, b_high, b_low, b_power, a_rows, b_rows, D: tl.constexpr, TILE: tl.constexpr):
     """Takes both operands apart, first a, then b."""
     a_tiles = tl.cdiv(a_rows, TILE)
     tile = tl.program_id(0)

@@ -78,7 +78,7 @@ def test_the_heuristic_routers_ratio_is_the_best_constant():
     def error(shift):
         layer = router.layers[0]
         moved = replace(router, layers=(replace(layer, alpha_logits=layer.alpha_logits + shift),))
-        return quality.output_errors(names._sla2("h", 0.5, "16bit", moved, True), captures, expected)["error"]
+        return quality.output_errors(names.sla2("h", 0.5, "16bit", moved, True), captures, expected)["error"]
 
     assert error(0.0) < min(error(0.1), error(-0.1))
     assert router.layers[0].proj_q is None

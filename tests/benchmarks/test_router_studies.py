@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from benchmarks.router_studies.budgets import spread
+from benchmarks.router_studies.budgets import _heads_as_layers, spread
 from benchmarks.router_studies.frozen import freeze
 from benchmarks.router_studies.orders import morton_order, tile_order
 from benchmarks.router_studies.query_blocks import choice_errors
@@ -41,6 +41,13 @@ def test_every_study_prints_its_table(monkeypatch):
     ):
         assert row in text
     assert "nan" not in text and "inf" not in text
+
+
+def test_heads_as_layers_keep_how_the_router_was_trained():
+    options = TrainerOptions(query_block=64, keep_diagonal=False)
+    router = RouterTrainer("m", 3, 2, 32, sparsities=(0.8,), options=options).router()
+    _, split = _heads_as_layers([], router)
+    assert (split.num_layers, split.num_heads, split.q_block, split.keep_diagonal) == (6, 1, 64, False)
 
 
 def test_frozen_layers_give_what_a_fresh_computation_gives():

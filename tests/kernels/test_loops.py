@@ -24,7 +24,7 @@ REFUSED = {
 def test_the_hopper_loop_says_why_not(monkeypatch, case):
     hopper = pytest.importorskip("sla2_kernels.kernels.hopper")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: True)
+    monkeypatch.setattr(hopper, "gluon_is_known", lambda: True)
     *call, part = case
     reason = hopper.why_not_hopper_loop(*call)
     assert part in reason and "\n" not in reason and not hopper.takes_hopper_loop(*call)
@@ -36,7 +36,7 @@ def test_an_untested_triton_is_named(monkeypatch, version):
     hopper = pytest.importorskip("sla2_kernels.kernels.hopper")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("triton.__version__", version)
-    monkeypatch.setattr(hopper, "_gluon_is_known", hopper._gluon_is_known.__wrapped__)
+    monkeypatch.setattr(hopper, "gluon_is_known", hopper.gluon_is_known.__wrapped__)
     reason = hopper.why_not_hopper_loop((9, 0), "int8", "fp8", Q, Q, Q)
     assert reason == f"the Hopper loop was tested with Triton 3.6 to 3.9, and this is Triton {version}"
 

@@ -166,17 +166,19 @@ def test_default_precision(card, capability, precision):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_only_the_int8_loop_for_hopper_selects_for_every_64_query_tokens(card, capability, monkeypatch):
     hopper = pytest.importorskip("sla2_kernels.kernels.hopper")
-    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: True)
+    monkeypatch.setattr(hopper, "gluon_is_known", lambda: True)
     card(capability)
 
-    def chosen(precision="int8", device=CUDA, dtype=torch.bfloat16, head_dim=128):
-        q = types.SimpleNamespace(device=device, dtype=dtype, shape=(1, 300, 2, head_dim))
-        return support.default_query_block(q, precision)
+    def chosen(precision="int8", device=CUDA, dtype=torch.bfloat16, head_dim=128, spare=0):
+        q = torch.empty(1, 300, 2, head_dim + spare, dtype=dtype)[..., :head_dim]
+        kept = {name: getattr(q, name) for name in ("dtype", "shape", "stride", "element_size", "data_ptr")}
+        return support.default_query_block(types.SimpleNamespace(device=device, **kept), precision)
 
     assert chosen() == (64 if capability == (9, 0) else 128)
     others = {"precision": "16bit"}, {"precision": "fp8"}, {"device": CPU}, {"dtype": torch.float32}, {"head_dim": 64}
-    assert all(chosen(**other) == 128 for other in others)
-    monkeypatch.setattr(hopper, "_gluon_is_known", lambda: False)
+    assert all(chosen(**other) == 128 for other in (*others, {"spare": 4})), "spare: strides that TMA does not take"
+    assert chosen(spare=8) == chosen()
+    monkeypatch.setattr(hopper, "gluon_is_known", lambda: False)
     assert chosen() == 128
 
 

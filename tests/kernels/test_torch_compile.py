@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from operator_inputs import attention_inputs, normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla2_kernels import gradients, operators, select_key_blocks, sla2_attention
 
@@ -30,6 +31,30 @@ def test_no_graph_break(generator, knots, layout):
     arguments = *tensors, *inputs.tensors()[3:]
     for found, expected in zip(torch.compile(layer, **HOW)(*arguments), layer(*arguments), strict=True):
         assert torch.equal(found, expected)
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_a_call_that_something_watches_goes_through_torch_s_operator(generator):
+    q, k, v = attention_inputs(generator, tokens=70, keys=70).tensors()[:3]
+    expected = sla2_attention(q, k, v, sparsity=0.5)
+    with Watching() as watching:
+        out = sla2_attention(q, k, v, sparsity=0.5)
+    assert watching.seen == ["sla2.attention.default"] and torch.equal(out, expected)
+    alpha = torch.full((q.shape[1],), 0.5, requires_grad=True)
+    assert sla2_attention(q, k, v, alpha=alpha, sparsity=0.5).grad_fn is not None
+    with torch.no_grad():
+        assert sla2_attention(q, k, v, alpha=alpha, sparsity=0.5).grad_fn is None
+    batched = torch.func.vmap(lambda x: operators._is_plain((x,)) * torch.ones(()))(q)
+    assert operators._is_plain((q, None)) and not batched.any()
 
 
 def test_the_search_for_triton_is_not_compiled(generator, monkeypatch):

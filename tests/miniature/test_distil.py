@@ -45,8 +45,10 @@ def test_the_loss_falls_and_the_student_comes_nearer_to_the_guided_teacher(first
     assert tested[-1] < 0.7 * log["results"]["error_teacher"]["small_4"]
     assert log["results"]["steps"] == 60
     assert {path.name for path in first.iterdir()} == {
-        "wan_miniature_4_steps_lora.safetensors", distil.LIVE_FILE, distil.LOG_FILE.format(1)
-    }  # fmt: skip
+        "wan_miniature_4_steps_lora.safetensors",
+        distil.LIVE_FILE,
+        distil.LOG_FILE.format(1),
+    }
 
 
 def test_resuming_goes_on_from_the_live_lora_also_for_other_steps(first, weights):
@@ -161,6 +163,19 @@ def test_the_measure_samples_with_the_lora(tiny_weights, tmp_path):
         losses.append(report["validation_loss"])
     assert (report["lora"], report["steps"], report["cfg"]) == ("lora.safetensors", 1, 1.0)
     assert losses[0] != losses[1]
+    words = [
+        "--weights",
+        str(tiny_weights),
+        "--lora",
+        str(tmp_path / "lora.safetensors"),
+        "--out",
+        str(tmp_path / "merged"),
+    ]
+    lora.main(words)
+    merged, _ = sample.load_models(tmp_path / "merged")
+    wanted, _ = sample.load_models(tiny_weights, lora=tmp_path / "lora.safetensors")
+    for ours, theirs in zip(merged.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.bfloat16().float())
 
 
 @pytest.mark.parametrize(

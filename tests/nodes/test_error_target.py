@@ -240,9 +240,13 @@ def test_without_a_sampler_the_first_sparsity_stays_and_is_said(bench):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"target_error": 1.0}, {"target_error": -0.1}, {"target_error": float("nan")}]
-    + [{"target_error": 0.1, **other} for other in ({"ratio_mode": "fixed"}, {"ratio_mode": "estimated"}, {"method": "top-k only"})],
-)  # fmt: skip
+    "wrong",
+    [{"target_error": 1.0}, {"target_error": -0.1}, {"target_error": float("nan")}]
+    + [
+        {"target_error": 0.1, **other}
+        for other in ({"ratio_mode": "fixed"}, {"ratio_mode": "estimated"}, {"method": "top-k only"})
+    ],
+)
 def test_settings_that_cannot_be_are_one_sentence(pack_module, wrong):
     with pytest.raises(ValueError, match=r"^target_error [^\n]*\.$"):
         pack_module("nodes.settings.values").AttentionSettings(**wrong)
@@ -261,6 +265,8 @@ def test_report_and_outcome_say_what_was_asked_measured_and_chosen(bench, pack_m
     assert words in report.report_text(b.hook, run).splitlines()[0]
     assert words in outcome.outcome(b.hook, run)["headline"]
     assert report.report_data(b.hook, run)["target_error"] == {
-        "error": 0.16, "sparsities": (low, high), "is_out_of_reach": False,
-    }  # fmt: skip
+        "error": 0.16,
+        "sparsities": (low, high),
+        "is_out_of_reach": False,
+    }
     assert "fitted (target_error measures with it)" in report.report_text(b.hook, run)

@@ -169,7 +169,7 @@ def test_out_of_memory_runs_dense_for_the_rest_of_the_step(
 def test_no_memory_for_the_dense_rows_runs_dense_for_the_rest_of_the_step(
     run_of, end, failure, qkv, error, monkeypatch, pack_module
 ):
-    """The video's output is there; what lacks is room for text and sound rows, or for both together."""
+    """The video's output is there; what lacks is room for text and sound rows, or for both together. It was measured in vain."""
     attempts = []
 
     def join(*_):
@@ -184,6 +184,8 @@ def test_no_memory_for_the_dense_rows_runs_dense_for_the_rest_of_the_step(
     data, _ = end(b)
     assert len(attempts) == 1 and data["sparse_calls"] == 0
     assert [row["dense"] for row in data["layers"]] == [{failure.OUT_OF_MEMORY: 1}] * 3
+    run = b.hook.runs.finished()[-1]
+    assert run.attention_error is None and run.layers[0].attention_error is None
 
 
 def test_another_error_of_the_dense_rows_is_raised_as_it_came(run_of, end, qkv, monkeypatch, pack_module):
@@ -285,6 +287,61 @@ def test_a_kernel_that_cannot_be_built_runs_every_layer_dense(
     assert "ptxas fatal" in note or "ptxas fatal" not in str(error), "the line that says what is wrong"
     helps = note.rpartition("); ")[2]
     assert re.match("(update|delete|install|tooling/doctor.py) ?", helps), helps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("references", [(), ((0, 200),)], ids=["text alone", "references"])
+@pytest.mark.parametrize(
+    "error", [KERNELS["shared memory"], MEMORY["CUDA"], ValueError("ours")], ids=["kernel", "memory", "ours"]
+)
+def test_the_sparse_loop_fails_on_the_exact_rows_alone(
+    run_of, end, error, references, monkeypatch, pack_module, caplog
+):
+    """The video's tokens stay sparse; PyTorch's attention computes the rows of text and sound."""
+    way, rows, attempts = pack_module("nodes.attention.self_attention"), pack_module("sla2_kernels.exact_rows"), []
+
+    def fail(*_, **__):
+        attempts.append(1)
+        raise error
+
+    monkeypatch.setattr(way, "takes_rows", lambda request: True)
+    monkeypatch.setattr(rows, "takes_exact_rows", lambda *_: True)
+    monkeypatch.setattr(rows, "sla2_attention", fail)
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 900, HEADS * 64, generator=generator) for _ in range(3)]
+    b, override = run_of(grid=(6, 10, 10), front=260, references=references), pack_module("nodes.attention.override")
+    monkeypatch.setattr(override, "DEFAULT", override.name_of(b.attention))
+    dense = b.attention(*qkv, heads=HEADS)
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="ours"):
+            b.attend(*qkv, heads=HEADS)
+        return
+    if error is KERNELS["shared memory"]:
+        stopping = run_of(grid=(6, 10, 10), front=260, references=references, stop_on_unsupported=True)
+        with pytest.raises(RuntimeError, match="SLA2 stopped in layer 0"):
+            stopping.attend(*qkv, heads=HEADS)
+        attempts.clear()
+    outs = [b.attend(*qkv, heads=HEADS, layer=layer) for layer in (0, 1, 0)]
+    data, text = end(b)
+    assert len(attempts) == 1
+    run = b.hook.runs.finished()[-1]
+    if error is MEMORY["CUDA"]:
+        assert all(torch.equal(out, dense) for out in outs) and data["notes"] == []
+        assert run.attention_error is None and data["sparse_calls"] == 0
+        return
+    first = references[0][1] if references else 0
+    for out in outs:
+        for exact in (slice(first, 260), slice(860, 900)):
+            torch.testing.assert_close(out[:, exact], dense[:, exact])
+        assert not torch.allclose(out[:, 260:860], dense[:, 260:860], atol=1e-3)
+    assert data["sparse_calls"] == 3 and not any(row["dense"] for row in data["layers"]) and not run.failed_layers
+    assert run.attention_error > 0
+    (note,) = data["notes"]
+    assert note.startswith(
+        "PyTorch's attention computed the rows of text and sound of 3 calls: the kernels could not be"
+    )
+    assert "OutOfResources" in note and note in text
+    assert len([record for record in caplog.records if "rows of text and sound" in record.getMessage()]) == 1
 
 
 CACHES = {"a file in its way": None, "read-only file system": "ro", "full disk": "size=4k"}

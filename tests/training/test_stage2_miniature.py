@@ -1,38 +1,114 @@
-"""The ablation script runs through at a tiny size, and its table says what its runs said."""
+"""Stage 2 and low-bit training on the miniature: a cut-off run ends where a whole one does, and its table says what runs said."""
 
+import argparse
+import functools
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from benchmarks import stage2_miniature
-from sla2_kernels import load_router
+from benchmarks.miniature_model import Miniature
+from benchmarks.stage2_miniature import AFTER, BEFORE, FITTED, Outliers, TimedTrainer, videos
+from sla2_kernels import load_router, sla2_attention
+
+TINY = ["--tiny", "--device", "cpu", "--sparsities", "0.6"]
+
+
+def rows_in(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
 
 
 @pytest.mark.slow
-def test_every_run_is_in_the_table(tmp_path, capsys):
-    stage2_miniature.main(["--tiny", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["run"] for row in rows] == [
-        "stage 1",
-        stage2_miniature.QAT,
-        "stage 1, 16 bit",
-        "stage 1 + 2, 16 bit",
-        stage2_miniature.AFTERWARDS,
-        "heuristic router",
-        stage2_miniature.HEURISTIC,
-    ]
-    assert {row["precision"] for row in rows} == {"int8", "16bit"} and len({row["dense_flow"] for row in rows}) == 1
-    assert rows[0]["distance"] > 0
-    assert load_router(tmp_path / "97-0" / "router.safetensors").ratio(0, 0.97) is not None
-    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatch, capsys):
+    tiny = replace(Miniature.tiny("cpu"), size=(9, 96, 128))
+    monkeypatch.setattr(Miniature, "tiny", lambda device: tiny)
+    clips = functools.cache(lambda count, split: videos(tiny, count, split))
+    monkeypatch.setattr(stage2_miniature, "videos", lambda miniature, count, split: clips(count, split))
+    words = [*TINY, "--steps", "2", "--trained", "int8", "--evaluated", "int8", "16bit"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stage2_miniature.main([*words, "--out", str(whole)])
+    assert [(row["run"], row["trained"], row["evaluated"]) for row in rows_in(whole)] == [
+        (FITTED, None, "int8"), (FITTED, None, "16bit"), (BEFORE, None, "int8"), (BEFORE, None, "16bit"),
+        (AFTER, "int8", "int8"), (AFTER, "int8", "16bit"),
+    ]  # fmt: skip
+    assert load_router(whole / "60-int8-none" / "router.safetensors").ratio(0, 0.6) is not None
+    assert (whole / "table.md").read_text() in capsys.readouterr().out
+
+    step = TimedTrainer._forward_backward
+
+    def out_of_time(self):
+        self.until = 0.0 if self.step == 1 else self.until
+        return step(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TimedTrainer, "_forward_backward", out_of_time)
+        stage2_miniature.main([*words, "--out", str(cut)])
+    assert "1 of 1 runs are left" in capsys.readouterr().out
+    assert [row["run"] for row in rows_in(cut)] == [FITTED, FITTED, BEFORE, BEFORE]
+    stage2_miniature.main([*words, "--out", str(cut)])
+    for ours, theirs in zip(rows_in(cut), rows_in(whole), strict=True):
+        assert ours | {key: theirs[key] for key in ("flow", "distance")} == theirs
+        assert ours["flow"] == pytest.approx(theirs["flow"]) and ours["distance"] == pytest.approx(
+            theirs["distance"], rel=1e-4
+        )
+    with pytest.raises(ValueError, match="has rows with steps 2"):
+        stage2_miniature.main([*words, "--out", str(cut), "--steps", "3"])
 
 
-def test_the_share_of_the_gap_that_is_closed():
-    rows = [
-        {"run": run, "sparsity": 0.97, "flow": flow, "distance": 0.0, "dense_flow": 1.0}
-        for run, flow in (("stage 1", 3.0), ("stage 1 + 2 (QAT)", 1.5))
-    ]
-    assert stage2_miniature.table(rows, [0.97]).splitlines()[-1] == "| stage 1 + 2 (QAT) | 1.50000 | 0.000000 | 75% |"
+def test_the_share_of_the_gap_between_fitted_and_dense():
+    def row(run, flow, evaluated="int8"):
+        return {"run": run, "sparsity": 0.97, "outliers": "none", "evaluated": evaluated, "router": "stage 1",
+                "trained": None if run != AFTER else "int8", "flow": flow, "distance": 0.0, "dense_flow": 1.0}  # fmt: skip
+
+    rows = [row(FITTED, 3.0), row(FITTED, 9.0, "16bit"), row(AFTER, 1.5), row(BEFORE, 2.0)]
+    assert [stage2_miniature.closed(rows, r) for r in rows] == [0.0, 0.0, 0.75, 0.5]
+    assert stage2_miniature.table(rows).splitlines()[-1].endswith("| int8 | int8 | 1.50000 | 1.500 | 0.000000 | 75% |")
+
+
+def test_outliers_change_no_logit_and_cost_int8_only_where_channels_are_not_balanced():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 320, 2, 128) for _ in range(3))
+
+    def dense(layer, q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    gains = Outliers.parse("k:2:30")
+    torch.testing.assert_close(gains(dense)(0, q, k, v), dense(0, q, k, v), atol=1e-5, rtol=1e-4)
+    assert str(gains) == "k:2:30" and Outliers.parse("none")(dense) is dense
+    with pytest.raises(argparse.ArgumentTypeError, match="SIDE:CHANNELS:GAIN"):
+        Outliers.parse("v:2:30")
+
+    def error(form):
+        # no block left out, so that the linear branch, which gains change, has no weight
+        def attend(layer, *tensors):
+            precision = stage2_miniature.precision_of(form)
+            return sla2_attention(*tensors, sparsity=0.0, precision=precision, layout="BNHD")
+
+        with stage2_miniature.running(form):
+            out = gains(attend)(0, q, k, v)
+        exact = dense(0, q, k, v)
+        return float((out - exact).norm() / exact.norm())
+
+    balanced = error("int8")
+    assert error("int8 plain") > 1.5 * balanced
+    assert error("int8") == balanced  # the balance is back
+
+
+def test_more_ratio_knots_begin_at_the_one_there_was():
+    router = stage2_miniature.identity_router("wan", 1, 1, 128)
+    assert stage2_miniature.with_knots(router, 4) is router
+    learned = replace(
+        router,
+        sparsities=(0.9,),
+        layers=(replace(router.layers[0], alpha_logits=torch.full((1, 1, 1), 2.0)),),
+    )
+    ratio = stage2_miniature.with_knots(learned, 4).ratio(0, 0.9)
+    torch.testing.assert_close(ratio, torch.full((1, 4), 2.0).sigmoid())
+    with pytest.raises(ValueError, match="has 4 already"):
+        stage2_miniature.with_knots(stage2_miniature.with_knots(learned, 4), 2)

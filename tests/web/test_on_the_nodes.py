@@ -356,7 +356,7 @@ REFUSED = [
     ("2", {"preset": "automatic", "method": "top-k only"}, "请将预设设为 custom，并设置稀疏度。"),
     ("8", {"sparsities": "0.9; 1.5"}, "稀疏度列表（sparsities）必须是 0 到 1 之间互不相同的数"),
     ("9", {"filename_prefix": "../x"}, "SLA2 保存路由器：文件名前缀（filename_prefix）必须是 models/sla2 之内的名称"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])

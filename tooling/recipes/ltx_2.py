@@ -53,14 +53,17 @@ def samples(stage, guider, sampler, sigmas, latent, seed):
     wires = {name: Wire(f"{name}_{stage}") for name in ("noise", "guider", "sampler", "sigmas")}
     title = f"({'half' if stage == 'half' else 'full'} size)"
     return [
-        Node(f"noise_{stage}", "RandomNoise", f"RandomNoise {title}", {"noise_seed": seed, "control_after_generate": "fixed"}),
+        Node(
+            f"noise_{stage}",
+            "RandomNoise",
+            f"RandomNoise {title}",
+            {"noise_seed": seed, "control_after_generate": "fixed"},
+        ),
         Node(f"guider_{stage}", guider[0], f"{guider[0]} {title}", guider[1]),
         Node(f"sampler_{stage}", "KSamplerSelect", f"KSamplerSelect {title}", {"sampler_name": sampler}),
         Node(f"sigmas_{stage}", "ManualSigmas", f"Sigmas {title}", {"sigmas": sigmas}),
-        Node(
-            f"samples_{stage}", "SamplerCustomAdvanced", f"Sampler {title}", wires | {"latent_image": Wire(latent)}
-        ),
-    ]  # fmt: skip
+        Node(f"samples_{stage}", "SamplerCustomAdvanced", f"Sampler {title}", wires | {"latent_image": Wire(latent)}),
+    ]
 
 
 def recipe(name, loaders, model, kind, guiding, sampler, vae_wire, sound, upscaler):

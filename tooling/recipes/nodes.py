@@ -69,10 +69,13 @@ def sla2(source, key="", title="", on=None):
     return [
         Node(f"switch{key}", "ComfySwitchNode", f"SLA2 on, or dense{named}", inputs, width=400),
         Node(
-            f"sla2{key}", "SLA2ApplyAttention", f"SLA2 Apply Attention{named}",
-            {"model": Wire(source), "preset": PRESET}, width=400,
+            f"sla2{key}",
+            "SLA2ApplyAttention",
+            f"SLA2 Apply Attention{named}",
+            {"model": Wire(source), "preset": PRESET},
+            width=400,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def report(switch, sampler, key="report", title=None):

@@ -9,6 +9,7 @@ from cards import CARDS, assert_fits
 
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio
+from sla2_kernels.kernels.hopper import gluon_is_known
 from sla2_kernels.kernels.row_errors import add_row_errors
 from sla2_kernels.support import unsupported_reason
 from sla2_kernels.triton_backend import Sample
@@ -29,12 +30,12 @@ CASES = (
     (FP32, 128, "int8", "learned", (86, 90, 100)),
     (FP32, 128, "16bit", "estimated", (86, 90, 100)),
 )
-SPILLING = {"_int8_sparse_attention": 512, "_product_of_halves": 128}
+SPILLING = {"_int8_sparse_attention": 512, "_product_of_halves": 128, "_pack": 512}
 ODD = [card for card in CARDS if card.arch in (86, 120)]
 
 
 def spill_bar(card, dtype=BF16, kernel=""):
-    """Bytes per thread. float32: three TF32 products each. sm_90, the INT8 loop and the scores: their tiles are the fastest
+    """Bytes per thread. float32: three TF32 products each. sm_90, the INT8 loop, the scores and pack: their tiles are the fastest
     on the card, spilling or not."""
     if dtype == FP32:
         return float("inf")
@@ -82,8 +83,12 @@ def test_forward_fits(compile_for, attend, card, case):
     takes_along = hopper or ("_int8_sparse_attention" in names and dtype != FP32)
     assert ("_linear_attention" in names) == (linear and not takes_along)
     assert ("_int8_sparse_attention" in names) == (precision == "int8" and card.capability[0] in (8, 12))
-    assert ("_masked_sum" in names) == (linear and not fp8_sums)
+    # cards with mma.sync have them in INT8
+    int8_sums = linear and "_int8_sparse_attention" in names
+    assert ("_masked_sum" in names) == (linear and not fp8_sums and not int8_sums)
     assert ("_hopper_masked_sum" in names) == ("_weighted_mask" in names) == fp8_sums
+    product = "_mma_masked_sum" if gluon_is_known() else "_int8_masked_sum"
+    assert (product in names) == ("_int8_weighted_mask" in names) == int8_sums
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, spill_bar(card, dtype, kernel.name))

@@ -9,14 +9,16 @@ from operator_inputs import embedded, normal, relative_error
 from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio, _splits
+from sla2_kernels.kernels.pack import register_order_of_channels
 from sla2_kernels.reference import fitted_ratio, phi, sla2_reference
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
+from sla2_kernels.torch_fit import fit_ratio
 from sla2_kernels.triton_backend import Sample
 
 ROWS, FITTED = 32, 24
 
 
-def fit(q, k, v, selected, rows, query_block=128):
+def fit(q, k, v, selected, rows, query_block=128, register_order=False):
     """(ratio (B, H), dense (B, H, R, D)) of the kernels, with exact sums of the linear branch."""
     (batch, heads, tokens, head_dim), blocks = q.shape, block_count(k.shape[2], 64)
     unselected = unselected_mask(selected, blocks, torch.float32).flatten(0, 1)
@@ -27,8 +29,11 @@ def fit(q, k, v, selected, rows, query_block=128):
     config = fit_config(q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=head_dim**-0.5 * math.log2(math.e), config=config)
     sums = linear_sums(k, v, unselected)
+    if register_order:
+        h = sums[..., :-head_dim].unflatten(-1, (head_dim, head_dim))
+        h[..., register_order_of_channels.fn(torch.arange(head_dim))] = h.clone()
     for heads_slice in (slice(0, 1), slice(1, batch * heads)):
-        fitted.fit(q, sums[heads_slice].contiguous(), heads_slice, register_order=False)
+        fitted.fit(q, sums[heads_slice].contiguous(), heads_slice, register_order=register_order)
     assert (ratios == per_head.flatten()[:, None]).all()
     return per_head, dense
 
@@ -62,16 +67,19 @@ def inputs(
         ({"keys": 1001, "head_dim": 32, "batch": 1}, 1e-5),  # ragged last key block
         ({"tokens": 33, "keys": 1100, "batch": 1, "count": 7}, 1e-5),  # several programs a head
         ({"head_dim": 128, "dtype": torch.float16}, 2e-3),
+        ({"head_dim": 128, "batch": 1, "register_order": True}, 1e-5),
         ({"query_block": 64, "batch": 1}, 1e-5),
     ],
-    ids=["views", "ragged", "splits", "float16", "64 query tokens"],
+    ids=["views", "ragged", "splits", "float16", "Hopper's order of channels", "64 query tokens"],
 )
 def test_ratio_and_exact_rows(generator, sizes, bound):
+    sizes = dict(sizes)
+    order = {"register_order": sizes.pop("register_order", False)}
     q, k, v, selected, rows = inputs(generator, **sizes)
     block = {"query_block": sizes.get("query_block", 128)}
     expected, _ = fitted_ratio(q, k, v, selected, rows[:FITTED], **block)
     _, expected_dense = fitted_ratio(q, k, v, selected, rows, **block)
-    ratios, dense = fit(q, k, v, selected, rows, **block)
+    ratios, dense = fit(q, k, v, selected, rows, **order, **block)
     assert relative_error(dense, expected_dense) < bound
     assert (ratios - expected).abs().max() < bound
     assert 0.05 < expected.min() and expected.max() < 0.95
@@ -97,9 +105,11 @@ def test_rows_that_are_not_finite_are_left_out(generator):
 
 def test_where_the_branches_agree_the_selected_mass_decides(generator):
     q, k, v, selected, rows = inputs(generator, batch=1)
-    v = torch.ones_like(v)  # every average of it is 1
-    ratios, _ = fit(q, k, v, selected, rows)
-    assert ((ratios > 0) & (ratios < 1)).all()
+    v = torch.zeros_like(v)  # every average of it is 0, without rounding
+    ratios, dense = fit(q, k, v, selected, rows)
+    q, k, v = (x.double() for x in (q, k, v))
+    expected = fit_ratio(q, k, v, selected, rows, FITTED, dense.double(), q.shape[3] ** -0.5, 128)
+    assert ((expected > 0) & (expected < 1)).all() and (ratios - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

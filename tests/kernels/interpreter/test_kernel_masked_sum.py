@@ -4,9 +4,11 @@ import pytest
 import torch
 from operator_inputs import normal, relative_error
 
-from sla2_kernels.kernels.configs import product_config
-from sla2_kernels.kernels.masked_sum import masked_sum
-from sla2_kernels.kernels.select import new_mask
+from sla2_kernels.kernels.configs import INT8_PRODUCT, product_config
+from sla2_kernels.kernels.masked_sum import int8_masked_sum, masked_sum
+from sla2_kernels.kernels.select import mask_width, new_mask
+from sla2_kernels.kernels.weighted_mask import int8_weighted_mask
+from sla2_kernels.triton_backend import Workspace
 
 BARS = {torch.float32: 1e-6, torch.float16: 1e-3}
 COLUMNS = 65 * 64
@@ -56,3 +58,47 @@ def test_sums_of_many_large_blocks_stay_inside_float16():
     sums, out = torch.full((1, 600, 128), 3e4, dtype=torch.float16), torch.empty(1, 1, 128, dtype=torch.float16)
     masked_sum(mask, sums, out, slice(0, 1), product_config((8, 9), 2))
     assert relative_error(out, torch.full((1, 1, 128), 3e4)) < 1e-3
+
+
+def int8_sums(generator, rows, blocks, exponents, first=0, heads=2, dim=32):
+    """(sums (H, rows, D * D), what they should be) of random INT8 h_j over these exponents, float32 (H, T_n)."""
+    mask = random_mask(generator, first + heads, rows, blocks, torch.float32)
+    h = torch.randint(-127, 128, (heads, blocks, dim * dim), generator=generator, dtype=torch.int8)
+    channel = torch.randint(-3, 4, (first + heads, dim), generator=generator).float().exp2()
+    query_sums = torch.full((heads, rows, (dim + 1) * dim), torch.nan)
+    work = Workspace(
+        sums=h, norms=torch.rand(heads, blocks, dim, generator=generator), sums_exponent=exponents,
+        query_sums=query_sums, query_norms=query_sums[..., dim * dim :],
+        weights=torch.full((heads, 2, rows, mask_width(blocks)), -128, dtype=torch.int8),
+        weights_scale=torch.empty(heads), bands=torch.zeros(heads, dtype=torch.int32),
+    )  # fmt: skip
+    group = slice(first, first + heads)
+    int8_weighted_mask(mask, work, group, register_order=False)
+    assert (work.weights[..., blocks:][:, 0] == 0).all()
+    int8_masked_sum(work, channel, group, INT8_PRODUCT)
+    weighted = mask[group].double() * exponents.double().exp2()[:, None]
+    expected = (weighted @ h.double() / blocks).unflatten(2, (dim, dim)) * channel[group, None, None]
+    torch.testing.assert_close(work.query_norms, mask[group] @ work.norms / blocks)
+    return work, query_sums[..., : dim * dim], expected.flatten(2)
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (5, 130), (130, 63), (3, 257)])
+def test_int8_sums_of_blocks_of_like_size_are_exact(generator, rows, blocks):
+    exponents = torch.randint(-5, 2, (2, blocks), generator=generator).float()
+    work, found, expected = int8_sums(generator, rows, blocks, exponents, first=1)
+    assert (work.bands == 1).all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_int8_sums_of_small_blocks_count_beside_large_ones(generator):
+    exponents = torch.randint(-13, 1, (2, 300), generator=generator).float()
+    exponents[0] = torch.randint(-13, -9, (300,), generator=generator)
+    exponents[0, 7] = 0
+    exponents[1, 3] = -60  # an empty block
+    work, found, expected = int8_sums(generator, 4, 300, exponents)
+    assert work.bands.tolist() == [2, 2]
+    # the small ones are rounded once, to half a step of the large ones
+    step = 2.0**-6 / 300 * 8
+    assert (found.double() - expected).abs().max() <= 0.51 * step
+    without = found.double()[0] - expected[0]
+    assert relative_error(found[0], expected[0]) < 0.02 and without.abs().max() > 0

@@ -140,6 +140,31 @@ def test_fp8_sums_are_fp8_over_a_power_of_two(generator, keys, size):
     assert torch.equal(low.norms, plain.norms)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize("keys", [1, 65, 300])
+def test_int8_sums_fill_their_range_and_their_columns_are_over_the_channels(generator, keys, size):
+    k = embedded(normal(generator, 1, 2, keys, 64))
+    v = embedded(normal(generator, 1, 2, keys, 64) * size)
+    channel = torch.randint(-2, 3, (2, 64), generator=generator).float().exp2()
+    plain, mean = packed(k, v, linear=True)
+    blocks = -(-keys // 64)
+    low = Workspace(
+        packed_k=torch.empty(2, blocks, 64, 64, dtype=torch.int8), k_scale=torch.empty(2, blocks),
+        packed_v=torch.empty(2, blocks, 64, 64, dtype=torch.int8), v_exponent=torch.empty(2, blocks),
+        sums=torch.empty(2, blocks, 64 * 64, dtype=torch.int8), sums_exponent=torch.empty(2, blocks),
+        norms=torch.empty(2, blocks, 64),
+    )  # fmt: skip
+    heads = slice(0, 2)
+    pack(k, v, mean.float(), low, heads, "int8", "int8", balance=torch.ones(2, 2, 64), v_channel=channel)
+    unit = low.sums_exponent.double().exp2()[..., None]
+    h = plain.sums[..., : 64 * 64].double().unflatten(-1, (64, 64)) / channel[:, None, None] / unit[..., None]
+    assert ((low.sums.double() - h.flatten(2)).abs() <= 0.501).all()
+    largest = low.sums.double().abs().amax(-1)
+    assert (largest >= 63).all() and (largest <= 127).all()
+    # the keys are summed in another order
+    torch.testing.assert_close(low.norms, plain.norms)
+
+
 def test_nothing_is_packed_for_16_bit_without_a_linear_branch(generator):
     k = normal(generator, 1, 1, 65, 64)
     work, _ = packed(k, k)

@@ -15,10 +15,12 @@ pytestmark = pytest.mark.usefixtures("wide_tiles")
 @pytest.mark.parametrize(
     ("tokens", "keys", "sparsity", "proj", "query_block"),
     [
-        (1, 1, 0.97, None, 128), (129, 700, 0.5, None, 128), (129, 700, 0.7, "shared", 64),
+        (1, 1, 0.97, None, 128),
+        (129, 700, 0.5, None, 128),
+        (129, 700, 0.7, "shared", 64),
         (257, 1500, 0.9, "per head", 128),
     ],
-)  # fmt: skip
+)
 def test_both_backends_select_the_same(generator, tokens, keys, sparsity, proj, query_block, dtype):
     inputs = attention_inputs(generator, batch=2, heads=2, tokens=tokens, keys=keys, dtype=dtype, proj=proj)
     arguments = inputs.q, inputs.k, inputs.proj_q, inputs.proj_k
