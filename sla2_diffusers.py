@@ -20,8 +20,9 @@ from sla2_kernels.arguments import checked_count, checked_sparsity
 from sla2_kernels.fitted_attention import FITTED_ROWS, fitted_attention, sample_rows, squared_error
 from sla2_kernels.forced_blocks import attended_keys
 from sla2_kernels.kernel_failures import failure_in_a_line, kernel_failure_remedy
+from sla2_kernels.query_blocks import default_query_block
 from sla2_kernels.router import block_count, selected_block_count
-from sla2_kernels.support import default_query_block, resolve_precision
+from sla2_kernels.support import resolve_precision
 from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_qkv, rotate
 
 logger = logging.getLogger("sla2")

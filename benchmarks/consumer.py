@@ -201,8 +201,8 @@ def sla2_calls(q, k, v, sparsity, **options):
 def further_calls(q, k, v, sparsity):
     """{setting: call} of the operator's other modes, on (B, N, H, D); without a router also with the queries per selection of this card."""
     from sla2_kernels import Q_BLOCK, sla2_attention
+    from sla2_kernels.query_blocks import default_query_block
     from sla2_kernels.sla_v1 import sla_attention
-    from sla2_kernels.support import default_query_block
 
     settings = {"sparsity": sparsity, "precision": "int8", "layout": "BNHD"}
     proj_l = torch.eye(q.shape[3], device=q.device), torch.zeros(q.shape[3], device=q.device)

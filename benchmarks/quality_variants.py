@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from sla2_kernels import K_BLOCK, sla2_attention
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
+from sla2_kernels.query_blocks import default_query_block
 from sla2_kernels.router import block_count, selected_block_count
-from sla2_kernels.support import default_query_block
 
 from .rivals import fitted_sla, pooled_tail, sol_attn
 

@@ -9,9 +9,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-
-from .router import Q_BLOCK
 
 PRECISIONS = ("16bit", "int8", "fp8")
 BACKENDS = ("auto", "triton", "torch")
@@ -86,24 +83,6 @@ def resolve_precision(precision, device):
     return default_precision(device) if precision == "auto" else precision
 
 
-def default_query_block(q, precision):
-    """Query tokens per selection without a trained router: 64 where that has less error in the same time, else 128.
-
-    That is where the INT8 loop for Hopper runs (docs/ROUTER_DECISIONS.md, "Query tokens per selection"). q: (..., D), in
-    either layout. precision: as resolve_precision() returns. While torch.compile traces, and for a FakeTensor, dtype and shape
-    decide, so that a compiled call and a plain one can differ for strides or addresses that TMA does not take.
-    """
-    on_hopper = q.device.type == "cuda" and capability(q.device)[0] == 9
-    if not on_hopper or precision != "int8" or _triton_reason() is not None:
-        return Q_BLOCK
-    from .kernels.hopper import takes_hopper_loop, why_no_loop_of
-
-    # neither has an address
-    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
-        return 64 if why_no_loop_of(q.dtype, q.shape[-1]) is None else Q_BLOCK
-    return 64 if takes_hopper_loop(capability(q.device), "int8", "fp8", q, q, q, 64) else Q_BLOCK
-
-
 def triton_install_command():
     """The one command that installs the Triton that belongs to the installed torch; without a pin where none is known."""
     triton_minor = TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
@@ -115,7 +94,8 @@ def triton_install_command():
 
 
 @functools.cache
-def _triton_reason():
+def why_no_triton():
+    """One sentence, or None where Triton can be used; looked up once."""
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed; install it with: {triton_install_command()}"
     try:
@@ -176,7 +156,7 @@ def _card_reason(device):
 
 def triton_reason(device, dtype, head_dim, precision):
     """None where the Triton kernels take such a call, else one sentence why not."""
-    reason = _card_reason(device) or _triton_reason() or _blackwell_reason(device)
+    reason = _card_reason(device) or why_no_triton() or _blackwell_reason(device)
     if reason:
         return reason
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...sla2_kernels import Q_BLOCK
-from ...sla2_kernels.support import default_query_block
+from ...sla2_kernels.query_blocks import default_query_block
 from ..compat.recording import lasting_tensors
 
 

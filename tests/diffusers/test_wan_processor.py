@@ -274,7 +274,7 @@ def layerwise_fp8(model):
 def as_on_a_gpu(monkeypatch):
     """The Triton path's answers as on a card that has it, and the operator in PyTorch for what takes that path."""
     monkeypatch.setattr(support, "_card_reason", lambda device: None)
-    monkeypatch.setattr(support, "_triton_reason", lambda: None)
+    monkeypatch.setattr(support, "why_no_triton", lambda: None)
     monkeypatch.setattr(support, "_blackwell_reason", lambda device: None)
 
     for operator in (sla2_attention, fitted_attention):

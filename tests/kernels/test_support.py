@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sla2_kernels import default_precision, support, unsupported_reason
+from sla2_kernels import default_precision, query_blocks, support, unsupported_reason
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -19,7 +19,7 @@ def card(monkeypatch):
 
     def set_card(capability, hip=None):
         monkeypatch.setattr(support, "_cuda_capability", lambda index: capability)
-        monkeypatch.setattr(support, "_triton_reason", lambda: None)
+        monkeypatch.setattr(support, "why_no_triton", lambda: None)
         monkeypatch.setattr(torch.version, "hip", hip)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -27,11 +27,11 @@ def card(monkeypatch):
 
 
 def triton_reason_anew(monkeypatch, version):
-    """_triton_reason() with Triton of that version, or None for no Triton."""
+    """why_no_triton() with Triton of that version, or None for no Triton."""
     found = None if version is None else object()
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
-    return support._triton_reason.__wrapped__()
+    return support.why_no_triton.__wrapped__()
 
 
 def assert_sentence(reason):
@@ -133,7 +133,7 @@ def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch, error):
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    reason = support._triton_reason.__wrapped__()
+    reason = support.why_no_triton.__wrapped__()
     assert_sentence(reason)
     assert reason.startswith(f"Triton is installed but cannot be imported ({type(error).__name__}: {error}); reinstall")
 
@@ -173,7 +173,7 @@ def test_only_the_int8_loop_for_hopper_selects_for_every_64_query_tokens(card, c
     def chosen(precision="int8", device=CUDA, dtype=torch.bfloat16, head_dim=128, spare=0):
         q = torch.empty(1, 300, 2, head_dim + spare, dtype=dtype)[..., :head_dim]
         kept = {name: getattr(q, name) for name in ("dtype", "shape", "stride", "element_size", "data_ptr")}
-        return support.default_query_block(types.SimpleNamespace(device=device, **kept), precision)
+        return query_blocks.default_query_block(types.SimpleNamespace(device=device, **kept), precision)
 
     assert chosen() == (64 if capability == (9, 0) else 128)
     others = {"precision": "16bit"}, {"precision": "fp8"}, {"device": CPU}, {"dtype": torch.float32}, {"head_dim": 64}
@@ -181,7 +181,7 @@ def test_only_the_int8_loop_for_hopper_selects_for_every_64_query_tokens(card, c
     assert chosen(spare=8) == chosen()
     views = (torch.empty(300, 132, dtype=torch.bfloat16, device="meta")[:, :d] for d in (128, 64))
     fakes = [FakeTensor(FakeTensorMode(), view, CUDA) for view in views]
-    assert [support.default_query_block(fake, "int8") for fake in fakes] == [chosen(), 128]
+    assert [query_blocks.default_query_block(fake, "int8") for fake in fakes] == [chosen(), 128]
     monkeypatch.setattr(hopper, "gluon_is_known", lambda: False)
     assert chosen() == 128
 
@@ -208,7 +208,7 @@ def test_the_interpreter_s_card(monkeypatch, told, capability):
 )
 def test_blackwell_needs_a_triton_that_compiles_for_it(monkeypatch, version, card, runs):
     monkeypatch.setattr(support, "triton_version", lambda: version)
-    monkeypatch.setattr(support, "_triton_reason", lambda: None)
+    monkeypatch.setattr(support, "why_no_triton", lambda: None)
     monkeypatch.setattr(support, "capability", lambda device: card)
     reason = unsupported_reason("cuda", torch.bfloat16, 128, "int8")
     assert reason is None if runs else "needs Triton 3.3.1 or newer" in reason
