@@ -3,6 +3,24 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+_LANES = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]
+_WARPS = [[0, 32], [0, 64]]
+
+
+@gluon.constexpr_function
+def layout_of_h():
+    """Of h (64 key blocks, 128 features) in registers. Lanes 0 1: key block bits 1 2, so that the four rows that a warp reads
+    lie in different banks."""
+    registers = [[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, _LANES, _WARPS, [], [64, 128])
+
+
+@gluon.constexpr_function
+def layout_of_sums():
+    """(128 rows, 128 features) as the accumulators lie, four neighbouring features a thread."""
+    registers = [[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
+    return gl.DistributedLinearLayout(registers, _LANES, _WARPS, [], [128, 128])
+
 
 @gluon.jit
 def along_key_blocks(h):

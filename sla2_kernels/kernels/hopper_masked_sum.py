@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import block_count
-from .along_key_blocks import along_key_blocks
+from .along_key_blocks import along_key_blocks, layout_of_h, layout_of_sums
 from .gluon_shared import keep, leave, load_async, new_barriers, programs, stage_of, wait_empty, wait_full
 from .launch import launch
 
@@ -73,16 +73,8 @@ def _consume(PART: gl.constexpr, ring, scale, out, out_stride_g, out_stride_m, r
     h_smem, w_smem, full, empty = ring
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4)
-    # lanes 0 1: key block bits 1 2, so that the four rows that a warp reads lie in different banks
-    LOAD: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0]],
-        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]], warp_bases=[[0, 32], [0, 64]], block_bases=[], shape=[64, 128],
-    )  # fmt: skip
-    # (row, feature) as the accumulators lie, four neighbouring features a thread
-    STORE: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0], [64, 0]],
-        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]], warp_bases=[[0, 32], [0, 64]], block_bases=[], shape=[128, 128],
-    )  # fmt: skip
+    LOAD: gl.constexpr = layout_of_h()
+    STORE: gl.constexpr = layout_of_sums()
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         slot, m, f = _tile_of(tile, tiles_m, tiles_f)

@@ -70,7 +70,8 @@ def _int8_masked_sum(
     for band in range(tl.load(bands + slot), 0, -1):
         acc = (acc + HALF_A_STEP) >> BAND_OCTAVES
         left_at = left_rows + (band - 1) * rows * width
-        # the maximum tells ptxas that the loop runs, as in int8_attention.py; of a single product a turn Triton carries the right operand over in registers, byte by byte
+        # the maximum tells ptxas that the loop runs, as in int8_attention.py; of a single product a turn Triton carries the
+        # right operand over in registers, byte by byte
         for start in range(0, tl.maximum(blocks, 1), 2 * TILE_K):
             first, second = start + step, start + TILE_K + step
             # the weights are zero from the last block on, up to ``width``

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..router import block_count
-from .along_key_blocks import along_key_blocks
+from .along_key_blocks import along_key_blocks, layout_of_h, layout_of_sums
 from .gluon_shared import barrier, copy_async
 from .launch import launch
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
@@ -41,16 +41,8 @@ def _mma_masked_sum(
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 4)
     H_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    # lanes 0 1: key block bits 1 2, so that the four rows that a warp reads lie in different banks
-    LOAD: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0]],
-        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]], warp_bases=[[0, 32], [0, 64]], block_bases=[], shape=[64, 128],
-    )  # fmt: skip
-    # (row, feature) as the accumulators lie, four neighbouring features a thread
-    STORE: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0], [64, 0]],
-        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]], warp_bases=[[0, 32], [0, 64]], block_bases=[], shape=[128, 128],
-    )  # fmt: skip
+    LOAD: gl.constexpr = layout_of_h()
+    STORE: gl.constexpr = layout_of_sums()
     COLUMNS: gl.constexpr = D * D
     h_smem = gl.allocate_shared_memory(gl.int8, [STAGES, STEP, FEATURES], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
     w_smem = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, STEP], gl.SwizzledSharedLayout(16, 2, 4, [1, 0]))

@@ -24,6 +24,23 @@ HALF_A_STEP = tl.constexpr(2**6)  # of the first band, in the sums over the seco
 NO_EXPONENT = tl.constexpr(-1.0e30)  # of a block that is not there: its weight is 0
 
 
+@triton.jit
+def _largest_exponent(exponents, blocks, EXPONENTS: tl.constexpr):
+    highest = tl.full([EXPONENTS], NO_EXPONENT, dtype=tl.float32)
+    for start in range(0, blocks, EXPONENTS):
+        block = start + tl.arange(0, EXPONENTS)
+        highest = tl.maximum(highest, tl.load(exponents + block, mask=block < blocks, other=NO_EXPONENT))
+    return tl.max(highest, axis=0)
+
+
+@triton.jit
+def _in_register_order(weight):
+    """[rows, blocks] with bits 3 2 1 0 of a key block's number as 2 1 3 0: where the Gluon products' registers have it."""
+    ROWS: tl.constexpr = weight.shape[0]
+    BLOCKS: tl.constexpr = weight.shape[1]
+    return weight.reshape([ROWS, BLOCKS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, BLOCKS])
+
+
 @triton.jit(do_not_specialize=["first_head", "rows", "blocks"])
 def _weighted_mask(
     mask, exponents, norms, weights, scale, out, mask_stride_h, mask_stride_m, first_head, rows, blocks,
@@ -37,11 +54,7 @@ def _weighted_mask(
     norms += slot * blocks * D
     mask_rows = mask + (first_head + slot) * mask_stride_h + i[:, None].to(tl.int64) * mask_stride_m
     weight_rows = weights + (slot * rows + i[:, None]) * WIDTH
-    highest = tl.full([EXPONENTS], NO_EXPONENT, dtype=tl.float32)
-    for start in range(0, blocks, EXPONENTS):
-        block = start + tl.arange(0, EXPONENTS)
-        highest = tl.maximum(highest, tl.load(exponents + block, mask=block < blocks, other=NO_EXPONENT))
-    largest = tl.max(highest, axis=0)
+    largest = _largest_exponent(exponents, blocks, EXPONENTS)
 
     acc = tl.zeros([TILE, D], dtype=tl.float32)
     for start in range(0, blocks, STEP):
@@ -52,9 +65,7 @@ def _weighted_mask(
         acc = tl.dot(ones, z, acc, input_precision="tf32x3")
         power = tl.load(exponents + j, mask=inside, other=NO_EXPONENT) - largest + LARGEST_WEIGHT_LOG2
         weight = (ones.to(tl.float32) * tl.exp2(power)[None, :]).to(weights.dtype.element_ty)
-        # bits 3 2 1 0 of a key block's number become 2 1 3 0: where hopper_masked_sum.py's registers have it
-        weight = weight.reshape([TILE, STEP // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([TILE, STEP])
-        tl.store(weight_rows + j[None, :], weight, mask=valid)
+        tl.store(weight_rows + j[None, :], _in_register_order(weight), mask=valid)
     out_at = out + (slot * rows + i[:, None]) * OUT_STRIDE + d[None, :]
     tl.store(out_at, (acc / blocks).to(out.dtype.element_ty), mask=valid)
     if tl.program_id(0) == 0:
@@ -64,12 +75,9 @@ def _weighted_mask(
 @triton.jit
 def _int8_weight(ones, power, REGISTER_ORDER: tl.constexpr):
     """A band of weights in INT8 [rows, blocks]: powers below 2^0 are cut off; a quarter more, should one be a little less."""
-    ROWS: tl.constexpr = ones.shape[0]
-    BLOCKS: tl.constexpr = ones.shape[1]
     weight = (ones.to(tl.float32) * tl.exp2(power)[None, :] + 0.25).to(tl.int8)
     if REGISTER_ORDER:
-        # as in _weighted_mask()
-        weight = weight.reshape([ROWS, BLOCKS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, BLOCKS])
+        weight = _in_register_order(weight)
     return weight
 
 
@@ -85,11 +93,7 @@ def _int8_weighted_mask(
     norms += slot * blocks * D
     mask_rows = mask + (first_head + slot) * mask_stride_h + i[:, None].to(tl.int64) * mask_stride_m
     weight_rows = weights + (slot * BANDS * rows + i[:, None]) * width
-    highest = tl.full([EXPONENTS], NO_EXPONENT, dtype=tl.float32)
-    for start in range(0, blocks, EXPONENTS):
-        block = start + tl.arange(0, EXPONENTS)
-        highest = tl.maximum(highest, tl.load(exponents + block, mask=block < blocks, other=NO_EXPONENT))
-    largest = tl.max(highest, axis=0)
+    largest = _largest_exponent(exponents, blocks, EXPONENTS)
     # blocks too small for either band do not count
     needed = tl.full([EXPONENTS], 1, dtype=tl.int32)
     for start in range(0, blocks, EXPONENTS):
