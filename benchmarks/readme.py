@@ -16,11 +16,8 @@ from .results import RESULTS, load
 from .table import calls_markdown, markdown, memory_markdown, step_markdown
 
 NOTHING = "Nothing has been measured on a GPU yet, so there are no numbers here."
-SHOWN_FIRST = (
-    "MiniMax H3, int8",
-    "LTX-2, second stage, 16 bit",
-    "Wan 2.2 14B, 720p, fp8",
-)  # columns of the first screen
+# columns of the first screen
+SHOWN_FIRST = ("MiniMax H3, int8", "LTX-2, second stage, 16 bit", "Wan 2.2 14B, 720p, fp8")
 NO_CALLS = "MiniMax H3, LTX-2, HunyuanVideo and others [run too](#supported-models); no full step of theirs has been timed yet."
 PLOTS = {
     "shapes": "Times faster than FlashAttention-2, at Wan's real sizes",
@@ -87,7 +84,7 @@ def first_screen(step_contents, call_contents):
 def details(contents, step_contents, call_contents):
     """Pictures and tables of attention calls; where the first screen has another table, steps with other weights and memory, too."""
     pictures = [f"![{shows}](docs/{name})" for name, (_, shows) in plots(contents).items()]
-    further = [*map(step_markdown, step_contents)] if call_contents else []
+    further = list(map(step_markdown, step_contents)) if call_contents else []
     further += [table(content) for table in (calls_markdown, memory_markdown) for content in call_contents]
     return "\n\n".join(filter(None, [*pictures[:1], *map(markdown, contents), *further, *pictures[1:]])) or NOTHING
 

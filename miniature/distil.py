@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from .captions import embed, split_captions
 from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora, set_lora
 from .measure import WORLDS
-from .optim import Average, Budget, Log, Optimiser
+from .optim import Average, Budget, Log, Optimiser, options_of
 from .sample import WEIGHTS, noise_schedule
 from .scaled import rope_scale
 from .train_dit import DIT_FILE
@@ -254,7 +254,7 @@ def distil(args) -> None:
     number = 1 + (len(list(args.out.glob(LOG_FILE.format("*")))) if args.resume else 0)
     seed = args.seed + 1000 * number
     torch.manual_seed(seed)
-    header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    header = options_of(args)
     header |= {"number": number, "torch": torch.__version__}
     header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     log = Log(args.out / LOG_FILE.format(number), header)

@@ -125,6 +125,11 @@ class Budget:
         return (self.elapsed() - used) / max(self.seconds - used, 1e-6)
 
 
+def options_of(args) -> dict:
+    """A log's header: the options of a run; of a path its name, since the folders above it are one machine's."""
+    return {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
 class Log:
     """Prints records, keeps them, and writes them as one JSON file."""
 

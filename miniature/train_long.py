@@ -37,7 +37,7 @@ from sla2_kernels import sla2_attention
 from . import scaled
 from .captions import embed, split_captions
 from .grow import grow
-from .optim import Average, Budget, Log, Optimiser, save_weights
+from .optim import Average, Budget, Log, Optimiser, options_of, save_weights
 from .pool import Pool, fill_pool
 from .sample import WEIGHTS
 from .train_dit import ABOUT, DIT_FILE, EMPTY, flow_loss, is_block_matrix, noise_levels, validation_loss
@@ -295,8 +295,7 @@ def sit(args) -> None:
     state, number = load_start(args.start, args.layers)
     seed = args.seed + 1000 * number
     torch.manual_seed(seed)
-    header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    header |= {"sitting": number, "torch": torch.__version__}
+    header = options_of(args) | {"sitting": number, "torch": torch.__version__}
     header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     log = Log(args.out / LOG_FILE, header)
     print(header, flush=True)
