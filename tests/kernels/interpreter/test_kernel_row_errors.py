@@ -24,7 +24,9 @@ def test_the_totals_are_those_of_torch(generator, batch, heads, layout):
         add_row_errors(found, out, dense, rows, FITTED)
         add_errors(expected, out, dense, rows, FITTED)  # in torch on a CPU
     torch.testing.assert_close(found, expected)
-    assert found[4] == 1 + 2 * 2 and 0.008 < (found[2] - 1) / 2 < 0.012
+    assert found[4] == 1 + 2 * 2  # a row of each, twice
+    # 0.1 squared; over as few as 14 rows of 64 numbers the quotient's standard deviation is 7%
+    assert 0.005 < (found[2] - 1) / 2 < 0.02
 
 
 def test_rows_without_energy_add_nothing(generator):
