@@ -3,10 +3,10 @@
 A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number and motion can be learned where a clip costs
 a hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over
 the distances that they have at 480 pixels (ComfyUI: the stock node ScaleROPE). The objects never meet: "bounce" moves one
-up and down in each half, as springs do, one at the top when the other is at the bottom; "circle" moves both on opposite
-sides of one circle. All have one size and turn by the same angle in every clip, so that an outline is known as soon as
-its place is. Where the objects start, which way they go, how bright it is and where the pattern of the floor lies are the
-seed's.
+up and down in each half, as springs do, released at rest, one at the top and the other at the bottom; "circle" moves both
+on opposite sides of one circle. All have one size and turn by the same angle in every clip, so that an outline is known as
+soon as its place is. Which object begins at the top, where on the circle they start and which way they go, how bright it is
+and where the pattern of the floor lies are the seed's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     time = torch.arange(frames)
     # In heights from here on.
     aspect = width / height
-    bounce = _bounce(time, aspect, uniform(-0.03, 0.03, 2), uniform(0.0, 2 * math.pi))
+    bounce = _bounce(time, aspect, uniform(-0.03, 0.03, 2), sign())
     circle = _circle(time, aspect, uniform(-0.01, 0.01, 2), uniform(0.0, 2 * math.pi), TURN * sign())
     position = torch.where((kind[:, 2] == 0)[:, None, None, None], bounce, circle)
     direction = torch.tensor([0.0, 1.0, -1.0])[kind[:, 4]]
@@ -66,10 +66,11 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     )
 
 
-def _bounce(time, aspect: float, aside, phase) -> torch.Tensor:
-    """(N, F, 2, 2): one object up and down in the middle of each half, `aside` of it, opposite each other; phase (N,)."""
-    theta = (phase[:, None] + TURN * time)[..., None] + torch.tensor([0.0, math.pi])
-    y = 0.5 + (0.5 - RADIUS) * theta.cos()
+def _bounce(time, aspect: float, aside, first) -> torch.Tensor:
+    """(N, F, 2, 2): an object up and down in the middle of each half, `aside` of it, opposite each other; the left one
+    begins at the bottom where `first`, (N,), is 1, and at the top where it is -1."""
+    height = (0.5 - RADIUS) * first[:, None] * (TURN * time).cos()
+    y = 0.5 + torch.stack([height, -height], -1)
     x = (torch.tensor([0.25, 0.75]) * aspect + aside)[:, None].expand_as(y)
     return torch.stack([x, y], -1)
 

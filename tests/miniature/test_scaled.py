@@ -32,6 +32,14 @@ def test_objects_move_evenly_and_far(motion):
     assert (reach > 0.4).all()
 
 
+def test_bouncing_objects_are_released_at_rest_at_the_top_and_the_bottom():
+    world = scenes(480, 832)
+    left, right = (world.position[:, :, i, 1] - 240 for i in (0, 1))
+    torch.testing.assert_close(left, -right, atol=1e-3, rtol=0)
+    torch.testing.assert_close(left[:, 0].abs(), torch.full((16,), 480 * (0.5 - scaled.RADIUS)))
+    assert (left[:, :1].abs() >= left.abs()).all() and left[:, 0].unique().numel() == 2
+
+
 def test_a_smaller_picture_shows_the_same_scene():
     large, small = (scenes(height, 2 * height, frames=9) for height in (128, 64))
     torch.testing.assert_close(large.position, 2 * small.position)
