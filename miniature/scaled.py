@@ -4,9 +4,9 @@ A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number an
 a hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over
 the distances that they have at 480 pixels (ComfyUI: the stock node ScaleROPE). The objects never meet: "bounce" moves one
 up and down in each half, as springs do, released at rest, one at the top and the other at the bottom; "circle" moves both
-on opposite sides of one circle. All have one size and turn by the same angle in every clip, so that an outline is known as
-soon as its place is. Which object begins at the top, where on the circle they start and which way they go, how bright it is
-and where the pattern of the floor lies are the seed's.
+on opposite sides of one circle, from side by side or from one above the other. All have one size and turn by the same angle
+in every clip, so that an outline is known as soon as its place is. Which object begins at the top, which of the two starts
+a circle has and which way round it goes, how bright it is and where the pattern of the floor lies are the seed's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def simulate(captions: list[Caption], *, frames: int, height: int, width: int, s
     # In heights from here on.
     aspect = width / height
     bounce = _bounce(time, aspect, uniform(-0.03, 0.03, 2), sign())
-    circle = _circle(time, aspect, uniform(-0.01, 0.01, 2), uniform(0.0, 2 * math.pi), TURN * sign())
+    circle = _circle(time, aspect, uniform(-0.01, 0.01, 2), math.pi / 4 * (1 + sign()), TURN * sign())
     position = torch.where((kind[:, 2] == 0)[:, None, None, None], bounce, circle)
     direction = torch.tensor([0.0, 1.0, -1.0])[kind[:, 4]]
     return Scenes(

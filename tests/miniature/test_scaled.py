@@ -40,6 +40,12 @@ def test_bouncing_objects_are_released_at_rest_at_the_top_and_the_bottom():
     assert (left[:, :1].abs() >= left.abs()).all() and left[:, 0].unique().numel() == 2
 
 
+def test_circling_objects_start_side_by_side_or_one_above_the_other():
+    world = scenes(480, 832, motion="circle")
+    apart = (world.position[:, 0, 0] - world.position[:, 0, 1]).abs()
+    assert (apart.amin(1) < 1e-3).all() and apart.argmax(1).unique().numel() == 2
+
+
 def test_a_smaller_picture_shows_the_same_scene():
     large, small = (scenes(height, 2 * height, frames=9) for height in (128, 64))
     torch.testing.assert_close(large.position, 2 * small.position)
