@@ -15,8 +15,6 @@ if "." in __package__:
         project,
         resample_ratio,
         selected_block_count,
-        top_k_blocks,
-        unselected_mask,
     )
     from ..sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router
 else:
@@ -32,7 +30,5 @@ else:
         project,
         resample_ratio,
         selected_block_count,
-        top_k_blocks,
-        unselected_mask,
     )
     from sla2_kernels.weights import RouterFileError, RouterLayer, RouterWeights, identity_router

@@ -17,53 +17,115 @@ FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
-class BlockSums:
-    """G (batch, head) pairs, r query blocks of R rows each; float32.
+class LinearSums:
+    """The linear branch of G (batch, head) pairs and r query blocks of R rows each; float32.
 
-    mass (G, r, T_n, R), value (G, r, T_n, R, D): see the module's page. row_max (G, r, R).
-    h (G, T_n, D, D), z (G, T_n, D): phi(K_j)^T V_j and the column sums of phi(K_j).
-    mean_logits (G, r, R, T_n): q . mean(K_j) * scale + log(tokens of block j), the estimate of a block's log mass.
-    phi_q (G, r, R, D). target (G, r, R, D): dense attention. valid (G, r, R): 0 on rows past a ragged end.
+    h (G, T_n, D, D), z (G, T_n, D): phi(K_j)^T V_j and the column sums of phi(K_j). phi_q (G, r, R, D).
     """
+
+    h: Tensor
+    z: Tensor
+    phi_q: Tensor
+
+    def branch(self, mask):
+        """Linear branch under masks (G, r, S, T_n), the norm it was divided by, and where there is too little of it.
+
+        (G, r, S, R, D), (G, r, S, R) and bool (G, r, S, R): there the norm is taken as 1.
+        """
+        head_dim = self.phi_q.shape[-1]
+        rest = (1 - mask).flatten(1, 2)
+        h = (rest @ self.h.flatten(2)).unflatten(1, mask.shape[1:3]).unflatten(-1, (head_dim, head_dim))
+        z = (rest @ self.z).unflatten(1, mask.shape[1:3])
+        norm = z @ self.phi_q.transpose(2, 3)
+        least = MIN_LINEAR_WEIGHT * mask.shape[-1] * K_BLOCK * self.phi_q.amax(dim=-1)
+        # nothing at all, as in a row past a ragged end, is too little as well
+        too_little = norm <= least[:, :, None]
+        norm = norm.masked_fill(too_little, 1.0)
+        return self.phi_q[:, :, None] @ h / norm[..., None], norm, too_little
+
+    def add_gradient(self, grad, by_numerator, minus_by_norm):
+        """Adds the branch's share to the masks' gradient (G, r, S, T_n) in place, by those of its numerator and norm.
+
+        by_numerator (G, r, S, R, D); minus_by_norm (G, r, S, R); both 0 where there is too little.
+        """
+        h = (self.phi_q.transpose(2, 3)[:, :, None] @ by_numerator).flatten(1, 2).flatten(2)
+        z = (minus_by_norm @ self.phi_q).flatten(1, 2)
+        grad = grad.view(*h.shape[:2], -1)
+        grad.baddbmm_(h, self.h.flatten(2).transpose(1, 2), alpha=-1)
+        grad.baddbmm_(z, self.z.transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class SparseSums:
+    """mass (G, r, T_n, R), value (G, r, T_n, R, D): see the module's page. row_max (G, r, R). float32, any stride."""
 
     mass: Tensor
     value: Tensor
     row_max: Tensor
-    h: Tensor
-    z: Tensor
+
+    def numerator(self, mask, out=None):
+        """sum_j M_j value_j under masks (G, r, S, T_n): (G, r, S, R, D), written to ``out`` where given."""
+        shape = *mask.shape[:3], *self.value.shape[3:]
+        out = None if out is None else out.view(-1, mask.shape[2], shape[3] * shape[4])
+        return torch.bmm(mask.flatten(0, 1), self._values(), out=out).view(shape)
+
+    def mask_gradient(self, by_numerator, out):
+        """The masks' gradient by that of their numerators (G, r, S, R, D), written to out, (G, r, S, T_n)."""
+        torch.bmm(by_numerator.flatten(3).flatten(0, 1), self._values().transpose(1, 2), out=out.flatten(0, 1))
+
+    def _values(self):
+        return self.value.flatten(3).flatten(0, 1)
+
+    def denominator(self, mask):
+        """sum_j M_j mass_j under masks (G, r, S, T_n): (G, r, S, R)."""
+        return mask @ self.mass
+
+    def add_denominator(self, mask, out):
+        """Adds denominator(mask) to out, (G, r, S, R)."""
+        out.flatten(0, 1).baddbmm_(mask.flatten(0, 1), self.mass.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """G (batch, head) pairs, r query blocks of R rows each; float32.
+
+    sparse, linear: the two branches. mean_logits (G, r, R, T_n): q . mean(K_j) * scale + log(tokens of block j), the
+    estimate of a block's log mass. target (G, r, R, D): dense attention. valid (G, r, R): 0 on rows past a ragged end.
+    """
+
+    sparse: SparseSums
+    linear: LinearSums
     mean_logits: Tensor
-    phi_q: Tensor
     target: Tensor
     valid: Tensor
 
+    @property
+    def mass(self):
+        """(G, r, T_n, R)."""
+        return self.sparse.mass
+
     def rows(self, part):
         """The BlockSums of some rows of every query block, ``part`` a slice of its R."""
+        sparse, linear = self.sparse, self.linear
         return BlockSums(
-            self.mass[..., part], self.value[..., part, :], self.row_max[..., part], self.h, self.z,
-            self.mean_logits[:, :, part], self.phi_q[:, :, part], self.target[:, :, part], self.valid[..., part],
+            SparseSums(sparse.mass[..., part], sparse.value[..., part, :], sparse.row_max[..., part]),
+            LinearSums(linear.h, linear.z, linear.phi_q[:, :, part]),
+            self.mean_logits[:, :, part], self.target[:, :, part], self.valid[..., part],
         )  # fmt: skip
 
     def branches(self, mask):
         """Sparse and linear branch under masks (G, r, S, T_n) in [0, 1]: two tensors (G, r, S, R, D)."""
-        head_dim = self.phi_q.shape[-1]
         tiny = torch.finfo(mask.dtype).tiny
-        numerator = (mask @ self.value.flatten(3)).unflatten(-1, self.value.shape[3:])
-        o_sparse = numerator / (mask @ self.mass).clamp_min(tiny)[..., None]
-        rest = 1 - mask
-        h = (rest.flatten(1, 2) @ self.h.flatten(2)).unflatten(1, rest.shape[1:3]).unflatten(-1, (head_dim, head_dim))
-        z = (rest.flatten(1, 2) @ self.z).unflatten(1, rest.shape[1:3])
-        phi_q = self.phi_q[:, :, None]
-        norm = phi_q @ z[..., None]
-        least = MIN_LINEAR_WEIGHT * mask.shape[-1] * K_BLOCK * phi_q.amax(dim=-1, keepdim=True)
+        o_sparse = self.sparse.numerator(mask) / self.sparse.denominator(mask).clamp_min(tiny)[..., None]
+        o_linear, _, too_little = self.linear.branch(mask)
         # without weight the ratio is 1: the same as O_s twice, of which no ratio is learned
-        weightless = (norm < least) & (mask < 1).any(dim=-1)[..., None, None]
-        o_linear = phi_q @ h / norm.where(norm >= least, 1.0)
-        return o_sparse, o_sparse.where(weightless, o_linear)
+        weightless = too_little & (mask < 1).any(dim=-1)[..., None]
+        return o_sparse, o_sparse.where(weightless[..., None], o_linear)
 
     def log_masses(self, mask):
         """Log of the selected mass and of the unselected mass's estimate for hard masks (G, r, S, T_n): two (G, r, S, R)."""
         tiny = torch.finfo(mask.dtype).tiny
-        selected = (mask @ self.mass).clamp_min(tiny).log() + self.row_max[:, :, None]
+        selected = self.sparse.denominator(mask).clamp_min(tiny).log() + self.sparse.row_max[:, :, None]
         unselected = self.mean_logits[:, :, None].masked_fill(mask[:, :, :, None] > 0, -torch.inf).logsumexp(dim=-1)
         return selected, unselected
 
@@ -76,9 +138,12 @@ class BlockSums:
         """The true attention mass on the selected keys, (G, r, S, R): what alpha stands for (Eq. 7)."""
         return mask @ self.mass / self.mass.sum(dim=2)[:, :, None]
 
-    def output(self, mask, ratio):
-        """SLA2's output under masks (G, r, S, T_n) and ratios (G, r, S) or (G, r, S, R): (G, r, S, R, D)."""
-        o_sparse, o_linear = self.branches(mask)
+    def output(self, mask, ratio, branches=None):
+        """SLA2's output under masks (G, r, S, T_n) and ratios (G, r, S) or (G, r, S, R): (G, r, S, R, D).
+
+        branches: branches(mask), where they are known.
+        """
+        o_sparse, o_linear = self.branches(mask) if branches is None else branches
         ratio = (ratio[..., None] if ratio.dim() == 3 else ratio)[..., None]
         ratio = torch.where((mask < 1).any(dim=-1)[..., None, None], ratio, 1.0)
         return o_linear + ratio * (o_sparse - o_linear)
@@ -94,10 +159,78 @@ class BlockSums:
 
 
 def memory_of(tokens, head_dim, query_block=Q_BLOCK):
-    """(bytes per (batch, head) pair, bytes per query block of a pair) that ``block_sums`` and one step on it need."""
+    """(bytes per (batch, head) pair, bytes per query block of a pair) that ``block_sums`` and outputs of six masks need.
+
+    Their sum is the least that an optimisation step works in, whatever its plan (step_sums.step_plan).
+    """
     blocks = block_count(tokens, K_BLOCK)
     pair = FLOAT_BYTES * (4 * tokens * head_dim + blocks * head_dim * (head_dim + 1))
-    return pair, FLOAT_BYTES * query_block * (3 * tokens + blocks * (head_dim + 4))
+    return pair, FLOAT_BYTES * query_block * (tokens + blocks * (head_dim + 4) + 48 * head_dim)
+
+
+class HeadWork:
+    """Buffers in which one (batch, head) pair at a time is worked on; zero past a ragged end of the keys.
+
+    rows: of queries at a time. k (M, D), v (T_n * 64, D), logits (rows, T_n * 64); float32.
+    """
+
+    def __init__(self, rows, keys, head_dim, device):
+        padded = block_count(keys, K_BLOCK) * K_BLOCK
+        self.keys = keys
+        self.k = torch.empty(keys, head_dim, device=device)
+        self.v = torch.empty(padded, head_dim, device=device)
+        self.logits = torch.empty(rows, padded, device=device)
+        self.v[keys:], self.logits[:, keys:] = 0, 0
+
+    def sum_pair(self, q, k, v, k_mean, scale, mass, value, row_max):
+        """Sums of one pair, written to mass (rows, T_n), value (T_n, rows, D) and row_max (rows, 1).
+
+        q (rows, D): float32. k, v (M, D): any float dtype. k_mean (1, D).
+        """
+        torch.sub(k, k_mean, out=self.k)
+        self.v[: self.keys].copy_(v)
+        logits = self.logits[:, : self.keys].addmm_(q, self.k.T, beta=0, alpha=scale)
+        torch.amax(logits, dim=-1, keepdim=True, out=row_max)
+        logits.sub_(row_max).exp_()
+        p = self.logits.unflatten(1, (-1, K_BLOCK))
+        torch.sum(p, dim=-1, out=mass)
+        torch.bmm(p.transpose(0, 1), self.v.unflatten(0, (-1, K_BLOCK)), out=value)
+
+
+def sparse_sums(q, k, v, k_mean, scale, work=None, mass=None):
+    """SparseSums of G (batch, head) pairs, exact in float32, with k smoothed by its mean.
+
+    Args:
+        q: (G, r, R, D) float32. k, v: (G, M, D), any float dtype and stride. k_mean: (G, 1, D) float32.
+        work: HeadWork for r * R rows, mass: float32 (G, r, R, T_n) to write to; None makes them.
+    """
+    pairs, drawn, rows, head_dim = q.shape
+    blocks = block_count(k.shape[1], K_BLOCK)
+    work = HeadWork(drawn * rows, k.shape[1], head_dim, q.device) if work is None else work
+    mass = q.new_empty(pairs, drawn, rows, blocks) if mass is None else mass
+    # key blocks first: one product over all pairs and query blocks reads it as it lies
+    value = q.new_empty(blocks, pairs, drawn * rows, head_dim)
+    row_max = q.new_empty(pairs, drawn * rows, 1)
+    for g in range(pairs):
+        work.sum_pair(q[g].flatten(0, 1), k[g], v[g], k_mean[g], scale, mass[g].flatten(0, 1), value[:, g], row_max[g])
+    return SparseSums(
+        mass.transpose(2, 3),
+        value.unflatten(2, (drawn, rows)).permute(1, 2, 0, 3, 4),
+        row_max.view(pairs, drawn, rows),
+    )
+
+
+def linear_sums(k, v, k_mean, phi_q):
+    """LinearSums of k, v (G, M, D), any float dtype and stride, k_mean (G, 1, D) and phi_q (G, r, R, D)."""
+    keys, blocks = k.shape[1], block_count(k.shape[1], K_BLOCK)
+    padded = k_mean.new_empty(k.shape[0], blocks * K_BLOCK, k.shape[2])
+    torch.sub(k, k_mean, out=padded[:, :keys])
+    phi_k = padded.softmax(dim=-1)
+    phi_k[:, keys:] = 0
+    padded[:, :keys].copy_(v)
+    padded[:, keys:] = 0
+    phi_k, v_blocks = (x.unflatten(1, (blocks, K_BLOCK)) for x in (phi_k, padded))
+    return LinearSums(phi_k.transpose(2, 3) @ v_blocks, phi_k.sum(dim=2), phi_q)
 
 
 @torch.no_grad()
@@ -112,31 +245,17 @@ def block_sums(q, k, v, pairs, query_blocks, scale, query_block=Q_BLOCK):
     b, h = pairs // heads, pairs % heads
     rows = query_blocks[..., None] * query_block + torch.arange(query_block, device=q.device)
     q_rows = q[b[:, None, None], h[:, None, None], rows.clamp_max(tokens - 1)].float()
-    k_pair, v_pair = k[b, h].float(), v[b, h].float()
-    k_pair = k_pair - k_pair.mean(dim=1, keepdim=True)
+    k_pair, v_pair = k[b, h], v[b, h]
+    k_mean = k_pair.mean(dim=1, keepdim=True, dtype=torch.float32)
     blocks = block_count(keys, K_BLOCK)
+    sparse = sparse_sums(q_rows, k_pair, v_pair, k_mean, scale)
+    ones = q_rows.new_ones(*query_blocks.shape, 1, blocks)
+    target = (sparse.numerator(ones) / sparse.denominator(ones)[..., None])[:, :, 0]
+
     padding = (0, 0, 0, blocks * K_BLOCK - keys)
-    k_blocks = F.pad(k_pair, padding).unflatten(1, (blocks, K_BLOCK))
-    v_blocks = F.pad(v_pair, padding).unflatten(1, (blocks, K_BLOCK))
-    last = keys - (blocks - 1) * K_BLOCK
     valid_keys = torch.full((blocks, 1), float(K_BLOCK), device=q.device)
-    valid_keys[-1] = last
-
-    phi_k = k_blocks.softmax(dim=-1)
-    phi_k[:, -1, last:] = 0
-    h_sums, z_sums = phi_k.transpose(2, 3) @ v_blocks, phi_k.sum(dim=2)
-    del phi_k
-
-    shape = query_blocks.shape[1], query_block
-    means = k_blocks.sum(dim=2) / valid_keys
-    mean_logits = (q_rows.flatten(1, 2) @ means.transpose(1, 2) * scale + valid_keys[:, 0].log()).unflatten(1, shape)
-    logits = (q_rows.flatten(1, 2) @ k_blocks.flatten(1, 2).mul_(scale).transpose(1, 2)).unflatten(1, shape)
-    logits[..., keys:] = -torch.inf
-    row_max = logits.amax(dim=-1)
-    p = logits.sub_(row_max[..., None]).exp_().unflatten(-1, (blocks, K_BLOCK)).transpose(2, 3)
-    mass = p.sum(dim=-1)
-    # one query block at a time: a broadcast product would copy V for each of them
-    value = torch.stack([p[:, i] @ v_blocks for i in range(shape[0])], dim=1)
-    target = value.sum(dim=2) / mass.sum(dim=2)[..., None]
-    valid = (rows < tokens).float()
-    return BlockSums(mass, value, row_max, h_sums, z_sums, mean_logits, q_rows.softmax(dim=-1), target, valid)
+    valid_keys[-1] = keys - (blocks - 1) * K_BLOCK
+    means = F.pad(k_pair - k_mean, padding).unflatten(1, (blocks, K_BLOCK)).sum(dim=2) / valid_keys
+    mean_logits = q_rows.flatten(1, 2) @ means.transpose(1, 2) * scale + valid_keys[:, 0].log()
+    linear = linear_sums(k_pair, v_pair, k_mean, q_rows.softmax(dim=-1))
+    return BlockSums(sparse, linear, mean_logits.unflatten(1, rows.shape[1:]), target, (rows < tokens).float())

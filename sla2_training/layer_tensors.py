@@ -35,7 +35,8 @@ class LayerTensors:
         with torch.no_grad():
             self.q_pooled = pool_blocks(self.q, query_block).float()
             k_pooled = pool_blocks(self.k, K_BLOCK).float()
-            self.k_pooled = k_pooled - mean_from_pools(k_pooled, self.k.shape[2], K_BLOCK)
+            self.k_mean = mean_from_pools(k_pooled, self.k.shape[2], K_BLOCK)
+            self.k_pooled = k_pooled - self.k_mean
 
     def scores(self, proj_q, proj_k, blocks):
         """Router logits of the query blocks (B, H, R): (B, H, R, T_n)."""
@@ -76,6 +77,16 @@ class LayerTensors:
         for i in range(0, pairs, group):
             for j in range(0, drawn, rows):
                 yield slice(i, i + group), slice(j, j + rows)
+
+    def rows_of(self, blocks):
+        """Rows of query blocks (P, r), int64 (P, r, R), and which of them there are, bool; past a ragged end, the last one."""
+        rows = blocks[..., None] * self.query_block + torch.arange(self.query_block, device=blocks.device)
+        return rows.clamp_max(self.q.shape[2] - 1), rows < self.q.shape[2]
+
+    def gathered(self, b, heads, rows):
+        """Rows (G, r, R) of q of some heads (a slice) of a batch entry, (G, r, R, D) float32."""
+        index = rows.flatten(1)[..., None].expand(-1, -1, self.q.shape[3])
+        return self.q[b, heads].gather(1, index).unflatten(1, rows.shape[1:]).float()
 
     def sums(self, blocks, chunk):
         """BlockSums of one chunk of the query blocks (B, H, R)."""

@@ -1,29 +1,32 @@
 """SoftTop-k: a differentiable stand-in for the router's top-k (SLA2, arXiv 2602.12675, stage 1; Ding et al. 2024)."""
 
-import math
-
 import torch
 
 TAU = 0.1
+SECTIONS = 16  # of the bracket, tried side by side: a quarter of the launches of a bisection
 
 
-def _row_shift(logits, count):
-    """The lambda of every row for which sigmoid(logits + lambda) sums to ``count``, by bisection; 0 < count < T_n."""
-    at_equal_scores = math.log(count / (logits.shape[-1] - count))
-    low = at_equal_scores - logits.amax(dim=-1, keepdim=True)
-    high = at_equal_scores - logits.amin(dim=-1, keepdim=True)
-    for _ in range(60 if logits.dtype == torch.float64 else 36):
-        middle = (low + high) / 2
-        too_many = torch.sigmoid(logits + middle).sum(dim=-1, keepdim=True) > count
-        low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
-    return (low + high) / 2
+def _row_shift(logits, counts):
+    """The lambda of every row for which sigmoid(logits + lambda) sums to its count: (..., 1, T_n), (S, 1) -> (..., S, 1)."""
+    width = logits.shape[-1]
+    largest, smallest = logits.amax(dim=-1, keepdim=True), logits.amin(dim=-1, keepdim=True)
+    low = torch.log(counts / (width - counts)) - largest
+    rounds = range(1, (15 if logits.dtype == torch.float64 else 9) + 1)
+    digits = [[digit * SECTIONS**-n for digit in range(1, SECTIONS)] for n in rounds]
+    steps = (largest - smallest)[..., None] * torch.tensor(digits, dtype=logits.dtype, device=logits.device)
+    for n in range(len(digits)):
+        shifts = low + steps[..., n, :]
+        sums = (logits[..., None, :] + shifts[..., None]).sigmoid_().sum(dim=-1)
+        low = shifts.where(sums <= counts, low).amax(dim=-1, keepdim=True)
+    return low
 
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, count, tau):
-        logits = scores / tau
-        mask = torch.sigmoid(logits + _row_shift(logits, count))
+    def forward(ctx, scores, counts, tau):
+        logits = scores[..., None, :] / tau
+        counts = torch.tensor(counts, dtype=scores.dtype, device=scores.device)[:, None]
+        mask = torch.sigmoid(logits + _row_shift(logits, counts))
         ctx.save_for_backward(mask)
         ctx.tau = tau
         return mask
@@ -36,7 +39,8 @@ class _SoftTopK(torch.autograd.Function):
         slope = mask * (1 - mask)
         # every entry saturated: the row cannot move, and 0 / 0 must not say otherwise
         total = slope.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
-        return slope * (grad - (slope * grad).sum(dim=-1, keepdim=True) / total) / ctx.tau, None, None
+        moved = slope * (grad - (slope * grad).sum(dim=-1, keepdim=True) / total)
+        return moved.sum(dim=-2) / ctx.tau, None, None
 
 
 def soft_top_k(scores, count, tau=TAU):
@@ -52,10 +56,15 @@ def soft_top_k(scores, count, tau=TAU):
     Raises:
         ValueError: count outside 1 to T_n, or tau not above 0.
     """
-    if not 1 <= count <= scores.shape[-1]:
-        raise ValueError(f"count must be from 1 to the {scores.shape[-1]} key blocks of a row, got {count}.")
+    return soft_top_k_masks(scores, (count,), tau)[..., 0, :]
+
+
+def soft_top_k_masks(scores, counts, tau=TAU):
+    """soft_top_k() for several counts at once: (..., T_n) -> (..., S, T_n). Takes 15 times the masks' memory on its way."""
+    for count in counts:
+        if not 1 <= count <= scores.shape[-1]:
+            raise ValueError(f"count must be from 1 to the {scores.shape[-1]} key blocks of a row, got {count}.")
     if not tau > 0:
         raise ValueError(f"tau must be above 0, got {tau}.")
-    if count == scores.shape[-1]:
-        return torch.ones_like(scores)
-    return _SoftTopK.apply(scores, count, tau)
+    # a row that keeps everything is shifted by infinity: ones, of no gradient
+    return _SoftTopK.apply(scores, tuple(counts), tau)

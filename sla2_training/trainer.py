@@ -4,6 +4,7 @@ Source: arXiv 2602.12675, Algorithm 1. Nothing is stored: each observation draws
 computes their dense rows exactly, and takes an optimisation step. No N x N tensor exists.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +16,13 @@ from ._kernels import (
     identity_router,
     resample_ratio,
     selected_block_count,
-    top_k_blocks,
-    unselected_mask,
 )
 from .errors import TrainingError
 from .layer_state import LayerState, ratios_of, resumed_layer, solved_ratios
 from .layer_tensors import LayerTensors
 from .report import VARIANTS, LayerErrors, TrainingReport
-from .soft_top_k import TAU, soft_top_k
+from .soft_top_k import TAU, soft_top_k_masks
+from .step_sums import step_sums
 
 SURE = 40.0  # logits above all others': the soft mask is 1 in float32
 
@@ -36,7 +36,7 @@ class TrainerOptions:
     each further step. tau: SoftTop-k's temperature.
     normalise_scores: bring each row of scores to unit spread before SoftTop-k. query_blocks: drawn per head and step.
     memory_bytes: bound on a step's working memory. One head with one query block is the least a step can work on: see
-    memory_of(), 0.19 GB at 32,760 tokens of head_dim 128 and 0.43 GB at 75,600, whatever the bound says.
+    memory_of(), 0.16 GB at 32,760 tokens of head_dim 128 and 0.36 GB at 75,600, whatever the bound says.
     steps_per_observation: optimisation steps on each tensor that is seen, each with new query blocks. seed: of the draws.
     keep_diagonal, query_block: as in sla2_attention; a training that is resumed keeps what it began with.
     """
@@ -212,9 +212,15 @@ class RouterTrainer:
         """
         scores = scores if always is None else scores.masked_fill(always, torch.inf)
         scores = _free_part(scores, forced)
-        counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
-        masks = [1 - unselected_mask(top_k_blocks(scores, n), scores.shape[-1], scores.dtype) for n in counts]
-        return _with_forced(torch.stack(masks, dim=3).flatten(0, 1), forced)
+        # of equal scores the lowest index wins, as in top_k_blocks
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, places)
+        counts = torch.tensor(self._counts(scores), device=scores.device)[:, None]
+        return _with_forced((rank[..., None, :] < counts).to(scores.dtype).flatten(0, 1), forced)
+
+    def _counts(self, scores):
+        return [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
 
     def _soft_masks(self, scores, always, forced):
         scores, always = _free_part(scores, forced), None if always is None else _free_part(always, forced)
@@ -222,9 +228,7 @@ class RouterTrainer:
             scores = (scores - scores.mean(dim=-1, keepdim=True)) / scores.std(dim=-1, keepdim=True).clamp_min(1e-6)
         if always is not None:
             scores = torch.where(always, scores.detach().amax(dim=-1, keepdim=True) + SURE * self.tau, scores)
-        counts = [selected_block_count(s, scores.shape[-1]) for s in self.sparsities]
-        masks = torch.stack([soft_top_k(scores, n, self.tau) for n in counts], dim=3).flatten(0, 1)
-        return _with_forced(masks, forced)
+        return _with_forced(soft_top_k_masks(scores, self._counts(scores), self.tau).flatten(0, 1), forced)
 
     def _ratios(self, alpha_logits, tensors, blocks):
         """The ratios of the drawn query blocks by logits (S, H, A), (B * H, R, S)."""
@@ -233,30 +237,19 @@ class RouterTrainer:
         return ratios.gather(2, index).flatten(0, 1)
 
     @torch.no_grad()
-    def _ratio_equations(self, tensors, blocks, chunk, sums, mask):
-        """One chunk's share of the least squares for the ratios under hard masks: gram (S, H, A, A), right (S, H, A)."""
-        o_sparse, o_linear = sums.branches(mask)
-        difference = (o_sparse - o_linear) * sums.valid[:, :, None, :, None]
-        product = (difference * (sums.target[:, :, None] - o_linear)).sum(dim=(3, 4))
-        norm = difference.square().sum(dim=(3, 4))
-        knots, heads = self.options.knots, blocks.shape[1]
-        basis = resample_ratio(torch.eye(knots, device=mask.device), tensors.query_block_count).T
-        basis = basis[blocks.flatten(0, 1)[chunk]]
-        right = torch.einsum("grs,gra->gsa", product, basis)
-        gram = torch.einsum("grs,gra,grb->gsab", norm, basis, basis)
-        head = torch.arange(blocks.shape[0] * heads, device=mask.device)[chunk[0]] % heads
-        return [
-            torch.zeros(heads, *x.shape[1:], device=x.device).index_add(0, head, x).transpose(0, 1)
-            for x in (gram, right)
-        ]
+    def _ratio_equations(self, tensors, blocks, sums):
+        """A step's least squares for the ratios under hard masks: gram (S, H, A, A), right (S, H, A)."""
+        knots, shape = self.options.knots, blocks.shape
+        basis = resample_ratio(torch.eye(knots, device=blocks.device), tensors.query_block_count).T[blocks]
+        product, norm = sums.product.unflatten(0, shape[:2]), sums.norm.unflatten(0, shape[:2])
+        right = torch.einsum("bhrs,bhra->sha", product, basis)
+        gram = torch.einsum("bhrs,bhra,bhrc->shac", norm, basis, basis)
+        return gram, right
 
     def _first_ratio(self, tensors, blocks, hard):
         """Ratio logits for the first step, from its own query blocks. Its equations count when the step is done."""
-        gram = right = 0.0
-        for chunk in tensors.chunks(blocks, self.memory_bytes):
-            more = self._ratio_equations(tensors, blocks, chunk, tensors.sums(blocks, chunk), hard[chunk])
-            gram, right = gram + more[0], right + more[1]
-        return solved_ratios(gram, right)
+        sums = step_sums(tensors, blocks, hard, self.memory_bytes)
+        return solved_ratios(*self._ratio_equations(tensors, blocks, sums))
 
     def _step(self, state, tensors):
         # what a step that ran out of memory left
@@ -270,23 +263,15 @@ class RouterTrainer:
             logits = self._first_ratio(tensors, blocks, hard) if logits is None else logits
             ratios = self._ratios(logits, tensors, blocks)
         soft = self._soft_masks(scores, always, tensors.forced)
-        # gradients are collected at the masks: a chunk's tensors are freed before the next chunk is computed
-        leaf = soft.detach().requires_grad_(True)
-        loss = energy = gram = right = 0.0
-        for chunk in tensors.chunks(blocks, self.memory_bytes):
-            sums = tensors.sums(blocks, chunk)
-            error = sums.squared_error(sums.output(leaf[chunk], ratios[chunk])).sum()
-            error.backward()
-            loss, energy = loss + error.detach(), energy + sums.energy().sum()
-            # in use the ratio mixes branches of hard masks, so it is fitted on those
-            more = self._ratio_equations(tensors, blocks, chunk, sums, hard[chunk])
-            gram, right = gram + more[0], right + more[1]
-            del sums, error
-        total = (energy * len(self.sparsities)).clamp_min(torch.finfo(torch.float32).tiny)
-        soft.backward(leaf.grad / total)
-        loss = float(loss / total)
+        sums = step_sums(tensors, blocks, hard, self.memory_bytes, soft.detach(), ratios)
+        total = (sums.energy * len(self.sparsities)).clamp_min(torch.finfo(torch.float32).tiny)
+        soft.backward(sums.gradient * (2 / total))
+        # in use the ratio mixes branches of hard masks, so it is fitted on those
+        gram, right = self._ratio_equations(tensors, blocks, sums)
         finite = (state.proj_q.grad, state.proj_k.grad, gram, right)
-        if not all(bool(torch.isfinite(x).all()) for x in finite):
+        largest = [torch.linalg.vector_norm(x, torch.inf) for x in finite]
+        loss, *largest = torch.stack([sums.error / total, *largest]).tolist()
+        if not all(map(math.isfinite, largest)):
             raise TrainingError(f"Training stopped at layer {tensors.layer}: the gradient of its router is not finite.")
         state.optimizer.step()
         # as large as the projections themselves, and kept for every layer otherwise
@@ -296,24 +281,29 @@ class RouterTrainer:
 
     def _evaluate(self, state, tensors, variants):
         blocks = tensors.draw(self.query_blocks, self.generator)
-        routers = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
+        projections = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
+        routers = [name for name in projections if any(name == router for router, _ in variants)]
         always = self.always_selected(tensors, blocks)
-        masks = {
-            name: self.hard_masks(tensors.scores(*proj, blocks), always, tensors.forced)
-            for name, proj in routers.items()
-        }
-        ratios = None if state.alpha_logits is None else self._ratios(state.alpha_logits, tensors, blocks)
-        squared, energy = dict.fromkeys(variants, 0.0), 0.0
+        masks = [
+            self.hard_masks(tensors.scores(*projections[name], blocks), always, tensors.forced) for name in routers
+        ]
+        masks = torch.cat(masks, dim=2)
+        ratios = {"estimated": None, "learned": None}
+        if state.alpha_logits is not None:
+            ratios["learned"] = self._ratios(state.alpha_logits, tensors, blocks).repeat(1, 1, len(routers))
+        squared, energy = {ratio: 0.0 for _, ratio in variants}, 0.0
         for chunk in tensors.chunks(blocks, self.memory_bytes):
-            sums = tensors.sums(blocks, chunk)
-            for router, ratio in variants:
-                mask = masks[router][chunk]
-                estimated = ratio == "estimated" or ratios is None
-                used = sums.estimated_ratio(mask) if estimated else ratios[chunk]
-                squared[router, ratio] += sums.squared_error(sums.output(mask, used)).sum(dim=(0, 1))
-            energy += sums.energy().sum()
-            del sums
-        return LayerErrors(self.sparsities, {v: tuple(e.tolist()) for v, e in squared.items()}, float(energy))
+            sums, mask = tensors.sums(blocks, chunk), masks[chunk]
+            branches = sums.branches(mask)
+            for ratio in squared:
+                used = sums.estimated_ratio(mask) if ratios[ratio] is None else ratios[ratio][chunk]
+                errors = sums.squared_error(sums.output(mask, used, branches)).sum(dim=(0, 1))
+                squared[ratio] = squared[ratio] + errors
+            energy = energy + sums.energy().sum()
+            del sums, branches
+        squared = {ratio: errors.unflatten(0, (len(routers), -1)).tolist() for ratio, errors in squared.items()}
+        squared = {(router, ratio): tuple(squared[ratio][routers.index(router)]) for router, ratio in variants}
+        return LayerErrors(self.sparsities, squared, float(energy))
 
 
 def _free_part(scores, forced):

@@ -5,6 +5,7 @@ import torch
 
 from sla2_kernels.router import top_k_blocks, unselected_mask
 from sla2_training import soft_top_k
+from sla2_training.soft_top_k import soft_top_k_masks
 
 
 @pytest.mark.parametrize(("width", "count"), [(2, 1), (17, 1), (17, 16), (512, 15), (1182, 118)])
@@ -58,6 +59,16 @@ def test_gradient_of_a_saturated_row_is_finite():
 
 def test_all_blocks_selected_is_a_mask_of_ones():
     assert torch.equal(soft_top_k(torch.randn(2, 7), 7), torch.ones(2, 7))
+
+
+def test_several_counts_at_once_are_those_of_each():
+    scores, weight = torch.randn(3, 20, dtype=torch.float64), torch.randn(3, 3, 20, dtype=torch.float64)
+    together, apart = (scores.clone().requires_grad_() for _ in range(2))
+    masks = soft_top_k_masks(together, (1, 6, 20))
+    expected = torch.stack([soft_top_k(apart, count) for count in (1, 6, 20)], dim=1)
+    torch.testing.assert_close(masks, expected)
+    (masks * weight).sum().backward(), (expected * weight).sum().backward()
+    torch.testing.assert_close(together.grad, apart.grad)
 
 
 def test_bad_arguments():

@@ -8,7 +8,7 @@ from benchmarks.synthetic import SyntheticLayer
 from sla2_kernels import sla2_attention
 from sla2_kernels.router import own_key_blocks
 from sla2_kernels.weights import RouterFileError, load_router
-from sla2_training import RouterTrainer, TrainerOptions, TrainingError, layer_tensors, soft_top_k
+from sla2_training import RouterTrainer, TrainerOptions, TrainingError, soft_top_k, step_sums
 from sla2_training.report import AFTER, BEFORE
 
 HEADS, DIM = 2, 32
@@ -203,7 +203,7 @@ def test_a_break_in_the_middle_of_a_step_keeps_what_was_trained(monkeypatch):
     def cancelled(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(layer_tensors, "block_sums", cancelled)
+    monkeypatch.setattr(step_sums, "sparse_sums", cancelled)
     with pytest.raises(KeyboardInterrupt):
         trainer.observe(0, *small_qkv(1))
     assert_same_router(before, trainer.router(), rtol=0, atol=0)
@@ -221,14 +221,14 @@ def test_nan_stops_and_names_the_layer(which, value):
 
 
 def out_of_memory_above(limit, monkeypatch):
-    real = layer_tensors.block_sums
+    real = step_sums.sparse_sums
 
-    def limited(q, k, v, pairs, query_blocks, *rest):
-        if query_blocks.numel() > limit:
+    def limited(q, *rest):
+        if q.shape[:2].numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(q, k, v, pairs, query_blocks, *rest)
+        return real(q, *rest)
 
-    monkeypatch.setattr(layer_tensors, "block_sums", limited)
+    monkeypatch.setattr(step_sums, "sparse_sums", limited)
 
 
 def test_out_of_memory_halves_the_subset_and_says_so(monkeypatch):
@@ -246,7 +246,7 @@ def test_out_of_memory_halves_the_subset_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize("failing", [None, 2], ids=["enough memory", "none after the first ratio"])
 def test_the_equations_of_a_step_count_once(monkeypatch, failing):
-    real, calls, equations = layer_tensors.block_sums, [], []
+    real, calls, equations = step_sums.sparse_sums, [], []
 
     def limited(*args):
         calls.append(1)
@@ -254,7 +254,7 @@ def test_the_equations_of_a_step_count_once(monkeypatch, failing):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args)
 
-    monkeypatch.setattr(layer_tensors, "block_sums", limited)
+    monkeypatch.setattr(step_sums, "sparse_sums", limited)
     trainer = make_trainer(query_blocks=4)
     solve = trainer._ratio_equations
     monkeypatch.setattr(trainer, "_ratio_equations", lambda *args: equations.append(solve(*args)) or equations[-1])

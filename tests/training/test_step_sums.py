@@ -1,0 +1,120 @@
+"""A step's sums: the same by any plan, few launches, and within the memory that was allowed."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.router_training_size import Launches
+from sla2_training import RouterTrainer, TrainerOptions, step_sums
+from sla2_training.block_sums import memory_of
+from sla2_training.layer_tensors import LayerTensors
+from sla2_training.step_sums import StepPlan, step_memory, step_plan
+
+H3 = {"heads": 56, "drawn": 8, "keys": 42_700, "head_dim": 128, "query_block": 128, "sparsities": 3}
+
+
+def random_layer(heads, tokens, head_dim, batch=1, prefix=0):
+    shapes = [(batch, heads, n, head_dim) for n in (tokens, tokens + prefix, tokens + prefix)]
+    return [torch.randn(shape) for shape in shapes]
+
+
+def step(trainer, qkv, **shown):
+    """One step, as a function without arguments, after a first one: ratios and the optimiser are there."""
+    trainer.observe(0, *qkv, **shown)
+    tensors = LayerTensors(0, *qkv, "BHND", None, **shown)
+    return lambda: trainer._step(trainer.layer_state(0), tensors)
+
+
+@pytest.mark.parametrize("plan", [(1, 1, 1), (1, 1, 3), (1, 1, 4), (2, 1, 4), (3, 2, 4), (3, 3, 4)])
+def test_any_plan_gives_the_same_sums(monkeypatch, plan):
+    """Against all heads at once, with ragged queries and keys and rows that keep everything."""
+    qkv = random_layer(5, 500, 32, batch=2, prefix=37)
+    tensors = LayerTensors(0, *qkv, "BHND", None, prefix=37)
+    blocks = tensors.draw(4, torch.Generator().manual_seed(0))
+    soft, hard = torch.rand(10, 4, 3, 9), (torch.rand(10, 4, 3, 9) < 0.4).float()
+    hard[..., 0], soft[:, 1, 2], hard[:, 1, 2] = 1, 1, 1
+    sums = []
+    for used in (StepPlan(5, 5, 4), StepPlan(*plan)):
+        monkeypatch.setattr(step_sums, "step_plan", lambda *_, used=used: used)
+        sums.append(step_sums.step_sums(tensors, blocks, hard, 2**30, soft, torch.full((10, 4, 3), 0.7)))
+        first = step_sums.step_sums(tensors, blocks, hard, 2**30)
+        torch.testing.assert_close((first.product, first.norm), (sums[-1].product, sums[-1].norm), rtol=1e-4, atol=1e-3)
+    for name in ("product", "norm", "error", "energy", "gradient"):
+        whole, piecewise = (getattr(x, name) for x in sums)
+        assert (piecewise - whole).norm() < 1e-5 * whole.norm(), name
+
+
+def launches(heads, query_blocks, memory_bytes=2**30):
+    trainer = RouterTrainer(
+        "test", 1, heads, 16, options=TrainerOptions(query_blocks=query_blocks, memory_bytes=memory_bytes)
+    )
+    run = step(trainer, random_layer(heads, 1100, 16))
+    with Launches() as seen:
+        run()
+    return seen.count
+
+
+def test_launches_do_not_grow_with_the_query_blocks_and_little_with_the_heads():
+    few = launches(2, 8)
+    assert launches(2, 2) == few <= 300
+    assert launches(8, 8) - few <= 6 * 10
+    head_by_head = step_memory(StepPlan(1, 1, 8), 1100, 16, 128, 3) + 4 * 8 * 8 * 18 * 19
+    assert launches(8, 8, memory_bytes=head_by_head) - few <= 7 * 80
+
+
+def test_launches_at_the_size_of_minimax_h3(monkeypatch):
+    """H3's heads, query blocks and plan, over fewer tokens."""
+    masks = 4 * 56 * 8 * 668 * 19
+    plan = step_plan(**H3, memory_bytes=TrainerOptions().memory_bytes - masks)
+    monkeypatch.setattr(step_sums, "step_plan", lambda *_: plan)
+    assert launches(56, 8) <= 1250
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes, at most, in storages that operations made and that were alive at one time."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {x.untyped_storage()._cdata for x in known}
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def hold(self, storage):
+        key = storage._cdata
+        if key not in self.known and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim", "megabytes"), [(2000, 128, 0), (2000, 128, 30), (3000, 64, 12)])
+def test_a_step_keeps_to_its_memory(tokens, head_dim, megabytes):
+    trainer = RouterTrainer("test", 1, 4, head_dim, options=TrainerOptions(memory_bytes=megabytes * 2**20))
+    qkv = random_layer(4, tokens, head_dim)
+    run = step(trainer, qkv)
+    state = trainer.layer_state(0)
+    with PeakMemory([*qkv, state.proj_q, state.proj_k]) as seen:
+        run()
+    assert seen.peak <= max(megabytes * 2**20, sum(memory_of(tokens, head_dim)))
+    # and makes use of it: what four heads need at once is about 50
+    assert seen.peak >= 0.5 * min(megabytes, 40) * 2**20
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("keys", [300, 4000, 42_700, 400_000])
+def test_the_least_plan_takes_no_more_than_memory_of_says(keys, head_dim):
+    assert step_plan(4, 8, keys, head_dim, 128, 3, 0) == StepPlan(1, 1, 1)
+    assert step_memory(StepPlan(1, 1, 1), keys, head_dim, 128, 3) <= sum(memory_of(keys, head_dim))
