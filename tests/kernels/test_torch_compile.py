@@ -1,9 +1,12 @@
 """torch.compile and torch.library see one well-behaved operator."""
 
+import typing
+
 import pytest
 import torch
 import torch._dynamo.testing
 from operator_inputs import attention_inputs, normal
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -204,6 +207,19 @@ def test_the_compiled_call_refuses_what_the_plain_one_refuses(generator):
     inputs = attention_inputs(generator, heads=1, tokens=65)
     with pytest.raises(Exception, match="sparsity must be at least 0 and below 1"):
         torch.compile(sla2_attention, **HOW)(*inputs.tensors(), sparsity=1.5)
+
+
+# list[int] is not one of them, and an operator that has it cannot even be imported
+TYPES_OF_TORCH_2_6 = {torch.Tensor, typing.Optional[torch.Tensor], typing.List[int], int, typing.Optional[int], float, bool, str}  # noqa: UP006, UP045  # fmt: skip
+
+
+def test_torch_2_6_knows_every_operator_s_types():
+    ours = {name: operator._init_fn for name, operator in OPDEFS.items() if name.startswith("sla2::")}
+    assert len(ours) == 5
+    for name, function in ours.items():
+        hints = typing.get_type_hints(function)
+        hints.pop("return")
+        assert set(hints.values()) <= TYPES_OF_TORCH_2_6, name
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
