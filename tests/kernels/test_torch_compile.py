@@ -133,6 +133,7 @@ def test_lengths_share_their_graphs(generator):
 LENGTHS = [(1, 1), (2, 2), (64, 64), (65, 65), (129, 129), (640, 640), (1, 300), (100, 1), (200, 64), (300, 1000)]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="it compiles once more for one block")
 def test_as_many_graphs_as_dense_attention():
     """Block counts of one, of queries, keys and selected blocks, are no cases of their own."""
     dense = graphs(torch.nn.functional.scaled_dot_product_attention)
@@ -203,6 +204,7 @@ def test_gradients_through_a_compiled_layer(generator):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch.compile has a sentence of its own here")
 def test_the_compiled_call_refuses_what_the_plain_one_refuses(generator):
     inputs = attention_inputs(generator, heads=1, tokens=65)
     with pytest.raises(Exception, match="sparsity must be at least 0 and below 1"):
