@@ -5,7 +5,7 @@ together with the video's ("routed"), of each reference at least a few blocks. s
 """
 
 from itertools import pairwise
-from typing import Optional
+from typing import List, Optional  # noqa: UP035  torch 2.6 derives an operator's schema from these only
 
 import torch
 from torch import Tensor
@@ -184,9 +184,9 @@ def _route(q, k, proj_q, proj_k, always, ranges, floor, count, query_block):
 def _select(
     q: Tensor,
     k: Tensor,
-    proj_q: Optional[Tensor],  # noqa: UP045  torch 2.6 derives an operator's schema from Optional only
+    proj_q: Optional[Tensor],  # noqa: UP045
     proj_k: Optional[Tensor],  # noqa: UP045
-    bounds: list[int],
+    bounds: List[int],  # noqa: UP006
     sparsity: float,
     floor: int,
     exact_references: bool,

@@ -39,7 +39,9 @@ def test_16_bit_is_the_definition(layout, scale, **drawn):
     routed = select_key_blocks(*tensors[:2], *weights[:2], sparsity=sparsity, layout=layout)
     expected, expected_ratio = inputs.reference(routed)
     out = out.transpose(1, 2) if layout == "BNHD" else out
-    assert relative_error(out, expected) < 1e-5 and relative_error(ratio, expected_ratio) < 1e-5
+    # over V's size: an average of V may come near zero itself
+    error = (out - expected).square().mean().sqrt() / inputs.v.double().square().mean().sqrt()
+    assert error < 5e-6 and relative_error(ratio, expected_ratio) < 1e-5
 
 
 @SETTINGS

@@ -20,6 +20,7 @@ def card(monkeypatch):
     def set_card(capability, hip=None):
         monkeypatch.setattr(support, "_cuda_capability", lambda index: capability)
         monkeypatch.setattr(support, "why_no_triton", lambda: None)
+        monkeypatch.setattr(support, "triton_version", lambda: support.MIN_TRITON_ON_BLACKWELL)
         monkeypatch.setattr(torch.version, "hip", hip)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

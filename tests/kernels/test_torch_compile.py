@@ -1,9 +1,12 @@
 """torch.compile and torch.library see one well-behaved operator."""
 
+import typing
+
 import pytest
 import torch
 import torch._dynamo.testing
 from operator_inputs import attention_inputs, normal
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,6 +133,7 @@ def test_lengths_share_their_graphs(generator):
 LENGTHS = [(1, 1), (2, 2), (64, 64), (65, 65), (129, 129), (640, 640), (1, 300), (100, 1), (200, 64), (300, 1000)]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="it compiles once more for one block")
 def test_as_many_graphs_as_dense_attention():
     """Block counts of one, of queries, keys and selected blocks, are no cases of their own."""
     dense = graphs(torch.nn.functional.scaled_dot_product_attention)
@@ -200,10 +204,24 @@ def test_gradients_through_a_compiled_layer(generator):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch.compile has a sentence of its own here")
 def test_the_compiled_call_refuses_what_the_plain_one_refuses(generator):
     inputs = attention_inputs(generator, heads=1, tokens=65)
     with pytest.raises(Exception, match="sparsity must be at least 0 and below 1"):
         torch.compile(sla2_attention, **HOW)(*inputs.tensors(), sparsity=1.5)
+
+
+# list[int] is not one of them, and an operator that has it cannot even be imported
+TYPES_OF_TORCH_2_6 = {torch.Tensor, typing.Optional[torch.Tensor], typing.List[int], int, typing.Optional[int], float, bool, str}  # noqa: UP006, UP045  # fmt: skip
+
+
+def test_torch_2_6_knows_every_operator_s_types():
+    ours = {name: operator._init_fn for name, operator in OPDEFS.items() if name.startswith("sla2::")}
+    assert len(ours) == 5
+    for name, function in ours.items():
+        hints = typing.get_type_hints(function)
+        hints.pop("return")
+        assert set(hints.values()) <= TYPES_OF_TORCH_2_6, name
 
 
 @pytest.mark.parametrize("heads_first", [True, False])

@@ -40,7 +40,7 @@ def spill_bar(card, dtype=BF16, kernel="", int8_sums=False):
     if dtype == FP32:
         return float("inf")
     if kernel == "_pack" and int8_sums:
-        return 512 if dtype == FP16 else 128
+        return 1024 if dtype == FP16 else 128  # Triton 3.3: 656
     if kernel in SPILLING:
         return SPILLING[kernel]
     return 1024 if card.capability == (9, 0) else 64
