@@ -18,7 +18,7 @@ from .comparison.frames import check_vae, saved_frames
 from .comparison.rival import against_rival
 from .comparison.runs import Measured, StepClock, attention_seconds, comparison_data, comparison_text, line_to_paste
 from .compat.rival_attention import rivals_node
-from .compat.sampling import sample_once
+from .compat.sampling import latent_for, sample_once
 from .page.text import plain, show_on_node
 from .runs.report_text import error_in_words, report_data
 from .runs.to_paste import versions
@@ -94,7 +94,7 @@ class SLA2Compare(io.ComfyNode):
         if hook.facts is None:
             raise ValueError(f"SLA2 Compare: {unsupported_reason_of(model)}.")
         if vae is not None:
-            check_vae(vae, model.model.latent_format)
+            check_vae(vae, latent_for(model, latent_image))
         node, has_rival = cls.hidden.unique_id, rivals_node() is not None
         bar = comfy.utils.ProgressBar((3 if has_rival else 2) * steps)
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}

@@ -122,7 +122,7 @@ class SLA2TrainLora(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
         videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW,
     ) -> io.NodeOutput:  # fmt: skip
-        from .training.lora_session import LoraPlan, LoraSession
+        from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound
         from .training.lora_training import LoraSettings
 
         facts = facts_of(model)
@@ -133,6 +133,7 @@ class SLA2TrainLora(io.ComfyNode):
             raise ValueError(
                 f'SLA2 Train LoRA: "{FLOW}" needs videos of yours: connect latents, or choose "{DISTILL}".'
             )
+        check_makes_no_sound(model, (latent_image if latents is None else latents)["samples"])
         distill = loss == DISTILL
         plan = LoraPlan(
             sparsity=sparsity,

@@ -7,7 +7,7 @@ deeply in places, and functions are what such a copy shares.
 
 import weakref
 
-from ..compat.compiled_models import not_compiled
+from ..compat.compiled_models import graphs_of_its_own, not_compiled
 from ..compat.override_chain import MARK
 from ..compat.rival_attention import take_off
 from ..settings.values import AttentionSettings
@@ -83,7 +83,8 @@ def install(model, settings, router, sla_weights=None):
         diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
         diffusion_model = getattr(diffusion_model, "_orig_mod", diffusion_model)
         frame = Frame(diffusion_model, lambda: inputs(executor.original, args, kwargs), options)
-        with hook.frames.opened(frame), marked_methods(hook, diffusion_model, methods, known_methods):
+        marked = marked_methods(hook, diffusion_model, methods, known_methods)
+        with hook.frames.opened(frame), marked, graphs_of_its_own():
             if is_next_to_the_model:
                 open_call(frame)
             output = executor(*args, **kwargs)

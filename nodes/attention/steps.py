@@ -152,7 +152,8 @@ def planned_dense_reason(settings, layer, step):
     """The same for a Step, the schedule's rules included; what target_error chose does not count."""
     reason = kept_dense_reason(settings, layer, step.in_window)
     if reason is None and _scheduled(layer, step, step.plan.sparsity) is None:
-        reason = "the schedule keeps this step or layer dense"
+        planned = "the preset automatic keeps this step dense"  # it leaves the widget "schedule" empty
+        reason = planned if settings.plans_itself else "the schedule keeps this step or layer dense"
     return reason
 
 

@@ -35,7 +35,7 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Measured:
-    """One sampling. latent: on the CPU. attention_s: seconds per step in self-attention. peak: bytes, None off CUDA.
+    """One sampling. latent: on the CPU, of several parts where the model makes sound too. attention_s: seconds per step in self-attention. peak: bytes, None off CUDA.
 
     skipped: share of the token pairs that the sparse calls skipped, None where there were none. error_words: what the run
     says of its attention error, None where it measured none.
@@ -60,13 +60,18 @@ def attention_seconds(run, steps):
     return (attention_milliseconds(run) or 0.0) / 1000 / steps
 
 
+def parts_of(latent):
+    """Tensors of a latent: the video, and behind it the sound where the model makes both."""
+    return latent.unbind() if latent.is_nested else (latent,)
+
+
 def relative_error(latent, reference):
-    """|latent - reference| / |reference| in float64, as text."""
-    reference = reference.double()
+    """|latent - reference| / |reference| in float64 over all parts, as text."""
+    latent, reference = (torch.cat([part.double().flatten() for part in parts_of(one)]) for one in (latent, reference))
     norm = reference.norm()
     if not norm:
         return f"{NOT_MEASURED}: the dense latent is zero"
-    error = ((latent.double() - reference).norm() / norm).item()
+    error = ((latent - reference).norm() / norm).item()
     return f"{error:.4f}" if math.isfinite(error) else f"{NOT_MEASURED}: a latent holds NaN or infinity"
 
 

@@ -59,7 +59,7 @@ def _not_faster(run):
         return None
     return (
         f"a sparse call took {sparse:.2f} ms and a dense one {dense:.2f} ms: SLA2 does not pay at this length and "
-        "sparsity. Raise sparsity (with a trained router), or leave SLA2 out."
+        "sparsity. Raise sparsity (preset custom, with a trained router), or leave SLA2 out."
     )
 
 

@@ -307,6 +307,8 @@ class RunRecord:
         record.attention_error = self._on_devices.error(layer)
         record.rows_left_out = self._on_devices.rows_left_out(layer)
         means = {kind: times.mean() for kind, times in record.times.items()}
+        if record.dense and not record.sparse:
+            means.pop("sparse", None)  # of an attempt whose output was not used
         record.milliseconds = {kind: mean for kind, mean in means.items() if mean is not None}
 
     def _note_bad_outputs(self):
@@ -360,7 +362,7 @@ def sample_of(latent, count=64):
 
 
 def difference(sample, other):
-    """Largest difference of two samples of sample_of; infinite where they cannot be of one latent."""
+    """Largest difference of two samples of sample_of, NaN being like NaN; infinite where they cannot be of one latent."""
     if sample is None or other is None or sample[0] != other[0]:
         return float("inf")
-    return (sample[1] - other[1]).abs().max().item()
+    return (sample[1].nan_to_num() - other[1].nan_to_num()).abs().max().item()

@@ -14,7 +14,7 @@ from ...sla2_kernels import identity_router
 from ...sla2_training.ratios import with_trained_ratios
 from ..attention.hook import KEY
 from ..attention.weight_checks import check_router
-from ..compat.sampling import sample_once
+from ..compat.sampling import latent_for, sample_once
 from ..settings.values import skips_keeps
 from .lora_adapters import LoraAdapters
 from .lora_attention import LoraAttention
@@ -30,6 +30,13 @@ class LoraPlan:
     precision: str
     rank: int
     settings: LoraSettings
+
+
+def check_makes_no_sound(model, latents):
+    """Raises ValueError where the model samples sound along with videos of these latents."""
+    empty = latents if latents.is_nested else torch.zeros_like(latents)  # to which ComfyUI adds what the model makes
+    if latent_for(model, {"samples": empty}).is_nested:
+        raise ValueError("SLA2 Train LoRA: models that make sound along with the video cannot be trained yet.")
 
 
 class LoraSession:
@@ -70,11 +77,10 @@ class LoraSession:
     def take_videos(self, latents, prompts):
         """Trains on latents of the user's, which ``prompts`` many prompts belong to."""
         channels = self.model.model.latent_format.latent_channels
-        if getattr(latents, "is_nested", False) or latents.ndim != 5 or latents.shape[1] != channels:
-            found = "of several parts" if getattr(latents, "is_nested", False) else tuple(latents.shape)
+        if latents.ndim != 5 or latents.shape[1] != channels:
             raise ValueError(
                 f"SLA2 Train LoRA: latents must be videos of this model's VAE, (videos, {channels}, frames, height, width), "
-                f"and these are {found}."
+                f"and these are {tuple(latents.shape)}."
             )
         if not bool(torch.isfinite(latents).all()):
             raise ValueError("SLA2 Train LoRA: latents hold NaN or infinity; encode the videos again.")
@@ -88,8 +94,6 @@ class LoraSession:
     @torch.no_grad()
     def make_videos(self, count, positive, negative, latent_image, seed, sampler):
         """Trains on ``count`` videos that the dense model makes now. sampler: steps, cfg, names."""
-        if getattr(latent_image["samples"], "is_nested", False):
-            raise ValueError("SLA2 Train LoRA: models that make sound along with the video cannot be trained yet.")
         one = latent_image | {"samples": latent_image["samples"][:1].clone()}
         one.pop("batch_index", None)
         made = []

@@ -19,6 +19,8 @@ from .router_training import training_mode
 LEVELS = 4  # noise levels that the error is measured at
 HELD_OUT = 2**62  # seeds from here on are never drawn
 BLOCK_DEPTH = 2  # of a model's blocks, as core's training node counts
+# what PyTorch says of a model that was written for inference alone
+NO_GRADIENTS = ("modified by an inplace operation", "torch.utils.checkpoint:", "no autograd formula was registered")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,19 @@ class LoraSettings:
     distill: bool
     drop_caption: float
     shift: float = 1.0
+
+
+def backward(loss, model):
+    """loss.backward(); raises ValueError with one sentence where ``model``, which made it, has no gradients."""
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_GRADIENTS):
+            raise
+        raise ValueError(
+            f"SLA2 Train LoRA: ComfyUI's {type(model).__name__} cannot be trained: it overwrites tensors that gradients "
+            f"are computed from, or uses operations without gradients ({str(error).splitlines()[0]})."
+        ) from error
 
 
 class LoraTraining(comfy.samplers.Sampler):
@@ -124,7 +139,7 @@ class LoraTraining(comfy.samplers.Sampler):
             target = self._velocity(noisy, sigma, cond, dense=True) if settings.distill else truth
             with training_mode(), torch.enable_grad():
                 loss = (self._velocity(noisy, sigma, cond) - target).square().mean() / settings.batch
-                loss.backward()
+                backward(loss, self.model.diffusion_model)
             total += float(loss)
             self.advance()
         return total

@@ -238,6 +238,8 @@ def test_a_compiled_model(comfy, new_prompt, order):
     p = new_prompt()
     patched = p.apply(compiled(p, p.model()), **settings)
     if order == "compiled after":
+        # first without us: its graphs, in which no layer is marked, must not be taken for ours
+        dense(comfy, plain := new_prompt(), compiled(plain, plain.model()), steps=2)
         patched = compiled(p, p.apply(p.model(), **settings))
     found, latent = run(comfy, p, patched, steps=2)
     assert found["sparse_calls"] == found["dense_calls"] == LAYERS and found["other_calls"] == 2 * LAYERS

@@ -112,7 +112,7 @@ def test_the_run_says_what_was_chosen_once_something_ran_sparse(bench, pack_modu
         b.attend(*qkv, heads=HEADS)
     b.hook.end_run()
     run = b.hook.runs.finished()[-1]
-    assert run.layers[0].dense == {"the schedule keeps this step or layer dense": 1} and run.layers[0].sparse == 1
+    assert run.layers[0].dense == {"the preset automatic keeps this step dense": 1} and run.layers[0].sparse == 1
     (note,) = run.notes
     assert note.startswith(
         "preset automatic chose sparsity 0.9, step 1 dense, for wan: 2 steps, from noise, 300 tokens"

@@ -51,6 +51,15 @@ def test_the_attention_error_is_in_the_runs_own_words(comparison):
     assert dict(data["rows"])["attention error per call"] == words
 
 
+def test_the_latent_error_is_that_of_all_parts(comparison):
+    """Video and sound come as one latent of two parts."""
+    dense, sla2 = (
+        SimpleNamespace(is_nested=True, unbind=lambda p=p: p)
+        for p in ([torch.ones(3), torch.ones(1)], [torch.ones(3), torch.zeros(1)])
+    )
+    assert comparison.relative_error(sla2, dense) == "0.5000"
+
+
 def test_slower_is_said_and_peaks_are_in_gib(comparison):
     sla2 = measured(comparison, step_s=4.0, peak=3 * 2**30, sparse_calls=90, dense_calls=0)
     data = comparison.comparison_data(measured(comparison, peak=2**30), sla2, "card", "skips 90%", (None, 4096))

@@ -70,6 +70,7 @@ def test_an_image_is_known_by_the_nodes_it_came_through(shown, runs, source, num
 def test_a_latent_is_known_by_its_values_and_what_was_made_of_it_by_its_nodes(shown, pack_module):
     record = pack_module("nodes.runs.record")
     latents = [torch.randn(1, 16, 3, 8, 8) for _ in range(2)]
+    latents[0][0, 0, 0, 0, 0] = float("nan")  # of a run that went wrong, which is when reports are read
     runs = [run(1, "2", NOW, latents[0], record), run(2, "3", NOW, latents[1], record)]
     assert shown(runs, "9", {"samples": latents[0].bfloat16()}) == (1, None)
     number, caveat = shown(runs, "2", {"samples": 1.5 * latents[0]})

@@ -68,6 +68,7 @@ def test_a_layer_whose_first_sparse_output_is_not_finite_runs_dense_for_the_run(
         (1, 1, {}),
         (2, 0, {failure.NOT_FINITE: 2}),
     ]
+    assert [sorted(row["milliseconds"]) for row in data["layers"]] == [["sparse"], ["dense"]]
     (note,) = data["notes"]
     assert note.startswith("layer 2: sparse attention gave NaN or infinity (its inputs held them already)")
     assert note in text

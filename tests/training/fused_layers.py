@@ -1,4 +1,5 @@
-"""A LoRA on a linear layer that takes ComfyUI 0.39's keywords. Prints one line of JSON for test_lora_on_fused_layers.py:
+"""A LoRA on a linear layer that takes ComfyUI 0.39's keywords, and the gradients of a block that overwrites its input. Prints
+one line of JSON for test_lora_on_fused_layers.py:
 
 python fused_layers.py REPOSITORY
 """
@@ -47,4 +48,20 @@ try:
     adapter.bypass_forward(fused, x, input_act="mish")
 except ValueError as error:
     found["unknown"] = str(error)
+
+
+class Overwriting(torch.nn.Linear):
+    def forward(self, x):
+        x += super().forward(torch.nn.functional.rms_norm(x, (8,)))
+        return x
+
+
+block = Overwriting(8, 8)
+training = pack_module("nodes.training.lora_training")
+training.patch(block)
+for name, loss in (("overwritten", block(torch.randn(1, 3, 8)).sum()), ("other", torch.zeros(1).sum())):
+    try:
+        training.backward(loss, block)
+    except (ValueError, RuntimeError) as error:
+        found[name] = f"{type(error).__name__}: {error}"
 print(json.dumps(found))

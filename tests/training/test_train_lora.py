@@ -222,6 +222,12 @@ def two_prompts_for_three_videos(comfy, prompt):
     return {"positive": prompt.add("ConditioningCombine", conditioning_1=one, conditioning_2=two), "latents": videos}
 
 
+def video_and_sound(comfy, prompt):
+    parts = [prompt.add("EmptyHunyuanLatentVideo", width=128, height=128, length=9, batch_size=1) for _ in range(2)]
+    video, sound = parts
+    return {"loss": FLOW, "latents": prompt.add("LTXVConcatAVLatent", video_latent=video, audio_latent=sound)}
+
+
 WRONG = {
     "another model's router": (
         lambda _, prompt: {"router": prompt.add("SLA2LoadRouter", router_name="other_layers.safetensors")},
@@ -236,6 +242,7 @@ WRONG = {
         lambda _, prompt: {"latents": prompt.add("EmptyLatentImage", width=128, height=128, batch_size=1)},
         "latents must be videos of this model's VAE, (videos, 16, frames, height, width), and these are (1, 4, 16, 16)",
     ),
+    "sound beside the video": (video_and_sound, "models that make sound along with the video cannot be trained yet"),
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
     "no videos for flow matching": (lambda *_: {"loss": FLOW}, f'"{FLOW}" needs videos of yours: connect latents'),
     "too short": (

@@ -135,6 +135,21 @@ def test_what_people_run_runs_with_sla2_and_dense(comfy, canvas, tiny_files, nam
     assert all("did not come through SLA2 Apply Attention" in outputs[report]["text"][0] for report in reports)
 
 
+def test_compare_takes_a_latent_of_video_and_sound(comfy, prompt, tiny_files):
+    model = prompt.apply(prompt.model("minimax_h3_fl2va_pruned_int8_convrot.safetensors"))
+    clip = prompt.add("SLA2TestTextEncoder", family="minimax")
+    vae = prompt.add("VAELoader", vae_name="minimax_h3_video_vae_int8_convrot.safetensors")
+    text, _ = prompt.add("MiniMaxH3ImageToVideo", prompt="a fox", clip=clip, vae=vae, **SIZES["MiniMax"])
+    sampler = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    inputs = {"model": model, "positive": [text, 0], "negative": [text, 0], "latent_image": [text, 1], "vae": vae}
+    compare, _ = prompt.add("SLA2Compare", find_break_even=False, **inputs, **sampler)
+    outputs = comfy.run(prompt)
+    rows = dict(outputs[compare]["sla2_comparison"][0]["rows"])
+    assert 0 < float(rows["latent error, relative to dense"]) < 1
+    assert rows["seconds per step, SLA2"].endswith("(4 of 4 calls accelerated)")
+    assert len(outputs[compare]["sla2_frames"][0]["sla2"]) == 5
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_no_node_covers_another_before_and_after_a_run(canvas, name):
     """After a run as far as our nodes go: they are told what a server tells."""
