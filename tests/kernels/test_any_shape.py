@@ -1,5 +1,7 @@
 """Whatever the shape, the sparsity and the options: the operator is the definition, and its output lies inside V."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,7 +41,9 @@ def test_16_bit_is_the_definition(layout, scale, **drawn):
     routed = select_key_blocks(*tensors[:2], *weights[:2], sparsity=sparsity, layout=layout)
     expected, expected_ratio = inputs.reference(routed)
     out = out.transpose(1, 2) if layout == "BNHD" else out
-    assert relative_error(out, expected) < 1e-5 and relative_error(ratio, expected_ratio) < 1e-5
+    # what is rounded is as large as the values: in a single output number they may cancel, all but a thousandth
+    rounded, _ = replace(inputs, v=inputs.v.abs()).reference(routed)
+    assert (out - expected).norm() < 3e-6 * rounded.norm() and relative_error(ratio, expected_ratio) < 1e-5
 
 
 @SETTINGS
