@@ -164,14 +164,11 @@ class Suite:
 def suites(old_triton, page=None):
     """Triton's interpreter, another Triton and another page need processes of their own; the longest suites come first."""
     others = [str(ROOT / "tests"), *(f"--ignore={folder}" for folder in (INTERPRETER, COMPILE, WEB))]
+    yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield Suite("What needs ComfyUI", [*others, "-m", "comfyui"])
     yield kernel_suite(COMPILE, "compiled with the installed Triton")
     yield Suite("Everything else", [*others, "-m", "not comfyui"])
-    yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
-    if page is not None and WEB.is_dir():
-        chosen = [str(WEB / f"test_{name}.py") for name in ("accelerate_in_page", "on_the_nodes", "schedule_editor")]
-        yield Suite("The newest page", [*chosen, "-k", IN_THE_NEWEST_PAGE], {"COMFYUI_FRONTEND": str(page)})
     if old_triton is not None:
         path = os.pathsep.join(filter(None, (str(old_triton), os.environ.get("PYTHONPATH"))))
         # of the dtypes, the one that video models have; without sm_86, which has the formats of sm_80 and the memory of
@@ -179,6 +176,9 @@ def suites(old_triton, page=None):
         chosen = "(bfloat16 and not sm_86 and not (test_backward_fits and sm_89)) or odd"
         bfloat16 = kernel_suite(COMPILE, f"compiled with Triton {OLDEST_TRITON}", PYTHONPATH=path)
         yield replace(bfloat16, arguments=[*bfloat16.arguments, "-k", chosen])
+    if page is not None and WEB.is_dir():
+        chosen = [str(WEB / f"test_{name}.py") for name in ("accelerate_in_page", "on_the_nodes", "schedule_editor")]
+        yield Suite("The newest page", [*chosen, "-k", IN_THE_NEWEST_PAGE], {"COMFYUI_FRONTEND": str(page)})
 
 
 def kernel_suite(folder, kernels, **variables):

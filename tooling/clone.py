@@ -60,9 +60,9 @@ def _wait(process):
         while process.poll() is None:
             now = time.monotonic()
             if now - heard.last > SILENCE_S:
-                return f"git heard nothing for {now - heard.last:.0f} s"
+                return f"git heard nothing for {SILENCE_S} s"
             if now - start > LIMIT_S:
-                return f"git was not done after {now - start:.0f} s"
+                return f"git was not done after {LIMIT_S} s"
             time.sleep(0.1)
     finally:
         if process.poll() is None:

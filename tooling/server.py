@@ -126,6 +126,6 @@ class Server:
             time.sleep(0.1)
         raise PromptFailed(f"ComfyUI left no history entry of prompt {number} within {wait_s} s.")
 
-    def run(self, prompt, wait_s=120):
+    def run(self, prompt, wait_s=300):
         """Queues an API-format prompt and waits for its history entry, be it a success or a failure."""
         return self.history(self.queue(prompt), wait_s)

@@ -21,7 +21,9 @@ def comfy(comfyui_path, tmp_path_factory):
     (base / "custom_nodes" / "sla2_test_helpers").symlink_to(
         Path(__file__).parent / "helper_nodes", target_is_directory=True
     )
-    (base / "user/default/comfy.settings.json").write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    # the minimap is drawn all the time, which is half of what a page at rest costs
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+    (base / "user/default/comfy.settings.json").write_text(json.dumps(settings))
     save_wan(base / "models/diffusion_models/tiny_wan.safetensors")
     save_wan(base / "models/diffusion_models/tiny_wan_i2v.safetensors", in_dim=36, image=True, seed=1)
     save_wan(base / "models/diffusion_models/tiny_vace.safetensors", vace=True, seed=2)

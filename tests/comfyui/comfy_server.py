@@ -16,9 +16,9 @@ class ComfyServer(Server):
     comfyui-frontend-package the folder comfyui_frontend_package/static.
     """
 
-    def __init__(self, comfyui_path, base, wait_s=120):
+    def __init__(self, comfyui_path, base):
         # threads that wait for a busy core cost far more than they bring
-        super().__init__(comfyui_path, base, "cpu", wait_s, OMP_NUM_THREADS="1")
+        super().__init__(comfyui_path, base, "cpu", OMP_NUM_THREADS="1")
         if frontend := os.environ.get("COMFYUI_FRONTEND"):
             self.command += ["--front-end-root", frontend]
         self.start()

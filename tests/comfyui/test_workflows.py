@@ -73,7 +73,7 @@ def test_dense_and_sla2_share_seed_and_inputs_and_models_have_links(path):
 
 @pytest.mark.parametrize("node", OURS)
 def test_node_help_is_served(comfy, node):
-    with urllib.request.urlopen(f"{comfy.server.url}/extensions/{PACK_FOLDER}/docs/{node}.md", timeout=10) as page:
+    with urllib.request.urlopen(f"{comfy.server.url}/extensions/{PACK_FOLDER}/docs/{node}.md", timeout=60) as page:
         assert page.read().decode().startswith("# SLA2")
 
 

@@ -34,12 +34,20 @@ def test_no_more_than_the_limit_run_at_a_time(tmp_path, limit):
         assert sum(first <= start < last for first, last in spans) <= limit
 
 
-def test_it_says_how_far_they_are(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(side_by_side, "SAY_EVERY_S", 0.2)
-    run_side_by_side(
-        [part("slow", "import time; print('.. [ 42%]', flush=True); time.sleep(1)")], tmp_path, tmp_path, 2
-    )
-    assert "still running: slow (42%)" in capsys.readouterr().out
+def test_it_says_how_far_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "SAY_EVERY_S", 0)
+    seen, said = tmp_path / "seen", []
+
+    def say(text):
+        said.append(text.strip())
+        if "(42%)" in text:
+            seen.touch()
+
+    monkeypatch.setattr(side_by_side, "say", say)
+    wait = "for _ in range(6000):\n    if not os.path.exists(os.environ['SEEN']): time.sleep(0.01)"
+    code = f"import os, time\nprint('.. [ 42%]', flush=True)\n{wait}"
+    assert run_side_by_side([part("slow", code, SEEN=str(seen))], tmp_path, tmp_path, 2) == [0]
+    assert "still running: slow (42%)" in said
 
 
 def test_what_was_started_is_ended_when_interrupted(tmp_path, monkeypatch):

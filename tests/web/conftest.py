@@ -43,13 +43,22 @@ def canvas(server, browser, pictures):
     context.close()
 
 
+@pytest.fixture
+def small_window(canvas):
+    """For what looks at no picture: drawing is half of the time that a large workflow takes to load."""
+    whole = canvas.page.viewport_size
+    canvas.page.set_viewport_size({"width": 300, "height": 200})
+    yield
+    canvas.page.set_viewport_size(whole)
+
+
 @pytest.fixture(scope="session")
 def tiny_files(comfy, comfyui_path):
     """Tiny files under the names of what people run, in the server's folders."""
     comfy.skip_before(0, 32, "a checkpoint in int8_convrot")
     script = ROOT / "tests/comfyui/template_files.py"
     command = [sys.executable, str(script), str(comfyui_path), str(comfy.base / "models")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,5 +1,6 @@
 """ComfyUI's official video templates, from the package that run_tests.py installs beside the one that ComfyUI brings."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -24,6 +25,7 @@ def template_folder():
     return Path(found.origin).parent / "templates"
 
 
+@functools.cache
 def video_templates():
     """{name: workflow} of every local template in the category Video, those used most first."""
     folder = template_folder()

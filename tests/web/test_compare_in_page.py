@@ -29,7 +29,7 @@ def test_the_numbers_are_shown_and_the_break_even_can_be_set_and_undone(canvas, 
     # as on a card where the search found one
     found = {"text": [""], "sla2_comparison": [data | {"break_even": 6144}]}
     canvas.js(f"{canvas.node('SLA2Compare')}.onExecuted(a)", found)
-    canvas.page.wait_for_timeout(200)
+    canvas.rest()
     canvas.picture(f"comparison_{'vue' if vue else 'classic'}", "SLA2Compare")
     button = canvas.page.get_by_role("button", name="Set minimum_tokens to 6144")
     button.focus()
@@ -37,7 +37,7 @@ def test_the_numbers_are_shown_and_the_break_even_can_be_set_and_undone(canvas, 
     assert canvas.value("SLA2ApplyAttention", "minimum_tokens") == 6144
     assert "is now 6144" in canvas.panel("SLA2Compare")
     canvas.js("app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
-    canvas.page.wait_for_timeout(300)
+    canvas.rest()
     assert canvas.value("SLA2ApplyAttention", "minimum_tokens") == 0
     assert canvas.errors == []
 
@@ -55,7 +55,10 @@ def test_a_slider_moves_between_the_dense_and_the_sla2_frames(canvas, comparing_
     assert len(frames["dense"]) == len(frames["sla2"]) == 8
     page = canvas.page
     canvas.js(f"(app.canvas.ds.scale = 0.8, app.canvas.centerOnNode({canvas.node('SLA2Compare')}))")
-    page.wait_for_timeout(500)
+    canvas.until(
+        "((all) => all.length === 2 && all.every((i) => i.complete))([...document.querySelectorAll('.sla2-frames img')])"
+    )
+    canvas.rest()
     images = page.locator(".sla2-frames img")
     sizes = images.evaluate_all("(all) => all.map((i) => [i.naturalWidth, i.naturalHeight, i.clientHeight > 0])")
     assert sizes == [[SIDE, SIDE, True]] * 2

@@ -68,7 +68,7 @@ def installed(comfyui_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fresh(installed, comfyui_path):
     """A ComfyUI on that base directory."""
-    with Server(comfyui_path, installed, wait_s=120, OMP_NUM_THREADS="1") as running:
+    with Server(comfyui_path, installed, OMP_NUM_THREADS="1") as running:
         yield running
 
 

@@ -19,7 +19,6 @@ from tooling.paths import ROOT
 
 pytestmark = pytest.mark.web
 APPLY = "SLA2ApplyAttention"
-PROMPT = "(await app.graphToPrompt()).output"
 SHOW = """((node) => {
   const widget = node.widgets.find((candidate) => candidate.name === a[1]);
   widget.value = a[2];
@@ -75,9 +74,9 @@ def prompts_of(canvas, name):
     canvas.load(video_templates()[name])
     for (node, widget), value in RUNS[name].shown.items():
         canvas.js(SHOW, [node, widget, value])
-    plain = canvas.js(PROMPT)
+    plain = canvas.prompt()
     canvas.js("app.extensionManager.command.execute('SLA2.Accelerate')")
-    return plain, canvas.js(PROMPT)
+    return plain, canvas.prompt()
 
 
 def watched(prompt, run, tag, settings, video=False):
@@ -111,6 +110,7 @@ def quantised_models(comfy):
     return Path(comfy.server.log).read_text(errors="replace").count("Using mixed precision operations")
 
 
+@pytest.mark.usefixtures("small_window")
 @pytest.mark.parametrize("name", RUNS)
 def test_it_samples_through_its_own_loaders_guider_and_lora(comfy, canvas, tiny_files, name):
     run, before = RUNS[name], quantised_models(comfy)

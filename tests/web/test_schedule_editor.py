@@ -33,12 +33,12 @@ class Editor:
 
     def centre(self):
         self.canvas.js(f"(app.canvas.ds.scale = 0.7, app.canvas.centerOnNode({self.canvas.node(KIND)}))")
-        self.page.wait_for_timeout(200)
+        self.canvas.rest()
 
     def open(self):
         self.centre()
         self.summary.click()
-        self.page.wait_for_timeout(300)
+        self.canvas.rest()
         return self
 
     @property
@@ -68,11 +68,11 @@ class Editor:
 
     def undo(self):
         self.canvas.js(UNDO)
-        self.page.wait_for_timeout(400)
+        self.canvas.rest()
 
     def redo(self):
         self.canvas.js(UNDO.replace("undo", "redo"))
-        self.page.wait_for_timeout(400)
+        self.canvas.rest()
 
     def colour(self, column, layer, layers=30):
         """Of a cell's middle, as drawn."""
@@ -158,7 +158,7 @@ def test_a_saved_workflow_holds_the_text_and_the_map_nothing(editor):
         saved = editor.canvas.save()
         node = next(node for node in saved["nodes"] if node["type"] == KIND)
         assert [value for value in node["widgets_values"] if value == text] == [text]
-        prompt = editor.canvas.js("app.graphToPrompt().then((p) => p.output)")
+        prompt = editor.canvas.prompt()
         inputs = {name for name in prompt["2"]["inputs"] if name.startswith("sla2_")}
         assert prompt["2"]["inputs"]["schedule"] == text and inputs == set()
         editor.write("")
@@ -187,10 +187,8 @@ def test_it_is_painted_by_keyboard(editor):
 def test_a_preset_hides_it(editor):
     editor.open()
     editor.canvas.set(KIND, "preset", "balanced")
-    editor.page.wait_for_timeout(300)
     assert not editor.map.is_visible()
     editor.canvas.set(KIND, "preset", "custom")
-    editor.page.wait_for_timeout(300)
     assert editor.map.is_visible()
 
 

@@ -30,7 +30,7 @@ def test_every_node_has_help_and_every_help_has_a_node(nodes):
 
 
 def served_help(server, page):
-    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{page}.md", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.url}/extensions/{PACK_FOLDER}/docs/{page}.md", timeout=60) as answer:
         return answer.read().decode()
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from canvas import MESSAGE
+from canvas import MESSAGE, REST
 from tiny_runs import make_images, stand_in
 
 from tooling import graph
@@ -13,26 +13,25 @@ from tooling.paths import ROOT
 from tooling.recipes import RECIPES
 
 pytestmark = pytest.mark.web
-PROMPT = "(await app.graphToPrompt()).output"
 # what the page sends to the server from now on; null: what it would send by itself
 INSTEAD = """((api) => {
   api.realQueuePrompt ??= api.queuePrompt.bind(api);
   api.queuePrompt = (number, data, ...rest) => api.realQueuePrompt(number, a ? { ...data, output: a } : data, ...rest);
 })(app.api)"""
 # [title, left, top, right, bottom] of every node, in Nodes 2.0 as it is on the screen
-BOXES = """(async () => {
+BOXES = f"""(async () => {{
   const scale = 0.1;
   app.canvas.ds.scale = scale;
   app.canvas.ds.offset = [400, 800];
   app.canvas.setDirty(true, true);
-  await new Promise((done) => setTimeout(done, 500));
-  return app.rootGraph.nodes.map((node) => {
+  await {REST};
+  return app.rootGraph.nodes.map((node) => {{
     const [x, y, width, height] = [...node.pos, ...node.size];
-    const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+    const drawn = document.querySelector(`[data-node-id="${{node.id}}"]`)?.getBoundingClientRect();
     if (!drawn) return [node.title, x, y - LiteGraph.NODE_TITLE_HEIGHT, x + width, y + height];
     return [node.title, ...[drawn.left, drawn.top, drawn.right, drawn.bottom].map((side) => Math.round(side / scale))];
-  });
-})()"""
+  }});
+}})()"""
 # by how the workflow's name begins; tokens: 2 x 8 x 8, for LTX 3 x 8 x 8 at full size
 SMALL = {"width": 128, "height": 128, "length": 5}
 SIZES = {
@@ -115,7 +114,7 @@ def load(canvas, name):
 
 def run_in_page(comfy, canvas, name):
     """(prompt, outputs) of the workflow that the page shows, at a tiny size."""
-    prompt = tiny(canvas.js(PROMPT), name)
+    prompt = tiny(canvas.prompt(), name)
     make_images(comfy.base / "input", prompt)
     canvas.js(INSTEAD, prompt)
     outputs = canvas.queue()["outputs"]
@@ -175,8 +174,8 @@ def test_no_node_covers_another_after_a_run(comfy, canvas, tiny_files, name):
 
 def test_the_menu_finds_sla2_behind_the_switch(canvas):
     canvas.load(json.loads((ROOT / "workflows/Wan 2.2 image to video.json").read_text(encoding="utf-8")))
-    before = canvas.js(PROMPT)
+    before = canvas.prompt()
     canvas.alerts()
     canvas.js("app.extensionManager.command.execute('SLA2.Accelerate')")
     canvas.page.wait_for_selector(MESSAGE)
-    assert "SLA2 is already on 2 models" in " ".join(canvas.alerts()) and canvas.js(PROMPT) == before
+    assert "SLA2 is already on 2 models" in " ".join(canvas.alerts()) and canvas.prompt() == before

@@ -123,7 +123,7 @@ def made_tiny(prompt, **changes):
 
 def prompt_of(canvas, workflow):
     canvas.load(workflow)
-    return canvas.js("app.graphToPrompt().then((p) => p.output)")
+    return canvas.prompt()
 
 
 def output_of(server, prompt, kind):
@@ -190,7 +190,7 @@ def test_the_blueprint_is_offered_and_accelerates(server, canvas, sampling_promp
         "sub.widgets.find((w) => w.name === 'minimum_tokens').value = 0;"
         "src.connect(0, sub, 'model'); sub.connect(0, end, 'model'); })()"
     )
-    inside = canvas.js("app.graphToPrompt().then((p) => p.output)")
+    inside = canvas.prompt()
     apply = next(name for name, node in inside.items() if node["class_type"] == "SLA2ApplyAttention")
     assert inside[apply]["inputs"]["sparsity"] == 0.75 and inside[apply]["inputs"]["minimum_tokens"] == 0
     loader = inside[apply]["inputs"]["model"][0]

@@ -70,7 +70,8 @@ def test_large_channels_leave_the_others_their_precision(generator):
     blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5, backend="torch")
     out = sla2_attention(*inputs.tensors(), precision="int8", backend="triton", key_blocks=blocks)
     expected, _ = inputs.reference(blocks)
-    assert max(relative_error(out[..., d], expected[..., d]) for d in range(64)) < 0.1
+    # the worst of 64 channels has 0.063 with a deviation of 0.01; in one scale with the large ones it has 0.5
+    assert max(relative_error(out[..., d], expected[..., d]) for d in range(64)) < 0.2
     assert relative_error(out, expected) < 0.06
 
 
