@@ -1,7 +1,5 @@
 """Whatever the shape, the sparsity and the options: the operator is the definition, and its output lies inside V."""
 
-from dataclasses import replace
-
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
