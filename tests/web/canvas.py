@@ -63,7 +63,8 @@ class Canvas:
         return self.data("app.graphToPrompt().then((made) => made.output)")
 
     def setting(self, name, value):
-        self.js("app.extensionManager.setting.set(a[0], a[1])", [name, value])
+        at = "app.extensionManager.setting"
+        self.js(f"{at}.get(a[0]) === a[1] || {at}.set(a[0], a[1])", [name, value])
 
     def rest(self):
         """Waits until the page has drawn what it was told and changes no more."""
@@ -153,6 +154,6 @@ class Canvas:
         if kind:
             self.js(f"app.canvas.centerOnNode({self.node(kind)})")
             self.rest()
-        path = self.pictures / f"{name}.png"
-        self.page.screenshot(path=path)
+        path = self.pictures / f"{name}.jpg"
+        self.page.screenshot(path=path, type="jpeg")
         return path
