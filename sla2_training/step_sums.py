@@ -67,11 +67,11 @@ def step_sums(tensors, blocks, hard, memory_bytes, soft=None, ratios=None):
                     targets.append(torch.linalg.vector_norm(group.numerator[:, :, -1], dim=-1).flatten())
                 # its tensors make room for the next one's
                 del group
-    squares = pairs.norm.square_()
+    norm = pairs.root.square_()
     if soft is None:
-        return StepSums(pairs.product, squares)
+        return StepSums(pairs.product, norm)
     error, energy = (torch.cat(norms).square_().sum() for norms in (distances, targets))
-    return StepSums(pairs.product, squares, error, energy, pairs.gradient)
+    return StepSums(pairs.product, norm, error, energy, pairs.gradient)
 
 
 @lru_cache
@@ -109,7 +109,7 @@ def step_memory(plan, keys, head_dim, query_block, sparsities):
 class _Pairs:
     """What all groups share: masks (P, r, n, T_n), the soft ones, the hard ones and one of ones; ratios; results.
 
-    partial (P, r, S): where the hard masks leave blocks out.
+    partial (P, r, S): where the hard masks leave blocks out. root (P, r, S): of StepSums.norm.
     """
 
     def __init__(self, tensors, blocks, hard, soft, ratios):
@@ -117,7 +117,7 @@ class _Pairs:
         of_both = [hard] if soft is None else [soft, hard]
         self.masks = torch.cat([*of_both, torch.ones_like(hard[:, :, :1])], dim=2)
         self.partial, self.ratios = (hard < 1).any(dim=-1), ratios
-        self.product, self.norm = hard.new_empty(2, *hard.shape[:3])
+        self.product, self.root = hard.new_empty(2, *hard.shape[:3])
         self.gradient = None if soft is None else torch.empty_like(soft)
         self.rows, self.valid = tensors.rows_of(blocks.flatten(0, 1))
         # and infinite where there is no query
@@ -137,11 +137,11 @@ class _Group:
         here = slice(first + heads.start, first + heads.stop), rows
         self.k, self.v, self.k_mean = tensors.k[b, heads], tensors.v[b, heads], tensors.k_mean[b, heads]
         self.scale, self.masks, self.partial = tensors.scale, pairs.masks[here], pairs.partial[here]
-        self.product, self.root = pairs.product[here], pairs.norm[here]
+        self.product, self.root = pairs.product[here], pairs.root[here]
         self.q = tensors.gathered(b, heads, pairs.rows[here])
         self.phi_q = self.q.softmax(dim=-1).mul_(pairs.valid[here][..., None])
         self.o_linear, self.norm, self.too_little = self._linear().branch(self.masks[:, :, :-1])
-        rows, head_dim = self.q.shape[2:]
+        head_dim = self.q.shape[3]
         self.denominator = pairs.floor[here].repeat(1, 1, self.masks.shape[2], 1)
         self.numerator = self.q.new_empty(*self.denominator.shape, head_dim)
         self.mass = self.q.new_empty(*self.q.shape[:3], self.masks.shape[3])
