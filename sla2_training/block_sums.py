@@ -71,7 +71,7 @@ class SparseSums:
 
     def mask_gradient(self, by_numerator, out):
         """The masks' gradient by that of their numerators (G, r, S, R, D), written to out, (G, r, S, T_n)."""
-        torch.bmm(by_numerator.flatten(3).flatten(0, 1), self._values().transpose(1, 2), out=out.flatten(0, 1))
+        torch.bmm(by_numerator.flatten(3).flatten(0, 1), self._values().transpose(1, 2), out=_as_batch(out))
 
     def _values(self):
         return self.value.flatten(3).flatten(0, 1)
@@ -82,7 +82,12 @@ class SparseSums:
 
     def add_denominator(self, mask, out):
         """Adds denominator(mask) to out, (G, r, S, R)."""
-        out.flatten(0, 1).baddbmm_(mask.flatten(0, 1), self.mass.flatten(0, 1))
+        _as_batch(out).baddbmm_(mask.flatten(0, 1), self.mass.flatten(0, 1))
+
+
+def _as_batch(out):
+    """out (G, r, ...) as (G * r, ...), to write to: never a copy, as flatten() may be."""
+    return out.view(-1, *out.shape[2:])
 
 
 @dataclass(frozen=True)

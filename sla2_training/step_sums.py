@@ -13,6 +13,9 @@ from torch import Tensor
 from ._kernels import K_BLOCK, block_count
 from .block_sums import FLOAT_BYTES, HeadWork, linear_sums, sparse_sums
 
+# Denominators begin with it, so that what is divided by their square stays finite: a row with less of its softmax under a
+# mask counts as one without attention there.
+LEAST_MASS = 2.0**-100
 # launches per group and per part of a group; 8 more per pair, whatever the plan
 GROUP_COST, PART_COST = 60, 7
 
@@ -64,11 +67,11 @@ def step_sums(tensors, blocks, hard, memory_bytes, soft=None, ratios=None):
                     targets.append(torch.linalg.vector_norm(group.numerator[:, :, -1], dim=-1).flatten())
                 # its tensors make room for the next one's
                 del group
-    squares = pairs.norm.square_()
+    norm = pairs.root.square_()
     if soft is None:
-        return StepSums(pairs.product, squares)
+        return StepSums(pairs.product, norm)
     error, energy = (torch.cat(norms).square_().sum() for norms in (distances, targets))
-    return StepSums(pairs.product, squares, error, energy, pairs.gradient)
+    return StepSums(pairs.product, norm, error, energy, pairs.gradient)
 
 
 @lru_cache
@@ -104,19 +107,21 @@ def step_memory(plan, keys, head_dim, query_block, sparsities):
 
 
 class _Pairs:
-    """What all groups share: masks (P, r, n, T_n), the soft ones, the hard ones and one of ones; ratios; results."""
+    """What all groups share: masks (P, r, n, T_n), the soft ones, the hard ones and one of ones; ratios; results.
+
+    partial (P, r, S): where the hard masks leave blocks out. root (P, r, S): of StepSums.norm.
+    """
 
     def __init__(self, tensors, blocks, hard, soft, ratios):
         self.tensors, self.soft = tensors, 0 if soft is None else soft.shape[2]
         of_both = [hard] if soft is None else [soft, hard]
         self.masks = torch.cat([*of_both, torch.ones_like(hard[:, :, :1])], dim=2)
-        self.partial = (self.masks[:, :, :-1] < 1).any(dim=-1)
-        self.ratios = None if soft is None else ratios.where(self.partial[:, :, : self.soft], 1.0)
-        self.product, self.norm = hard.new_empty(2, *hard.shape[:3])
+        self.partial, self.ratios = (hard < 1).any(dim=-1), ratios
+        self.product, self.root = hard.new_empty(2, *hard.shape[:3])
         self.gradient = None if soft is None else torch.empty_like(soft)
         self.rows, self.valid = tensors.rows_of(blocks.flatten(0, 1))
-        # denominators begin with it: never zero, and infinite where there is no query
-        self.floor = torch.where(self.valid, torch.finfo(torch.float32).tiny, torch.inf)[:, :, None]
+        # and infinite where there is no query
+        self.floor = torch.where(self.valid, LEAST_MASS, torch.inf)[:, :, None]
 
 
 class _Group:
@@ -132,11 +137,11 @@ class _Group:
         here = slice(first + heads.start, first + heads.stop), rows
         self.k, self.v, self.k_mean = tensors.k[b, heads], tensors.v[b, heads], tensors.k_mean[b, heads]
         self.scale, self.masks, self.partial = tensors.scale, pairs.masks[here], pairs.partial[here]
-        self.product, self.root = pairs.product[here], pairs.norm[here]
+        self.product, self.root = pairs.product[here], pairs.root[here]
         self.q = tensors.gathered(b, heads, pairs.rows[here])
         self.phi_q = self.q.softmax(dim=-1).mul_(pairs.valid[here][..., None])
         self.o_linear, self.norm, self.too_little = self._linear().branch(self.masks[:, :, :-1])
-        rows, head_dim = self.q.shape[2:]
+        head_dim = self.q.shape[3]
         self.denominator = pairs.floor[here].repeat(1, 1, self.masks.shape[2], 1)
         self.numerator = self.q.new_empty(*self.denominator.shape, head_dim)
         self.mass = self.q.new_empty(*self.q.shape[:3], self.masks.shape[3])
@@ -181,7 +186,7 @@ class _Group:
         hard = self.numerator[:, :, self.soft :].div_(self.denominator[:, :, self.soft :, :, None])
         o_linear, too_little = self.o_linear[:, :, self.soft :], self.too_little[:, :, self.soft :]
         difference = hard[:, :, :-1] - o_linear
-        difference.masked_fill_((too_little & self.partial[:, :, self.soft :, None])[..., None], 0.0)
+        difference.masked_fill_((too_little & self.partial[..., None])[..., None], 0.0)
         torch.sum((hard[:, :, -1:] - o_linear).mul_(difference), dim=(3, 4), out=self.product)
         torch.linalg.vector_norm(difference, dim=(3, 4), out=self.root)
 
@@ -191,7 +196,9 @@ class _Group:
         by_sum = (
             (distance * self.numerator[:, :, soft]).sum(dim=-1).mul_(self.weight).div_(self.denominator[:, :, soft])
         )
-        self.gradient.flatten(0, 1).baddbmm_(by_sum.flatten(0, 1), self.mass.flatten(0, 1), alpha=-1)
+        self.gradient.view(-1, *self.gradient.shape[2:]).baddbmm_(
+            by_sum.flatten(0, 1), self.mass.flatten(0, 1), alpha=-1
+        )
         minus_by_norm = (distance * self.o_linear[:, :, soft]).sum(dim=-1).div_(self.norm[:, :, soft])
         by_numerator = distance * self.rest.div_(self.norm[:, :, soft])[..., None]
         self._linear().add_gradient(self.gradient, by_numerator, minus_by_norm)

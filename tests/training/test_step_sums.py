@@ -47,6 +47,54 @@ def test_any_plan_gives_the_same_sums(monkeypatch, plan):
         assert (piecewise - whole).norm() < 1e-5 * whole.norm(), name
 
 
+def test_sums_are_those_of_the_formulas_written_out():
+    """Against float64 and autograd with N x N tensors: keys of other tokens, bfloat16, rows without linear weight."""
+    (q, k, v), sharp = random_layer(2, 200, 16, batch=2, prefix=70), torch.tensor([1.0, -1.0])
+    q[:, 0, ::2, 5], q[:, 0, :, 3:5], k[:, 0, :, 5] = 300, 0, 0
+    k[:, 0, :, 3:5] += 60 * (torch.arange(270)[:, None] % 2 * 2 - 1) * sharp
+    q, k, v = (x.bfloat16() for x in (q, k + torch.randn(2, 2, 1, 16), v))
+    tensors = LayerTensors(0, q, k, v, "BHND", None, prefix=70, query_block=64)
+    soft, hard, ratios = torch.rand(4, 4, 3, 5), (torch.rand(4, 4, 3, 5) < 0.4).float(), torch.rand(4, 4, 3)
+    hard[..., 0], soft[:, 1, 2], hard[:, 1, 2] = 1, 1, 1
+    sums = step_sums.step_sums(tensors, torch.arange(4).expand(2, 2, 4), hard, 2**30, soft, ratios)
+
+    q, k, v = (x.double().flatten(0, 1)[:, None] for x in (q, k, v))
+    k = k - k.mean(dim=2, keepdim=True)
+    phi = q.softmax(dim=-1)
+    similarity, weight = phi @ k.softmax(dim=-1).transpose(2, 3), (q @ k.transpose(2, 3) / 4).softmax(dim=-1)
+    dense = weight @ v
+
+    def by_row(x):
+        return x.double().transpose(1, 2).repeat_interleave(64, dim=2)[:, :, :200]
+
+    def branches(mask):
+        mask = by_row(mask).repeat_interleave(64, dim=3)[..., :270]
+        sparse, linear = mask * weight, (1 - mask) * similarity
+        norm = linear.sum(dim=-1, keepdim=True)
+        little, partial = norm <= 2**-64 * 320 * phi.amax(dim=-1, keepdim=True), (mask < 1).any(dim=-1, keepdim=True)
+        return sparse @ v / sparse.sum(dim=-1, keepdim=True), linear @ v / norm.where(~little, 1), little, partial
+
+    leaf = soft.double().requires_grad_()
+    o_sparse, o_linear, little, partial = branches(leaf)
+    assert 0.2 < little.double().mean() < 0.5
+    ratio = by_row(ratios[..., None]).masked_fill(little, 1)
+    error = (ratio * o_sparse + (1 - ratio) * o_linear - dense).square().sum()
+    error.backward()
+    o_sparse, o_linear, little, partial = branches(hard)
+    difference = (o_sparse - o_linear).masked_fill(little & partial, 0)
+    rows = difference * (dense - o_linear), difference.square()
+    product, norm = (torch.stack([x.sum(dim=(2, 3)) for x in y.split(64, dim=2)], dim=1) for y in rows)
+    expected = {
+        "error": error,
+        "energy": dense.square().sum(),
+        "gradient": leaf.grad / 2,
+        "product": product,
+        "norm": norm,
+    }
+    for name, value in expected.items():
+        assert (getattr(sums, name) - value).norm() < 1e-4 * value.norm(), name
+
+
 def launches(heads, query_blocks, memory_bytes=2**30):
     trainer = RouterTrainer(
         "test", 1, heads, 16, options=TrainerOptions(query_blocks=query_blocks, memory_bytes=memory_bytes)

@@ -220,6 +220,15 @@ def test_nan_stops_and_names_the_layer(which, value):
     assert trainer.router().layers[3].proj_q is None
 
 
+def test_a_key_that_takes_all_attention_from_a_block_of_low_score_does_not_stop_it():
+    """Rows have no softmax left, in float32, on the blocks that their masks select."""
+    q, k, v = small_qkv()
+    q[..., 0], k[:, :, :64, 0], k[:, :, 5, 0] = 30, -3, 30
+    trainer = make_trainer()
+    assert 0 < trainer.observe(0, q, k, v) < 2
+    assert torch.isfinite(trainer.router().layers[0].proj_q).all()
+
+
 def out_of_memory_above(limit, monkeypatch):
     real = step_sums.sparse_sums
 
