@@ -62,23 +62,27 @@ def squared_error(out, dense, rows):
 
 
 @torch.no_grad()
-def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
-    """Adds the errors of one call to ``totals``, float32 (5,), on the device.
+def call_errors(out, dense, rows, fitted=FITTED_ROWS):
+    """The errors of one call, float32 (5,), on the device.
 
     These are, over the rows from ``fitted`` on: the squared norm of ``out`` - ``dense``, that of ``dense``, and their
     quotient; the same quotient over all rows; and how many rows of a head are left out for NaN or infinity.
     The other arguments are those of squared_error().
     """
     if resolve_backend("auto", out.device, out.dtype, out.shape[3], "16bit").name == "triton":
-        from .kernels.row_errors import add_row_errors
+        from .kernels.row_errors import row_errors
 
         with on_device(out.device):
-            add_row_errors(totals, out, dense, rows, fitted)
-        return
+            return row_errors(out, dense, rows, fitted)
     squares, left_out = _squares(out, dense, rows)
     judged, everything = squares[:, fitted:].sum(dim=1), squares.sum(dim=1)
     relative = torch.stack([part[0] / part[1] for part in (judged, everything)]).nan_to_num(nan=0.0, posinf=0.0)
-    totals.add_(torch.cat([judged, relative, left_out[None]]))
+    return torch.cat([judged, relative, left_out[None]])
+
+
+def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
+    """Adds call_errors() of one call to ``totals``, float32 (5,)."""
+    totals.add_(call_errors(out, dense, rows, fitted))
 
 
 def _squares(out, dense, rows):

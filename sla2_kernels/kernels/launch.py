@@ -197,15 +197,15 @@ class Recording:
             compiled = step.compiled
             # compiled[grid](...) also prepares for launch hooks: a profiler that sets them sees recorded calls alone
             before = [*step.grid, None, compiled.function, compiled.packed_metadata, None, None, None]
-            picked = list(
-                range(rest_at + len(self._rest), rest_at + len(self._rest) + len(before) + len(step.arguments))
-            )
+            taken = before + step.arguments
+            first = rest_at + len(self._rest)
+            picked = list(range(first, first + len(taken)))
             picked[len(step.grid)] = 0
             for place, *at in step.pointers:
                 picked[len(before) + place] = place_of[tuple(at)]
             for place, *_ in step.descriptors:
                 picked[len(before) + place], descriptor_at = descriptor_at, descriptor_at + 1
-            self._rest += before + step.arguments
+            self._rest += taken
             self._launches.append((compiled.run, itemgetter(*picked)))
 
     def replay(self, addresses, device):
