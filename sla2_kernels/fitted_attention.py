@@ -46,7 +46,8 @@ def sample_rows(tokens, number, device="cpu"):
     """
     # not with torch's generator: a dozen operations on 32 numbers take longer than a short call's kernels
     draw, stretch = random.Random(number), tokens / SAMPLE_ROWS  # noqa: S311
-    rows = [min(int((place + draw.random()) * stretch), tokens - 1) for place in range(SAMPLE_ROWS)]
+    rows = [int((place + draw.random()) * stretch) for place in range(SAMPLE_ROWS)]
+    rows[-1] = min(rows[-1], tokens - 1)  # the last sum may round up to SAMPLE_ROWS
     draw.shuffle(rows)
     # does not wait for the device: from ordinary memory the copy is staged before this returns
     return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)

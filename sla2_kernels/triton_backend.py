@@ -108,8 +108,14 @@ def _new_selection(q, query_block, count):
 
 
 def _as_read(q, *weights):
-    """Projections and ratios as the kernels read them; None stays None."""
+    """Projections as the kernels read them; None stays None."""
     return [None if x is None else x.to(device=q.device, dtype=torch.float32).contiguous() for x in weights]
+
+
+def _per_head(block_ratio, batch_heads):
+    """float32 ratios (H, T_m) or (B * H, T_m) as the kernels read them: contiguous (B * H, T_m)."""
+    times = batch_heads // len(block_ratio)
+    return block_ratio.contiguous() if times == 1 else block_ratio.repeat(times, 1)
 
 
 def route(q, k, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK):
@@ -272,15 +278,15 @@ def attention(
     """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used, (B * H, T_m, n).
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
-    or None to route. block_ratio: (H, T_m) or (B * H, T_m), or None to estimate it, or with a Sample to fit it on that; then
+    or None to route. block_ratio: float32 (H, T_m) or (B * H, T_m), or None to estimate it, or with a Sample to fit it on that; then
     each query block leaves a key block out. diagonal, forced: see kernels/score.py; ``sparsity`` is of the key blocks that are not forced.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
     with on_device(q.device):
-        proj_q, proj_k, block_ratio = _as_read(q, proj_q, proj_k, block_ratio)
-        if block_ratio is not None and len(block_ratio) < q.shape[0] * q.shape[1]:
-            block_ratio = block_ratio.repeat(q.shape[0], 1)
+        proj_q, proj_k = _as_read(q, proj_q, proj_k)
+        if block_ratio is not None:
+            block_ratio = _per_head(block_ratio, q.shape[0] * q.shape[1])
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
             selected = _new_selection(q, query_block, selected_beside(forced, sparsity, blocks))
