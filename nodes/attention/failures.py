@@ -97,6 +97,7 @@ def _free(device):
         torch.cuda.empty_cache()
 
 
+@torch.no_grad()
 def check_output(call, layer, out, sparsity, inputs):
     """Raises RunDense where the layer's first sparse output of the run holds NaN or infinity. Later ones are counted.
 
