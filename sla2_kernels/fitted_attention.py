@@ -46,7 +46,8 @@ def sample_rows(tokens, number, device="cpu"):
     """
     # not with torch's generator: a dozen operations on 32 numbers take longer than a short call's kernels
     draw, stretch = random.Random(number), tokens / SAMPLE_ROWS  # noqa: S311
-    rows = [min(int((place + draw.random()) * stretch), tokens - 1) for place in range(SAMPLE_ROWS)]
+    rows = [int((place + draw.random()) * stretch) for place in range(SAMPLE_ROWS)]
+    rows[-1] = min(rows[-1], tokens - 1)  # the last sum may round up to SAMPLE_ROWS
     draw.shuffle(rows)
     # does not wait for the device: from ordinary memory the copy is staged before this returns
     return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
@@ -62,23 +63,27 @@ def squared_error(out, dense, rows):
 
 
 @torch.no_grad()
-def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
-    """Adds the errors of one call to ``totals``, float32 (5,), on the device.
+def call_errors(out, dense, rows, fitted=FITTED_ROWS):
+    """The errors of one call, float32 (5,), on the device.
 
     These are, over the rows from ``fitted`` on: the squared norm of ``out`` - ``dense``, that of ``dense``, and their
     quotient; the same quotient over all rows; and how many rows of a head are left out for NaN or infinity.
     The other arguments are those of squared_error().
     """
     if resolve_backend("auto", out.device, out.dtype, out.shape[3], "16bit").name == "triton":
-        from .kernels.row_errors import add_row_errors
+        from .kernels.row_errors import row_errors
 
         with on_device(out.device):
-            add_row_errors(totals, out, dense, rows, fitted)
-        return
+            return row_errors(out, dense, rows, fitted)
     squares, left_out = _squares(out, dense, rows)
     judged, everything = squares[:, fitted:].sum(dim=1), squares.sum(dim=1)
     relative = torch.stack([part[0] / part[1] for part in (judged, everything)]).nan_to_num(nan=0.0, posinf=0.0)
-    totals.add_(torch.cat([judged, relative, left_out[None]]))
+    return torch.cat([judged, relative, left_out[None]])
+
+
+def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
+    """Adds call_errors() of one call to ``totals``, float32 (5,)."""
+    totals.add_(call_errors(out, dense, rows, fitted))
 
 
 def _squares(out, dense, rows):

@@ -158,14 +158,14 @@ def _is_plain(tensors):
     if torch.compiler.is_compiling() or not _CAN_BE_PLAIN or any(state() for state in _HIDDEN_STATE):
         return False
     needs_gradients = torch.is_grad_enabled()
-    return all(
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and not (needs_gradients and x.requires_grad)
-        and not (x.is_neg() or x._is_zerotensor())
-        for x in tensors
-        if x is not None
-    )
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type not in ("cpu", "cuda"):
+            return False
+        if (needs_gradients and x.requires_grad) or x.is_neg() or x._is_zerotensor():
+            return False
+    return True
 
 
 def attention(*arguments):

@@ -29,7 +29,9 @@ def selected_block_count(sparsity, key_block_count):
     """Selected key blocks per query block: max(1, floor((1 - sparsity) * T_n)). The 1e-6 keeps 0.9 * 10 from losing one."""
     # in integer multiples of 2 ** -40: with floats torch.compile would add a guard for a symbolic count of blocks
     kept = math.floor((1 - sparsity) * PARTS) * key_block_count
-    return torch.sym_max(1, (kept + PARTS // 10**6) // PARTS)
+    count = (kept + PARTS // 10**6) // PARTS
+    # sym_max alone takes symbolic counts, and a microsecond
+    return max(1, count) if isinstance(count, int) else torch.sym_max(1, count)
 
 
 def selected_beside(forced, sparsity, blocks):

@@ -39,7 +39,9 @@ def on_device(device):
 
     Triton launches on the current device, whatever device its tensors lie on, and torch's stream queries mean it too.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def without_autocast(device):

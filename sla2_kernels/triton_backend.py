@@ -108,8 +108,14 @@ def _new_selection(q, query_block, count):
 
 
 def _as_read(q, *weights):
-    """Projections and ratios as the kernels read them; None stays None."""
+    """Projections as the kernels read them; None stays None."""
     return [None if x is None else x.to(device=q.device, dtype=torch.float32).contiguous() for x in weights]
+
+
+def _per_head(block_ratio, batch_heads):
+    """float32 ratios (H, T_m) or (B * H, T_m) as the kernels read them: contiguous (B * H, T_m)."""
+    times = batch_heads // len(block_ratio)
+    return block_ratio.contiguous() if times == 1 else block_ratio.repeat(times, 1)
 
 
 def route(q, k, proj_q, proj_k, count, diagonal=None, query_block=Q_BLOCK):
@@ -217,7 +223,7 @@ class Sample:
 class _Tensors(NamedTuple):
     """The tensors of a call that its kernels read or fill.
 
-    block_ratio: float32 (B * H, T_m), or None where it is estimated. row_ratio: float32 (B, H, N), to be filled. rows, dense,
+    block_ratio: float32 (B * H, T_m), or None where it is estimated or fitted. row_ratio: float32 (B, H, N), to be filled. rows, dense,
     head_ratio: those of a Sample.
     """
 
@@ -269,21 +275,18 @@ def attention(
     q, k, v, proj_q, proj_k, key_blocks, block_ratio, out, *,
     sparsity, scale, precision, diagonal=None, forced=(0, 0), linear_branch=True, sample=None, query_block=Q_BLOCK,
 ):  # fmt: skip
-    """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used.
+    """Fills out (B, H, N, D), any stride; returns the ratio per query row (B, H, N) and the key blocks used, (B * H, T_m, n).
 
     q: (B, H, N, D); k, v: (B, H, M, D); any stride. key_blocks: int32 (B, H, T_m, n), ascending, distinct and in range,
-    or None to route. block_ratio: (H, T_m) or (B * H, T_m), or None to estimate it, or with a Sample to fit it on that; then
+    or None to route. block_ratio: float32 (H, T_m) or (B * H, T_m), or None to estimate it, or with a Sample to fit it on that; then
     each query block leaves a key block out. diagonal, forced: see kernels/score.py; ``sparsity`` is of the key blocks that are not forced.
     """
     blocks, unselected = block_count(k.shape[2], K_BLOCK), None
     routing = key_blocks is None
     with on_device(q.device):
-        proj_q, proj_k, block_ratio = _as_read(q, proj_q, proj_k, block_ratio)
-        if sample is not None:
-            shape = q.shape[0] * q.shape[1], block_count(q.shape[2], query_block)
-            block_ratio = torch.empty(shape, dtype=torch.float32, device=q.device)
-        elif block_ratio is not None and len(block_ratio) < q.shape[0] * q.shape[1]:
-            block_ratio = block_ratio.repeat(q.shape[0], 1)
+        proj_q, proj_k = _as_read(q, proj_q, proj_k)
+        if block_ratio is not None:
+            block_ratio = _per_head(block_ratio, q.shape[0] * q.shape[1])
         row_ratio = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if routing:
             selected = _new_selection(q, query_block, selected_beside(forced, sparsity, blocks))
@@ -303,7 +306,7 @@ def attention(
             scale, qk, pv, diagonal, forced, routing, linear, why_not_hopper is None, fitted, query_block
         )
         cached(tensors, settings, lambda: _attend(tensors, settings))
-    return row_ratio, selected.unflatten(0, q.shape[:2])
+    return row_ratio, selected
 
 
 def _attend(t, s):
@@ -314,6 +317,7 @@ def _attend(t, s):
     work = _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.low_sums)
     scale_log2, fit = s.scale * math.log2(math.e), None
     if t.rows is not None:
+        t = t._replace(block_ratio=torch.empty(t.selected.shape[:2], dtype=torch.float32, device=t.q.device))
         fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio, s.query_block)
         config = configs.fit_config(t.q.element_size())
         fit.attend(t.q, t.k, t.v, routed.unselected, scale_log2=scale_log2, config=config)

@@ -99,7 +99,7 @@ def _check_tensors(asked):
 
 def _blocks_of_heads(tensor, heads, heads_first):
     """A view (B, N, H, D), whichever of ComfyUI's two layouts came in."""
-    return tensor.transpose(1, 2) if heads_first else tensor.unflatten(-1, (heads, -1))
+    return tensor.transpose(1, 2) if heads_first else tensor.view(*tensor.shape[:2], heads, -1)
 
 
 def _check_shapes(q, k, v):

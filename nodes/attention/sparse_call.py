@@ -12,7 +12,7 @@ import torch
 from ...sla2_kernels import K_BLOCK, sla2_attention
 from ...sla2_kernels.exact_ends import attend_video, with_exact_rows
 from ...sla2_kernels.exact_rows import exact_rows, takes_exact_rows
-from ...sla2_kernels.fitted_attention import add_errors, fitted_attention, sample_rows
+from ...sla2_kernels.fitted_attention import call_errors, fitted_attention, sample_rows
 from ...sla2_kernels.forced_blocks import forced_block_counts
 from ...sla2_kernels.references import REFERENCE_KEYS, attend_with_references, selected_with_references
 from ...sla2_kernels.router import block_count
@@ -70,10 +70,8 @@ class ExactRows:
     layout: str
 
     def errors(self, out):
-        """What add_errors() adds for a call's output ``out``, float32 (5,) on its device."""
-        errors = torch.zeros(5, device=out.device)
-        add_errors(errors, out.transpose(1, 2) if self.layout == "BNHD" else out, self.dense, self.rows)
-        return errors
+        """call_errors() of a call's output ``out``."""
+        return call_errors(out.transpose(1, 2) if self.layout == "BNHD" else out, self.dense, self.rows)
 
 
 def sparse_video(part, exact, weights, *, sparsity, precision, scale, call_ratio=None):

@@ -14,7 +14,7 @@ class DeviceCounts:
         self._layers = layers
         self._bounds = {}  # by device: float32 (layers, 2), lowest and highest ratio
         self._bad = {}  # by device: int32 (layers,), outputs with NaN or infinity
-        self._errors = {}  # by device: float32 (layers, 5), sums of add_errors()
+        self._errors = {}  # by device: float32 (layers, 5), sums of call_errors()
         self._measured = 0  # calls in them
 
     def prepare(self, device):
@@ -39,7 +39,7 @@ class DeviceCounts:
         self._bad[bad.device][layer].add_(bad)
 
     def add_errors(self, layer, errors):
-        """errors: float32 (5,), what fitted_attention.add_errors() found of one call that fitted its ratio."""
+        """errors: float32 (5,), fitted_attention.call_errors() of one call that fitted its ratio."""
         self.prepare(errors.device)
         self._errors[errors.device][layer].add_(errors)
         self._measured += 1

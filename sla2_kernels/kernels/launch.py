@@ -8,6 +8,7 @@ addresses of their own tensors: at short lengths the host would otherwise take l
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -17,7 +18,7 @@ from ..support import is_tested_triton
 
 MAX_RECORDINGS = 256
 ALIGNMENT = 512  # bytes, of a buffer within its memory: that of torch's allocator
-# The releases whose compiled kernels take every argument, constants included, in the order of Recording.replay(): a
+# The releases whose compiled kernels take every argument, constants included, in the order of Recording._plan(): a
 # private interface, the same in all their sources. With other releases every call goes through the front end.
 DIRECT_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
 DIRECT = is_tested_triton(DIRECT_RELEASES)
@@ -181,22 +182,43 @@ class Recording:
                 lives[slot] = self._sizes[slot], first, number
         offsets, self._bytes = _placed(lives)
         self._offsets = [offsets[slot] for slot in sorted(offsets)]
+        self._plan()
+
+    def _plan(self):
+        """Puts all that the launches take into one list, whose beginning replay() fills: stream, addresses, descriptors."""
+        steps, self._steps = self._steps, None
+        self._pointers = list(dict.fromkeys((slot, offset) for step in steps for _, slot, offset in step.pointers))
+        self._descriptors = [(step.arguments[place], *at) for step in steps for place, *at in step.descriptors]
+        self._rest, self._launches = [], []
+        place_of = {at: 1 + number for number, at in enumerate(self._pointers)}
+        descriptor_at = 1 + len(self._pointers)
+        rest_at = descriptor_at + len(self._descriptors)
+        for step in steps:
+            compiled = step.compiled
+            # compiled[grid](...) also prepares for launch hooks: a profiler that sets them sees recorded calls alone
+            before = [*step.grid, None, compiled.function, compiled.packed_metadata, None, None, None]
+            taken = before + step.arguments
+            first = rest_at + len(self._rest)
+            picked = list(range(first, first + len(taken)))
+            picked[len(step.grid)] = 0
+            for place, *at in step.pointers:
+                picked[len(before) + place] = place_of[tuple(at)]
+            for place, *_ in step.descriptors:
+                picked[len(before) + place], descriptor_at = descriptor_at, descriptor_at + 1
+            self._rest += taken
+            self._launches.append((compiled.run, itemgetter(*picked)))
 
     def replay(self, addresses, device):
         """Launches everything again, with other tensors' addresses, on the current stream of the current device."""
         memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
         addresses = [*addresses, *[base + offset for offset in self._offsets]]
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
-        for step in self._steps:
-            arguments = step.arguments.copy()
-            for place, slot, offset in step.pointers:
-                arguments[place] = addresses[slot] + offset
-            for place, slot, offset in step.descriptors:
-                arguments[place] = _at(arguments[place], addresses[slot] + offset)
-            compiled = step.compiled
-            # compiled[grid](...) also prepares for launch hooks: a profiler that sets them sees recorded calls alone
-            compiled.run(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        values = [driver.active.get_current_stream(driver.active.get_current_device())]
+        values += [addresses[slot] + offset for slot, offset in self._pointers]
+        values += [_at(descriptor, addresses[slot] + offset) for descriptor, slot, offset in self._descriptors]
+        values += self._rest
+        for run, pick in self._launches:
+            run(*pick(values))
 
 
 def _at(descriptor, address):

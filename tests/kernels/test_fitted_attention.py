@@ -58,6 +58,13 @@ def test_a_number_draws_one_sample_spread_over_all_rows():
     assert 0 <= sample_rows(5, 7).min() and sample_rows(5, 7).max() < 5
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 32, 3001, 32760, 2**31 - 1])
+def test_the_highest_draw_is_a_row_too(monkeypatch, tokens):
+    """31 and the highest number below 1 add up to 32."""
+    monkeypatch.setattr("random.Random.random", lambda self: 1 - 2.0**-53)
+    assert sample_rows(tokens, 7).max() == tokens - 1
+
+
 def test_rows_that_are_not_finite_are_no_error(generator):
     dense = torch.randn(1, 2, 3, 8, generator=generator)
     out = torch.zeros(1, 2, 10, 8)

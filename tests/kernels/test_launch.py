@@ -121,6 +121,10 @@ def test_kernels_get_the_addresses_of_the_call_that_replays(kernel, made):
     assert second[0] == (9, 1, 1) and second[1][:3] == (at + 800, None, 0.5)
     assert second[1][3].base.data_ptr() == at + 400 + 16 and second[1][3].block_shape == [1, 8]
     assert third[1][:2] == (at, 2000) and third[1][3].base.data_ptr() == 1000
+    recording.replay([3000, 4000], "cpu")
+    again = kernel.launched[3:]
+    assert again[0][1][0] == 3000 and again[2][1][1] == 4000 and again[2][1][3].base.data_ptr() == 3000
+    assert third[1][3].base.data_ptr() == 1000, "what an earlier replay launched stays its own"
 
 
 def test_buffers_share_memory_where_their_lives_do_not_meet(kernel, made):

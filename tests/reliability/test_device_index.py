@@ -31,6 +31,9 @@ class Cards:
     def set_device(self, device):
         self.current = torch.device(device).index
 
+    def current_device(self):
+        return self.current
+
     def index(self, device):
         """As torch does: None, or a name without a number, is the current one."""
         index = None if device is None else torch.device(device).index
@@ -50,7 +53,7 @@ class Cards:
 @pytest.fixture
 def cards(monkeypatch):
     cards = Cards()
-    for name in ("device", "set_device", "is_current_stream_capturing"):
+    for name in ("device", "set_device", "current_device", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, getattr(cards, name))
     for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, cards.noting(name))
@@ -60,9 +63,13 @@ def cards(monkeypatch):
 def test_on_device_makes_a_gpu_current_and_leaves_the_former_one(cards):
     with on_device(SECOND):
         assert cards.current == 1
+        with on_device(SECOND), on_device(FIRST):
+            assert cards.current == 0
+        assert cards.current == 1
     assert cards.current == 0
-    with on_device(CPU):
-        assert cards.current == 0
+    for device in (FIRST, CPU):
+        with on_device(device):
+            assert cards.current == 0
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError])

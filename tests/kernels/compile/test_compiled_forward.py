@@ -10,7 +10,7 @@ from cards import CARDS, assert_fits
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio
 from sla2_kernels.kernels.gluon_releases import gluon_is_known
-from sla2_kernels.kernels.row_errors import add_row_errors
+from sla2_kernels.kernels.row_errors import row_errors
 from sla2_kernels.support import unsupported_reason
 from sla2_kernels.triton_backend import Sample
 
@@ -187,7 +187,7 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
     fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
-    add_row_errors(torch.zeros(5), q, dense, rows, 24)
+    row_errors(q, dense, rows, 24)
     assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio", "_row_errors"]
     for kernel in kernels:
         print(kernel)
