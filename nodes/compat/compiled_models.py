@@ -18,9 +18,9 @@ def not_compiled(function, inside=False):
 def graphs_of_its_own():
     """What is compiled inside is not taken outside, nor the other way round.
 
-    torch.compile does not look at a module's hooks, which mark our layers: a graph from a run without them would be taken,
-    and no mark would run. It does look at autocast's state, and whether autocast keeps its casts says nothing while it is off
-(seen with PyTorch 2.7 to 2.13; 2.6 does not look at this part of it).
+        torch.compile does not look at a module's hooks, which mark our layers: a graph from a run without them would be taken,
+        and no mark would run. It does look at autocast's state, and whether autocast keeps its casts says nothing while it is off
+    (seen with PyTorch 2.7 to 2.13; 2.6 does not look at this part of it).
     """
     was = torch.is_autocast_cache_enabled()
     if not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu")):
