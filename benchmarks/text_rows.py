@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sla2_kernels import sla2_attention
 from sla2_kernels.exact_ends import attend_video, with_exact_rows
 from sla2_kernels.exact_rows import _all_blocks, exact_rows
-from sla2_kernels.fitted_attention import add_errors, fitted_attention, sample_rows
+from sla2_kernels.fitted_attention import call_errors, fitted_attention, sample_rows
 from sla2_kernels.forced_blocks import select_with_forced_blocks
 from sla2_kernels.selection import RoutedBlocks
 
@@ -182,11 +182,11 @@ def measure_rest(call):
     out = torch.zeros_like(call.v)
     text, video = out[:, : call.rows].clone(), out[:, call.rows :].clone()
     dense = torch.zeros(1, call.q.shape[2], 32, call.q.shape[3], device=call.device)
-    totals, rows = torch.zeros(5, device=call.device), sample_rows(call.tokens - call.rows, 0, call.device)
+    rows = sample_rows(call.tokens - call.rows, 0, call.device)
     timed = {
         "torch.cat": lambda: torch.cat([text, video], dim=1),
         "aminmax of the video's rows (NaN count)": lambda: torch.aminmax(out[:, call.rows :]),
-        "errors of 32 rows": lambda: add_errors(totals, video.transpose(1, 2), dense, rows),
+        "errors of 32 rows": lambda: call_errors(video.transpose(1, 2), dense, rows),
     }
     print("\nbeside the kernels", flush=True)
     for name, function in timed.items():

@@ -81,11 +81,6 @@ def call_errors(out, dense, rows, fitted=FITTED_ROWS):
     return torch.cat([judged, relative, left_out[None]])
 
 
-def add_errors(totals, out, dense, rows, fitted=FITTED_ROWS):
-    """Adds call_errors() of one call to ``totals``, float32 (5,)."""
-    totals.add_(call_errors(out, dense, rows, fitted))
-
-
 def _squares(out, dense, rows):
     """(squared norms of ``out`` - ``dense`` and of ``dense`` (2, R), float32 () number of rows left out)."""
     error = out.index_select(2, rows).float() - dense

@@ -6,7 +6,7 @@ import threading
 import torch
 
 from sla2_kernels import select_key_blocks, sla2_attention
-from sla2_kernels.fitted_attention import FITTED_ROWS, add_errors, fitted_attention, sample_rows
+from sla2_kernels.fitted_attention import FITTED_ROWS, call_errors, fitted_attention, sample_rows
 from sla2_kernels.reference import fitted_ratio, sla2_reference
 
 from ..measure import launch_ms, median_ms
@@ -169,23 +169,18 @@ def fitted_and_judged():
     worst = 0.0
 
     def call(precision):
-        found, totals = (
-            fitted_attention(q, k, v, rows=rows, key_blocks=blocks, precision=precision),
-            torch.zeros(5).cuda(),
-        )
+        found = fitted_attention(q, k, v, rows=rows, key_blocks=blocks, precision=precision)
         found.out[0, 1, rows[30], 5] = torch.nan
-        add_errors(totals, found.out, found.dense, rows)
-        return *found, totals
+        return *found, call_errors(found.out, found.dense, rows)
 
     for precision in BOUNDS:
         first = [x.cpu() for x in call(precision)]
-        out, fitted, exact, totals = first
+        out, fitted, exact, errors = first
         require(relative_error(exact, dense) < 1e-2, f"{precision}: the sampled rows are not dense attention")
         worst = max(worst, (fitted - ratio).abs().max().item())
         require(worst < 5e-2, f"{precision}: the ratio is {worst:.3f} from that in float64")
-        expected = torch.zeros(5)
-        add_errors(expected, out, exact, on_cpu[4])
-        require(torch.allclose(totals, expected, rtol=1e-4) and totals[4] == 1, f"{precision}: {totals} not {expected}")
+        expected = call_errors(out, exact, on_cpu[4])
+        require(torch.allclose(errors, expected, rtol=1e-4) and errors[4] == 1, f"{precision}: {errors} not {expected}")
         _spoil_free_memory()
         same = all(map(torch.equal, (x.nan_to_num().cpu() for x in call(precision)), (x.nan_to_num() for x in first)))
         require(same, f"{precision}: other bits than at the first call")
