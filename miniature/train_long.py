@@ -2,6 +2,7 @@
 
     python -m miniature.train_long --out one --minutes 6 --layers 9 --decoder-seconds 50 --mix small=3,square=1 low=1,short=1 full=1
     python -m miniature.train_long --out two --from one --minutes 7 --mix small=1,full=5 --finish
+    torchrun --nproc-per-node 2 -m miniature.train_long ...                         the same batches, shared by two GPUs
     python -m miniature.train_long --out tiny --tiny --steps 4 --minutes 0          a trial on a CPU, in seconds
 
 A sitting renders and encodes clips, trains until its minutes are over, and saves: live.safetensors (where the next sitting
@@ -11,7 +12,7 @@ steps long, and each sitting warms up for 100. Several mixes share the sitting's
 clips and noise follow from --seed and the sitting's number, so that no sitting sees the clips of another. --sparse-share 0.7
 trains full clips with SLA2's own sparse attention, forward and backward, for the first 0.7 of a sitting: at 32,760 tokens a
 step takes 0.6 of the time. --finish lowers the learning rate to zero over the second half of a sitting. --low-noise of the
-steps see the levels at which outlines are drawn.
+steps see the levels at which outlines are drawn. Every process of torchrun encodes clips of its own (--clips 0.5 for as many in all).
 
 Sizes: small, 81 frames of 208 x 128; square, 45 frames of 160 x 160; low, 81 frames of 416 x 256; short, 17 frames
 of 832 x 480; full, 81 frames of it. All show the same world (scaled.py): layout, number and motion are learned small.
@@ -39,6 +40,7 @@ from .captions import embed, split_captions
 from .grow import grow
 from .optim import Average, Budget, Log, Optimiser, options_of, save_weights
 from .pool import Pool, fill_pool
+from .processes import Processes
 from .sample import WEIGHTS
 from .train_dit import ABOUT, DIT_FILE, EMPTY, flow_loss, is_block_matrix, noise_levels, validation_loss
 from .train_vae import ABOUT as VAE_ABOUT
@@ -191,28 +193,33 @@ def load_start(folder: Path | None, layers: int | None) -> tuple[dict[str, torch
     return (grow(state, layers) if layers else state), number
 
 
-def train(model, data: Data, sizes, mixes, args, *, budget: Budget, seed: int, log: Log, save, device) -> Average:
+def train(model, data: Data, sizes, mixes, args, *, budget: Budget, seed: int, log: Log, save, processes) -> Average:
     """Flow matching on the mixes in turn until the budget is used up; the model has the live weights, the result the averaged ones."""
-    generator = torch.Generator().manual_seed(seed)
+    device = processes.device
+    # The plan, equal in all processes, draws each step's size and range of noise; the generator what is in a batch.
+    plan = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1 + processes.rank)
     # Without --finish the learning rate stays up: the next sitting goes on from there.
     hold = 0.5 if args.finish else 1 - 1e-6
     optimiser = Optimiser(model, is_block_matrix, muon_lr=args.muon_lr, adam_lr=args.adam_lr, hold=hold)
     average = Average(model, 0.996)
     step, seen, printed, saved = 0, {}, time.monotonic(), time.monotonic()
-    while (progress := budget.progress(step)) < 1:
-        name = draw_name(mixes[min(int(progress * len(mixes)), len(mixes) - 1)], generator)
+    while (progress := processes.agree(budget.progress(step))) < 1:
+        name = draw_name(mixes[min(int(progress * len(mixes)), len(mixes) - 1)], plan)
         size, pool = sizes[name], data.pools[name]
-        index = torch.randint(len(pool), (size.batch,), generator=generator).to(device)
-        dropped = (torch.rand(size.batch, generator=generator) < 0.1).to(device)
+        batch = processes.share(size.batch)
+        index = torch.randint(len(pool), (batch,), generator=generator).to(device)
+        dropped = (torch.rand(batch, generator=generator) < 0.1).to(device)
         context = data.contexts[torch.where(dropped, EMPTY, pool.caption[index])]
         clean = pool.latents[index].float()
-        low = float(torch.rand((), generator=generator)) < args.low_noise
-        t = noise_levels(size.batch, LOW_SHIFT if low else size.shift, generator).to(device)
+        low = float(torch.rand((), generator=plan)) < args.low_noise
+        t = noise_levels(batch, LOW_SHIFT if low else size.shift, generator).to(device)
         sparse = name == "full" and progress < args.sparse_share
         attention = sparse_attention if sparse else dense_attention
         attending = partial(model, attention=attention)
         loss = flow_loss(attending, clean, torch.randn_like(clean), t, context, size.rope).mean()
         loss.backward()
+        processes.average_gradients(model)
         factor = optimiser.step(progress)
         average.update()
         step += 1
@@ -290,12 +297,13 @@ def validate(judge: WanModel, data: Data, sizes: dict[str, Size], log: Log, when
 def sit(args) -> None:
     """One sitting, from preparation to saved files."""
     start = time.monotonic()
-    device, sizes = torch.device(args.device), TINY if args.tiny else REAL
+    processes = Processes(torch.device(args.device))
+    device, sizes = processes.device, TINY if args.tiny else REAL
     prepare(args, device)
     state, number = load_start(args.start, args.layers)
     seed = args.seed + 1000 * number
-    torch.manual_seed(seed)
-    header = options_of(args) | {"sitting": number, "torch": torch.__version__}
+    torch.manual_seed(seed + 100 * processes.rank)
+    header = options_of(args) | {"sitting": number, "processes": processes.count, "torch": torch.__version__}
     header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     log = Log(args.out / LOG_FILE, header)
     print(header, flush=True)
@@ -317,7 +325,16 @@ def sit(args) -> None:
                 log.record(stage="check", size=name, attention=attention.__name__, gradient_error=error)
     if args.decoder_seconds:
         names = list(dict.fromkeys([*names, *(name for name, *_ in DECODER[args.tiny])]))
-    data = Data(vae, sizes, names, share=args.clips, seed=seed, test_clips=args.test_clips, log=log, device=device)
+    data = Data(
+        vae,
+        sizes,
+        names,
+        share=args.clips,
+        seed=seed + 100 * processes.rank,
+        test_clips=args.test_clips,
+        log=log,
+        device=device,
+    )
     if args.decoder_seconds:
         batches = [(data.pools[name], *rest) for name, *rest in DECODER[args.tiny]]
         budget = Budget(args.decoder_seconds, args.steps)
@@ -325,9 +342,12 @@ def sit(args) -> None:
                              generator=torch.Generator().manual_seed(seed), print_seconds=args.print_seconds,
                              share=args.decoder_share)  # fmt: skip
         log.result(decoder_steps=steps)
-    save_weights(args.out / VAE_FILE, vae.state_dict(), torch.float16, VAE_ABOUT)
+    if processes.first:
+        save_weights(args.out / VAE_FILE, vae.state_dict(), torch.float16, VAE_ABOUT)
 
     def save(average: Average) -> None:
+        if not processes.first:
+            return
         save_weights(args.out / DIT_FILE, average.state_dict(), torch.bfloat16, ABOUT)
         save_weights(args.out / LIVE_FILE, model.state_dict(), torch.bfloat16, "live weights of a sitting")
         log.write()
@@ -337,14 +357,18 @@ def sit(args) -> None:
     judge = build(state, False, device).eval()
     validate(judge, data, sizes, log, "_before")
     with attention_backend(args.attention, device):
-        average = train(model, data, sizes, mixes, args, budget=budget, seed=seed, log=log, save=save, device=device)
+        average = train(
+            model, data, sizes, mixes, args, budget=budget, seed=seed, log=log, save=save, processes=processes
+        )
         save(average)
     judge.load_state_dict({k: v.bfloat16().float() for k, v in average.state_dict().items()})
     validate(judge, data, sizes, log)
     if device.type == "cuda":
         log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     log.result(seconds=time.monotonic() - start)
-    log.write()
+    if processes.first:
+        log.write()
+    processes.close()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

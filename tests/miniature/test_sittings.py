@@ -1,6 +1,9 @@
 """Training in sittings: what a sitting writes, where the next goes on, growth, the decoder's windows, bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -187,3 +190,44 @@ def test_the_speed_script_times_every_size_and_part(tiny_weights, tmp_path, monk
     for name in train_long.TINY:
         assert sum(line.startswith((f"{name}: render", f"any {name}: ")) for line in lines) == 2
     assert sum(" ms a step" in line and line.startswith("decoder") for line in lines) == 2
+
+
+TWO_PROCESSES = """
+import sys, torch
+from miniature.processes import Processes
+
+processes = Processes(torch.device("cpu"))
+model = torch.nn.Linear(3, 2)
+for p in model.parameters():
+    p.grad = torch.full_like(p, 1.0 + 2 * processes.rank)
+processes.average_gradients(model)
+assert all(torch.equal(p.grad, torch.full_like(p, 2.0)) for p in model.parameters())
+assert processes.agree(0.25 + processes.rank) == 0.25
+assert (processes.share(64), processes.share(2), processes.share(1), processes.count) == (32, 2, 1, 2)
+
+from miniature import train_long
+train_long.Processes = lambda device: processes  # a group is made once in a process
+train_long.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_share_a_sitting(tmp_path, first):
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(TWO_PROCESSES)
+    options = ["--out", str(out), "--from", str(first), *SITTING, "--mix", "small=1,full=1", "--sparse-share", "0.5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    root = str(WEIGHTS.parent.parent)
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = log_of(out)
+    assert log["run"]["processes"] == 2 and log["results"]["steps"] == 3
+    assert {path.name for path in out.iterdir()} == {DIT_FILE, VAE_FILE, train_long.LIVE_FILE, train_long.LOG_FILE}
+    # Both print their steps: at each the same size in both, with clips and noise, so a loss, of its own.
+    steps = [dict(part.split(" ") for part in line.split("  ")[1:]) for line in done.stdout.splitlines()
+             if line.startswith("stage train")]  # fmt: skip
+    for number in ("1", "2", "3"):
+        one, two = (step for step in steps if step["step"] == number)
+        assert one.keys() == two.keys()
+        assert [one[key] != two[key] for key in one if key.startswith("loss_")] == [True]
