@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from miniature.captions import embed
+from miniature.sample import SHIFT
 from miniature.weight_files import weight_file
 
 from .measure import is_gpu
@@ -28,11 +29,26 @@ class MiniatureInComfyUI:
         self._pack = load_pack().__name__
 
     def load(self, device=None):
-        """A new ModelPatcher that samples on ``device`` (torch.device), as ComfyUI's Select Model Device does; None: on its default."""
+        """A new ModelPatcher that samples on ``device`` (torch.device), as ComfyUI's Select Model Device does; None: on its default.
+
+        Its noise levels are shifted as the miniature's are, as ModelSamplingSD3 does it.
+        """
         import comfy.sd
 
         options = {} if device is None else {"load_device": device}
-        return comfy.sd.load_diffusion_model(str(weight_file("wan_miniature_dit.safetensors")), model_options=options)
+        model = comfy.sd.load_diffusion_model(str(weight_file("wan_miniature_dit.safetensors")), model_options=options)
+        model.get_model_object("model_sampling").set_parameters(shift=SHIFT, multiplier=1000)
+        return model
+
+    def few_steps(self, model, steps):
+        """A clone with the LoRA distilled for so many steps, as Load LoRA loads it at strength 1; sampled without guidance."""
+        import comfy.sd
+        import comfy.utils
+
+        file = weight_file(f"wan_miniature_{steps}_steps_lora.safetensors")
+        return comfy.sd.load_lora_for_models(
+            model, None, comfy.utils.load_torch_file(str(file), safe_load=True), 1.0, 0.0
+        )[0]
 
     def module(self, name):
         """A module of this pack, as ComfyUI imports it, such as "nodes.settings.presets"."""

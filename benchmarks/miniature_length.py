@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from miniature import videos
+from miniature import scaled, videos
 from miniature.captions import embed, split_captions
 from miniature.optim import Budget, Log, Optimiser
 from miniature.pool import fill_pool
@@ -42,7 +42,7 @@ def data_speed(name: str, size, args, vae, device):
     """Prints the times of one size; a pool of a few clips for the other measurements."""
     train, _ = split_captions()
     frames, height, width = size.extent
-    scenes = videos.simulate(train[:2], frames=frames, height=height, width=width, seed=0).to(device)
+    scenes = scaled.simulate(train[:2], frames=frames, height=height, width=width, seed=0).to(device)
     render = milliseconds(
         device, args.repeats, lambda: videos.render(scenes, frames=frames, height=height, width=width)
     )
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare(args, device)
     vae = WanVAE.from_state_dict(load_file(weight_file(VAE_FILE, WEIGHTS))).to(device).eval().requires_grad_(False)
     pools = {name: data_speed(name, size, args, vae, device) for name, size in sizes.items()}
-    state, _ = load_start(None, args.layers)
+    state, _ = load_start(WEIGHTS, args.layers)
     for backend in args.attention:
         model = build(state, args.compile, device).train()
         for name, size in sizes.items():

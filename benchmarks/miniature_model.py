@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 
-from miniature import scaled
 from miniature.captions import embed, split_captions
 from miniature.captures import Recorder
-from miniature.measure import WORLDS
 from miniature.pool import fill_pool
-from miniature.sample import SHIFT, WEIGHTS, load_models, sample_latents
+from miniature.sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
 from miniature.train_dit import validation_losses
 from miniature.vae import WanVAE, denormalise_latents, psnr
 from miniature.wan import WanConfig, WanModel
@@ -25,7 +23,7 @@ class Miniature:
     """size: (frames, height, width) of its videos. steps: of sampling. levels: noise levels of the validation loss.
 
     bf16: run and record in bfloat16, as ComfyUI runs the model. cfg: guidance scale, 1 turns guidance off. shift: of the
-    noise levels. world: of WORLDS, what it was trained on; "scaled" scales RoPE with the picture's height.
+    noise levels.
     """
 
     model: WanModel
@@ -35,16 +33,15 @@ class Miniature:
     device: torch.device
     levels: int = 8
     bf16: bool = False
-    cfg: float = 3.0
+    cfg: float = GUIDANCE
     shift: float = SHIFT
-    world: str = "free"
 
     @classmethod
-    def load(cls, folder, device, *, size=(81, 320, 320), steps=20, levels=8, bf16=False, cfg=3.0, **options):
-        """The trained model at its evaluated size. options: shift, world."""
+    def load(cls, folder, device, *, steps=20, levels=8, bf16=False, cfg=GUIDANCE):
+        """The trained model at 32,760 tokens."""
         model, vae = load_models(Path(folder) if folder else WEIGHTS, device)
         bf16 = bf16 or torch.device(device).type != "cpu"
-        return cls(model, vae, size, steps, torch.device(device), levels, bf16, cfg, **options)
+        return cls(model, vae, (81, 480, 832), steps, torch.device(device), levels, bf16, cfg)
 
     @classmethod
     def tiny(cls, device):
@@ -58,10 +55,6 @@ class Miniature:
     def latent_shape(self):
         frames, height, width = self.size
         return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
-
-    @property
-    def rope_scale(self):
-        return scaled.rope_scale(self.size[1]) if self.world == "scaled" else 1.0
 
     def record(self, split, *, prompts, per_video):
         """Captures of dense self-attention calls while sampling: ``per_video`` model calls of each video, all layers.
@@ -92,7 +85,7 @@ class Miniature:
     def _sample(self, caption, seed, attention):
         with self._autocast():
             options = {"steps": self.steps, "cfg": self.cfg, "device": self.device, "attention": attention}
-            options |= {"shift": self.shift, "rope_scale": self.rope_scale}
+            options["shift"] = self.shift
             return sample_latents(self.model, embed(caption), shape=self.latent_shape, seed=seed, **options)
 
     def validation_loss(self, attention, clips):
@@ -105,14 +98,15 @@ class Miniature:
         if not hasattr(self, "_clips"):
             held_out = split_captions()[1]
             chosen = [i * len(held_out) // clips for i in range(clips)]
-            options = {"size": self.size, "device": self.device, "world": WORLDS[self.world]}
-            self._clips = fill_pool(self.vae, held_out, chosen, seed=SEED + 12, **options)
+            self._clips = fill_pool(
+                self.vae, held_out, chosen, size=self.size, seed=SEED + 12, device=self.device, pixels=1
+            )
             self._contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
 
         def run(x, t, context, **options):
             return self.model(x, t, context, attention, **options)
 
-        return validation_losses(run, self._clips, self._contexts, levels=self.levels, rope_scale=self.rope_scale)
+        return validation_losses(run, self._clips, self._contexts, levels=self.levels)
 
     @torch.no_grad()
     def videos(self, attention, prompts):

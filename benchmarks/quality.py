@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from miniature.captures import by_layer, load_captures, model_shape
 from miniature.images import contact_sheet
+from miniature.sample import GUIDANCE
 from sla2_kernels.weights import RouterLayer, load_router
 from sla2_training import RouterTrainer, TrainerOptions
 
@@ -135,7 +136,7 @@ def parse(argv=None):
     parser.add_argument("--fit-captures", type=int, default=8, help="captures per layer that SLA v1 is fitted to")
     parser.add_argument("--only", type=lambda text: text.split(";"), help="starts of names, between ;, beside dense")
     parser.add_argument("--sampling-steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--levels", type=int, default=8, help="noise levels of the validation loss")
     parser.add_argument(
         "--loss-clips", type=int, help="clips of the validation loss; as many as prompts where left out"

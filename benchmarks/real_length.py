@@ -29,9 +29,8 @@ import torch
 from miniature.captions import split_captions
 from miniature.captures import Recorder, by_layer
 from miniature.lora import load_lora, merge_lora
-from miniature.measure import WORLDS
 from miniature.objects import examine
-from miniature.sample import WEIGHTS
+from miniature.sample import GUIDANCE, SHIFT, WEIGHTS
 from miniature.train_long import attention_backend
 from miniature.vae import denormalise_latents, psnr
 from miniature.wan import WanModel
@@ -252,8 +251,7 @@ class Bench:
             Miniature.tiny(self.device) if args.tiny else Miniature.load(args.weights, self.device, levels=args.levels)
         )
         size = self.start.size if args.tiny else (args.frames, args.height, args.width)
-        self.start = replace(self.start, size=size, shift=args.shift, world=args.world)
-        self.radius = WORLDS[args.world].mean_radius(*size[1:])
+        self.start = replace(self.start, size=size, shift=args.shift)
         self.absent = {}
 
     @functools.cache  # noqa: B019  one Bench a process
@@ -339,7 +337,7 @@ class Bench:
             video = own.decode(own.sample(number, variant))
             found["psnr"] = psnr(video, wanted)
             found["ssim"] = ssim(video[:, ::EVERY_FRAME], wanted[:, ::EVERY_FRAME])
-        verdict = examine(video, self.captions[number], self.radius)
+        verdict = examine(video, self.captions[number])
         return found | {"frames_right": verdict.share, "passed": verdict.passed, "checks": verdict.shares()}
 
 
@@ -353,7 +351,7 @@ def files_of(args):
 
 
 def settings_of(args):
-    keys = ("cfg", "shift", "world", "frames", "height", "width", "levels", "loss_clips", "recorded", "calls_per_video")
+    keys = ("cfg", "shift", "frames", "height", "width", "levels", "loss_clips", "recorded", "calls_per_video")
     return {key: getattr(args, key) for key in keys}
 
 
@@ -448,9 +446,10 @@ def parse(argv=None):
     parser.add_argument("--loss-clips", type=int, default=6)
     parser.add_argument("--levels", type=int, default=8, help="noise levels of the validation loss")
     parser.add_argument("--sampling-steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=5.0, help="guidance of the full runs; distilled ones have none")
-    parser.add_argument("--shift", type=float, default=12.0)
-    parser.add_argument("--world", choices=WORLDS, default="scaled")
+    parser.add_argument(
+        "--cfg", type=float, default=GUIDANCE, help="guidance of the full runs; distilled ones have none"
+    )
+    parser.add_argument("--shift", type=float, default=SHIFT)
     for name, value in (("frames", 81), ("height", 480), ("width", 832)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument(

@@ -17,7 +17,7 @@ FP8 on Hopper; --arch 89 runs what an RTX 40 would, where P V is in INT8.
 Writes results.json and table.md after each run, and per run a LoRA and a router file in a folder of its own. --minutes ends
 a call of this script: the run at work is saved, and the same command goes on with it.
 
-Estimated for one H200, never run there at this length: 0.3 to 0.45 s for a step of 4 clips with distillation (0.2 to 0.35
+Expected on one H200, not measured at this length yet: 0.3 to 0.45 s for a step of 4 clips with distillation (0.2 to 0.35
 with flow), 60 GiB with 4 clips at a time (15 GiB a clip: lower --micro-batch), 25 s to start, 1 s to judge a run in a format.
 """
 
@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 
 from miniature.captions import embed, split_captions
-from miniature.measure import WORLDS
 from miniature.pool import fill_pool
 from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
@@ -58,7 +57,7 @@ FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
 AFTER = "stage 2"
 KEPT_EQUAL = (
     "loss", "steps", "batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
-    "validation_clips", "levels", "frames", "height", "width", "world", "heuristic", "arch",
+    "validation_clips", "levels", "frames", "height", "width", "heuristic", "arch",
 )  # fmt: skip
 
 
@@ -186,7 +185,7 @@ class Held:
 
         def velocity(noisy, t, context):
             with self.miniature._autocast():
-                return self.miniature.model(noisy, t * 1000, context, attend, self.miniature.rope_scale).float()
+                return self.miniature.model(noisy, t * 1000, context, attend).float()
 
         return velocity
 
@@ -214,8 +213,8 @@ class Study:
         if args.tiny:
             self.miniature = replace(Miniature.tiny(self.device), levels=args.levels)
         else:
-            size = {"size": (args.frames, args.height, args.width), "levels": args.levels, "world": args.world}
-            self.miniature = Miniature.load(args.weights, self.device, **size)
+            size = args.frames, args.height, args.width
+            self.miniature = replace(Miniature.load(args.weights, self.device, levels=args.levels), size=size)
         sizes = self.miniature.model.config
         self.heuristic = identity_router("wan", sizes.num_layers, sizes.num_heads, 128)
         self.router = load_router(args.router) if args.router else self.heuristic
@@ -274,7 +273,7 @@ class Study:
         router = with_knots(self.router_of(job.outliers)[1], args.knots)
 
         def run_with_gains(model, noisy, t, context, attend):
-            return run(model, noisy, t, context, job.outliers(attend), self.miniature.rope_scale)
+            return run(model, noisy, t, context, job.outliers(attend))
 
         student = Student(model, run_with_gains, router, sparsity=job.sparsity, precision=config.precision)
         trainer = TimedTrainer(config, student, self.train, model_name=NAME, say=self.say)
@@ -344,14 +343,13 @@ def videos(miniature, count, split):
     """VideoLatents of rendered clips: split 0 has the training captions, 1 the held-out ones."""
     captions = split_captions()[split]
     chosen = [i * len(captions) // count if count <= len(captions) else i % len(captions) for i in range(count)]
-    options = {"size": miniature.size, "device": miniature.device, "world": WORLDS[miniature.world]}
-    clips = fill_pool(miniature.vae, captions, chosen, seed=7000 + split, **options)
+    clips = fill_pool(miniature.vae, captions, chosen, size=miniature.size, seed=7000 + split, device=miniature.device)
     context = torch.cat([embed(str(caption)) for caption in captions]).to(miniature.device)
     return VideoLatents(clips.latents, context, clips.caption, torch.zeros_like(context[:1]))
 
 
-def run(model, noisy, t, context, attend, rope_scale=1.0):
-    return model(noisy, t * 1000, context, attend, rope_scale)
+def run(model, noisy, t, context, attend):
+    return model(noisy, t * 1000, context, attend)
 
 
 def line(row):
@@ -423,7 +421,6 @@ def parse(argv=None):
         choices=CARDS,
         help="in this card's instructions, as benchmarks.consumer: 89 has P V in INT8",
     )
-    parser.add_argument("--world", choices=WORLDS, default="scaled", help="what the weights were trained on")
     for name, value in (("frames", 81), ("height", 480), ("width", 832)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@
 Every self-attention call of a sampling goes through the hook that SLA2 Apply Attention puts into a model, so that what chooses
 the sparsities, draws rows and fits ratios is what runs in ComfyUI. Beside it dense attention of ALL query rows of the call is
 computed from the same q, k and v. The error of a run is the root mean square over its sparse calls of
-||out - dense|| / ||dense||. The miniature was trained at 8,400 tokens: at 32,760 its attention is real, its picture is not.
+||out - dense|| / ||dense||.
 
 --record FOLDER keeps, for each call, the error at every rung of a ladder of sparsities as well: see error_recordings.py.
 """

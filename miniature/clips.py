@@ -6,16 +6,16 @@ import time
 
 import torch
 
-from . import videos
+from . import scaled, videos
 from .captions import Caption
 from .vae import WanVAE, normalise_latents
 
 
-def simulate_clips(captions: list[Caption], chosen: list[int], size, seed: int, device, world=videos) -> videos.Scenes:
-    """One scene per chosen caption number, on `device`. size: (frames, height, width). world: module with simulate()."""
+def simulate_clips(captions: list[Caption], chosen: list[int], size, seed: int, device) -> videos.Scenes:
+    """One scene per chosen caption number, on `device`. size: (frames, height, width)."""
     frames, height, width = size
     wanted = [captions[i] for i in chosen]
-    return world.simulate(wanted, frames=frames, height=height, width=width, seed=seed).to(device)
+    return scaled.simulate(wanted, frames=frames, height=height, width=width, seed=seed).to(device)
 
 
 @torch.no_grad()

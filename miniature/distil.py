@@ -1,7 +1,7 @@
 """Distil the miniature into a LoRA that needs a few steps and no guidance.
 
-    python -m miniature.distil --out few --from two --minutes 3 --student-steps 4 --guidance 3 --attention cudnn --mix small=1 small=1,full=1
-    python -m miniature.distil --out few --from two --minutes 2 --student-steps 8 --mix small=1,full=1 --resume
+    python -m miniature.distil --out few --minutes 3 --student-steps 4 --attention cudnn --mix small=1 small=1,full=2
+    python -m miniature.distil --out few --minutes 2 --student-steps 8 --attention cudnn --mix small=1,full=2 --resume
     python -m miniature.distil --out tiny --tiny --steps 4 --minutes 0        a trial on a CPU, in seconds
 
 The student takes --student-steps Euler steps at guidance 1 along the noise schedule of miniature.sample. For each of them it learns
@@ -34,10 +34,8 @@ from safetensors.torch import load_file
 
 from .captions import embed, split_captions
 from .lora import add_lora, load_lora, lora_of, merge_lora, save_lora, set_lora
-from .measure import WORLDS
 from .optim import Average, Budget, Log, Optimiser, options_of
-from .sample import WEIGHTS, noise_schedule
-from .scaled import rope_scale
+from .sample import GUIDANCE, SHIFT, WEIGHTS, noise_schedule
 from .train_dit import DIT_FILE
 from .train_long import ATTENTION, REAL, TINY, Size, attention_backend, build, check_mixes, parse_mix, prepare
 from .wan import WanModel
@@ -267,8 +265,7 @@ def distil(args) -> None:
     if args.resume:
         set_lora(student, load_lora(live))
     mixes = [parse_mix(text) for text in args.mix]
-    names = dict.fromkeys(name for mix in mixes for name in mix)
-    ropes = {name: rope_scale(sizes[name].height) if args.world == "scaled" else 1.0 for name in names}
+    ropes = {name: sizes[name].rope for mix in mixes for name in mix}
     about = f"LoRA for {', '.join(map(str, args.student_steps))} steps at guidance 1 and shift {args.shift:g}, distilled from guidance {args.guidance:g}"
 
     with attention_backend(args.attention, device):
@@ -305,11 +302,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--student-steps", default="4", help="numbers of sampling steps that one LoRA serves, e.g. 4 or 4,8"
     )
     parser.add_argument("--teacher-steps", type=int, default=20, help="of the whole schedule, rounded up")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher")
-    parser.add_argument("--shift", type=float, default=12.0, help="of the noise levels, ComfyUI's ModelSamplingSD3")
-    parser.add_argument(
-        "--world", choices=WORLDS, default="scaled", help="of the weights: train_long's, or that of weights/"
-    )
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
+    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
     parser.add_argument("--mix", nargs="+", default=["small=1", "small=1,full=1"], help="shares of the time by size")
     parser.add_argument("--own", type=float, default=0.5, help="share of the rounds that go the student's own way")
     parser.add_argument("--reuse", type=int, default=3, help="how often a segment is trained on, on average")

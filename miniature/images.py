@@ -1,4 +1,4 @@
-"""Pictures of videos: a contact sheet as PNG (no library needed) and an animated WebP (needs Pillow)."""
+"""Pictures of videos: a contact sheet as PNG (no library needed) or JPEG, and an animated WebP (both need Pillow)."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def write_png(path: Path | str, image: torch.Tensor) -> None:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b"")
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def write_jpg(path: Path | str, image: torch.Tensor, quality: int = 88) -> None:
+    """Write (H, W, 3) uint8."""
+    from PIL import Image
+
+    Image.fromarray(image.numpy()).save(path, quality=quality, optimize=True)
 
 
 def write_webp(path: Path | str, video: torch.Tensor, fps: int = 24, quality: int = 80) -> None:

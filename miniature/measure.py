@@ -21,18 +21,17 @@ from . import images, scaled, videos
 from .captions import Caption, embed, split_captions
 from .objects import CHECKS, examine
 from .pool import fill_pool
-from .sample import SHIFT, WEIGHTS, load_models, sample_latents
+from .sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
 from .train_dit import validation_loss
 from .vae import denormalise_latents, psnr
 
 SEED = 5000
-WORLDS = {"scaled": scaled, "free": videos}
 
 
-def rendered(caption: Caption, size: tuple[int, int, int], seed: int, device, world) -> torch.Tensor:
-    """(1, 3, F, H, W): the renderer's video of a caption. world: module with simulate()."""
+def rendered(caption: Caption, size: tuple[int, int, int], seed: int, device) -> torch.Tensor:
+    """(1, 3, F, H, W): the renderer's video of a caption."""
     frames, height, width = size
-    scene = world.simulate([caption], frames=frames, height=height, width=width, seed=seed).to(device)
+    scene = scaled.simulate([caption], frames=frames, height=height, width=width, seed=seed).to(device)
     return videos.render(scene, frames=frames, height=height, width=width)
 
 
@@ -42,8 +41,6 @@ class Source:
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         self.size = (args.frames, args.height, args.width)
-        self.world = WORLDS[args.world]
-        self.rope_scale = scaled.rope_scale(args.height) if args.world == "scaled" else 1.0
         self.model, self.vae = (
             load_models(args.weights, self.device, args.lora) if args.source != "rendered" else (None, None)
         )
@@ -59,10 +56,9 @@ class Source:
                 latents = sample_latents(
                     self.model, embed(str(caption)), shape=(1, 16, (frames + 3) // 4, height // 8, width // 8),
                     seed=seed, steps=self.args.steps, cfg=self.args.cfg, shift=self.args.shift, device=self.device,
-                    rope_scale=self.rope_scale,
                 )  # fmt: skip
                 return self.vae.decode(denormalise_latents(latents))[0].float()
-        clip = rendered(caption, self.size, seed, self.device, self.world)
+        clip = rendered(caption, self.size, seed, self.device)
         if self.args.source == "rendered":
             return clip[0]
         with self.autocast():
@@ -72,11 +68,9 @@ class Source:
         """Flow-matching loss of the model on held-out captions at this size."""
         held_out = split_captions()[1]
         chosen = [i * len(held_out) // clips for i in range(clips)]
-        data = fill_pool(
-            self.vae, held_out, chosen, size=self.size, seed=SEED + 1, device=self.device, world=self.world
-        )
+        data = fill_pool(self.vae, held_out, chosen, size=self.size, seed=SEED + 1, device=self.device)
         contexts = torch.cat([embed(str(caption)) for caption in held_out]).to(self.device)
-        return validation_loss(self.model, data, contexts, rope_scale=self.rope_scale)
+        return validation_loss(self.model, data, contexts)
 
 
 def against_truth(video: torch.Tensor, truth: torch.Tensor) -> dict:
@@ -91,17 +85,17 @@ def measure(source: Source, captions: list[Caption], out: Path) -> dict:
     for number, caption in enumerate(captions):
         begin = time.monotonic()
         video = source.video(caption, SEED + number)
-        verdict = examine(video, caption, source.world.mean_radius(*source.size[1:]))
+        verdict = examine(video, caption)
         row = {"caption": str(caption), "passed": verdict.passed, "frames_passed": verdict.share} | verdict.shares()
         row |= {"counts": verdict.counts.tolist(), "seconds": time.monotonic() - begin}
         if source.args.source == "vae":
-            row |= against_truth(video, rendered(caption, source.size, SEED + number, source.device, source.world)[0])
+            row |= against_truth(video, rendered(caption, source.size, SEED + number, source.device)[0])
         rows.append(row)
         print(line(row), flush=True)
         moments = torch.linspace(0, video.shape[1] - 1, 8).round().long()
         shown.append(video[:, moments.to(video.device)].cpu())
     report = {"passed": sum(row["passed"] for row in rows), "of": len(rows), "size": source.size,
-              "source": source.args.source, "world": source.args.world, "steps": source.args.steps, "cfg": source.args.cfg,
+              "source": source.args.source, "steps": source.args.steps, "cfg": source.args.cfg,
               "shift": source.args.shift, "lora": source.args.lora and source.args.lora.name, "rows": rows}  # fmt: skip
     if source.args.loss_clips:
         report["validation_loss"] = source.loss(source.args.loss_clips)
@@ -127,12 +121,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--captions", type=int, default=24, help="how many of the 24 held-out captions")
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--height", type=int, default=480, help="a multiple of 16, at least 160")
-    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least 160")
+    parser.add_argument("--height", type=int, default=480, help="a multiple of 16, at least 128")
+    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
-    parser.add_argument("--world", choices=WORLDS, default="free", help="that of weights/; scaled: train_long's")
     parser.add_argument("--loss-clips", type=int, default=0, help="clips for the flow-matching loss; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from .captions import SHAPES, Caption
-from .videos import COLOUR_VALUES, mean_radius
+from .scaled import mean_radius
+from .videos import COLOUR_VALUES
 
 CHECKS = ("count", "colour", "shape", "size", "steady")
 PASS_SHARE = 0.95  # of the frames of a video that must pass every check
@@ -55,17 +56,16 @@ class Verdict:
 
 
 @torch.no_grad()
-def examine(video: torch.Tensor, caption: Caption, radius: float | None = None) -> Verdict:
+def examine(video: torch.Tensor, caption: Caption) -> Verdict:
     """Test every frame of a video against its caption.
 
     Args:
         video: (3, F, H, W) in [-1, 1], on any device; a whole scene, not a crop, because sizes are judged by H and W.
         caption: what the video should show.
-        radius: mean radius of the world's objects in pixels; None: that of videos.py.
     """
     if video.dim() != 4 or video.shape[0] != 3:
         raise ValueError(f"video has shape {tuple(video.shape)}, examine() needs (3, frames, height, width)")
-    radius = radius or mean_radius(video.shape[2], video.shape[3])
+    radius = mean_radius(video.shape[2], video.shape[3])
     shrink = max(1, round(radius / WORK_RADIUS))
     radius /= shrink
     coloured, right = (F.avg_pool2d(m[:, None].float(), shrink)[:, 0] for m in _coloured_pixels(video, caption))

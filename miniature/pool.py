@@ -33,16 +33,15 @@ class Pool:
 @torch.no_grad()
 def fill_pool(
     vae: WanVAE, captions: list[Caption], chosen: list[int], *, size: tuple[int, int, int], seed: int, device,
-    until: float = float("inf"), pixels: int = 8_000_000, world=videos,
+    until: float = float("inf"), pixels: int = 8_000_000,
 ) -> Pool:  # fmt: skip
     """Render and encode one clip per chosen caption number, in batches of about `pixels` pixels.
 
     Args:
         size: (frames, height, width).
-        world: module with simulate(): videos or scaled.
         until: time.monotonic() after which no further batch begins; at least one is made.
     """
-    scenes = simulate_clips(captions, chosen, size, seed, device, world)
+    scenes = simulate_clips(captions, chosen, size, seed, device)
     latents = encode_scenes(vae, scenes, size=size, batch=max(1, pixels // math.prod(size)), until=until)
     made = torch.arange(len(latents), device=device)
     return Pool(latents, scenes.select(made), torch.tensor(chosen[: len(latents)], device=device))

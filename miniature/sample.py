@@ -16,12 +16,12 @@ import torch
 from . import images
 from .captions import embed, split_captions
 from .lora import load_lora, merge_lora
-from .scaled import rope_scale
 from .vae import WanVAE, denormalise_latents
 from .wan import Attention, WanConfig, WanModel, dense_attention
 from .weight_files import WEIGHTS, weight_file
 
-SHIFT = 8.0  # ComfyUI's default for Wan2.1
+# what the shipped weights are measured with. SHIFT: ComfyUI's ModelSamplingSD3; its default for Wan2.1 is 8.
+SHIFT, GUIDANCE = 12.0, 5.0
 
 
 def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
@@ -32,9 +32,9 @@ def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_latents(
-    model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 30, cfg: float = 3.0,
+    model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 20, cfg: float = GUIDANCE,
     shift: float = SHIFT, device: torch.device | str = "cpu", attention: Attention = dense_attention,
-    rope_scale: float = 1.0,
+    rope_scale: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Normalised latents (1, 16, T, h, w) by Euler steps along the flow; noise is drawn on the CPU, so seeds carry over.
 
@@ -84,12 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--caption", action="append", help="may be repeated; default: four held-out captions")
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--height", type=int, default=320, help="a multiple of 16")
-    parser.add_argument("--width", type=int, default=320, help="a multiple of 16")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
+    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
-    parser.add_argument("--scaled", action="store_true", help="weights of train_long: RoPE by the picture's height")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -97,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     model, vae = load_models(args.weights, args.device, args.lora)
     captions = args.caption or [str(caption) for caption in split_captions()[1][::6]]
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
-    rope = rope_scale(args.height) if args.scaled else 1.0
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     for number, caption in enumerate(captions):
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.no_grad(),
         ):
             latents = sample_latents(model, embed(caption), shape=shape, seed=args.seed + number, steps=args.steps,
-                                     cfg=args.cfg, shift=args.shift, device=args.device, rope_scale=rope)  # fmt: skip
+                                     cfg=args.cfg, shift=args.shift, device=args.device)  # fmt: skip
             results.append(vae.decode(denormalise_latents(latents))[0].float().cpu())
         images.write_webp(args.out / f"sample_{number}.webp", results[-1])
         print(f"sample_{number}.webp: {caption}")

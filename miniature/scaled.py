@@ -1,4 +1,4 @@
-"""The second miniature world: one scene at every size, scaled with the picture's height.
+"""The miniature's world: one scene at every size, scaled with the picture's height.
 
 A clip of 208 x 128 shows what one of 832 x 480 shows, so that layout, number and motion can be learned where a clip costs
 a hundredth. Positions reach the transformer through RoPE alone; `rope_scale` spreads the tokens of a small picture over
@@ -22,7 +22,7 @@ FULL_HEIGHT = 480  # pixels: where RoPE is as ComfyUI has it
 RADIUS = 0.15  # of every object, in heights
 SPIN = 0.015  # radians a frame
 TURN = 0.045  # radians a frame of either motion's period
-FLOOR_SCALE = 1.6 / FULL_HEIGHT  # of the first world's periods in pixels
+FLOOR_SCALE = 1.6 / FULL_HEIGHT  # of floor_waves()'s periods in pixels
 # what floor_waves() makes the periods (first of each pair) and directions of its four waves from
 FLOOR_DRAWS = ((0.5, 0.5), (0.1, 0.4), (0.9, 0.7), (0.3, 0.2))
 
@@ -40,7 +40,8 @@ def mean_radius(height: int, width: int) -> float:
 def simulate(captions: list[Caption], *, frames: int, height: int, width: int, seed: int) -> Scenes:
     """One scene per caption, on the CPU; equal seeds give equal scenes, and at another size the same ones, scaled.
 
-    Args: as videos.simulate(); width at least height.
+    Args:
+        frames, height, width: in pixels; width at least height.
     """
     if width < height:
         raise ValueError(f"{width}x{height}: this world is at least as wide as it is high, swap width and height")

@@ -162,7 +162,7 @@ class Data:
             chosen = [order[i % len(order)] for i in range(math.ceil(sizes[name].clips * share))]
             begin = time.monotonic()
             self.pools[name] = fill_pool(
-                vae, captions, chosen, size=sizes[name].extent, seed=seed + number, device=device, world=scaled
+                vae, captions, chosen, size=sizes[name].extent, seed=seed + number, device=device
             )
             seconds = time.monotonic() - begin
             log.record(
@@ -170,26 +170,24 @@ class Data:
             )
         held = [len(train) + i * len(held_out) // test_clips for i in range(test_clips)]
         self.test = {
-            name: fill_pool(vae, captions, held, size=sizes[name].extent, seed=11, device=device, world=scaled)
-            for name in TESTED
+            name: fill_pool(vae, captions, held, size=sizes[name].extent, seed=11, device=device) for name in TESTED
         }  # the same clips in every sitting
 
 
-def load_start(folder: Path | None, layers: int | None) -> tuple[dict[str, torch.Tensor], int]:
-    """(weights to begin with, number of the sitting): of an earlier sitting, or the shipped ones and 1.
+def load_start(folder: Path, layers: int | None) -> tuple[dict[str, torch.Tensor], int]:
+    """(weights to begin with, number of the sitting): those of an earlier sitting, or the shipped ones, whose log is beside them.
 
     Raises:
         FileNotFoundError: the folder has no sitting.
     """
-    if folder is None:
-        state, number = load_file(weight_file(DIT_FILE, WEIGHTS)), 1
-    elif (folder / LOG_FILE).exists():
-        number = json.loads((folder / LOG_FILE).read_text())["run"]["sitting"] + 1
-        # a sitting that finished at a learning rate of zero may be kept as its averaged weights alone
-        state = load_file(folder / (LIVE_FILE if (folder / LIVE_FILE).exists() else DIT_FILE))
-    else:
+    if not (folder / LOG_FILE).exists():
         raise FileNotFoundError(f"no {LOG_FILE} in {folder}: name the --out folder of an earlier sitting")
-    state = {key: value.float() for key, value in state.items()}
+    number = json.loads((folder / LOG_FILE).read_text())["run"]["sitting"] + 1
+    # a sitting that finished at a learning rate of zero may be kept as its averaged weights alone
+    live = folder / LIVE_FILE
+    state = {
+        key: value.float() for key, value in load_file(live if live.exists() else weight_file(DIT_FILE, folder)).items()
+    }
     return (grow(state, layers) if layers else state), number
 
 
@@ -308,12 +306,7 @@ def sit(args) -> None:
     log = Log(args.out / LOG_FILE, header)
     print(header, flush=True)
 
-    vae = (
-        WanVAE.from_state_dict(load_file(weight_file(VAE_FILE, args.start or WEIGHTS)))
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
+    vae = WanVAE.from_state_dict(load_file(weight_file(VAE_FILE, args.start))).to(device).eval().requires_grad_(False)
     model = build(state, args.compile, device).train()
     mixes = [parse_mix(text) for text in args.mix]
     names = list(dict.fromkeys(name for mix in mixes for name in mix))
@@ -375,7 +368,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for this sitting's files")
     parser.add_argument(
-        "--from", dest="start", type=Path, help="--out folder of the sitting before; default: shipped weights"
+        "--from",
+        dest="start",
+        type=Path,
+        default=WEIGHTS,
+        help="--out folder of the sitting before; default: shipped weights",
     )
     parser.add_argument("--minutes", type=float, required=True, help="of this sitting, from its start to the last step")
     parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock")

@@ -4,14 +4,15 @@
     python -m miniature.train_router --captures FOLDER --steps 120 --out router.safetensors     on calls that were kept before
     python -m miniature.train_router --tiny --out router.safetensors      a random model of a few tokens, in seconds
 
-Every attention call of every sampling step trains its layer for ``--steps-per-call`` steps, then runs dense. Afterwards
-held-out captions with other seeds are sampled densely and the hard top-k error of every layer is measured, before and after.
+Every ``--train-every``-th attention call of a layer trains it for ``--steps-per-call`` steps, then runs dense; when --minutes
+are over none does. Nothing is stored: at 32,760 tokens a call's tensors are 50 MB and a step works in 1 GiB. Afterwards held-out captions with other seeds are sampled densely and the hard top-k error of every layer is measured, before and after.
 A folder of captures is what benchmarks.explore_router --keep-captures writes: it spares a slow machine the sampling.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sla2_training import RouterTrainer, TrainerOptions
 
 from .captions import embed, split_captions
 from .captures import FILES, by_layer, load_captures, model_shape
-from .sample import WEIGHTS, load_models, sample_latents
+from .sample import GUIDANCE, WEIGHTS, load_models, sample_latents
 from .wan import HEAD_DIM, WanConfig, WanModel, dense_attention
 
 FAMILY = "wan"
@@ -29,14 +30,14 @@ TRAIN_SEED, HELD_OUT_SEED = 7000, 9000
 
 
 class EveryNth:
-    """Dense attention that shows every n-th call of each layer to meet(layer, q, k, v)."""
+    """Dense attention that shows every n-th call of each layer to meet(layer, q, k, v), until time.monotonic() is ``until``."""
 
-    def __init__(self, meet, every=1):
-        self.meet, self.every, self.calls = meet, every, {}
+    def __init__(self, meet, every=1, until=math.inf):
+        self.meet, self.every, self.until, self.calls = meet, every, until, {}
 
     def __call__(self, layer, q, k, v):
         number = self.calls[layer] = self.calls.get(layer, -1) + 1
-        if number % self.every == 0:
+        if number % self.every == 0 and time.monotonic() < self.until:
             self.meet(layer, q, k, v)
         return dense_attention(layer, q, k, v)
 
@@ -48,7 +49,7 @@ def spread(captions, count):
 
 def sample_all(model, captions, first_seed, attention, args):
     """Samples every caption once, for what the attention function sees."""
-    shape = (1, 16, (args.frames - 1) // 4 + 1, args.size // 8, args.size // 8)
+    shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
     options = {"shape": shape, "steps": args.sampling_steps, "cfg": args.cfg, "device": args.device}
     for number, caption in enumerate(captions):
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.float32):
@@ -79,9 +80,12 @@ def train_live(model, args):
     def evaluate(layer, q, k, v):
         trainer.evaluate(layer, q, k, v, layout="BNHD")
 
-    learning = EveryNth(observe, args.train_every)
+    until = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    learning = EveryNth(observe, args.train_every, until)
     for number, caption in sample_all(model, spread(train_captions, args.videos), TRAIN_SEED, learning, args):
         say_losses(trainer, f"video {number + 1}, {caption}")
+        if time.monotonic() >= until:
+            break
     measuring = EveryNth(evaluate, args.evaluate_every)
     for _ in sample_all(model, spread(held_out_captions, args.held_out), HELD_OUT_SEED, measuring, args):
         pass
@@ -116,8 +120,9 @@ def main(argv=None):
     parser.add_argument("--captures", type=Path, help="folder of captures to train on, instead of sampling")
     parser.add_argument("--steps", type=int, default=200, help="optimisation steps per layer on captures")
     parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per head and step")
-    parser.add_argument("--sparsities", default="0.97,0.95,0.90")
-    parser.add_argument("--videos", type=int, default=5, help="training captions, one video each")
+    parser.add_argument("--sparsities", default="0.99,0.97,0.95,0.90")
+    parser.add_argument("--minutes", type=float, help="most that the training takes, measuring not included")
+    parser.add_argument("--videos", type=int, default=8, help="training captions, one video each")
     parser.add_argument("--held-out", type=int, default=2, help="held-out captions to measure on, one video each")
     parser.add_argument(
         "--train-every", type=int, default=1, help="train on each n-th model call; odd, to meet both halves of guidance"
@@ -125,9 +130,10 @@ def main(argv=None):
     parser.add_argument("--evaluate-every", type=int, default=7, help="measure on each n-th model call of a sampling")
     parser.add_argument("--steps-per-call", type=int, default=1, help="optimisation steps per layer and model call")
     parser.add_argument("--sampling-steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--cfg", type=float, default=GUIDANCE)
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--size", type=int, default=320, help="height and width, a multiple of 16")
+    parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
+    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
     parser.add_argument(
         "--keep-diagonal",
         action=argparse.BooleanOptionalAction,
@@ -151,7 +157,7 @@ def _model(args):
     if not args.tiny:
         return load_models(args.weights, args.device)[0]
     torch.manual_seed(0)
-    args.frames, args.size, args.sampling_steps, args.videos, args.held_out = 17, 128, 2, 1, 1
+    args.frames, args.height, args.width, args.sampling_steps, args.videos, args.held_out = 17, 128, 128, 2, 1, 1
     return WanModel(WanConfig(dim=128, ffn_dim=128, num_layers=2)).to(args.device).eval()
 
 

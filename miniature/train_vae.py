@@ -1,20 +1,32 @@
-"""Training of the miniature's VAE on rendered clips."""
+"""Train a VAE from nothing on crops of rendered clips.
+
+    python -m miniature.train_vae --out out --minutes 3.2
+    python -m miniature.train_vae --out out --tiny --steps 3 --device cpu
+
+Writes wan_miniature_vae.safetensors, vae_log.json and vae_sheet.png. Training stops by the clock with the learning rate at zero;
+weights are saved every minute, so a run that is cut off still leaves some. With --steps a run repeats step for step.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from pathlib import Path
 
 import torch
 
-from . import images, videos
+from . import images, scaled, videos
 from .captions import split_captions
 from .optim import Average, Budget, Log, Optimiser, save_weights
 from .vae import Kernels, WanVAE, normalise_latents, psnr, rms_silu
 
 ABOUT = "Wan2.1-format video VAE of small width, trained on procedural videos (miniature/README.md)"
 VAE_FILE = "wan_miniature_vae.safetensors"
+# world: (frames, height, width); a batch is (frames, side, clips)
+REAL = {"world": (81, 320, 320), "scenes": 4096, "batches": [(17, 128, 16), (17, 128, 16), (9, 208, 12)],
+        "statistics_clips": 48, "test_clips": 24}  # fmt: skip
+TINY = {"world": (9, 32, 32), "scenes": 16, "batches": [(5, 16, 2), (9, 16, 1)], "statistics_clips": 2, "test_clips": 2}
 
 
 def clip_batch(bank: videos.Scenes, *, batch: int, frames: int, side: int, world, generator) -> torch.Tensor:
@@ -83,17 +95,16 @@ def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device)
     generator = torch.Generator().manual_seed(args.seed)
     train_captions, held_out = split_captions()
     world = sizes["world"]
-    scenes = [train_captions[i % len(train_captions)] for i in range(sizes["vae_scenes"])]
-    bank = videos.simulate(scenes, frames=world[0], height=world[1], width=world[2], seed=args.seed).to(device)
+    scenes = [train_captions[i % len(train_captions)] for i in range(sizes["scenes"])]
+    bank = scaled.simulate(scenes, frames=world[0], height=world[1], width=world[2], seed=args.seed).to(device)
 
-    vae = WanVAE(args.vae_dim).to(device)
-    optimiser = Optimiser(vae, is_hidden_convolution, muon_lr=args.vae_lr, adam_lr=args.vae_lr, hold=0.4)
+    vae = WanVAE(args.dim).to(device)
+    optimiser = Optimiser(vae, is_hidden_convolution, muon_lr=args.lr, adam_lr=args.lr, hold=0.4)
     average = Average(vae, 0.998)
-    out = Path(args.out)
     saved = printed = time.monotonic()
     step = pixels = 0
     while (progress := budget.progress(step)) < 1:
-        frames, side, batch = sizes["vae_batches"][step % len(sizes["vae_batches"])]
+        frames, side, batch = sizes["batches"][step % len(sizes["batches"])]
         clip = clip_batch(bank, batch=batch, frames=frames, side=side, world=world, generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.posterior(clip)
@@ -114,11 +125,11 @@ def train_vae(args, sizes: dict, budget: Budget, log: Log, device: torch.device)
             speed = pixels / (now - printed) / 1e6
             log.record(stage="vae", seconds=budget.elapsed(), step=step, **state, megapixels_per_second=speed)
             if not math.isfinite(quality):
-                raise FloatingPointError(f"VAE training diverged at step {step}: lower --vae-lr (now {args.vae_lr})")
+                raise FloatingPointError(f"VAE training diverged at step {step}: lower --lr (now {args.lr})")
             printed, pixels = now, 0
         if now - saved > 60:
             saved = now
-            save_weights(out / VAE_FILE, average.state_dict(), torch.float16, ABOUT)
+            save_weights(args.out / VAE_FILE, average.state_dict(), torch.float16, ABOUT)
             log.write()
 
     vae.load_state_dict(average.state_dict())
@@ -147,10 +158,10 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
         vae_steps=steps, raw_latent_mean=mean.tolist(), raw_latent_std=std.tolist(), raw_noise_std=noise.sqrt().tolist()
     )
     vae.fold_statistics(mean, std)
-    save_weights(Path(args.out) / VAE_FILE, vae.state_dict(), torch.float16, ABOUT)
+    save_weights(args.out / VAE_FILE, vae.state_dict(), torch.float16, ABOUT)
     vae.load_state_dict({k: v.half().float() for k, v in vae.state_dict().items()})
 
-    test = videos.simulate(held_out, frames=frames, height=height, width=width, seed=args.seed + 1).to(device)
+    test = scaled.simulate(held_out, frames=frames, height=height, width=width, seed=args.seed + 1).to(device)
     scores, rows, codes = [], [], []
     with torch.autocast(device.type, torch.bfloat16):
         for i in range(min(len(test), sizes["test_clips"])):
@@ -173,6 +184,39 @@ def _finish(vae, args, sizes, log, device, bank, held_out, steps) -> WanVAE:
         normalised_latent_std=code.std((0, 2, 3, 4)).tolist(),
         neighbour_difference_variance=smooth,
     )
-    images.write_png(Path(args.out) / "vae_sheet.png", images.contact_sheet(rows))
+    images.write_png(args.out / "vae_sheet.png", images.contact_sheet(rows))
     log.write()
     return vae
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and picture")
+    parser.add_argument("--minutes", type=float, default=3.2, help="training time, measuring not included")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock")
+    parser.add_argument("--dim", type=int, default=16, help="base width")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--kl-weight", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--tiny", action="store_true", help="sizes for a trial of the code on a CPU, not for quality")
+    parser.add_argument("--print-seconds", type=float, default=5.0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device, sizes = torch.device(args.device), TINY if args.tiny else REAL
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    header |= {"torch": torch.__version__, "sizes": sizes, "kernels": choose_kernels(device, args.compile)}
+    header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(header, flush=True)
+    train_vae(args, sizes, Budget(args.minutes * 60, args.steps), Log(args.out / "vae_log.json", header), device)
+
+
+if __name__ == "__main__":
+    main()

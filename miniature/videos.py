@@ -1,7 +1,7 @@
-"""The miniature world: two objects that move, spin and collide over a textured floor under a moving camera.
+"""Videos of scenes: two objects over a textured floor under a moving camera. scaled.py says how they move.
 
-Scenes are simulated once (on the CPU, from a seed) and rendered on any device at any window and time span. Every pixel
-is a closed formula of its position, so a crop costs no more than its own pixels.
+Scenes are rendered on any device at any window and time span. Every pixel is a closed formula of its position, so a crop
+costs no more than its own pixels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-
-from .captions import Caption
 
 COLOUR_VALUES = ((0.86, 0.18, 0.16), (0.95, 0.80, 0.18), (0.20, 0.66, 0.28), (0.18, 0.36, 0.86))
 # Two shades per floor, all muted so that the four object colours stand out on each.
@@ -61,88 +59,6 @@ def draws(n: int, seed: int) -> tuple[Callable[..., torch.Tensor], Callable[...,
     return uniform, sign
 
 
-def simulate(captions: list[Caption], *, frames: int, height: int, width: int, seed: int) -> Scenes:
-    """One scene per caption, on the CPU; equal seeds give equal scenes.
-
-    Args:
-        captions: what each scene shows.
-        frames, height, width: extent of the world; objects stay inside it.
-        seed: any integer.
-    """
-    n = len(captions)
-    uniform, sign = draws(n, seed)
-    kind = torch.tensor([caption.indices() for caption in captions]).reshape(n, 5)
-    size = torch.tensor([width, height], dtype=torch.float32)
-    radius = uniform(0.11, 0.15, 2) * _radius_unit(height, width)
-    spin = uniform(0.03, 0.07, 2) * sign(2)
-    angle0 = uniform(0.0, 2 * math.pi, 2)
-
-    bounce = _bounce(radius, size, frames, uniform(0.15, 0.85, 2), uniform(0.0, 2 * math.pi, 2), uniform(1.8, 3.6, 2))
-    circle = _circle(
-        size, frames, uniform(0.46, 0.54, 2), uniform(0.22, 0.27, 1), uniform(0.03, 0.055, 1) * sign(1), angle0[:, :1]
-    )
-    position = torch.where((kind[:, 2] == 0)[:, None, None, None], bounce, circle)
-    angle = angle0[:, None] + spin[:, None] * torch.arange(frames)[None, :, None]
-
-    direction = torch.tensor([0.0, 1.0, -1.0])[kind[:, 4]]
-    return Scenes(
-        kind=kind,
-        position=position,
-        angle=angle,
-        radius=radius,
-        pan=direction * uniform(1.5, 2.5),
-        floor_wave=floor_waves(kind[:, 3], uniform(0.0, 1.0, FLOOR_WAVES, 2)),
-        floor_phase=uniform(0.0, 2 * math.pi, FLOOR_WAVES),
-        brightness=uniform(0.92, 1.06),
-    )
-
-
-def mean_radius(height: int, width: int) -> float:
-    """Mean radius in pixels of the objects of a world of this size; they differ from it by at most 16%."""
-    return 0.13 * _radius_unit(height, width)
-
-
-def _radius_unit(height: int, width: int) -> float:
-    shorter = min(height, width)
-    return min(0.55 * shorter + 90.0, 1.4 * shorter)
-
-
-def _bounce(radius, size, frames, start, heading, speed) -> torch.Tensor:
-    """(N, F, 2, 2): straight motion, mirrored at the walls, equal-mass elastic collisions of discs."""
-    lowest = radius[..., None].expand(-1, -1, 2)
-    highest = size - lowest
-    # Opposite halves, so that no scene begins inside a collision.
-    first = lowest[:, 0] + start * torch.tensor([0.5, 1.0]) * (highest - lowest)[:, 0]
-    second = highest[:, 1] - start.flip(-1) * torch.tensor([0.5, 1.0]) * (highest - lowest)[:, 1]
-    second[:, 0] = torch.maximum(second[:, 0], torch.minimum(first[:, 0] + radius.sum(1) + 2, highest[:, 1, 0]))
-    position = torch.stack([first, second], 1)
-    velocity = torch.stack([heading.cos(), heading.sin()], -1) * speed[..., None]
-    path = []
-    for _ in range(frames):
-        path.append(position)
-        position = position + velocity
-        outside = (position < lowest) | (position > highest)
-        inward = torch.where(position < lowest, velocity.abs(), -velocity.abs())
-        velocity = torch.where(outside, inward, velocity)
-        position = torch.minimum(torch.maximum(position, lowest), highest)
-        gap = position[:, 1] - position[:, 0]
-        distance = gap.norm(dim=-1, keepdim=True).clamp_min(1e-3)
-        normal = gap / distance
-        approach = ((velocity[:, 0] - velocity[:, 1]) * normal).sum(-1, keepdim=True)
-        hit = (distance < radius.sum(1, keepdim=True)) & (approach > 0)
-        exchange = torch.where(hit, approach, torch.zeros_like(approach)) * normal
-        velocity = velocity + torch.stack([-exchange, exchange], 1)
-    return torch.stack(path, 1)
-
-
-def _circle(size, frames, centre, reach, turn, phase) -> torch.Tensor:
-    """(N, F, 2, 2): both objects on one circle, opposite each other."""
-    time = torch.arange(frames)[None, :, None]
-    theta = phase[:, None] + turn[:, None] * time + torch.tensor([0.0, math.pi])
-    offset = torch.stack([theta.cos(), theta.sin()], -1) * (reach[:, None, None] * size.min())
-    return centre[:, None, None] * size + offset
-
-
 def floor_waves(floor: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """(N, 4, 2) wave vectors: two axes for tiles, a slanted wave with a slow bend for waves, four slow ones for clouds."""
     n = floor.shape[0]
@@ -173,7 +89,7 @@ def render(
     """(N, 3, frames, height, width) float32 video in [-1, 1], on the scenes' device.
 
     Args:
-        scenes: from simulate().
+        scenes: from scaled.simulate().
         first_frame: start time, one for all or (N,) int64; first_frame + frames must not pass the simulated span.
         frames, height, width: extent of the window.
         origin: (N, 2) top-left corner of the window as (x, y) pixels; None is (0, 0).

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .scaled import rope_scale as scale_at
+
 HEAD_DIM = 128
 ROPE_AXES = (44, 42, 42)
 PATCH = 2
@@ -169,7 +171,7 @@ class WanModel(nn.Module):
         t: torch.Tensor,
         context: torch.Tensor,
         attention: Attention = dense_attention,
-        rope_scale: float = 1.0,
+        rope_scale: float | None = None,
     ) -> torch.Tensor:
         """The velocity of x.
 
@@ -179,13 +181,14 @@ class WanModel(nn.Module):
             context: (B, L, 4096) from captions.embed().
             attention: called once per layer instead of dense self attention, e.g. to record or to replace it:
                 attention(layer, q, k, v) -> out, all (B, N, H, 128).
-            rope_scale: distance of neighbouring tokens along h and w, ScaleROPE's scale_x and scale_y in ComfyUI.
+            rope_scale: distance of neighbouring tokens along h and w, ScaleROPE's scale_x and scale_y in ComfyUI;
+                None: that of training, 480 / the picture's height in pixels.
         """
         b, c, frames, height, width = x.shape
         if height % PATCH or width % PATCH:
             raise ValueError(f"latent is {height}x{width}, the miniature needs even sides: change the video's size")
         grid = (frames, height // PATCH, width // PATCH)
-        rope = self._rope(grid, x.device, rope_scale)
+        rope = self._rope(grid, x.device, scale_at(8 * height) if rope_scale is None else rope_scale)
         x = x.reshape(b, c, frames, grid[1], PATCH, grid[2], PATCH).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
         dtype, x = x.dtype, x.flatten(1, 3)
         # The residual stream keeps the input's dtype: float32 under autocast.

@@ -8,6 +8,8 @@ KINDS = {
     "wan_miniature_dit.safetensors": "diffusion_models",
     "wan_miniature_vae.safetensors": "vae",
     "wan_miniature_stage2_lora.safetensors": "loras",
+    "wan_miniature_4_steps_lora.safetensors": "loras",
+    "wan_miniature_8_steps_lora.safetensors": "loras",
     "wan_miniature_router.safetensors": "sla2",
     "wan_miniature_stage2_router.safetensors": "sla2",
 }

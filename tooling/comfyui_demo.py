@@ -16,7 +16,6 @@ from .paths import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
 from .server import Server
 
 WORKFLOW = ROOT / "workflows" / "Wan 2.1 text to video.json"
-UNTRAINED = "none (untrained)"
 
 
 def generate(comfyui, folder, plan, checkpoint):
@@ -30,8 +29,7 @@ def generate(comfyui, folder, plan, checkpoint):
             prompt = graph.to_prompt(workflow, server.get("/object_info"))
         except graph.GraphError as error:
             raise SetupError(f"{error} The end of {server.log}:\n{server.log_tail()}") from error
-        router_name = checkpoint.router.name if checkpoint.router else UNTRAINED
-        prompt = graph.fit(prompt, plan, checkpoint, router_name)
+        prompt = graph.fit(prompt, plan, checkpoint)
         say("Queued the workflow")
         outputs, seconds = asyncio.run(events.run(server, prompt, Progress(prompt)))
     return collect(folder, base, plan, checkpoint, prompt, outputs, seconds)

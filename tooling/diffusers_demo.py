@@ -7,13 +7,22 @@ from safetensors.torch import load_file
 
 from miniature.captions import embed
 from miniature.images import write_webp
-from miniature.wan import WanConfig
+from miniature.scaled import rope_scale
+from miniature.wan import WanConfig, rope_table
 from sla2_diffusers import apply_sla2
-from sla2_kernels.weights import load_router
 
-from .demo_plan import CAPTION, SHIFT
+from .demo_plan import CAPTION
 from .environment import say
 from .outcome import Outcome, Run
+
+
+class ScaledRope(torch.nn.Module):
+    """Rotary embedding by the picture's height, in place of diffusers' own, which has no scale: see miniature.scaled."""
+
+    def forward(self, latents):
+        _, _, frames, height, width = latents.shape
+        table = rope_table((frames, height // 2, width // 2), latents.device, rope_scale(8 * height))
+        return tuple(part.repeat_interleave(2, -1)[None] for part in table)
 
 
 def load_transformer(path):
@@ -31,6 +40,7 @@ def load_transformer(path):
         num_layers=sizes.num_layers,
     )
     model.load_state_dict(convert_wan_transformer_to_diffusers(state))
+    model.rope = ScaledRope()
     return model.eval()
 
 
@@ -49,7 +59,6 @@ def generate(folder, plan, checkpoint):
     """Both videos, written to ``folder``; returns the Outcome."""
     transformer = load_transformer(checkpoint.dit).to(plan.device)
     vae = load_vae(checkpoint.vae).to(plan.device)
-    router = load_router(checkpoint.router) if checkpoint.router else None
     say("Loaded the checkpoint into diffusers")
     warm_up(transformer, vae, plan.device)
     runs, latents = [], {}
@@ -58,7 +67,6 @@ def generate(folder, plan, checkpoint):
         if name == "sla2":
             handle = apply_sla2(
                 transformer,
-                router,
                 sparsity=plan.sparsity,
                 minimum_tokens=plan.minimum_tokens,
                 dense_layers=plan.dense_layers,
@@ -95,7 +103,7 @@ def sample(transformer, plan, name):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)).to(plan.device)
     context = embed(CAPTION).to(plan.device)
     contexts = torch.cat([context, torch.zeros_like(context)])
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=plan.shift)
     scheduler.set_timesteps(plan.steps, device=plan.device)
     autocast = torch.autocast(plan.device, torch.bfloat16, enabled=plan.device != "cpu")
     for step, timestep in enumerate(scheduler.timesteps, 1):

@@ -5,6 +5,7 @@ from .demo_plan import CAPTION
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 MUTED, BYPASSED = 2, 4
+UNTRAINED = "none (untrained)"
 
 
 class GraphError(ValueError):
@@ -82,8 +83,8 @@ def samplers(prompt):
     return found
 
 
-def fit(prompt, plan, checkpoint, router_name):
-    """Changes ``prompt`` to the miniature's files, captions and sizes, and lets both samplers save their latents."""
+def fit(prompt, plan, checkpoint):
+    """Changes ``prompt`` to the miniature's files, captions and sizes, untrained, and lets both samplers save their latents."""
     chosen = samplers(prompt)
     for node in chosen.values():
         inputs = prompt[node]["inputs"]
@@ -93,6 +94,7 @@ def fit(prompt, plan, checkpoint, router_name):
             inputs[name] = [f"caption_{name}", 0]
     for node in of_class(prompt, "CLIPTextEncode", "CLIPLoader"):
         del prompt[node]
+    scale_rope(prompt, plan.rope_scale)
     for data in prompt.values():
         kind, inputs = data["class_type"], data["inputs"]
         if kind == "UNETLoader":
@@ -100,7 +102,9 @@ def fit(prompt, plan, checkpoint, router_name):
         elif kind == "VAELoader":
             inputs.update(vae_name=checkpoint.vae.name)
         elif kind == "SLA2LoadRouter":
-            inputs.update(router_name=router_name)
+            inputs.update(router_name=UNTRAINED)
+        elif kind == "ModelSamplingSD3":
+            inputs.update(shift=plan.shift)
         elif kind == "SLA2ApplyAttention":
             inputs.update(
                 preset="custom", sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens, start_percent=0.0
@@ -114,6 +118,18 @@ def fit(prompt, plan, checkpoint, router_name):
             "inputs": {"samples": [node, 0], "filename_prefix": f"latents/{name}"},
         }
     return prompt
+
+
+def scale_rope(prompt, scale):
+    """A ScaleROPE behind the model's loader, where ``scale`` is not 1."""
+    (loader,) = of_class(prompt, "UNETLoader")
+    if scale == 1:
+        return
+    for data in prompt.values():
+        data["inputs"] |= {name: ["rope", 0] for name, value in data["inputs"].items() if value == [loader, 0]}
+    inputs = {f"{what}_{axis}": float(what == "scale") for what in ("scale", "shift") for axis in "xyt"}
+    inputs |= {"model": [loader, 0], "scale_x": scale, "scale_y": scale}
+    prompt["rope"] = {"class_type": "ScaleROPE", "inputs": inputs}
 
 
 def branch_of(prompt, node):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import preset_quality
+from miniature.sample import GUIDANCE
 from miniature.weight_files import weight_file
 
 
@@ -23,5 +24,6 @@ def test_every_preset_is_measured_against_dense(comfyui_path, comfy_scripts, tmp
         # 3 x 8 x 8 tokens are 3 key blocks, of which 1 is kept; dense steps count as 0, also those of a target out of reach
         assert (0.1 if row["target_error"] else 0.3) < row["skipped"] <= 0.67 and row["latent_error"] > 0.01
         assert 0 < row["psnr"] < 60 and 0 < row["ssim"] < 1
+        assert row["cfg"] == (1 if row["steps"] == "4-8" else GUIDANCE)
         assert f"| {row['name']} | 4 | {'trained' if row['trained'] else 'none'} |" in preset_quality.markdown(content)
     assert rows["quality"]["skipped"] <= rows["fast"]["skipped"]

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import results
 from tooling.checkpoint import Checkpoint
 from tooling.demo_plan import CAPTION, plan_for
 from tooling.graph import GraphError, branch_of, fit, samplers, to_prompt, upstream
+from tooling.paths import ROOT
 
 CHECKPOINT = Checkpoint(Path("dit.safetensors"), Path("vae.safetensors"), None, False)
 
@@ -119,13 +121,20 @@ def test_a_workflow_without_a_dense_branch_is_refused():
 
 def test_fit_changes_files_captions_and_sizes_and_saves_latents():
     plan = plan_for("cpu")
-    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan, CHECKPOINT, "none (untrained)")
+    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan, CHECKPOINT)
     assert prompt["1"]["inputs"] == {"unet_name": "dit.safetensors", "weight_dtype": "default"}
     assert prompt["4"]["inputs"] == {"vae_name": "vae.safetensors"}
-    assert prompt["5"]["inputs"] == {"width": 160, "height": 160, "length": 49, "batch_size": 1}
+    assert prompt["5"]["inputs"] == {"width": 208, "height": 128, "length": 81, "batch_size": 1}
     assert prompt["7"]["inputs"] == {"router_name": "none (untrained)"}
-    assert (prompt["8"]["inputs"]["sparsity"], prompt["8"]["inputs"]["minimum_tokens"]) == (0.75, 0)
+    assert (prompt["8"]["inputs"]["sparsity"], prompt["8"]["inputs"]["minimum_tokens"]) == (plan.sparsity, 0)
     assert {"2", "3"}.isdisjoint(prompt)
+    assert prompt["6"]["inputs"]["model"] == prompt["8"]["inputs"]["model"] == ["rope", 0]
+    assert prompt["rope"]["inputs"] == {
+        "model": ["1", 0],
+        "scale_x": 3.75,
+        "scale_y": 3.75,
+        "scale_t": 1.0,
+    } | dict.fromkeys(("shift_x", "shift_y", "shift_t"), 0.0)
     assert prompt["6"]["inputs"]["seed"] == prompt["9"]["inputs"]["seed"] == plan.seed
     assert prompt[prompt["9"]["inputs"]["positive"][0]]["inputs"] == {"text": CAPTION}
     assert prompt["latent_sla2"]["inputs"]["samples"] == ["9", 0]
@@ -136,7 +145,30 @@ def test_fit_changes_files_captions_and_sizes_and_saves_latents():
     assert not dangling
 
 
-def test_cpu_plan_keeps_to_its_limits():
-    plan = plan_for("cpu")
-    assert plan.tokens == 1300
-    assert (plan.sparsity, plan.minimum_tokens) == (0.75, 0)
+def test_at_480_pixels_positions_are_the_models_own():
+    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan_for("cuda"), CHECKPOINT)
+    assert prompt["6"]["inputs"]["model"] == ["1", 0] and "rope" not in prompt
+
+
+def test_plans_are_as_long_and_as_sparse_as_they_say():
+    assert [(plan_for(device).tokens, plan_for(device).minimum_tokens) for device in ("cpu", "cuda")] == [
+        (2184, 0),
+        (32760, 0),
+    ]
+    measured = results.load(results.RESULTS / "demo-sparsity.json")
+    assert (measured["tokens"], measured["reference"]["sparsity"]) == (2184, plan_for("cuda").sparsity)
+    error = next(error for _, sparsity, error in measured["rows"] if sparsity == plan_for("cpu").sparsity)
+    assert error <= measured["reference"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("First look, nothing to download", "cpu"), ("Miniature, both stages beside dense", "cuda")]
+)
+def test_the_miniatures_workflows_are_made_as_the_demo_is(name, device):
+    workflow, plan = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")), plan_for(device)
+    found = {node["type"]: node.get("widgets_values") for node in workflow["nodes"]}
+    assert found["EmptyHunyuanLatentVideo"] == [plan.width, plan.height, plan.frames, 1]
+    assert found["ModelSamplingSD3"] == [plan.shift]
+    assert found.get("ScaleROPE", [1, 0, 1, 0, 1, 0]) == [plan.rope_scale, 0, plan.rope_scale, 0, 1, 0]
+    assert found["KSampler"][2:] == [plan.steps, plan.cfg, "euler", "simple", 1]
+    assert found["SLA2ApplyAttention"][0] == plan.sparsity

@@ -3,7 +3,8 @@
 import pytest
 
 from miniature.captions import split_captions
-from miniature.videos import render, simulate
+from miniature.scaled import simulate
+from miniature.videos import render
 from miniature.weight_files import weight_file
 from tooling.checkpoint import DIT, LORA, LORA_ROUTER, ROUTER, VAE, Checkpoint, find_or_make
 from tooling.comfyui import find_comfyui

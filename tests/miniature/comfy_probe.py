@@ -25,7 +25,7 @@ from comfy.latent_formats import Wan21
 from comfy.ldm.wan.model import WanModel as ComfyWan
 from comfy.ldm.wan.vae import WanVAE as ComfyVAE
 
-from miniature import captions, lora, sample, vae, videos, wan
+from miniature import captions, lora, sample, scaled, vae, videos, wan
 
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
@@ -60,11 +60,11 @@ def dit_gaps() -> dict:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x, t = torch.randn(2, 16, 3, 8, 10), torch.tensor([31.0, 870.0])
     context = torch.cat([captions.embed(str(caption)) for caption in captions.all_captions()[:2]])
-    apart = {"rope_options": {"scale_x": 3.0, "scale_y": 3.0}}
+    apart = {"rope_options": dict.fromkeys(("scale_x", "scale_y"), 480 / (8 * x.shape[3]))}
     return {
-        "velocity": gap(ours(x, t, context), theirs(x, t, context)),
-        "velocity_scaled": gap(ours(x, t, context, rope_scale=3.0), theirs(x, t, context, transformer_options=apart)),
-        "scale_matters": gap(ours(x, t, context, rope_scale=3.0), ours(x, t, context)),
+        "velocity": gap(ours(x, t, context, rope_scale=1.0), theirs(x, t, context)),
+        "velocity_scaled": gap(ours(x, t, context), theirs(x, t, context, transformer_options=apart)),
+        "scale_matters": gap(ours(x, t, context), ours(x, t, context, rope_scale=1.0)),
     }
 
 
@@ -74,10 +74,12 @@ def loaded_files() -> dict:
     our_dit, our_vae = sample.load_models(Path(weights))
     options = {"dtype": torch.float32}
     patcher = comfy.sd.load_diffusion_model(f"{weights}/wan_miniature_dit.safetensors", model_options=options)
+    # 8 latent rows are 64 pixels
+    patcher.set_model_rope_options(480 / 64, 0.0, 480 / 64, 0.0, 1.0, 0.0)
     their_vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(f"{weights}/wan_miniature_vae.safetensors"))
     their_vae.vae_dtype = torch.float32
     their_vae.first_stage_model.float()
-    scene = videos.simulate(captions.all_captions()[:1], frames=9, height=64, width=80, seed=3)
+    scene = scaled.simulate(captions.all_captions()[:1], frames=9, height=64, width=80, seed=3)
     video = videos.render(scene, frames=9, height=64, width=80)
     latents = our_vae.encode(video)
     pixels = (video[0].permute(1, 2, 3, 0) + 1) / 2

@@ -1,37 +1,22 @@
-"""A tiny training, shared by the tests that need weights."""
+"""Small random weights, as a training writes them, shared by the tests that need some."""
 
 import pytest
+import torch
 
-from miniature import train
-
-TINY = ["--tiny", "--steps", "3", "--vae-dim", "8", "--layers", "2", "--small-clips", "4", "--full-clips", "2",
-        "--print-seconds", "0", "--no-compile", "--device", "cpu"]  # fmt: skip
-
-
-# a quarter of what --tiny takes: the convolutions of larger pictures are most of a CPU's time here
-SMALLER = {
-    "world": (9, 32, 32),
-    "vae_batches": [(5, 16, 2), (9, 16, 1)],
-    "small": (5, 32, 32),
-    "full": (9, 32, 32),
-}
+from miniature.optim import save_weights
+from miniature.train_dit import ABOUT, DIT_FILE
+from miniature.train_long import LOG_FILE
+from miniature.train_vae import VAE_FILE
+from miniature.vae import WanVAE
+from miniature.wan import WanConfig, WanModel
 
 
 @pytest.fixture(scope="session")
-def train_tiny():
-    """Call with a folder: trains both models, or one stage, for three steps there."""
-
-    def run(folder, *options, stage="all"):
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(train, "TINY", train.TINY | SMALLER)
-            train.main([stage, "--out", str(folder), *TINY, *options])
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory, train_tiny):
-    """Folder with the weights, logs and pictures of a tiny training."""
+def tiny_weights(tmp_path_factory):
+    """Folder with the files of a random transformer of 2 layers and a random VAE."""
     folder = tmp_path_factory.mktemp("tiny")
-    train_tiny(folder)
+    torch.manual_seed(0)
+    save_weights(folder / VAE_FILE, WanVAE(8).state_dict(), torch.float16, ABOUT)
+    save_weights(folder / DIT_FILE, WanModel(WanConfig(num_layers=2)).state_dict(), torch.bfloat16, ABOUT)
+    (folder / LOG_FILE).write_text('{"run": {"sitting": 0}}')
     return folder

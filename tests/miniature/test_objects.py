@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from miniature import captions, measure, objects, videos
+from miniature import captions, measure, objects, scaled, videos
 from miniature.captions import Caption
 
 FRAMES, HEIGHT, WIDTH = 24, 160, 192
@@ -14,7 +14,7 @@ BALLS = Caption("red", "balls", "circle", "waves", "still")
 
 
 def scene(caption=BALLS, seed=0):
-    return videos.simulate([caption], frames=FRAMES, height=HEIGHT, width=WIDTH, seed=seed)
+    return scaled.simulate([caption], frames=FRAMES, height=HEIGHT, width=WIDTH, seed=seed)
 
 
 def draw(scenes):

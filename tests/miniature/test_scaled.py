@@ -1,4 +1,4 @@
-"""The scaled world: one scene at every size, whose objects never meet and pass the image test."""
+"""The world: one scene at every size, whose objects never meet and pass the image test."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_a_picture_higher_than_wide_is_refused():
 def test_rendered_scenes_pass_the_image_test(caption):
     world = scaled.simulate([caption], frames=24, height=128, width=208, seed=3)
     video = videos.render(world, frames=24, height=128, width=208)[0]
-    found = objects.examine(video, caption, scaled.mean_radius(128, 208))
+    found = objects.examine(video, caption)
     assert found.share == 1.0, found.shares()
 
 

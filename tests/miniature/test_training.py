@@ -1,40 +1,41 @@
-"""The training code at tiny size: what it writes, that it repeats, and that it learns."""
+"""The training code at tiny size: what a VAE's training writes, that it repeats, and the parts of the transformer's."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from miniature import report, train_dit
+from miniature import picture, report, train_dit, train_vae
 from miniature.optim import Budget, Muon, orthogonalise
 from miniature.sample import load_models, main
-from miniature.train_vae import VAE_FILE
-
-FILES = {train_dit.DIT_FILE, VAE_FILE, "vae_log.json", "dit_log.json",
-         "vae_sheet.png", "samples_full.png", "samples_small.png"}  # fmt: skip
+from miniature.vae import WanVAE
 
 
-def test_a_run_writes_whole_files_and_nothing_else(tiny_weights):
-    assert {path.name for path in tiny_weights.iterdir()} == FILES
-    log = json.loads((tiny_weights / "dit_log.json").read_text())
-    assert log["results"]["dit_steps"] == 3
-    assert 0 < log["results"]["validation_loss_full"] < 4
-    assert [record["step"] for record in log["records"] if record["stage"] == "dit"] == [1, 2, 3]
-    dtypes = {tensor.dtype for tensor in load_file(tiny_weights / train_dit.DIT_FILE).values()}
-    assert dtypes == {torch.bfloat16}
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Call: trains a VAE for three steps; returns its folder."""
+
+    def run():
+        out = tmp_path_factory.mktemp("vae")
+        train_vae.main(["--out", str(out), "--tiny", "--steps", "3", "--dim", "8", "--device", "cpu", "--no-compile",
+                        "--print-seconds", "0"])  # fmt: skip
+        return out
+
+    return run
 
 
-def test_the_same_seed_gives_the_same_weights(tiny_weights, train_tiny, tmp_path):
-    train_tiny(tmp_path)
-    for name in (train_dit.DIT_FILE, VAE_FILE):
-        one, two = load_file(tiny_weights / name), load_file(tmp_path / name)
-        assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_saved_latents_are_normalised(tiny_weights):
-    results = json.loads((tiny_weights / "vae_log.json").read_text())["results"]
-    assert results["normalised_latent_std"] == pytest.approx([1.0] * 16, abs=0.3)
+def test_a_vae_training_writes_normalised_weights_and_repeats(train):
+    one, two = train(), train()
+    assert {path.name for path in one.iterdir()} == {train_vae.VAE_FILE, "vae_log.json", "vae_sheet.png"}
+    log = json.loads((one / "vae_log.json").read_text())
+    assert [record["step"] for record in log["records"]] == [1, 2, 3]
+    assert log["results"]["normalised_latent_std"] == pytest.approx([1.0] * 16, abs=0.3)
+    weights, again = (load_file(folder / train_vae.VAE_FILE) for folder in (one, two))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert WanVAE.from_state_dict(weights).dim == 8
 
 
 def test_sampling_from_files_writes_pictures(tiny_weights, tmp_path):
@@ -43,13 +44,6 @@ def test_sampling_from_files_writes_pictures(tiny_weights, tmp_path):
           "--frames", "5", "--height", "32", "--width", "32", "--steps", "2", "--device", "cpu"])  # fmt: skip
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "sample_0.webp").read_bytes()[8:12] == b"WEBP"
-
-
-def test_missing_vae_is_named(tmp_path):
-    from miniature import train
-
-    with pytest.raises(SystemExit, match="no VAE at"):
-        train.main(["dit", "--out", str(tmp_path), "--tiny", "--device", "cpu", "--no-compile"])
 
 
 def test_models_load_from_a_folder(tiny_weights):
@@ -92,26 +86,38 @@ def test_noise_levels_cover_the_range_and_lean_to_noise():
 
 
 def test_report_fills_the_readme_from_the_logs(tiny_weights, tmp_path):
-    readme = tmp_path / "README.md"
+    weights, measured, readme = tmp_path / "weights", tmp_path / "measured", tmp_path / "README.md"
+    shutil.copytree(tiny_weights, weights)
+    results = {"steps": 1234, "seconds": 90.0, "validation_loss_full": 0.0805, "validation_loss_small": 0.188}
+    log = {"run": {"sitting": 3, "device_name": "a card"}, "results": results}
+    (weights / "long_log.json").write_text(json.dumps(log))
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main(["--weights", str(tiny_weights), "--readme", str(readme)])
+    report.main(["--weights", str(weights), "--readme", str(readme)])
     text = readme.read_text()
-    loss = json.loads((tiny_weights / "dit_log.json").read_text())["results"]["validation_loss_full"]
-    assert f"| Validation loss, held-out captions | {loss:.4f} |" in text
-    assert "1. two red balls bounce over tiles, camera pans right" in text
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "| Last sitting (3) | 1234 steps, 1.5 minutes on a card |" in text
+    assert "| Validation loss, held-out captions, 832x480 | 0.0805 |" in text
+    assert " 2 layers, bfloat16 |" in text and "base width 8, float16" in text and "pass" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    row = dict.fromkeys(("count", "colour", "shape", "size", "steady", "frames_passed"), 0.9)
+    found = {"passed": 23, "of": 24, "size": [81, 480, 832], "steps": 20, "cfg": 3.0, "shift": 12.0}
+    measured.mkdir()
+    (measured / "measure.json").write_text(json.dumps(found | {"rows": [row, row | {"shape": 0.8}]}))
+    report.main(["--weights", str(weights), "--readme", str(readme), "--measured", str(measured)])
+    text = readme.read_text()
+    assert "(81 frames of 832x480, 20 steps, guidance 3, shift 12) | 23 of 24 |" in text
+    assert "shape 0.85" in text and (weights / "measure.json").exists()
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="exactly one"):
-        report.fill(readme, tiny_weights)
+        report.fill(readme, weights)
 
 
-def test_training_continues_from_a_file(tiny_weights, train_tiny, tmp_path):
-    start = ["--vae", str(tiny_weights / VAE_FILE), "--dit-start", str(tiny_weights / train_dit.DIT_FILE)]
-    train_tiny(tmp_path, *start, stage="dit")
-    one, two = load_file(tiny_weights / train_dit.DIT_FILE), load_file(tmp_path / train_dit.DIT_FILE)
-    key = "blocks.0.ffn.0.weight"
-    assert not torch.equal(one[key], two[key])
-    # Three steps of warm-up move the weights little: a fresh start would be far from it.
-    torch.testing.assert_close(one[key].float(), two[key].float(), atol=0.01, rtol=0)
+def test_the_pictures_show_each_caption_dense_and_sparse(tiny_weights, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    picture.main(["--out", str(tmp_path), "--weights", str(tiny_weights), "--frames", "9", "--height", "64", "--width", "96", "--steps",
+                  "1", "--sparsity", "0.5", "--device", "cpu", "--router", "none", "--samples", "1"])  # fmt: skip
+    told = json.loads((tmp_path / "picture.json").read_text())
+    assert [row["way"] for row in told["rows"]] == ["dense", "untrained"]
+    assert [row["latent_error"] > 0 for row in told["rows"]] == [False, True]
+    for name, frames, rows in (("picture.jpg", 6, 2), ("samples.jpg", 8, 1)):
+        with Image.open(tmp_path / name) as picture_:
+            assert picture_.size == (frames * (96 // 4 + 4), rows * (64 // 4 + 4))

@@ -171,8 +171,8 @@ def test_the_miniatures_workflow_samples_twice(server, canvas):
     kinds = [node["class_type"] for node in prompt.values()]
     assert kinds.count("KSampler") == 2 and kinds.count("SLA2MiniatureCaption") == 1
     report = output_of(server, prompt, "SLA2Report")["sla2_report"][0]
-    # 2 steps of 3 layers, the first of them dense
-    assert (report["sparse_calls"], report["dense_calls"]) == (4, 2)
+    # 2 steps of 3 layers
+    assert (report["sparse_calls"], report["dense_calls"]) == (6, 0)
 
 
 def test_the_blueprint_is_offered_and_accelerates(server, canvas, sampling_prompt):
