@@ -47,16 +47,9 @@ def flow_loss(model, clean, noise, t, context, rope_scale: float | None = None) 
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
 
 
-def validation_loss(
-    model,
-    data: Pool,
-    contexts: torch.Tensor,
-    levels: int = 8,
-    clips: int | None = None,
-    rope_scale: float | None = None,
-) -> float:
-    """Mean of validation_losses()."""
-    losses = validation_losses(model, data, contexts, levels, clips, rope_scale)
+def validation_loss(*arguments, **options) -> float:
+    """Mean of validation_losses(), whose arguments it takes."""
+    losses = validation_losses(*arguments, **options)
     return sum(losses) / len(losses)
 
 
