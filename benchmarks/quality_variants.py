@@ -18,6 +18,7 @@ from .rivals import fitted_sla, pooled_tail, sol_attn
 DENSE = "dense"
 UNTRAINED = "SLA2 untrained (heuristic router, own key blocks kept, estimated ratio)"
 FITTED = "SLA2 untrained (heuristic router, own key blocks kept, ratio fitted in the run)"
+ROUTER_FITTED = "SLA2 with a learned router, ratio fitted in the run"
 OTHER_CARDS = "; 128 queries per selection, as on cards other than Hopper"
 STAGE_1 = "SLA2 stage 1 (learned router, learned ratio)"
 STAGE_2 = "SLA2 stage 2 (with its LoRA and ratios)"
@@ -83,12 +84,19 @@ def sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True, q
 
 class _Fitted:
     """A ratio per head that is fitted as the node does it: in a long run in every fourth call of a layer and half of guidance,
-    the calls between take it over; else in every call."""
+    the calls between take it over; else in every call. router: whose selection it is, None for the heuristic one."""
 
-    def __init__(self, sparsity, precision, query_block):
-        self.options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD", "keep_diagonal": True}
-        self.query_block = query_block
+    def __init__(self, sparsity, precision, query_block, router):
+        self.options = {"sparsity": sparsity, "precision": precision, "layout": "BNHD"}
+        self.options["keep_diagonal"] = router is None or router.keep_diagonal
+        self.query_block, self.router = query_block, router
         self.begin(None, 1)
+
+    def projections(self, layer, device):
+        if self.router is None:
+            return None, None
+        weights = self.router.layers[layer]
+        return _on(device, weights.proj_q), _on(device, weights.proj_k)
 
     def begin(self, steps, halves):
         self.halves, self.every = halves, 1 if steps is None or steps <= SHORT_RUN else EVERY
@@ -98,17 +106,18 @@ class _Fitted:
         turn, half = divmod(self.calls[layer], self.halves)
         self.calls[layer] += 1
         block = self.query_block or default_query_block(q, self.options["precision"])
+        inputs = (q, k, v, *self.projections(layer, q.device))
         if turn % self.every:
-            return sla2_attention(q, k, v, alpha=self.ratios[layer, half], query_block=block, **self.options)
+            return sla2_attention(*inputs, self.ratios[layer, half], query_block=block, **self.options)
         rows = sample_rows(q.shape[1], 1000 * self.calls[layer] + layer, q.device)
-        fit = fitted_attention(q, k, v, rows=rows, query_block=block, **self.options)
+        fit = fitted_attention(*inputs, rows=rows, query_block=block, **self.options)
         self.ratios[layer, half] = fit.ratio.mean(dim=0)
         return fit.out
 
 
-def fitted(sparsity, precision, name=FITTED, query_block=None):
-    """query_block: None, as the node chooses."""
-    run = _Fitted(sparsity, precision, query_block)
+def fitted(sparsity, precision, name=FITTED, query_block=None, router=None):
+    """query_block: None, as the node chooses without a router; a router's own with one."""
+    run = _Fitted(sparsity, precision, router.q_block if router else query_block, router)
     return Variant(name, run, sparsity, precision, functools.partial(_share, sparsity), run.begin)
 
 

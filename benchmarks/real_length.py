@@ -92,12 +92,13 @@ def plan(sparsities, steps, few_steps, videos, few_videos):
     jobs = [Job(names.DENSE, None, None, steps, videos)]
     jobs += of(main, videos, trained, sol)
     jobs.append(Job(names.SOL_TAU, None, None, steps, videos))
-    jobs += of(main, videos, (names.UNTRAINED,), rivals[1:])
+    jobs += of(main, videos, (names.ROUTER_FITTED, names.UNTRAINED), rivals[1:])
     for sparsity in others[:2]:
         jobs += of(sparsity, videos, trained, ())
     for count in few_steps:
         jobs.append(Job(names.DENSE, None, None, count, videos, loss=False))
         rows = [*of(main, videos, trained, sol, steps=count), Job(names.SOL_TAU, None, None, count, videos)]
+        rows += of(main, videos, (names.ROUTER_FITTED,), (), steps=count)
         rows += of(others[1], videos, (names.FITTED,), (), steps=count) if len(others) > 1 else []
         # a distilled model is not trained for the flow matching loss
         jobs += [replace(job, loss=False) for job in rows]
@@ -290,9 +291,11 @@ class Bench:
             return names.fitted(sparsity, bits, job.variant, block)
         if job.variant.startswith(names.UNTRAINED):
             return names.sla2(job.variant, sparsity, bits, None, False, query_block=block)
+        if job.variant in (names.STAGE_1, names.ROUTER_FITTED) and self.router is None:
+            raise Absent("no --router")
+        if job.variant == names.ROUTER_FITTED:
+            return names.fitted(sparsity, bits, job.variant, router=self.router)
         if job.variant == names.STAGE_1:
-            if self.router is None:
-                raise Absent("no --router")
             return names.sla2(job.variant, sparsity, bits, self.router, True)
         if job.variant == names.STAGE_2:
             return names.sla2(job.variant, sparsity, bits, self.stage2_routers[sparsity], True)

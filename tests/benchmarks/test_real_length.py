@@ -52,11 +52,11 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
     assert [(row["variant"], row["precision"], row["steps"]) for row in first] == [
         (names.DENSE, None, 2), (names.STAGE_1, "int8", 2), (names.DENSE, None, 1), (names.STAGE_1, "int8", 1), (names.STAGE_1, "16bit", 2)
     ]  # fmt: skip
-    real_length.main([*words, "--only", "stage", "sol_attn"])
+    real_length.main([*words, "--only", "stage", "learned router, ratio fitted", "sol_attn"])
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["rows"][: len(first)] == first
     more = {(row["variant"], row["steps"]): row for row in content["rows"][len(first) :]}
-    assert set(more) == {(names.STAGE_2, 2), (names.STAGE_2, 1)}
+    assert set(more) == {(name, steps) for name in (names.STAGE_2, names.ROUTER_FITTED) for steps in (1, 2)}
     assert {"1 steps, sol_attn, tau 1.3", "2 steps, skips 60% sol_attn, as many blocks in all"} <= set(
         content["absent"]
     )
@@ -70,6 +70,8 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
     at = {(row["variant"], row["precision"], row["steps"]): row for row in content["rows"]}
     one, two = at[names.STAGE_1, "int8", 2], at[names.STAGE_2, "int8", 2]
     assert one["videos"][0]["psnr"] > two["videos"][0]["psnr"]
+    # the same choice of blocks, with a ratio fitted to the call instead of an arbitrary one
+    assert at[names.ROUTER_FITTED, "int8", 2]["error"] < one["error"]
 
     (tmp_path / "docs.md").write_text("a\n<!-- real length begin -->\nold\n<!-- real length end -->\nb\n")
     real_length.main([*words, "--table", "--docs", str(tmp_path / "docs.md")])
