@@ -189,7 +189,9 @@ def test_the_speed_script_times_every_size_and_part(tiny_weights, tmp_path, monk
 
 
 TWO_PROCESSES = """
-import sys, torch
+import json, sys, torch
+from pathlib import Path
+from miniature.optim import Log
 from miniature.processes import Processes
 
 processes = Processes(torch.device("cpu"))
@@ -203,6 +205,13 @@ assert (processes.share(64), processes.share(2), processes.share(1), processes.c
 
 from miniature import train_long
 train_long.Processes = lambda device: processes  # a group is made once in a process
+
+class KeptLog(Log):
+    def record(self, **values):
+        super().record(**values)
+        Path(f"records_{processes.rank}.json").write_text(json.dumps(self.data["records"]))
+
+train_long.Log = KeptLog
 train_long.main(sys.argv[1:])
 """
 
@@ -214,16 +223,21 @@ def test_two_processes_share_a_sitting(tmp_path, first):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     root = str(WEIGHTS.parent.parent)
     done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root}
+        [*command, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     log = log_of(out)
     assert log["run"]["processes"] == 2 and log["results"]["steps"] == 3
     assert {path.name for path in out.iterdir()} == {DIT_FILE, VAE_FILE, train_long.LIVE_FILE, train_long.LOG_FILE}
-    # Both print their steps: at each the same size in both, with clips and noise, so a loss, of its own.
-    steps = [dict(part.split(" ") for part in line.split("  ")[1:]) for line in done.stdout.splitlines()
-             if line.startswith("stage train")]  # fmt: skip
-    for number in ("1", "2", "3"):
-        one, two = (step for step in steps if step["step"] == number)
-        assert one.keys() == two.keys()
-        assert [one[key] != two[key] for key in one if key.startswith("loss_")] == [True]
+    # The same size in both at each step, with clips and noise, so a loss, of its own.
+    one, two = (json.loads((tmp_path / f"records_{rank}.json").read_text()) for rank in (0, 1))
+    one, two = ([record for record in records if record["stage"] == "train"] for records in (one, two))
+    assert len(one) == len(two) == 3
+    for mine, other in zip(one, two, strict=True):
+        assert mine.keys() == other.keys()
+        assert [mine[key] != other[key] for key in mine if key.startswith("loss_")] == [True]
