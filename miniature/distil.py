@@ -66,16 +66,16 @@ def work(size: Size) -> float:
     return batch * tokens * (1 + tokens / ATTENTION_TOKENS)
 
 
-def velocity_of(model: WanModel, context: torch.Tensor, rope: float, guidance: float = 1.0) -> Velocity:
+def velocity_of(model: WanModel, context: torch.Tensor, guidance: float = 1.0) -> Velocity:
     """A model's velocity for a batch of captions; with guidance, both halves in one call of twice the batch."""
 
     def velocity(x: torch.Tensor, level: float | torch.Tensor) -> torch.Tensor:
         t = torch.as_tensor(level, dtype=torch.float32, device=x.device).expand(len(x)) * 1000
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type != "cpu"):
             if guidance == 1:
-                return model(x, t, context, rope_scale=rope).float()
+                return model(x, t, context).float()
             both = torch.cat([context, torch.zeros_like(context)])
-            guided, base = model(x.repeat(2, 1, 1, 1, 1), t.repeat(2), both, rope_scale=rope).float().chunk(2)
+            guided, base = model(x.repeat(2, 1, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return base + guidance * (guided - base)
 
     return velocity
@@ -135,10 +135,10 @@ class Replay:
 class Test:
     """Noises of held-out captions and what the guided teacher makes of them, by size."""
 
-    def __init__(self, teacher: WanModel, sizes: dict[str, Size], ropes: dict[str, float], args, device):
+    def __init__(self, teacher: WanModel, sizes: dict[str, Size], names: list[str], args, device):
         held_out = split_captions()[1]
-        self.ropes, self.args, self.parts = ropes, args, {}
-        for name, rope in ropes.items():
+        self.args, self.parts = args, {}
+        for name in names:
             clips = min(args.test_clips, sizes[name].batch)
             generator = torch.Generator().manual_seed(12)
             noise = torch.randn(latent_shape(sizes[name], clips), generator=generator).to(device)
@@ -147,21 +147,21 @@ class Test:
             self.parts[name] = (
                 noise,
                 context,
-                self.end(teacher, noise, context, rope, args.teacher_steps, args.guidance),
+                self.end(teacher, noise, context, args.teacher_steps, args.guidance),
             )
 
     @torch.no_grad()
-    def end(self, model, noise, context, rope: float, steps: int, guidance: float) -> torch.Tensor:
+    def end(self, model, noise, context, steps: int, guidance: float) -> torch.Tensor:
         """Final latents."""
         levels = noise_schedule(steps, self.args.shift).tolist()
-        return euler(velocity_of(model, context, rope, guidance), noise, levels)
+        return euler(velocity_of(model, context, guidance), noise, levels)
 
     def errors(self, model: WanModel, guidance: float = 1.0) -> dict[str, float]:
         """{"SIZE_COUNT": relative error of the final latents in COUNT steps}."""
         found = {}
         for name, (noise, context, expected) in self.parts.items():
             for count in self.args.student_steps:
-                out = self.end(model, noise, context, self.ropes[name], count, guidance)
+                out = self.end(model, noise, context, count, guidance)
                 found[f"{name}_{count}"] = float((out - expected).norm() / expected.norm())
         return found
 
@@ -178,9 +178,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return {key: value.float() for key, value in load_file(file).items()}
 
 
-def train(
-    student, teacher, judge, state, args, *, sizes, ropes, mixes, budget: Budget, seed: int, log: Log, save, device
-):
+def train(student, teacher, judge, state, args, *, sizes, mixes, budget: Budget, seed: int, log: Log, save, device):
     """Rounds of segments and steps on them until the budget is used up; returns the averaged LoRA.
 
     judge: a model like the teacher; it gets the student's merged weights to go its way, without gradients.
@@ -190,7 +188,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimiser = Optimiser(student, lambda name, p: False, adam_lr=args.lr, hold=0.5, warmup=WARMUP)
     average = Average(student, 0.98)
-    replay = {name: Replay(args.keep) for name in ropes}
+    replay = {name: Replay(args.keep) for mix in mixes for name in mix}
     spent, now_mix = {}, None
     step, rounds, seen, printed, saved = 0, 0, {}, time.monotonic(), time.monotonic()
     while (progress := budget.progress(step)) < 1:
@@ -208,8 +206,8 @@ def train(
         if own:
             judge.load_state_dict(merge_lora(state, lora_of(student.state_dict())))
         made = segments(
-            velocity_of(teacher, contexts[caption], ropes[name], args.guidance),
-            velocity_of(judge, contexts[caption], ropes[name]) if own else None,
+            velocity_of(teacher, contexts[caption], args.guidance),
+            velocity_of(judge, contexts[caption]) if own else None,
             noise,
             segment_levels(count, args.teacher_steps, args.shift),
         )
@@ -219,7 +217,7 @@ def train(
             x, level, target, caption = replay[name].draw(size.batch, generator)
             # An input that needs a gradient spares the first block a compilation of its own.
             x = x.float().requires_grad_()
-            velocity = velocity_of(student, contexts[caption], ropes[name])(x, level)
+            velocity = velocity_of(student, contexts[caption])(x, level)
             loss = (velocity - target.float()).square().mean()
             loss.backward()
             factor = optimiser.step(budget.progress(step))
@@ -265,11 +263,11 @@ def distil(args) -> None:
     if args.resume:
         set_lora(student, load_lora(live))
     mixes = [parse_mix(text) for text in args.mix]
-    ropes = {name: sizes[name].rope for mix in mixes for name in mix}
+    names = list(dict.fromkeys(name for mix in mixes for name in mix))
     about = f"LoRA for {', '.join(map(str, args.student_steps))} steps at guidance 1 and shift {args.shift:g}, distilled from guidance {args.guidance:g}"
 
     with attention_backend(args.attention, device):
-        test = Test(teacher, sizes, ropes, args, device)
+        test = Test(teacher, sizes, names, args, device)
         log.result(error_teacher_guided=test.errors(teacher, args.guidance), error_teacher=test.errors(teacher))
 
         def save(average: Average, step: int) -> None:
@@ -282,7 +280,7 @@ def distil(args) -> None:
 
         budget = Budget(args.minutes * 60, args.steps, start)
         budget.restart()
-        average = train(student, teacher, judge, state, args, sizes=sizes, ropes=ropes, mixes=mixes, budget=budget,
+        average = train(student, teacher, judge, state, args, sizes=sizes, mixes=mixes, budget=budget,
                         seed=seed, log=log, save=save, device=device)  # fmt: skip
         save(average, log.data["results"]["steps"])
     if device.type == "cuda":

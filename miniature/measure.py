@@ -21,7 +21,7 @@ from . import images, scaled, videos
 from .captions import Caption, embed, split_captions
 from .objects import CHECKS, examine
 from .pool import fill_pool
-from .sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
+from .sample import WEIGHTS, add_video_arguments, load_models, sample_latents
 from .train_dit import validation_loss
 from .vae import denormalise_latents, psnr
 
@@ -120,12 +120,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--lora", type=Path, help="LoRA file to merge, for example distil's: with its --steps and --cfg 1"
     )
     parser.add_argument("--captions", type=int, default=24, help="how many of the 24 held-out captions")
-    parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--height", type=int, default=480, help="a multiple of 16, at least 128")
-    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
-    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
+    add_video_arguments(parser, height="a multiple of 16, at least 128")
     parser.add_argument("--loss-clips", type=int, default=0, help="clips for the flow-matching loss; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

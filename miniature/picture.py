@@ -21,7 +21,7 @@ from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
 from . import images
 from .captions import Caption, embed, split_captions
-from .sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
+from .sample import WEIGHTS, add_video_arguments, load_models, sample_latents
 from .vae import denormalise_latents
 from .wan import dense_attention
 from .weight_files import weight_file
@@ -84,12 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--captions", type=int, nargs="+", default=CAPTIONS, help="numbers of held-out captions")
     parser.add_argument("--samples", type=int, nargs="*", default=SAMPLES, help="those of samples.jpg")
     parser.add_argument("--sparsity", type=float, default=0.97)
-    parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
-    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale")
-    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels")
+    add_video_arguments(parser)
     parser.add_argument("--shrink", type=int, default=4, help="each side of a frame is divided by this")
     parser.add_argument("--columns", type=int, default=6, help="frames per row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -34,7 +34,6 @@ def noise_schedule(steps: int, shift: float = SHIFT) -> torch.Tensor:
 def sample_latents(
     model: WanModel, context: torch.Tensor, *, shape: tuple[int, ...], seed: int, steps: int = 20, cfg: float = GUIDANCE,
     shift: float = SHIFT, device: torch.device | str = "cpu", attention: Attention = dense_attention,
-    rope_scale: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Normalised latents (1, 16, T, h, w) by Euler steps along the flow; noise is drawn on the CPU, so seeds carry over.
 
@@ -42,7 +41,7 @@ def sample_latents(
         context: (1, 16, 4096) from captions.embed().
         shape: of the latents.
         cfg: guidance scale; 1 turns guidance off, and a step calls the model once instead of twice.
-        attention, rope_scale: see WanModel.forward.
+        attention: see WanModel.forward.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     context = context.to(device)
@@ -50,9 +49,9 @@ def sample_latents(
     levels = noise_schedule(steps, shift).tolist()
     for level, following in itertools.pairwise(levels):
         t = torch.full((shape[0],), level * 1000, device=device)
-        velocity = model(x, t, context, attention, rope_scale).float()
+        velocity = model(x, t, context, attention).float()
         if cfg != 1:
-            base = model(x, t, empty, attention, rope_scale).float()
+            base = model(x, t, empty, attention).float()
             velocity = base + cfg * (velocity - base)
         x = x + (following - level) * velocity
     return x
@@ -77,18 +76,23 @@ def load_models(
     return model.to(device).eval(), vae.to(device).eval()
 
 
+def add_video_arguments(parser: argparse.ArgumentParser, height: str = "a multiple of 16") -> None:
+    """The size of a video and how it is sampled: --frames, --height, --width, --steps, --cfg, --shift."""
+    parser.add_argument("--frames", type=int, default=81, help="4n+1")
+    parser.add_argument("--height", type=int, default=480, help=height)
+    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--lora", type=Path, help="LoRA file to merge into the transformer, for example distil's")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--caption", action="append", help="may be repeated; default: four held-out captions")
-    parser.add_argument("--frames", type=int, default=81, help="4n+1")
-    parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
-    parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance scale; 1 turns guidance off")
-    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise levels, ComfyUI's ModelSamplingSD3")
+    add_video_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

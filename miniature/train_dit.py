@@ -38,12 +38,12 @@ def noise_levels(batch: int, shift: float, generator: torch.Generator) -> torch.
     return shift * u / (1 + (shift - 1) * u)
 
 
-def flow_loss(model, clean, noise, t, context, rope_scale: float | None = None) -> torch.Tensor:
+def flow_loss(model, clean, noise, t, context) -> torch.Tensor:
     """(B,) mean squared error of the velocity noise - clean at noise level t."""
     level = t.view(-1, 1, 1, 1, 1)
     noisy = torch.lerp(clean, noise, level)
     with torch.autocast(clean.device.type, torch.bfloat16):
-        velocity = model(noisy, t * 1000, context, rope_scale=rope_scale)
+        velocity = model(noisy, t * 1000, context)
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
 
 
@@ -60,7 +60,6 @@ def validation_losses(
     contexts: torch.Tensor,
     levels: int = 8,
     clips: int | None = None,
-    rope_scale: float | None = None,
 ) -> list[float]:
     """Flow loss of each clip, the mean over evenly spaced noise levels, with noise that is the same at every call."""
     device, losses = data.latents.device, []
@@ -70,6 +69,6 @@ def validation_losses(
         total = 0.0
         for level in range(levels):
             t = torch.full((1,), (level + 0.5) / levels, device=device)
-            total += flow_loss(model, clean, noise, t, contexts[data.caption[i : i + 1]], rope_scale)
+            total += flow_loss(model, clean, noise, t, contexts[data.caption[i : i + 1]])
         losses.append((total / levels).item())
     return losses

@@ -35,7 +35,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sla2_kernels import sla2_attention
 
-from . import scaled
 from .captions import embed, split_captions
 from .grow import grow
 from .optim import Average, Budget, Log, Optimiser, options_of, save_weights
@@ -67,10 +66,6 @@ class Size:
     clips: int
     batch: int
     shift: float
-
-    @property
-    def rope(self) -> float:
-        return scaled.rope_scale(self.height)
 
     @property
     def extent(self) -> tuple[int, int, int]:
@@ -215,7 +210,7 @@ def train(model, data: Data, sizes, mixes, args, *, budget: Budget, seed: int, l
         sparse = name == "full" and progress < args.sparse_share
         attention = sparse_attention if sparse else dense_attention
         attending = partial(model, attention=attention)
-        loss = flow_loss(attending, clean, torch.randn_like(clean), t, context, size.rope).mean()
+        loss = flow_loss(attending, clean, torch.randn_like(clean), t, context).mean()
         loss.backward()
         processes.average_gradients(model)
         factor = optimiser.step(progress)
@@ -276,7 +271,7 @@ def gradient_error(model: WanModel, state, size: Size, device, attention: Attent
     gradients = []
     for one, backend in ((model, contextlib.nullcontext()), (plain, attention_backend("flash", device))):
         with backend:
-            flow_loss(partial(one, attention=attention), clean, noise, t, context, size.rope).mean().backward()
+            flow_loss(partial(one, attention=attention), clean, noise, t, context).mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
         one.zero_grad(set_to_none=True)
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
@@ -285,10 +280,10 @@ def gradient_error(model: WanModel, state, size: Size, device, attention: Attent
     return error
 
 
-def validate(judge: WanModel, data: Data, sizes: dict[str, Size], log: Log, when: str = "") -> None:
+def validate(judge: WanModel, data: Data, log: Log, when: str = "") -> None:
     """Log the loss on the held-out clips of every tested size as validation_loss_SIZE + when."""
     for name, pool in data.test.items():
-        loss = validation_loss(judge, pool, data.contexts, rope_scale=sizes[name].rope)
+        loss = validation_loss(judge, pool, data.contexts)
         log.result(**{f"validation_loss_{name}{when}": loss})
 
 
@@ -348,14 +343,14 @@ def sit(args) -> None:
     budget = Budget(args.minutes * 60, args.steps, start)
     budget.restart()
     judge = build(state, False, device).eval()
-    validate(judge, data, sizes, log, "_before")
+    validate(judge, data, log, "_before")
     with attention_backend(args.attention, device):
         average = train(
             model, data, sizes, mixes, args, budget=budget, seed=seed, log=log, save=save, processes=processes
         )
         save(average)
     judge.load_state_dict({k: v.bfloat16().float() for k, v in average.state_dict().items()})
-    validate(judge, data, sizes, log)
+    validate(judge, data, log)
     if device.type == "cuda":
         log.result(peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     log.result(seconds=time.monotonic() - start)

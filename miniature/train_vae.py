@@ -18,7 +18,7 @@ import torch
 
 from . import images, scaled, videos
 from .captions import split_captions
-from .optim import Average, Budget, Log, Optimiser, save_weights
+from .optim import Average, Budget, Log, Optimiser, options_of, save_weights
 from .vae import Kernels, WanVAE, normalise_latents, psnr, rms_silu
 
 ABOUT = "Wan2.1-format video VAE of small width, trained on procedural videos (miniature/README.md)"
@@ -211,8 +211,11 @@ def main(argv: list[str] | None = None) -> None:
     device, sizes = torch.device(args.device), TINY if args.tiny else REAL
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    header = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    header |= {"torch": torch.__version__, "sizes": sizes, "kernels": choose_kernels(device, args.compile)}
+    header = options_of(args) | {
+        "torch": torch.__version__,
+        "sizes": sizes,
+        "kernels": choose_kernels(device, args.compile),
+    }
     header["device_name"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(header, flush=True)
     train_vae(args, sizes, Budget(args.minutes * 60, args.steps), Log(args.out / "vae_log.json", header), device)
