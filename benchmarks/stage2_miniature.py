@@ -56,7 +56,7 @@ FORMATS = ("int8", "int8 plain", "fp8", "16bit")
 FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
 AFTER = "stage 2"
 KEPT_EQUAL = (
-    "loss", "block_weight", "steps", "batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
+    "loss", "steps", "batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
     "validation_clips", "levels", "frames", "height", "width", "heuristic", "arch",
 )  # fmt: skip
 
@@ -268,17 +268,7 @@ class Study:
 
     def trainer(self, job):
         args, model = self.args, copy.deepcopy(self.miniature.model).requires_grad_(False)
-        copied = (
-            "loss",
-            "block_weight",
-            "steps",
-            "batch",
-            "micro_batch",
-            "lora_rank",
-            "learning_rate",
-            "ratio_learning_rate",
-            "shift",
-        )
+        copied = ("loss", "steps", "batch", "micro_batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift")
         config = Stage2Config(
             output=str(args.out / job.folder), sparsity=job.sparsity, precision=precision_of(job.trained),
             lora_alpha=args.lora_rank, warmup=min(20, args.steps), checkpoint_every=200, validate_every=10**9,
@@ -424,7 +414,6 @@ def parse(argv=None):
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--loss", choices=("distill", "flow"), default="distill")
-    parser.add_argument("--block-weight", type=float, default=0.0, help="as in Stage2Config")
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--knots", type=int, default=1, help="ratios along the query axis, where the router has one")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

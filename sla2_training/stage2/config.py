@@ -16,7 +16,6 @@ class Stage2Config:
     router. data, validation_data: files of load_latents(). output: folder for checkpoints, log and exports.
     sparsity, precision, backend: as in sla2_attention; precision "auto" takes what inference takes on the card.
     loss: "distill", the distance to the velocity of the same model run dense, or "flow", flow matching on the videos.
-    block_weight: of the distance of each transformer block's output to the dense model's, added to "distill" (0: not taken).
     steps, batch: optimisation steps, videos per step over all processes; micro_batch: videos at a time on one device.
     lora_rank, lora_alpha, lora_targets: of the adapters; learning_rate: theirs, ratio_learning_rate: the mixing ratios'.
     warmup: steps until the full learning rate, which falls to zero over the last quarter. clip: largest gradient norm.
@@ -35,7 +34,6 @@ class Stage2Config:
     precision: str = "auto"
     backend: str = "auto"
     loss: str = "distill"
-    block_weight: float = 0.0
     steps: int = 500
     batch: int = 16
     micro_batch: int = 1
@@ -69,10 +67,6 @@ class Stage2Config:
         for name in ("steps", "batch", "micro_batch", "lora_rank", "keep", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.block_weight < 0 or (self.block_weight and self.loss != "distill"):
-            raise ValueError(
-                f'block_weight must be 0, or positive with loss "distill", got {self.block_weight} with "{self.loss}".'
-            )
         unknown = sorted(set(self.lora_targets) - set(TARGETS))
         if unknown or not self.lora_targets:
             raise ValueError(f"lora_targets must be some of {', '.join(TARGETS)}, got {list(self.lora_targets)}.")

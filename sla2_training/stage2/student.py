@@ -16,7 +16,7 @@ LORA, RATIOS = "lora_", "ratio_logits"
 
 
 class Student(nn.Module):
-    """forward(noisy, t, context, dense=False) -> velocity; with blocks=True (velocity, [output of each of model.blocks]).
+    """forward(noisy, t, context, dense=False) -> velocity.
 
     Args:
         model: the network, LoRA already in it (add_lora). run(model, noisy, t, context, attend) -> velocity: one call of it;
@@ -44,18 +44,12 @@ class Student(nn.Module):
         self.without_ratios = {layer for layer, logits in enumerate(starts) if logits is None}
         self.needs_start = bool(self.without_ratios)
 
-    def forward(self, noisy, t, context, dense=False, blocks=False):
+    def forward(self, noisy, t, context, dense=False):
         self.dense = dense
         set_lora_scale(self.model, 0.0 if dense else 1.0)
-        outputs = []
-        watched = self.model.blocks if blocks else ()
-        hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in watched]
         try:
-            velocity = self.run(self.model, noisy, t, context, self.attend)
-            return (velocity, outputs) if blocks else velocity
+            return self.run(self.model, noisy, t, context, self.attend)
         finally:
-            for hook in hooks:
-                hook.remove()
             # the backward pass of checkpointed blocks runs the sparse forward again
             self.dense = False
             set_lora_scale(self.model, 1.0)

@@ -158,13 +158,6 @@ class Stage2Trainer:
         return noisy, t, context, noise - clean
 
     def _loss(self, noisy, t, context, velocity):
-        if self.config.block_weight:
-            with torch.no_grad():
-                velocity, wanted = self._velocity_and_blocks(noisy, t, context, dense=True)
-            own, blocks = self._velocity_and_blocks(noisy, t, context)
-            pairs = zip(blocks, wanted, strict=True)
-            apart = torch.stack([_distance(block, dense) for block, dense in pairs]).mean()
-            return (own - velocity).square().mean() + self.config.block_weight * apart
         if self.config.loss == "distill":
             with torch.no_grad():
                 velocity = self._velocity(noisy, t, context, dense=True)
@@ -173,11 +166,6 @@ class Stage2Trainer:
     def _velocity(self, noisy, t, context, dense=False):
         with self.accelerator.autocast():
             return self.wrapped(noisy, t, context, dense=dense).float()
-
-    def _velocity_and_blocks(self, noisy, t, context, dense=False):
-        with self.accelerator.autocast():
-            velocity, blocks = self.wrapped(noisy, t, context, dense=dense, blocks=True)
-        return velocity.float(), blocks
 
     def _parts(self):
         own = self.config.batch // self.accelerator.num_processes
@@ -297,13 +285,6 @@ class Stage2Trainer:
     def _say(self, text):
         if self.accelerator.is_main_process:
             self.say(text)
-
-
-def _distance(block, dense):
-    """Squared distance of a block's output (B, N, C) to the dense model's, over the latter's variance along each video's tokens."""
-    dense = dense.float()
-    apart = (block.float() - dense).square().mean(dim=(1, 2))
-    return (apart / dense.var(dim=1, correction=0).mean(dim=1)).mean()
 
 
 def _facts_of(student):

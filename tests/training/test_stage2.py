@@ -20,7 +20,6 @@ from diffusers import WanTransformer3DModel
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
-from sla2_training.draws import drawn
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, load_config, load_latents, samples
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.wan import run, wan_student
@@ -130,10 +129,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    config = replace(CONFIG, block_weight=1.0)
-    plain = trainer(tmp_path / "plain", config)
+    plain = trainer(tmp_path / "plain")
     plain.train()
-    saving = trainer(tmp_path / "saving", replace(config, gradient_checkpointing=True))
+    saving = trainer(tmp_path / "saving", replace(CONFIG, gradient_checkpointing=True))
     saving.train()
     for a, b in zip(plain.parameters, saving.parameters, strict=True):
         torch.testing.assert_close(a, b)
@@ -199,40 +197,10 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path):
         made.train()
 
 
-def test_block_outputs_come_closer_to_the_dense_models(tmp_path):
-    def apart(made):
-        arguments = videos(1, seed=2).latents, torch.tensor([0.5]), videos(1, seed=2).context
-        with torch.no_grad():
-            (_, dense), (_, blocks) = (made.student(*arguments, dense=dense, blocks=True) for dense in (True, False))
-        pairs = zip(blocks, dense, strict=True)
-        return [((block - wanted).square().sum() / wanted.var(dim=1).sum()).item() for block, wanted in pairs]
-
-    config = replace(CONFIG, steps=30, batch=4, validate_every=100, block_weight=1.0)
-    made = trainer(tmp_path, config)
-    before = apart(made)
-    made.train()
-    after = apart(made)
-    assert len(before) == LAYERS and all(a < 0.9 * b for a, b in zip(after, before, strict=True))
-    # with everything attended exactly, nothing is apart and the loss is nothing
-    exact = trainer(tmp_path / "exact", replace(config, sparsity=0.0))
-    losses = [loss.item() for loss in _losses_of(exact)]
-    assert losses == pytest.approx([0.0, 0.0], abs=1e-6)
-
-
-def _losses_of(made):
-    """Loss of the first step's batch by block_weight and without."""
-    batch = made._batch(drawn(made.config, 0, len(made.data)), slice(0, 2), made.data)
-    with torch.no_grad():
-        yield made._loss(*batch)
-        made.config = replace(made.config, block_weight=0.0)
-        yield made._loss(*batch)
-
-
 def test_micro_batches_add_up_to_the_same_step(tmp_path):
     losses = {}
     for micro_batch in (1, 4):
-        config = replace(CONFIG, batch=4, micro_batch=micro_batch, block_weight=1.0)
-        made = trainer(tmp_path / str(micro_batch), config)
+        made = trainer(tmp_path / str(micro_batch), replace(CONFIG, batch=4, micro_batch=micro_batch))
         losses[micro_batch] = made.train().losses
     assert losses[1] == pytest.approx(losses[4], rel=1e-4)
 
@@ -260,7 +228,6 @@ def test_the_ratio_of_other_sparsities_stays(tmp_path):
         ({"steps": "many"}, "steps must be like 500"),
         ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
         ({"loss": "l1"}, "loss must be one of distill, flow"),
-        ({"loss": "flow", "block_weight": 1.0}, 'block_weight must be 0, or positive with loss "distill"'),
         ({"lora_targets": ["head"]}, "lora_targets must be some of"),
     ],
 )
@@ -335,13 +302,7 @@ def together(tmp_path_factory):
     safetensors.torch.save_file(tensors, file)
     values = {name: getattr(CONFIG, name) for name in ("sparsity", "precision", "lora_rank", "mixed_precision")}
     values |= {"gradient_checkpointing": False, "steps": 3, "batch": 4, "checkpoint_every": 2, "warmup": 1}
-    values |= {
-        "block_weight": 1.0,
-        "learning_rate": 1e-3,
-        "model": str(folder / "model"),
-        "data": file,
-        "validation_data": file,
-    }
+    values |= {"learning_rate": 1e-3, "model": str(folder / "model"), "data": file, "validation_data": file}
 
     def arguments(name, fsdp, *resume):
         config = folder / f"{name}.json"
