@@ -20,6 +20,7 @@ UNTRAINED = "SLA2 untrained (heuristic router, own key blocks kept, estimated ra
 FITTED = "SLA2 untrained (heuristic router, own key blocks kept, ratio fitted in the run)"
 ROUTER_FITTED = "SLA2 with a learned router, ratio fitted in the run"
 OTHER_CARDS = "; 128 queries per selection, as on cards other than Hopper"
+FINE = "; trained with 128 queries per selection, used with 64"
 STAGE_1 = "SLA2 stage 1 (learned router, learned ratio)"
 STAGE_2 = "SLA2 stage 2 (with its LoRA and ratios)"
 HEURISTIC = "heuristic router, learned ratio"
@@ -66,13 +67,13 @@ def _share(sparsity, q, k):
 
 
 def sla2(name, sparsity, precision, router, learned_ratio, keep_diagonal=True, query_block=None):
-    """router None: the heuristic one, with ``keep_diagonal`` and ``query_block`` (None: as the node chooses); else the router says both."""
+    """router None: the heuristic one, with ``keep_diagonal``; else the router says. query_block None: as the node chooses, or a router's own."""
 
     def attend(layer, q, k, v):
         proj_q = proj_k = alpha = None
-        kept, block = keep_diagonal, query_block or default_query_block(q, precision)
+        kept = keep_diagonal if router is None else router.keep_diagonal
+        block = query_block or (default_query_block(q, precision) if router is None else router.q_block)
         if router is not None:
-            kept, block = router.keep_diagonal, router.q_block
             weights = router.layers[layer]
             proj_q, proj_k = _on(q.device, weights.proj_q), _on(q.device, weights.proj_k)
             alpha = _on(q.device, router.ratio(layer, sparsity)) if learned_ratio else None

@@ -35,7 +35,7 @@ from miniature.train_long import attention_backend
 from miniature.vae import denormalise_latents, psnr
 from miniature.wan import WanModel
 from miniature.weight_files import KINDS, weight_file
-from sla2_kernels import Q_BLOCK, load_router
+from sla2_kernels import load_router
 
 from . import quality_variants as names
 from . import results
@@ -52,6 +52,7 @@ TRANSFORMER = "wan_miniature_dit.safetensors"
 EVERY_FRAME = 4  # of SSIM
 SHIFTED = 3  # calls by which the recorded ones differ from a caption to the next
 TAU = 1.3
+BLOCKS = {names.OTHER_CARDS: 128, names.FINE: 64}  # queries per selection
 SOME = 5  # of the recorded calls, one in so many decides sol_attn's count: all layers are met
 
 
@@ -93,6 +94,8 @@ def plan(sparsities, steps, few_steps, videos, few_videos):
     jobs += of(main, videos, trained, sol)
     jobs.append(Job(names.SOL_TAU, None, None, steps, videos))
     jobs += of(main, videos, (names.ROUTER_FITTED, names.UNTRAINED), rivals[1:])
+    fine = names.STAGE_1 + names.FINE, names.STAGE_2 + names.FINE
+    jobs += of(main, few_videos, fine, ())
     for sparsity in others[:2]:
         jobs += of(sparsity, videos, trained, ())
     for count in few_steps:
@@ -109,6 +112,7 @@ def plan(sparsities, steps, few_steps, videos, few_videos):
     jobs += [Job(names.BLOCK_SPARSE, sparsity, "int8", steps, 0) for sparsity in sparsities]
     elsewhere = (names.FITTED + names.OTHER_CARDS, names.UNTRAINED + names.OTHER_CARDS)
     jobs += [Job(name, sparsity, "int8", steps, 0) for sparsity in sparsities for name in elsewhere]
+    jobs += [Job(name, sparsity, "int8", steps, 0) for sparsity in others for name in fine]
     return list({job.key: job for job in reversed(jobs)}.values())[::-1]
 
 
@@ -275,7 +279,7 @@ class Bench:
 
     def own_run(self, job):
         """The Run whose model the row's method runs in."""
-        return self.run(job.steps, (self.lora(job.sparsity),) if job.variant == names.STAGE_2 else ())
+        return self.run(job.steps, (self.lora(job.sparsity),) if job.variant.startswith(names.STAGE_2) else ())
 
     def lora(self, sparsity):
         if sparsity not in self.args.lora:
@@ -286,19 +290,18 @@ class Bench:
         sparsity, bits = job.sparsity, job.precision
         if job.variant == names.DENSE:
             return names.Variant(names.DENSE, names.dense)
-        block = Q_BLOCK if job.variant.endswith(names.OTHER_CARDS) else None
+        block = next((size for ending, size in BLOCKS.items() if job.variant.endswith(ending)), None)
         if job.variant.startswith(names.FITTED):
             return names.fitted(sparsity, bits, job.variant, block)
         if job.variant.startswith(names.UNTRAINED):
             return names.sla2(job.variant, sparsity, bits, None, False, query_block=block)
-        if job.variant in (names.STAGE_1, names.ROUTER_FITTED) and self.router is None:
+        if job.variant.startswith((names.STAGE_1, names.ROUTER_FITTED)) and self.router is None:
             raise Absent("no --router")
         if job.variant == names.ROUTER_FITTED:
             return names.fitted(sparsity, bits, job.variant, router=self.router)
-        if job.variant == names.STAGE_1:
-            return names.sla2(job.variant, sparsity, bits, self.router, True)
-        if job.variant == names.STAGE_2:
-            return names.sla2(job.variant, sparsity, bits, self.stage2_routers[sparsity], True)
+        if job.variant.startswith((names.STAGE_1, names.STAGE_2)):
+            router = self.router if job.variant.startswith(names.STAGE_1) else self.stage2_routers[sparsity]
+            return names.sla2(job.variant, sparsity, bits, router, True, query_block=block)
         if job.variant == names.V1_FITTED:
             fits = self.projections(sparsity)
             return names.v1(job.variant, sparsity, lambda layer, q: fits[layer, sparsity])

@@ -50,13 +50,14 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
     real_length.main([*words, "--only", "stage 1"])
     first = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["variant"], row["precision"], row["steps"]) for row in first] == [
-        (names.DENSE, None, 2), (names.STAGE_1, "int8", 2), (names.DENSE, None, 1), (names.STAGE_1, "int8", 1), (names.STAGE_1, "16bit", 2)
+        (names.DENSE, None, 2), (names.STAGE_1, "int8", 2), (names.STAGE_1 + names.FINE, "int8", 2), (names.DENSE, None, 1), (names.STAGE_1, "int8", 1), (names.STAGE_1, "16bit", 2)
     ]  # fmt: skip
     real_length.main([*words, "--only", "stage", "learned router, ratio fitted", "sol_attn"])
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["rows"][: len(first)] == first
     more = {(row["variant"], row["steps"]): row for row in content["rows"][len(first) :]}
-    assert set(more) == {(name, steps) for name in (names.STAGE_2, names.ROUTER_FITTED) for steps in (1, 2)}
+    both = {(name, steps) for name in (names.STAGE_2, names.ROUTER_FITTED) for steps in (1, 2)}
+    assert set(more) == {*both, (names.STAGE_2 + names.FINE, 2)}
     assert {"1 steps, sol_attn, tau 1.3", "2 steps, skips 60% sol_attn, as many blocks in all"} <= set(
         content["absent"]
     )
@@ -129,6 +130,8 @@ def test_the_plan_has_every_row_once_and_the_main_ones_first():
             } == {"int8", "16bit"}
         for name in (names.FITTED, names.UNTRAINED):
             assert any((job.variant, job.sparsity) == (name + names.OTHER_CARDS, sparsity) for job in jobs)
+        for name in (names.STAGE_1, names.STAGE_2):
+            assert any((job.variant, job.sparsity) == (name + names.FINE, sparsity) for job in jobs)
         rivals = {job.variant for job in jobs if job.sparsity == sparsity and job.steps == 20}
         assert {names.SOL_EQUAL, names.V1_FITTED, names.BLOCK_SPARSE} <= rivals
     assert all(job.videos == 8 and not job.loss for job in jobs if job.steps in (4, 8))
