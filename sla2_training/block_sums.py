@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._kernels import K_BLOCK, MIN_LINEAR_WEIGHT, Q_BLOCK, block_count
+from ._kernels import K_BLOCK, MIN_LINEAR_WEIGHT, Q_BLOCK, block_count, key_block_sums
 
 FLOAT_BYTES = 4
 
@@ -57,11 +57,12 @@ class LinearSums:
 
 @dataclass(frozen=True)
 class SparseSums:
-    """mass (G, r, T_n, R), value (G, r, T_n, R, D): see the module's page. row_max (G, r, R). float32, any stride."""
+    """mass (G, r, T_n, R), value (G, r, T_n, R, D): see the module's page. row_max (G, r, R) with k smoothed, None from
+    kernels. float32, any stride."""
 
     mass: Tensor
     value: Tensor
-    row_max: Tensor
+    row_max: Tensor | None
 
     def numerator(self, mask, out=None):
         """sum_j M_j value_j under masks (G, r, S, T_n): (G, r, S, R, D), written to ``out`` where given."""
@@ -218,11 +219,20 @@ def sparse_sums(q, k, v, k_mean, scale, work=None, mass=None):
     row_max = q.new_empty(pairs, drawn * rows, 1)
     for g in range(pairs):
         work.sum_pair(q[g].flatten(0, 1), k[g], v[g], k_mean[g], scale, mass[g].flatten(0, 1), value[:, g], row_max[g])
-    return SparseSums(
-        mass.transpose(2, 3),
-        value.unflatten(2, (drawn, rows)).permute(1, 2, 0, 3, 4),
-        row_max.view(pairs, drawn, rows),
-    )
+    return _sparse_sums(mass, value, row_max.view(pairs, drawn, rows))
+
+
+def sparse_sums_by_kernels(q, k, v, largest, scale, mass):
+    """SparseSums of 16-bit q (G, r, R, D), k and v (G, M, D), whose values are exact to 2^-17 of each weight.
+
+    largest: of largest_scores(). mass: float32 (G, r, R, T_n) to write to.
+    """
+    return _sparse_sums(mass, key_block_sums(q.flatten(1, 2), k, v, largest, scale, mass.flatten(1, 2)))
+
+
+def _sparse_sums(mass, value, row_max=None):
+    """mass (G, r, R, T_n), value (T_n, G, r * R, D)."""
+    return SparseSums(mass.transpose(2, 3), value.unflatten(2, mass.shape[1:3]).permute(1, 2, 0, 3, 4), row_max)
 
 
 def linear_sums(k, v, k_mean, phi_q):

@@ -11,6 +11,7 @@ from ._kernels import (
     own_key_blocks,
     pool_blocks,
     project,
+    why_no_kernels,
 )
 from .block_sums import block_sums, memory_of
 from .errors import TrainingError
@@ -19,7 +20,8 @@ from .errors import TrainingError
 class LayerTensors:
     """One layer's tensors as BHND views, their block means (k smoothed) and what follows from their shape.
 
-    query_block: tokens of a query block. prefix, suffix: keys before and after the video's, which every query attends: forced (ForcedBlocks) counts their blocks.
+    query_block: tokens of a query block. by_kernels: whether a step's sums are taken by kernels.
+    prefix, suffix: keys before and after the video's, which every query attends: forced (ForcedBlocks) counts their blocks.
     """
 
     def __init__(self, layer, q, k, v, layout, scale, prefix=0, suffix=0, query_block=Q_BLOCK):
@@ -28,6 +30,7 @@ class LayerTensors:
         tensors = (q, k, v) if layout == "BHND" else (x.transpose(1, 2) for x in (q, k, v))
         self.layer = layer
         self.q, self.k, self.v = (x.detach() for x in tensors)
+        self.by_kernels = why_no_kernels(self.q, self.k, self.v) is None
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.prefix, self.suffix, self.query_block = prefix, suffix, query_block
         self.forced = forced_block_counts(self.k.shape[2], prefix, suffix)
@@ -56,7 +59,8 @@ class LayerTensors:
                 f"layer {self.layer} has {self.q.shape[1]} heads of {self.q.shape[3]}, the router {heads} of {head_dim}."
             )
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
-            if not bool(torch.isfinite(x).all()):
+            # torch.isfinite(x) would take two and a half times x's memory, more than a step does
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):
                 raise TrainingError(
                     f"Training stopped at layer {self.layer}: its {name} holds NaN or infinity, which the model itself "
                     "made; try another precision for the model."
@@ -84,9 +88,9 @@ class LayerTensors:
         return rows.clamp_max(self.q.shape[2] - 1), rows < self.q.shape[2]
 
     def gathered(self, b, heads, rows):
-        """Rows (G, r, R) of q of some heads (a slice) of a batch entry, (G, r, R, D) float32."""
+        """Rows (G, r, R) of q of some heads (a slice) of a batch entry, (G, r, R, D)."""
         index = rows.flatten(1)[..., None].expand(-1, -1, self.q.shape[3])
-        return self.q[b, heads].gather(1, index).unflatten(1, rows.shape[1:]).float()
+        return self.q[b, heads].gather(1, index).unflatten(1, rows.shape[1:])
 
     def sums(self, blocks, chunk):
         """BlockSums of one chunk of the query blocks (B, H, R)."""

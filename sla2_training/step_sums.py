@@ -10,13 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._kernels import K_BLOCK, block_count
-from .block_sums import FLOAT_BYTES, HeadWork, linear_sums, sparse_sums
+from ._kernels import K_BLOCK, block_count, largest_scores
+from .block_sums import FLOAT_BYTES, HeadWork, linear_sums, sparse_sums, sparse_sums_by_kernels
 
 # Denominators begin with it, so that what is divided by their square stays finite: a row with less of its softmax under a
 # mask counts as one without attention there.
 LEAST_MASS = 2.0**-100
-# launches per group and per part of a group; 8 more per pair, whatever the plan
+# launches per group and per part of a group; without kernels 8 more per pair, whatever the plan
 GROUP_COST, PART_COST = 60, 7
 
 
@@ -52,7 +52,8 @@ def step_sums(tensors, blocks, hard, memory_bytes, soft=None, ratios=None):
     batch, heads, drawn = blocks.shape
     shape = tensors.k.shape[2], tensors.k.shape[3], tensors.query_block, hard.shape[2]
     pairs = _Pairs(tensors, blocks, hard, soft, ratios)
-    plan = step_plan(heads, drawn, *shape, memory_bytes - FLOAT_BYTES * (pairs.masks.numel() + 4 * hard.numel()))
+    memory_bytes -= FLOAT_BYTES * (pairs.masks.numel() + 4 * hard.numel())
+    plan = step_plan(heads, drawn, *shape, memory_bytes, tensors.by_kernels)
     distances, targets = [], []
     for b in range(batch):
         for i in range(0, heads, plan.group):
@@ -75,9 +76,9 @@ def step_sums(tensors, blocks, hard, memory_bytes, soft=None, ratios=None):
 
 
 @lru_cache
-def step_plan(heads, drawn, keys, head_dim, query_block, sparsities, memory_bytes):
+def step_plan(heads, drawn, keys, head_dim, query_block, sparsities, memory_bytes, by_kernels=False):
     """The StepPlan of fewest launches within ``memory_bytes``; one pair and one query block where even that is more."""
-    shape = keys, head_dim, query_block, sparsities
+    shape = keys, head_dim, query_block, sparsities, by_kernels
     sizes = [(group, part) for group in range(1, heads + 1) for part in range(1, group + 1)]
     plans = [StepPlan(group, part, drawn) for group, part in sizes]
     fitting = [plan for plan in plans if step_memory(plan, *shape) <= memory_bytes]
@@ -92,8 +93,11 @@ def _launches(plan, heads):
     return len(groups) * GROUP_COST + sum(-(-group // plan.part) for group in groups) * PART_COST
 
 
-def step_memory(plan, keys, head_dim, query_block, sparsities):
-    """Bytes that one group needs at most, beside the masks of all pairs and their gradient."""
+def step_memory(plan, keys, head_dim, query_block, sparsities, by_kernels=False):
+    """Bytes that one group needs at most, beside the masks of all pairs and their gradient.
+
+    by_kernels: no logits and no copies of K and V are made.
+    """
     blocks, masks = block_count(keys, K_BLOCK), 2 * sparsities + 1
     padded, rows = blocks * K_BLOCK, plan.rows * query_block
     # numerators and linear branches of all masks, distances of the soft ones, q and phi_q; masses; a number per row
@@ -101,7 +105,7 @@ def step_memory(plan, keys, head_dim, query_block, sparsities):
     sums = blocks * head_dim * (head_dim + 1)
     of_masks = (masks - 1) * head_dim * (plan.rows * head_dim + rows)
     linear = max(2 * padded * head_dim + sums, sums + of_masks)
-    one_pair = rows * padded + (padded + keys) * head_dim
+    one_pair = 0 if by_kernels else rows * padded + (padded + keys) * head_dim
     of_part = rows * head_dim * (blocks + sparsities)
     return FLOAT_BYTES * (plan.group * kept + max(plan.group * linear, one_pair + plan.part * of_part))
 
@@ -138,13 +142,14 @@ class _Group:
         self.k, self.v, self.k_mean = tensors.k[b, heads], tensors.v[b, heads], tensors.k_mean[b, heads]
         self.scale, self.masks, self.partial = tensors.scale, pairs.masks[here], pairs.partial[here]
         self.product, self.root = pairs.product[here], pairs.root[here]
-        self.q = tensors.gathered(b, heads, pairs.rows[here])
-        self.phi_q = self.q.softmax(dim=-1).mul_(pairs.valid[here][..., None])
+        q, self.by_kernels = tensors.gathered(b, heads, pairs.rows[here]), tensors.by_kernels
+        self.q = q if self.by_kernels else q.float()
+        self.phi_q = q.softmax(dim=-1, dtype=torch.float32).mul_(pairs.valid[here][..., None])
         self.o_linear, self.norm, self.too_little = self._linear().branch(self.masks[:, :, :-1])
         head_dim = self.q.shape[3]
         self.denominator = pairs.floor[here].repeat(1, 1, self.masks.shape[2], 1)
-        self.numerator = self.q.new_empty(*self.denominator.shape, head_dim)
-        self.mass = self.q.new_empty(*self.q.shape[:3], self.masks.shape[3])
+        self.numerator = self.phi_q.new_empty(*self.denominator.shape, head_dim)
+        self.mass = self.phi_q.new_empty(*self.q.shape[:3], self.masks.shape[3])
         self.soft = pairs.soft
         if self.soft:
             self.gradient = pairs.gradient[here]
@@ -152,7 +157,7 @@ class _Group:
             self.rest = 1 - self.ratio
             self.o_linear[:, :, : self.soft].mul_(self.rest[..., None])
             self.weight = torch.empty_like(self.ratio)
-            self.distance = self.q.new_empty(*self.ratio.shape, head_dim)
+            self.distance = self.phi_q.new_empty(*self.ratio.shape, head_dim)
 
     def _linear(self):
         return linear_sums(self.k, self.v, self.k_mean, self.phi_q)
@@ -160,14 +165,20 @@ class _Group:
     def attend(self, part):
         """Sparse branches and, of soft masks, distances and the gradient by their numerators; ``part`` pairs at a time."""
         pairs, drawn, rows, head_dim = self.q.shape
-        work = HeadWork(drawn * rows, self.k.shape[1], head_dim, self.q.device)
+        if self.by_kernels:
+            largest = largest_scores(self.q.flatten(1, 2), self.k, self.scale)
+        else:
+            work = HeadWork(drawn * rows, self.k.shape[1], head_dim, self.q.device)
         for first in range(0, pairs, part):
-            self._attend(slice(first, first + part), work)
+            some = slice(first, first + part)
+            q, k, v, mass = self.q[some], self.k[some], self.v[some], self.mass[some]
+            # not kept in a name: the next part's sums need their room
+            if self.by_kernels:
+                self._attend(some, sparse_sums_by_kernels(q, k, v, largest[some], self.scale, mass))
+            else:
+                self._attend(some, sparse_sums(q, k, v, self.k_mean[some], self.scale, work, mass))
 
-    def _attend(self, part, work):
-        sums = sparse_sums(
-            self.q[part], self.k[part], self.v[part], self.k_mean[part], self.scale, work, self.mass[part]
-        )
+    def _attend(self, part, sums):
         masks, numerator, denominator = self.masks[part], self.numerator[part], self.denominator[part]
         sums.numerator(masks, out=numerator)
         sums.add_denominator(masks, denominator)

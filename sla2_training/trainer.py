@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from ._kernels import (
     Q_BLOCK,
     RouterWeights,
+    failure_in_a_line,
     identity_router,
+    kernel_failure_remedy,
     resample_ratio,
     selected_block_count,
 )
@@ -88,7 +90,7 @@ class RouterTrainer:
         self.start.require_model(**model)
         self.options = TrainerOptions() if options is None else options
         self.query_blocks, self.memory_bytes = self.options.query_blocks, self.options.memory_bytes
-        self.tau = self.options.tau
+        self.tau, self.by_kernels = self.options.tau, True
         self.keep_diagonal = self.options.keep_diagonal if resume is None else resume.keep_diagonal
         self.query_block = self.options.query_block if resume is None else resume.q_block
         self.generator = torch.Generator().manual_seed(self.options.seed)
@@ -120,6 +122,7 @@ class RouterTrainer:
     def observe_tensors(self, tensors, steps=None):
         """observe() of a LayerTensors, outside inference mode and autocast."""
         tensors.check(self.start.num_heads, self.start.head_dim)
+        tensors.by_kernels = tensors.by_kernels and self.by_kernels
         layer, state = tensors.layer, self.layer_state(tensors.layer).on(tensors.q.device)
         if tensors.forced.free <= 1:
             # a single key block of video is always selected, so there is nothing to learn
@@ -181,13 +184,22 @@ class RouterTrainer:
         return self.states[layer]
 
     def _within_memory(self, tensors, work):
-        """work(), with half the query blocks after each out-of-memory error until it fits."""
+        """work(), with half the query blocks after each out-of-memory error until it fits, without kernels that do not run."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
                 # handled below, when the failed attempt's tensors are freed
                 pass
+            except Exception as error:
+                remedy = kernel_failure_remedy(error) if tensors.by_kernels else None
+                if remedy is None:
+                    raise
+                self.by_kernels = tensors.by_kernels = False
+                self.notes.append(
+                    f"Kernels cannot run here ({failure_in_a_line(error)}): went on without, which is slower. To have them, {remedy}."
+                )
+                continue
             if self.query_blocks == 1:
                 raise TrainingError(
                     f"Training stopped at layer {tensors.layer}: not enough memory for one query block of one head; "

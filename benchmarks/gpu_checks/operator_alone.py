@@ -7,7 +7,9 @@ import torch
 
 from sla2_kernels import select_key_blocks, sla2_attention
 from sla2_kernels.fitted_attention import FITTED_ROWS, call_errors, fitted_attention, sample_rows
+from sla2_kernels.key_block_sums import key_block_sums, largest_scores, why_no_kernels
 from sla2_kernels.reference import fitted_ratio, sla2_reference
+from sla2_kernels.router import K_BLOCK, block_count
 
 from ..measure import launch_ms, median_ms
 from .checks import BOUNDS, random_qkv, relative_error, require
@@ -30,6 +32,7 @@ def checks(comfyui):
         compiled_around_it,
         intermediates_beyond_32_bits,
         cost_of_the_diagonal,
+        router_training_sums,
     ]
 
 
@@ -270,3 +273,27 @@ def cost_of_the_diagonal():
         ]
         said.append(f"{name} {times[0]:.3f} -> {times[1]:.3f} ms")
     return ", ".join(said)
+
+
+def router_training_sums():
+    """Attention by key block, from which a router is trained, against float64: ragged keys as views, then keys of a large mean
+    with an outlier channel, whose scores are of hundreds."""
+    worst = {}
+    for dtype, head_dim, hard in itertools.product((torch.bfloat16, torch.float16), (64, 128), (False, True)):
+        q, k, v = random_qkv(5000, 4, head_dim, dtype=dtype, seed=11)
+        if hard:
+            k += 8 * torch.randn(1, 1, 4, head_dim, device="cuda").to(dtype)
+            k[..., 3] += 40
+            q[..., 3] *= 6
+        q, (k, v) = q[0, :1024].transpose(0, 1).contiguous(), (x[0].transpose(0, 1) for x in (k, v))
+        require(why_no_kernels(q, k, v) is None, f"no kernels take {dtype}: {why_no_kernels(q, k, v)}")
+        mass, scale = torch.full((4, 1024, block_count(5000, K_BLOCK)), torch.nan, device="cuda"), head_dim**-0.5
+        value = key_block_sums(q, k, v, largest_scores(q, k, scale), scale, mass)
+        scores = q.double() @ k.double().transpose(1, 2) * scale
+        blocks = (scores - scores.amax(dim=2, keepdim=True)).exp().split(K_BLOCK, dim=2)
+        values = torch.stack([p @ x for p, x in zip(blocks, v.double().split(K_BLOCK, dim=1), strict=True)])
+        masses = torch.stack([p.sum(dim=2) for p in blocks], dim=2)
+        errors = relative_error(mass, masses), relative_error(value, values)
+        require(max(errors) < (1e-3 if hard else 1e-4), f"{dtype}, head_dim {head_dim}, hard {hard}: {errors}")
+        worst[hard] = max(worst.get(hard, 0.0), *errors)
+    return f"largest errors {worst[False]:.1e} and, of keys of a large mean, {worst[True]:.1e}"

@@ -52,6 +52,18 @@ class FitConfig(Launchable):
 
 
 @dataclass(frozen=True)
+class KeyBlockConfig(Launchable):
+    """Attention by key block: query rows per program, and key blocks of one that writes sums. programs: at least, that look for
+    the largest scores, where there are so many key blocks."""
+
+    tile_m: int
+    num_warps: int
+    num_stages: int
+    blocks: int = 4
+    programs: int = 528
+
+
+@dataclass(frozen=True)
 class PackConfig(Launchable):
     """Packing a key block. parts: in how many parts V's channels are taken, one after the other. registers: at most, per
     thread, or None."""
@@ -151,6 +163,10 @@ def pack_config(pv, register_order, element_size):
 def fit_config(element_size):
     """The sampled rows' configuration; element_size is that of q in bytes."""
     return FitConfig(4, 3 if element_size == 2 else 1)
+
+
+# two programs a multiprocessor on Hopper; 128 rows do not fit the 99 KB of RTX cards
+KEY_BLOCK_SUMS = KeyBlockConfig(64, 4, 2)
 
 
 def product_config(capability, element_size):

@@ -4,11 +4,11 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.router_training_size import Launches
-from sla2_training import RouterTrainer, TrainerOptions, step_sums
+from sla2_training import RouterTrainer, TrainerOptions, block_sums, step_sums
 from sla2_training.block_sums import memory_of
 from sla2_training.layer_tensors import LayerTensors
 from sla2_training.step_sums import StepPlan, step_memory, step_plan
@@ -21,10 +21,30 @@ def random_layer(heads, tokens, head_dim, batch=1, prefix=0):
     return [torch.randn(shape) for shape in shapes]
 
 
-def step(trainer, qkv, **shown):
+@pytest.fixture
+def exact_kernels(monkeypatch):
+    """In place of the kernels, which have tests of their own: the same sums in float64, by no operation that is counted."""
+
+    def largest_scores(q, k, scale):
+        with _disable_current_modes():
+            return (q.double() @ k.double().transpose(1, 2) * scale).amax(dim=2).float()
+
+    def key_block_sums(q, k, v, largest, scale, mass):
+        with _disable_current_modes():
+            p = (q.double() @ k.double().transpose(1, 2) * scale - largest[..., None].double()).exp()
+            blocks = list(zip(p.split(64, dim=2), v.double().split(64, dim=1), strict=True))
+            mass.copy_(torch.stack([weights.sum(dim=2) for weights, _ in blocks], dim=2))
+            return torch.stack([weights @ values for weights, values in blocks]).float()
+
+    monkeypatch.setattr(step_sums, "largest_scores", largest_scores)
+    monkeypatch.setattr(block_sums, "key_block_sums", key_block_sums)
+
+
+def step(trainer, qkv, by_kernels=False, **shown):
     """One step, as a function without arguments, after a first one: ratios and the optimiser are there."""
     trainer.observe(0, *qkv, **shown)
     tensors = LayerTensors(0, *qkv, "BHND", None, **shown)
+    tensors.by_kernels = by_kernels
     return lambda: trainer._step(trainer.layer_state(0), tensors)
 
 
@@ -47,13 +67,17 @@ def test_any_plan_gives_the_same_sums(monkeypatch, plan):
         assert (piecewise - whole).norm() < 1e-5 * whole.norm(), name
 
 
-def test_sums_are_those_of_the_formulas_written_out():
-    """Against float64 and autograd with N x N tensors: keys of other tokens, bfloat16, rows without linear weight."""
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_sums_are_those_of_the_formulas_written_out(exact_kernels, by_kernels):
+    """Against float64 and autograd with N x N tensors: keys of other tokens and of a large mean, an outlier channel, bfloat16,
+    rows without linear weight."""
     (q, k, v), sharp = random_layer(2, 200, 16, batch=2, prefix=70), torch.tensor([1.0, -1.0])
     q[:, 0, ::2, 5], q[:, 0, :, 3:5], k[:, 0, :, 5] = 300, 0, 0
     k[:, 0, :, 3:5] += 60 * (torch.arange(270)[:, None] % 2 * 2 - 1) * sharp
-    q, k, v = (x.bfloat16() for x in (q, k + torch.randn(2, 2, 1, 16), v))
+    k[:, 1, :, 7] = 6 * k[:, 1, :, 7] + 40
+    q, k, v = (x.bfloat16() for x in (q, k + 4 * torch.randn(2, 2, 1, 16), v))
     tensors = LayerTensors(0, q, k, v, "BHND", None, prefix=70, query_block=64)
+    tensors.by_kernels = by_kernels
     soft, hard, ratios = torch.rand(4, 4, 3, 5), (torch.rand(4, 4, 3, 5) < 0.4).float(), torch.rand(4, 4, 3)
     hard[..., 0], soft[:, 1, 2], hard[:, 1, 2] = 1, 1, 1
     sums = step_sums.step_sums(tensors, torch.arange(4).expand(2, 2, 4), hard, 2**30, soft, ratios)
@@ -121,6 +145,12 @@ def test_launches_at_the_size_of_minimax_h3(monkeypatch):
     assert launches(56, 8) <= 1250
 
 
+def test_kernels_leave_room_for_as_many_heads_at_a_time():
+    bound = TrainerOptions().memory_bytes - 4 * 56 * 8 * 668 * 19
+    plain, by_kernels = (step_plan(**H3, memory_bytes=bound, by_kernels=x) for x in (False, True))
+    assert plain.group <= by_kernels.group and plain.part <= by_kernels.part
+
+
 class PeakMemory(TorchDispatchMode):
     """Bytes, at most, in storages that operations made and that were alive at one time."""
 
@@ -148,11 +178,12 @@ class PeakMemory(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
+@pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize(("tokens", "head_dim", "megabytes"), [(2000, 128, 0), (2000, 128, 30), (3000, 64, 12)])
-def test_a_step_keeps_to_its_memory(tokens, head_dim, megabytes):
+def test_a_step_keeps_to_its_memory(exact_kernels, tokens, head_dim, megabytes, by_kernels):
     trainer = RouterTrainer("test", 1, 4, head_dim, options=TrainerOptions(memory_bytes=megabytes * 2**20))
     qkv = random_layer(4, tokens, head_dim)
-    run = step(trainer, qkv)
+    run = step(trainer, qkv, by_kernels)
     state = trainer.layer_state(0)
     with PeakMemory([*qkv, state.proj_q, state.proj_k]) as seen:
         run()

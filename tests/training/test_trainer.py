@@ -8,7 +8,7 @@ from benchmarks.synthetic import SyntheticLayer
 from sla2_kernels import sla2_attention
 from sla2_kernels.router import own_key_blocks
 from sla2_kernels.weights import RouterFileError, load_router
-from sla2_training import RouterTrainer, TrainerOptions, TrainingError, soft_top_k, step_sums
+from sla2_training import RouterTrainer, TrainerOptions, TrainingError, layer_tensors, soft_top_k, step_sums
 from sla2_training.report import AFTER, BEFORE
 
 HEADS, DIM = 2, 32
@@ -251,6 +251,30 @@ def test_out_of_memory_halves_the_subset_and_says_so(monkeypatch):
     ]
     trainer.evaluate(0, *small_qkv(tokens=1500))
     assert trainer.notes[1] in trainer.report().text()
+
+
+def failing_kernels(monkeypatch, error):
+    def largest_scores(*arguments):
+        raise error
+
+    monkeypatch.setattr(layer_tensors, "why_no_kernels", lambda *tensors: None)
+    monkeypatch.setattr(step_sums, "largest_scores", largest_scores)
+
+
+def test_kernels_that_cannot_be_built_are_done_without_and_that_is_said(monkeypatch):
+    failing_kernels(monkeypatch, RuntimeError("Failed to find C compiler. Please specify via CC"))
+    trainer = make_trainer()
+    trainer.observe(0, *small_qkv(), steps=2)
+    assert len(trainer.losses[0]) == 2
+    (note,) = trainer.notes
+    assert note.startswith("Kernels cannot run here (RuntimeError: Failed to find C compiler. Please specify via CC): ")
+    assert "install a C compiler" in note
+
+
+def test_another_error_of_the_kernels_is_raised(monkeypatch):
+    failing_kernels(monkeypatch, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make_trainer().observe(0, *small_qkv())
 
 
 @pytest.mark.parametrize("failing", [None, 2], ids=["enough memory", "none after the first ratio"])

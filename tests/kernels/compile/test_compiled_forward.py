@@ -10,6 +10,7 @@ from cards import CARDS, assert_fits
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio
 from sla2_kernels.kernels.gluon_releases import gluon_is_known
+from sla2_kernels.kernels.key_block_sums import key_block_sums, largest_scores
 from sla2_kernels.kernels.row_errors import row_errors
 from sla2_kernels.support import unsupported_reason
 from sla2_kernels.triton_backend import Sample
@@ -189,6 +190,19 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
     row_errors(q, dense, rows, 24)
     assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio", "_row_errors"]
+    for kernel in kernels:
+        print(kernel)
+        assert_fits(kernel, card, 64)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 128), (FP16, 64)], ids=str)
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_the_sums_by_key_block_fit(compile_for, card, dtype, head_dim):
+    kernels = compile_for(card).kernels
+    q, k, v = torch.zeros(3, HEADS, TOKENS, head_dim, dtype=dtype)
+    mass, value = torch.zeros(HEADS, TOKENS, TOKENS // 64), torch.zeros(TOKENS // 64, HEADS, TOKENS, head_dim)
+    key_block_sums(q, k, v, largest_scores(q, k, 0.1), 0.1, mass, value)
+    assert [kernel.name for kernel in kernels] == ["_largest_scores", "_key_block_sums"]
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, 64)
