@@ -4,10 +4,12 @@
     python -m benchmarks.backward --parts check          gradients against float64 only
     python -m benchmarks.backward --parts phases         time of each kernel of a backward pass
     python -m benchmarks.backward --parts sweep          other tile sizes than the shipped ones, one kernel at a time
+    python -m benchmarks.backward --arch 89              in an RTX 40's instructions, on an H100 (consumer_imitation.py)
     TRITON_INTERPRET=1 python -m benchmarks.backward --shapes tiny --device cpu --parts check,time
 
 Times are medians of triton.testing.do_bench over forward plus backward; "kept" is what the forward pass leaves in memory
-for the backward pass, beside q, k, v and the output themselves. Rows go to benchmarks/results/<card>.json.
+for the backward pass, beside q, k, v and the output themselves. Rows go to benchmarks/results/<card>.json; with --arch to
+backward-<card>.json, as part "backward sm_<arch>". There FlashAttention-2 is torch's own, compiled for the H100.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import block_count
 
 from . import results
+from .consumer_imitation import ASSEMBLED, imitate
 from .inputs import find_shape, make_inputs
 from .measure import environment, is_gpu, median_ms, use_device
 from .ours import weights_for
@@ -36,6 +39,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 def main(argv=None):
     args = parse(argv)
     use_device(args.device)
+    imitation = imitate(args.arch) if args.arch else None
     add_peer_folders(args.peers)
     print(", ".join(f"{name} {value}" for name, value in environment(args.device).items()), flush=True)
     failed = False
@@ -46,11 +50,13 @@ def main(argv=None):
         for sparsity in args.sparsities if "check" in args.parts else ():
             failed |= not check(q, k, v, shape, sparsity)
         if "time" in args.parts:
-            time_methods(q, k, v, shape, args)
+            time_methods(q, k, v, shape, args, imitation)
         if "phases" in args.parts:
             print_phases(q, k, v, args.sparsities[0])
         if "sweep" in args.parts:
             sweep(q, k, v, args)
+    if imitation is not None:
+        print(kernels_table(imitation.kernels))
     return 1 if failed else 0
 
 
@@ -63,8 +69,14 @@ def parse(argv=None):
     parser.add_argument("--data", default="random", help="random, local or clustered (benchmarks/inputs.py)")
     parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/rivals/packages.py)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/<card>.json")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--arch", type=int, choices=ASSEMBLED, help="in this card's instructions, as benchmarks.consumer"
+    )
+    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/[backward-]<card>.json")
+    args = parser.parse_args(argv)
+    if args.arch and not is_gpu(args.device):
+        parser.error(f"--arch {args.arch} compiles for an H100 or H200 at hand, and the device is {args.device}")
+    return args
 
 
 def _parts(text):
@@ -170,12 +182,13 @@ def methods_for(args):
     return methods + [sla2_method(s, p) for s in args.sparsities for p in args.precisions]
 
 
-def time_methods(q, k, v, shape, args):
-    """Prints and writes down one row per method."""
+def time_methods(q, k, v, shape, args, imitation=None):
+    """Prints and writes down one row per method. imitation: an Imitation that began, whose kernels are written down too."""
+    part = f"backward sm_{args.arch}" if args.arch else "backward"
     rows, baseline = [], None
     for method in methods_for(args):
         where = {"shape": shape.name, "tokens": shape.tokens, "heads": shape.heads, "data": args.data}
-        row = {"part": "backward", "method": method.name, **where}
+        row = {"part": part, "method": method.name, **where}
         row |= {"sparsity": method.sparsity, "precision": None, **method.fields}
         try:
             row |= measure(method, q, k, v, args.device)
@@ -188,8 +201,12 @@ def time_methods(q, k, v, shape, args):
         print(line(row, baseline), flush=True)
     about = {"environment": environment(args.device)}
     path = args.out or results.card_file(about["environment"]["card"])
-    old = [r for r in results.load(path).get("rows", []) if r["part"] == "backward" and r["shape"] != shape.name]
-    results.save(path, results.replace_part(results.load(path), "backward", old + rows, about))
+    if imitation is not None:
+        about["kernels"] = [vars(kernel) for kernel in imitation.kernels]
+        path = args.out or path.with_name(f"backward-{path.name}")
+    content = results.load(path)
+    old = [r for r in content["rows"] if r["part"] == part and r["shape"] != shape.name]
+    results.save(path, results.replace_part(content, part, old + rows, about))
 
 
 def measure(method, q, k, v, device):
@@ -234,6 +251,16 @@ def line(row, baseline):
             f"kept {row['kept_bytes'] / row['tensor_bytes']:.2f}, peak {row['peak_bytes'] / row['tensor_bytes']:.2f} x Q"
         )
     return " ".join(parts)
+
+
+def kernels_table(kernels):
+    """What the card imitated has of each consumer_imitation.Kernel; * marks other matrix instructions on the H100."""
+    lines = ["| kernel | warps | registers | bytes of stack | shared KB | programs |", "|---" * 6 + "|"]
+    for kernel in kernels:
+        name = kernel.name + "*" * (not kernel.faithful)
+        numbers = (kernel.warps, kernel.registers, kernel.stack, f"{kernel.shared / 1024:.1f}", kernel.programs)
+        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines)
 
 
 def _backward_call(q, k, v, sparsity):

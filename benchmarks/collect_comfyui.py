@@ -1,10 +1,11 @@
-"""Collects what comfyui_step.py needs of ComfyUI into one small folder, for a GPU machine that has no ComfyUI.
+"""Collects what comfyui_step.py and training_steps.py need of ComfyUI into one small folder, for a GPU machine without it.
 
     python -m benchmarks.collect_comfyui FOLDER [--comfyui PATH]
 
-Copies the Python files of ComfyUI's comfy/ (no models, no web page; about 5 MB) and the small packages that it imports
-and a PyTorch machine seldom has. Two things are not copied: what PyTorch machines have (torch, numpy, einops, psutil,
-scipy, safetensors, transformers, torchvision, Pillow, PyYAML, tqdm), and comfy-kitchen, whose wheel must fit that machine.
+Copies the Python files of ComfyUI's comfy/ and of its training node (no models, no web page; about 6 MB) and the small packages
+that they import and a PyTorch machine seldom has. Not copied: what PyTorch machines have (torch, numpy, einops, psutil, scipy,
+safetensors, transformers, torchvision, Pillow, PyYAML, tqdm); comfy-kitchen, whose wheel must fit that machine; and PyAV, which
+only training_steps.py imports, by way of ComfyUI's training node.
 """
 
 import argparse
@@ -14,8 +15,11 @@ from pathlib import Path
 
 from tooling.comfyui import find_comfyui
 
-FILES = ("node_helpers.py", "LICENSE", "comfyui_version.py")
-FOLDERS = ("comfy", "comfy_api/torch_helpers")  # the second compiles a model as ComfyUI's node does
+FILES = (
+    *("node_helpers.py", "LICENSE", "comfyui_version.py", "folder_paths.py", "latent_preview.py", "protocol.py"),
+    *("comfy_extras/nodes_train.py", "comfy_extras/nodes_custom_sampler.py"),
+)
+FOLDERS = ("comfy", "comfy_api", "comfy_execution")
 PACKAGES = ("comfy_aimdo", "torchsde", "trampoline")
 
 
@@ -38,6 +42,7 @@ def collect(comfyui, folder):
     total = sum(copy_python_files(comfyui / name, folder / name) for name in FOLDERS)
     for name in FILES:
         if (comfyui / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(comfyui / name, folder / name)
             total += (comfyui / name).stat().st_size
     for name in PACKAGES:

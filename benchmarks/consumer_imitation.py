@@ -5,6 +5,7 @@ SLA2 takes the tables of the card imitated. No more programs run per multiproces
 memory and room for more warps, so each kernel asks for as much shared memory as brings it down to that number.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -51,6 +52,7 @@ CARDS = {
         Multiprocessor((12, 0), "RTX 50", 48, 24, 100 * KB),
     )
 }
+ASSEMBLED = tuple(arch for arch in CARDS if arch < 90)  # whose PTX ptxas takes for an H100
 
 
 def padded_shared(card, warps, registers, shared):
@@ -166,3 +168,11 @@ class Imitation:
                 matrix_instructions(cubin), matrix_instructions(own),
             )
         )  # fmt: skip
+
+
+def imitate(arch):
+    """An Imitation of sm_``arch``, of ASSEMBLED, which has begun in this process, with a Triton cache of its own."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+    imitation = Imitation(CARDS[arch])
+    imitation.begin()
+    return imitation

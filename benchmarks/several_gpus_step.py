@@ -61,8 +61,8 @@ def layers_that_fit(device):
     return max(1, int((torch.cuda.mem_get_info(device)[0] - RESERVED) // bytes_each))
 
 
-def transformer(layers, device, tiny, dtype=None):
-    """The same random model in every process. dtype: else bfloat16, on a CPU float32."""
+def transformer(layers, device, tiny, dtype=None, **sizes):
+    """The same random model in every process. dtype: else bfloat16, on a CPU float32. sizes: where not those of Wan 14B."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def transformer(layers, device, tiny, dtype=None):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = WanTransformer3DModel(**(TINY_SIZES if tiny else SIZES), num_layers=layers)
+            model = WanTransformer3DModel(**(TINY_SIZES if tiny else SIZES | sizes), num_layers=layers)
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)

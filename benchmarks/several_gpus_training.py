@@ -19,7 +19,7 @@ from sla2_training.stage2.wan import wan_student
 from .measure import is_gpu
 from .together import SPARSITY, largest
 
-LATENTS_14B = (16, 21, 60, 104)  # 32,760 tokens
+LATENTS = (16, 21, 60, 104)  # 32,760 tokens
 TINY_LATENTS = (16, 3, 12, 16)  # 144
 WARMUP = 2  # steps that are not timed
 
@@ -46,7 +46,18 @@ def stage2(args, device):
     )
     if is_gpu(device):
         torch.cuda.reset_peak_memory_stats()
-    trainer, tokens = (wan_14b if args.model == "14B" else miniature)(args, config, device)
+    trainer, tokens = (wan if args.model == "14B" else miniature)(args, config, device)
+    losses, seconds = train(trainer, device)
+    return {
+        "losses": losses,
+        "seconds_per_step": seconds,
+        "tokens_per_second": args.batch * tokens / seconds,
+        "bytes": largest(torch.cuda.max_memory_allocated(), device) if is_gpu(device) else None,
+    }
+
+
+def train(trainer, device, warmup=WARMUP):
+    """(losses, median seconds of a step) of the whole training; ``warmup`` steps are not timed, one at least."""
     times = []
     update = trainer._update
 
@@ -57,14 +68,12 @@ def stage2(args, device):
         times.append(time.perf_counter())
 
     trainer._update = timed_update
-    report = trainer.train()
-    seconds = statistics.median(b - a for a, b in zip(times[WARMUP - 1 :], times[WARMUP:], strict=False))
-    return {
-        "losses": report.losses,
-        "seconds_per_step": seconds,
-        "tokens_per_second": args.batch * tokens / seconds,
-        "bytes": largest(torch.cuda.max_memory_allocated(), device) if is_gpu(device) else None,
-    }
+    return trainer.train().losses, median_step(times, warmup)
+
+
+def median_step(times, warmup):
+    """Median seconds between ``times``, at which steps ended; ``warmup`` steps are not timed, one at least."""
+    return statistics.median(b - a for a, b in zip(times[warmup - 1 :], times[warmup:], strict=False))
 
 
 def miniature(args, config, device):
@@ -81,17 +90,17 @@ def miniature(args, config, device):
     return Stage2Trainer(config, student, videos(made, args.batch, 0), model_name=NAME, say=print), tokens(made)
 
 
-def wan_14b(args, config, device):
-    """(trainer, tokens of a video); the model is the same in every process."""
+def wan(args, config, device, **sizes):
+    """(trainer, tokens of a video); the model is the same in every process. sizes: where they are not Wan 14B's."""
     from .several_gpus_step import transformer
 
-    model = transformer(args.layers, device, args.tiny, torch.float32)
+    model = transformer(args.layers, device, args.tiny, torch.float32, **sizes)
     generator = torch.Generator().manual_seed(1)
-    shape = TINY_LATENTS if args.tiny else LATENTS_14B
+    shape = TINY_LATENTS if args.tiny else LATENTS
     latents = torch.randn(args.batch, *shape, generator=generator)
     context = torch.randn(args.batch, 32 if args.tiny else 512, model.config.text_dim, generator=generator)
     data = VideoLatents(latents, context, torch.arange(args.batch))
-    trainer = Stage2Trainer(config, wan_student(model, config), data, model_name="random Wan 14B", say=print)
+    trainer = Stage2Trainer(config, wan_student(model, config), data, model_name="random Wan", say=print)
     return trainer, shape[1] * shape[2] * shape[3] // 4
 
 

@@ -25,9 +25,7 @@ import argparse
 import copy
 import gc
 import importlib
-import os
 import sys
-import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +44,7 @@ from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLate
 
 from . import quality_variants as names
 from . import results
-from .consumer_imitation import CARDS, Imitation
+from .consumer_imitation import ASSEMBLED, imitate
 from .int8_outliers import with_gains
 from .measure import environment, use_device
 from .miniature_model import Miniature
@@ -418,7 +416,7 @@ def parse(argv=None):
     parser.add_argument(
         "--arch",
         type=int,
-        choices=CARDS,
+        choices=ASSEMBLED,
         help="in this card's instructions, as benchmarks.consumer: 89 has P V in INT8",
     )
     for name, value in (("frames", 81), ("height", 480), ("width", 832)):
@@ -440,8 +438,7 @@ def main(argv=None):
     use_device(args.device)  # accelerate takes the current one
     args.out.mkdir(parents=True, exist_ok=True)
     if args.arch:
-        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
-        Imitation(CARDS[args.arch]).begin()
+        imitate(args.arch)
     # by outliers first: what is judged against one dense model follows each other
     jobs = [
         Job(sparsity, form, gains) for gains in args.outliers for sparsity in args.sparsities for form in args.trained
