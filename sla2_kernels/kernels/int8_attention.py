@@ -2,7 +2,7 @@
 
 RTX cards multiply INT8 at full rate, FP8 and 16 bit that are summed in float32 at half of theirs. What an INT32 sum cannot
 do is shrink by a factor when a row's maximum grows, so P is taken below a whole power of two, at or above the maximum:
-when that grows, the sums shift right. They stay where the matrix instructions put them from the first block to the last.
+when that grows, the sums shift right, behind a vote of the warp, since in most turns no row of 16 grows. They stay where the matrix instructions put them from the first block to the last.
 
 V is over a power of two per channel and head (channels.py), which the output gets back, and over 2^exponent per
 block, which joins the scores: p V is what must fit. A row's sum is that of P before it is rounded: blocks of small values
@@ -30,6 +30,24 @@ MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing b
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
+SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
+
+
+def _shift_right(values):
+    """PTX that shifts ``values`` registers right, each by one of its own, and jumps over that where a warp's are all zero."""
+    shifts = range(2 * values, 3 * values)
+    return "\n".join(
+        ["{", ".reg .pred grows;", ".reg .b32 any;", "mov.b32 any, 0;"]
+        + [f"or.b32 any, any, ${shift};" for shift in shifts]
+        + ["setp.ne.s32 grows, any, 0;", "vote.sync.any.pred grows, grows, 0xffffffff;", "@!grows bra done;"]
+        + [f"shr.s32 ${i}, ${i}, ${shift};" for i, shift in enumerate(shifts)]
+        + ["done:", "}"]
+    )
+
+
+SHIFT_RIGHT = tl.constexpr(_shift_right(SHIFTED))
+SHIFT_REGISTERS = tl.constexpr(",".join(["=r"] * SHIFTED + list(map(str, range(SHIFTED))) + ["r"] * SHIFTED))
+SHIFT_PACK = tl.constexpr(SHIFTED)
 
 
 @triton.jit
@@ -75,6 +93,20 @@ def _probabilities(scores, factor, offset, correction, valid, RAGGED: tl.constex
 
 
 @triton.jit
+def _shifted(acc, shift):
+    """acc [rows, D] >> shift [rows]."""
+    # the other head dimensions have too few sums per thread for the pack
+    if INTERPRETED or acc.shape[1] != 128:
+        found = acc >> shift[:, None]
+    else:
+        # not pure: the vote must stay where the whole warp comes by
+        found = tl.inline_asm_elementwise(
+            SHIFT_RIGHT, SHIFT_REGISTERS, [acc, shift[:, None]], dtype=tl.int32, is_pure=False, pack=SHIFT_PACK
+        )
+    return found
+
+
+@triton.jit
 def _attend_block(
     j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
     D: tl.constexpr, RAGGED: tl.constexpr,
@@ -105,7 +137,7 @@ def _attend_block(
         row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
         # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
         shift = tl.minimum(new_max - row_max, MAX_SHIFT)
-        acc = tl.dot(p, v, acc=acc >> shift.to(tl.int32)[:, None], out_dtype=tl.int32)
+        acc = tl.dot(p, v, acc=_shifted(acc, shift.to(tl.int32)), out_dtype=tl.int32)
     return acc, new_max, row_sum
 
 
