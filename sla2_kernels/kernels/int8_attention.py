@@ -21,12 +21,13 @@ import triton.language as tl
 from ..router import K_BLOCK, block_count
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
-from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE
+from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
 from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
 MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+MIN_SLOPE = tl.constexpr(2.0**-80)  # less makes one of all scores as well, and times NO_SCORE still leaves no P
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
@@ -78,13 +79,11 @@ def _fma(x, y, z):
 
 
 @triton.jit
-def _probabilities(scores, factor, offset, correction, valid, RAGGED: tl.constexpr):
+def _probabilities(scores, factor, offset, correction):
     """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, COLUMNS]."""
     ROWS: tl.constexpr = scores.shape[0]
     KEYS: tl.constexpr = scores.shape[1]
     p = tl.exp2(_fma(scores, factor, offset[:, None]))
-    if RAGGED:
-        p = tl.where(valid[None, :], p, 0.0)
     # over what lies in one column of the tiles, and so in one register, as all sums do: the columns are added up behind the loop
     sums = tl.sum(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), axis=1)
     biased = tl.fma(p, correction[:, None], INT8_BIAS).to(tl.int32, bitcast=True)
@@ -108,36 +107,31 @@ def _shifted(acc, shift):
 
 @triton.jit
 def _attend_block(
-    j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
-    D: tl.constexpr, RAGGED: tl.constexpr,
+    j, keys, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, D: tl.constexpr
 ):  # fmt: skip
-    """One key block. RAGGED: the first block of a row, which may end before its 64 keys do."""
+    """One key block, of which the first ``keys`` count."""
     key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
     factor = q_scale * tl.load(k_scale + j)
     exponent = tl.load(v_exponent + j)
-    valid = j * KEY_BLOCK + key < tokens
-    # any INT8_BIAS + S is above zero
-    highest = tl.max(tl.where(valid[None, :], scores, 0.0) if RAGGED else scores, axis=1)  # [rows]
+    # the list of key blocks ascends, so only its last one can be ragged: other turns jump over the masks
+    if keys < KEY_BLOCK:
+        scores = tl.where((key < keys)[None, :], scores, NO_SCORE)
+    highest = tl.max(scores, axis=1)  # [rows]
     block_max = (highest - INT8_BIAS) * factor + exponent
-    new_max = tl.ceil(block_max)
-    if not RAGGED:
-        new_max = tl.maximum(row_max, new_max)
-    slope = tl.minimum(factor, MAX_SLOPE)
+    new_max = tl.maximum(row_max, tl.ceil(block_max))
+    slope = tl.maximum(tl.minimum(factor, MAX_SLOPE), MIN_SLOPE)
     largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
     offset = largest_p - slope * highest
     correction = tl.exp2(largest_p - _fma(slope, highest, offset))
-    p, block_sum = _probabilities(scores, slope, offset, correction, valid, RAGGED)
+    p, block_sum = _probabilities(scores, slope, offset, correction)
     block_sum *= (correction * tl.exp2(-exponent))[:, None]
 
     v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
-    if RAGGED:
-        acc, row_sum = tl.dot(p, v, out_dtype=tl.int32), block_sum
-    else:
-        row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
-        # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
-        shift = tl.minimum(new_max - row_max, MAX_SHIFT)
-        acc = tl.dot(p, v, acc=_shifted(acc, shift.to(tl.int32)), out_dtype=tl.int32)
+    row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
+    # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
+    shift = tl.minimum(new_max - row_max, MAX_SHIFT)
+    acc = tl.dot(p, v, acc=_shifted(acc, shift.to(tl.int32)), out_dtype=tl.int32)
     return acc, new_max, row_sum
 
 
@@ -146,7 +140,7 @@ def _int8_sparse_attention(
     q, out, packed_k, k_scale, packed_v, v_exponent, balance, v_channel, selected, sums, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
-    D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, RATIO_KIND: tl.constexpr,
     LINEAR_ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -178,23 +172,17 @@ def _int8_sparse_attention(
     v_exponent += slot * k_blocks
 
     acc = tl.zeros([TILE, D], dtype=tl.int32)
-    row_max = tl.zeros([TILE], dtype=tl.float32)
+    row_max = tl.full([TILE], NO_SCORE, dtype=tl.float32)
     row_sum = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
     selected += (bh * q_blocks + q_block) * count
-    # the list ascends, so only its last block can be the ragged one: it comes first, and the loop needs no masks
-    j = tl.load(selected + count - 1).to(tl.int64)
-    acc, row_max, row_sum = _attend_block(
-        j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-        D, True,
-    )  # fmt: skip
-    if SEVERAL:
-        # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
-        for i in range(1, tl.maximum(count, 2)):
-            j = tl.load(selected + i - 1).to(tl.int64)
-            acc, row_max, row_sum = _attend_block(
-                j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-                D, False,
-            )  # fmt: skip
+    of_last = k_tokens - tl.load(selected + count - 1) * KEY_BLOCK  # 64 or more, or the keys of a ragged block
+    # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
+    for i in range(tl.maximum(count, 1)):
+        j = tl.load(selected + i).to(tl.int64)
+        acc, row_max, row_sum = _attend_block(
+            j, of_last if i == count - 1 else KEY_BLOCK, q_tile, q_scale, acc, row_max, row_sum,
+            packed_k, k_scale, packed_v, v_exponent, log2_range, D,
+        )  # fmt: skip
 
     # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
     norm = tl.sum(row_sum, axis=1)
@@ -245,6 +233,6 @@ def int8_sparse_attention(
         q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, pools.balance, pools.v_channel, selected,
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
-        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, RATIO_KIND=ratio_kind,
         LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
     )  # fmt: skip
