@@ -22,7 +22,7 @@ from ..router import K_BLOCK, block_count
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
-from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .tiles import KEY_BLOCK, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
@@ -145,25 +145,30 @@ def _int8_sparse_attention(
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
-    rows, d = tile_rows(tile, TILE), tl.arange(0, D)
-    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
-    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h)
+    row, d = tl.arange(0, TILE), tl.arange(0, D)
+    rows = row.to(tl.int64)
     q_blocks, q_block = tl.cdiv(q_tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
+    # planes that begin with the tile: their rows' numbers stay small
+    start = (tile * TILE).to(tl.int64)
+    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h) + start * q_stride_n
+    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h) + start * out_stride_n
+    ratio += bh * q_tokens + start
+    q_tokens -= tile * TILE
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
         h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
             linear_rows(
-                q_plane, out_plane, ratio + bh * q_tokens, h, z, of_block,
-                tile_rows(tile * (TILE // LINEAR_ROWS) + part, LINEAR_ROWS),
+                q_plane, out_plane, ratio, h, z, of_block, tile_rows(part, LINEAR_ROWS),
                 q_stride_n, q_stride_d, out_stride_n, out_stride_d, q_tokens, D, block_ratio is None,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
-    q_tile, q_scale = _quantize_queries(
-        load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens), tl.load(balance + bh * (2 * D) + D + d)
-    )  # [TILE, D]
+    # where the tile is ragged its last row stands in for those past the end, without masks; columns before rows saves additions
+    q_rows = tl.minimum(row, q_tokens - 1).to(tl.int64)
+    q_at = tile_at((q_plane + d * q_stride_d)[None, :], q_rows, 0, q_stride_n, q_stride_d)
+    q_tile, q_scale = _quantize_queries(tl.load(q_at), tl.load(balance + bh * (2 * D) + D + d))  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
     packed_k += slot * k_blocks * (KEY_BLOCK * D)
@@ -187,9 +192,9 @@ def _int8_sparse_attention(
     # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
     norm = tl.sum(row_sum, axis=1)
     o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
-    inside = rows < q_tokens
-    ratio_at = ratio + bh * q_tokens + rows
-    out_at = tile_at(out_plane, rows, d, out_stride_n, out_stride_d)
+    inside = row < q_tokens
+    ratio_at = ratio + rows
+    out_at = tile_at((out_plane + d * out_stride_d)[None, :], rows, 0, out_stride_n, out_stride_d)
     if RATIO_KIND == "none":
         row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
         mixed = o_sparse / norm[:, None]
