@@ -54,9 +54,11 @@ SHIFT_PACK = tl.constexpr(SHIFTED)
 @triton.jit
 def _quantize_queries(q, balance):
     """A query tile in INT8 and its one scale; balance: what its channels are multiplied with first."""
-    wide = q.to(tl.float32) * balance[None, :]
-    largest = tl.maximum(tl.max(tl.abs(wide)), MIN_MAGNITUDE)
-    biased = wide * (INT8_MAX / largest) + INT8_BIAS
+    wide = q.to(tl.float32)
+    # channel by channel first, over every eighth row, which is what a thread reads: the balance then meets 8 rows, not all
+    of_channels = tl.max(tl.abs(wide).reshape([q.shape[0] // 8, 8, q.shape[1]]), axis=0)
+    largest = tl.maximum(tl.max(of_channels * balance[None, :]), MIN_MAGNITUDE)
+    biased = wide * (balance * (INT8_MAX / largest))[None, :] + INT8_BIAS
     return biased.to(tl.int32, bitcast=True).to(tl.int8), largest / INT8_MAX
 
 
