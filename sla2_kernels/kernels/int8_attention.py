@@ -14,6 +14,7 @@ rounds P.
 """
 
 import math
+import struct
 
 import triton
 import triton.language as tl
@@ -32,6 +33,8 @@ LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
+MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
+NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
 
 
 def _shift_right(values):
@@ -46,9 +49,31 @@ def _shift_right(values):
     )
 
 
+def _mask(values):
+    """PTX that makes NO_SCORE of those of ``values`` registers whose key is not below the number of keys, and jumps over that
+    where the key block is whole."""
+    keys = 3 * values
+    return "\n".join(
+        ["{", ".reg .pred whole, inside;", f"setp.ge.s32 whole, ${keys}, {K_BLOCK};", "@whole bra done;"]
+        + [
+            f"setp.lt.s32 inside, ${2 * values + i}, ${keys};\nselp.b32 ${i}, ${i}, {NO_SCORE_BITS}, inside;"
+            for i in range(values)
+        ]
+        + ["done:", "}"]
+    )
+
+
+def _changed(values, others):
+    """Constraints of inline assembly that changes ``values`` registers and reads ``others`` more."""
+    return ",".join(["=r"] * values + list(map(str, range(values))) + ["r"] * others)
+
+
 SHIFT_RIGHT = tl.constexpr(_shift_right(SHIFTED))
-SHIFT_REGISTERS = tl.constexpr(",".join(["=r"] * SHIFTED + list(map(str, range(SHIFTED))) + ["r"] * SHIFTED))
+SHIFT_REGISTERS = tl.constexpr(_changed(SHIFTED, SHIFTED))
 SHIFT_PACK = tl.constexpr(SHIFTED)
+MASK = tl.constexpr(_mask(MASKED))
+MASK_REGISTERS = tl.constexpr(_changed(MASKED, 2 * MASKED))
+MASK_PACK = tl.constexpr(MASKED)
 
 
 @triton.jit
@@ -108,6 +133,20 @@ def _shifted(acc, shift):
 
 
 @triton.jit
+def _of_keys(scores, keys):
+    """scores [rows, KEY_BLOCK], those past the first ``keys`` as NO_SCORE."""
+    key = tl.arange(0, KEY_BLOCK)[None, :]
+    if INTERPRETED:
+        found = tl.where(key < keys, scores, NO_SCORE)
+    else:
+        # an if of Triton's would part the waits for K and V, a barrier more in each turn
+        found = tl.inline_asm_elementwise(
+            MASK, MASK_REGISTERS, [scores, key, keys], dtype=tl.float32, is_pure=True, pack=MASK_PACK
+        )
+    return found
+
+
+@triton.jit
 def _attend_block(
     j, keys, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, D: tl.constexpr
 ):  # fmt: skip
@@ -117,8 +156,7 @@ def _attend_block(
     factor = q_scale * tl.load(k_scale + j)
     exponent = tl.load(v_exponent + j)
     # the list of key blocks ascends, so only its last one can be ragged: other turns jump over the masks
-    if keys < KEY_BLOCK:
-        scores = tl.where((key < keys)[None, :], scores, NO_SCORE)
+    scores = _of_keys(scores, keys)
     highest = tl.max(scores, axis=1)  # [rows]
     block_max = (highest - INT8_BIAS) * factor + exponent
     new_max = tl.maximum(row_max, tl.ceil(block_max))
