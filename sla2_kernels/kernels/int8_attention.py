@@ -2,7 +2,7 @@
 
 RTX cards multiply INT8 at full rate, FP8 and 16 bit that are summed in float32 at half of theirs. What an INT32 sum cannot
 do is shrink by a factor when a row's maximum grows, so P is taken below a whole power of two, at or above the maximum:
-when that grows, the sums shift right. They stay where the matrix instructions put them from the first block to the last.
+when that grows, the sums shift right, behind a vote of the warp, since in most turns no row of 16 grows. They stay where the matrix instructions put them from the first block to the last.
 
 V is over a power of two per channel and head (channels.py), which the output gets back, and over 2^exponent per
 block, which joins the scores: p V is what must fit. A row's sum is that of P before it is rounded: blocks of small values
@@ -14,6 +14,7 @@ rounds P.
 """
 
 import math
+import struct
 
 import triton
 import triton.language as tl
@@ -21,23 +22,68 @@ import triton.language as tl
 from ..router import K_BLOCK, block_count
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
-from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE
-from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
+from .tiles import KEY_BLOCK, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
 MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+MIN_SLOPE = tl.constexpr(2.0**-80)  # less makes one of all scores as well, and times NO_SCORE still leaves no P
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
+SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
+MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
+NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
+
+
+def _shift_right(values):
+    """PTX that shifts ``values`` registers right, each by one of its own, and jumps over that where a warp's are all zero."""
+    shifts = range(2 * values, 3 * values)
+    return "\n".join(
+        ["{", ".reg .pred grows;", ".reg .b32 any;", "mov.b32 any, 0;"]
+        + [f"or.b32 any, any, ${shift};" for shift in shifts]
+        + ["setp.ne.s32 grows, any, 0;", "vote.sync.any.pred grows, grows, 0xffffffff;", "@!grows bra done;"]
+        + [f"shr.s32 ${i}, ${i}, ${shift};" for i, shift in enumerate(shifts)]
+        + ["done:", "}"]
+    )
+
+
+def _mask(values):
+    """PTX that makes NO_SCORE of those of ``values`` registers whose key is not below the number of keys, and jumps over that
+    where the key block is whole."""
+    keys = 3 * values
+    return "\n".join(
+        ["{", ".reg .pred whole, inside;", f"setp.ge.s32 whole, ${keys}, {K_BLOCK};", "@whole bra done;"]
+        + [
+            f"setp.lt.s32 inside, ${2 * values + i}, ${keys};\nselp.b32 ${i}, ${i}, {NO_SCORE_BITS}, inside;"
+            for i in range(values)
+        ]
+        + ["done:", "}"]
+    )
+
+
+def _changed(values, others):
+    """Constraints of inline assembly that changes ``values`` registers and reads ``others`` more."""
+    return ",".join(["=r"] * values + list(map(str, range(values))) + ["r"] * others)
+
+
+SHIFT_RIGHT = tl.constexpr(_shift_right(SHIFTED))
+SHIFT_REGISTERS = tl.constexpr(_changed(SHIFTED, SHIFTED))
+SHIFT_PACK = tl.constexpr(SHIFTED)
+MASK = tl.constexpr(_mask(MASKED))
+MASK_REGISTERS = tl.constexpr(_changed(MASKED, 2 * MASKED))
+MASK_PACK = tl.constexpr(MASKED)
 
 
 @triton.jit
 def _quantize_queries(q, balance):
     """A query tile in INT8 and its one scale; balance: what its channels are multiplied with first."""
-    wide = q.to(tl.float32) * balance[None, :]
-    largest = tl.maximum(tl.max(tl.abs(wide)), MIN_MAGNITUDE)
-    biased = wide * (INT8_MAX / largest) + INT8_BIAS
+    wide = q.to(tl.float32)
+    # channel by channel first, over every eighth row, which is what a thread reads: the balance then meets 8 rows, not all
+    of_channels = tl.max(tl.abs(wide).reshape([q.shape[0] // 8, 8, q.shape[1]]), axis=0)
+    largest = tl.maximum(tl.max(of_channels * balance[None, :]), MIN_MAGNITUDE)
+    biased = wide * (balance * (INT8_MAX / largest))[None, :] + INT8_BIAS
     return biased.to(tl.int32, bitcast=True).to(tl.int8), largest / INT8_MAX
 
 
@@ -60,13 +106,11 @@ def _fma(x, y, z):
 
 
 @triton.jit
-def _probabilities(scores, factor, offset, correction, valid, RAGGED: tl.constexpr):
+def _probabilities(scores, factor, offset, correction):
     """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, COLUMNS]."""
     ROWS: tl.constexpr = scores.shape[0]
     KEYS: tl.constexpr = scores.shape[1]
     p = tl.exp2(_fma(scores, factor, offset[:, None]))
-    if RAGGED:
-        p = tl.where(valid[None, :], p, 0.0)
     # over what lies in one column of the tiles, and so in one register, as all sums do: the columns are added up behind the loop
     sums = tl.sum(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), axis=1)
     biased = tl.fma(p, correction[:, None], INT8_BIAS).to(tl.int32, bitcast=True)
@@ -75,37 +119,59 @@ def _probabilities(scores, factor, offset, correction, valid, RAGGED: tl.constex
 
 
 @triton.jit
+def _shifted(acc, shift):
+    """acc [rows, D] >> shift [rows]."""
+    # the other head dimensions have too few sums per thread for the pack
+    if INTERPRETED or acc.shape[1] != 128:
+        found = acc >> shift[:, None]
+    else:
+        # not pure: the vote must stay where the whole warp comes by
+        found = tl.inline_asm_elementwise(
+            SHIFT_RIGHT, SHIFT_REGISTERS, [acc, shift[:, None]], dtype=tl.int32, is_pure=False, pack=SHIFT_PACK
+        )
+    return found
+
+
+@triton.jit
+def _of_keys(scores, keys):
+    """scores [rows, KEY_BLOCK], those past the first ``keys`` as NO_SCORE."""
+    key = tl.arange(0, KEY_BLOCK)[None, :]
+    if INTERPRETED:
+        found = tl.where(key < keys, scores, NO_SCORE)
+    else:
+        # an if of Triton's would part the waits for K and V, a barrier more in each turn
+        found = tl.inline_asm_elementwise(
+            MASK, MASK_REGISTERS, [scores, key, keys], dtype=tl.float32, is_pure=True, pack=MASK_PACK
+        )
+    return found
+
+
+@triton.jit
 def _attend_block(
-    j, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, tokens,
-    D: tl.constexpr, RAGGED: tl.constexpr,
+    j, keys, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, D: tl.constexpr
 ):  # fmt: skip
-    """One key block. RAGGED: the first block of a row, which may end before its 64 keys do."""
+    """One key block, of which the first ``keys`` count."""
     key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
     factor = q_scale * tl.load(k_scale + j)
     exponent = tl.load(v_exponent + j)
-    valid = j * KEY_BLOCK + key < tokens
-    # any INT8_BIAS + S is above zero
-    highest = tl.max(tl.where(valid[None, :], scores, 0.0) if RAGGED else scores, axis=1)  # [rows]
+    # the list of key blocks ascends, so only its last one can be ragged: other turns jump over the masks
+    scores = _of_keys(scores, keys)
+    highest = tl.max(scores, axis=1)  # [rows]
     block_max = (highest - INT8_BIAS) * factor + exponent
-    new_max = tl.ceil(block_max)
-    if not RAGGED:
-        new_max = tl.maximum(row_max, new_max)
-    slope = tl.minimum(factor, MAX_SLOPE)
+    new_max = tl.maximum(row_max, tl.ceil(block_max))
+    slope = tl.maximum(tl.minimum(factor, MAX_SLOPE), MIN_SLOPE)
     largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
     offset = largest_p - slope * highest
     correction = tl.exp2(largest_p - _fma(slope, highest, offset))
-    p, block_sum = _probabilities(scores, slope, offset, correction, valid, RAGGED)
+    p, block_sum = _probabilities(scores, slope, offset, correction)
     block_sum *= (correction * tl.exp2(-exponent))[:, None]
 
     v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
-    if RAGGED:
-        acc, row_sum = tl.dot(p, v, out_dtype=tl.int32), block_sum
-    else:
-        row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
-        # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
-        shift = tl.minimum(new_max - row_max, MAX_SHIFT)
-        acc = tl.dot(p, v, acc=acc >> shift.to(tl.int32)[:, None], out_dtype=tl.int32)
+    row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
+    # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
+    shift = tl.minimum(new_max - row_max, MAX_SHIFT)
+    acc = tl.dot(p, v, acc=_shifted(acc, shift.to(tl.int32)), out_dtype=tl.int32)
     return acc, new_max, row_sum
 
 
@@ -114,30 +180,35 @@ def _int8_sparse_attention(
     q, out, packed_k, k_scale, packed_v, v_exponent, balance, v_channel, selected, sums, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
-    D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, SEVERAL: tl.constexpr, RATIO_KIND: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, RATIO_KIND: tl.constexpr,
     LINEAR_ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
-    rows, d = tile_rows(tile, TILE), tl.arange(0, D)
-    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
-    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h)
+    row, d = tl.arange(0, TILE), tl.arange(0, D)
+    rows = row.to(tl.int64)
     q_blocks, q_block = tl.cdiv(q_tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
+    # planes that begin with the tile: their rows' numbers stay small
+    start = (tile * TILE).to(tl.int64)
+    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h) + start * q_stride_n
+    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h) + start * out_stride_n
+    ratio += bh * q_tokens + start
+    q_tokens -= tile * TILE
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
         h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
             linear_rows(
-                q_plane, out_plane, ratio + bh * q_tokens, h, z, of_block,
-                tile_rows(tile * (TILE // LINEAR_ROWS) + part, LINEAR_ROWS),
+                q_plane, out_plane, ratio, h, z, of_block, tile_rows(part, LINEAR_ROWS),
                 q_stride_n, q_stride_d, out_stride_n, out_stride_d, q_tokens, D, block_ratio is None,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
-    q_tile, q_scale = _quantize_queries(
-        load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens), tl.load(balance + bh * (2 * D) + D + d)
-    )  # [TILE, D]
+    # where the tile is ragged its last row stands in for those past the end, without masks; columns before rows saves additions
+    q_rows = tl.minimum(row, q_tokens - 1).to(tl.int64)
+    q_at = tile_at((q_plane + d * q_stride_d)[None, :], q_rows, 0, q_stride_n, q_stride_d)
+    q_tile, q_scale = _quantize_queries(tl.load(q_at), tl.load(balance + bh * (2 * D) + D + d))  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
     packed_k += slot * k_blocks * (KEY_BLOCK * D)
@@ -146,30 +217,24 @@ def _int8_sparse_attention(
     v_exponent += slot * k_blocks
 
     acc = tl.zeros([TILE, D], dtype=tl.int32)
-    row_max = tl.zeros([TILE], dtype=tl.float32)
+    row_max = tl.full([TILE], NO_SCORE, dtype=tl.float32)
     row_sum = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
     selected += (bh * q_blocks + q_block) * count
-    # the list ascends, so only its last block can be the ragged one: it comes first, and the loop needs no masks
-    j = tl.load(selected + count - 1).to(tl.int64)
-    acc, row_max, row_sum = _attend_block(
-        j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-        D, True,
-    )  # fmt: skip
-    if SEVERAL:
-        # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
-        for i in range(1, tl.maximum(count, 2)):
-            j = tl.load(selected + i - 1).to(tl.int64)
-            acc, row_max, row_sum = _attend_block(
-                j, q_tile, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, k_tokens,
-                D, False,
-            )  # fmt: skip
+    of_last = k_tokens - tl.load(selected + count - 1) * KEY_BLOCK  # 64 or more, or the keys of a ragged block
+    # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
+    for i in range(tl.maximum(count, 1)):
+        j = tl.load(selected + i).to(tl.int64)
+        acc, row_max, row_sum = _attend_block(
+            j, of_last if i == count - 1 else KEY_BLOCK, q_tile, q_scale, acc, row_max, row_sum,
+            packed_k, k_scale, packed_v, v_exponent, log2_range, D,
+        )  # fmt: skip
 
     # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
     norm = tl.sum(row_sum, axis=1)
     o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
-    inside = rows < q_tokens
-    ratio_at = ratio + bh * q_tokens + rows
-    out_at = tile_at(out_plane, rows, d, out_stride_n, out_stride_d)
+    inside = row < q_tokens
+    ratio_at = ratio + rows
+    out_at = tile_at((out_plane + d * out_stride_d)[None, :], rows, 0, out_stride_n, out_stride_d)
     if RATIO_KIND == "none":
         row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
         mixed = o_sparse / norm[:, None]
@@ -213,6 +278,6 @@ def int8_sparse_attention(
         q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, pools.balance, pools.v_channel, selected,
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
-        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, SEVERAL=count > 1, RATIO_KIND=ratio_kind,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, RATIO_KIND=ratio_kind,
         LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
     )  # fmt: skip
