@@ -4,6 +4,7 @@
     python -m benchmarks.backward --parts check          gradients against float64 only
     python -m benchmarks.backward --parts phases         time of each kernel of a backward pass
     python -m benchmarks.backward --parts sweep          other tile sizes than the shipped ones, one kernel at a time
+    python -m benchmarks.backward --arch 89 --parts sweep --shapes 14B-720p    a few tiles for mma.sync, at most a minute
     python -m benchmarks.backward --arch 89              in an RTX 40's instructions, on an H100 (consumer_imitation.py)
     TRITON_INTERPRET=1 python -m benchmarks.backward --shapes tiny --device cpu --parts check,time
 
@@ -21,7 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from sla2_kernels import Q_BLOCK, select_key_blocks, sla2_attention
-from sla2_kernels.kernels.backward_configs import BackwardConfig, TileConfig
+from sla2_kernels.kernels.backward_configs import BackwardConfig, LinearConfig, TileConfig
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import block_count
 
@@ -33,6 +34,19 @@ from .ours import weights_for
 from .rivals.packages import BASELINE, Method, add_peer_folders, sdpa
 
 PARTS = ("check", "time", "phases", "sweep")
+KERNELS = {
+    "queries": ("_query_gradient",),
+    "keys": ("_key_gradient",),
+    "linear": ("_linear_queries", "_linear_sums", "_linear_keys"),
+}
+# for mma.sync, all within 99 KB of shared memory; the shipped ones of RTX cards first
+MMA_TILES = {
+    "queries": [TileConfig(*tile) for tile in ((128, 32, 8, 3), (128, 32, 8, 2), (32, 64, 4, 1), (64, 64, 8, 2))],
+    "keys": [TileConfig(*tile) for tile in ((64, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))],
+    "linear": [
+        LinearConfig(*tile) for tile in ((64, 64, 64, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2))
+    ],
+}
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
 
@@ -54,7 +68,7 @@ def main(argv=None):
         if "phases" in args.parts:
             print_phases(q, k, v, args.sparsities[0])
         if "sweep" in args.parts:
-            sweep(q, k, v, args)
+            sweep(q, k, v, args, imitation)
     if imitation is not None:
         print(kernels_table(imitation.kernels))
     return 1 if failed else 0
@@ -273,32 +287,41 @@ def _backward_call(q, k, v, sparsity):
     return lambda: torch.ops.sla2.attention_backward(grad, q, k, v, selected, ratio, True, q.shape[-1] ** -0.5)
 
 
-def print_phases(q, k, v, sparsity):
-    """Time of each kernel of one backward pass, largest first; needs a GPU."""
+def kernel_times(run, calls=5):
+    """{kernel: (ms, launches) of one run()}, over some calls after a first; needs a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    run = _backward_call(q, k, v, sparsity)
     run()
     with profile(activities=[ProfilerActivity.CUDA]) as record:
-        for _ in range(5):
+        for _ in range(calls):
             run()
         torch.cuda.synchronize()
+    return {e.key: (e.self_device_time_total / (1000 * calls), e.count // calls) for e in record.key_averages()}
+
+
+def print_phases(q, k, v, sparsity):
+    """Time of each kernel of one backward pass, largest first; needs a GPU."""
+    times = kernel_times(_backward_call(q, k, v, sparsity))
     print(f"backward kernels at {q.shape[1]} tokens, skips {100 * sparsity:g}%:")
-    events = [(e.self_device_time_total / 5000, e.count // 5, e.key) for e in record.key_averages()]
-    for ms, count, name in sorted(events, reverse=True)[:16]:
+    for name, (ms, count) in sorted(times.items(), key=lambda item: -item[1][0])[:16]:
         print(f"  {ms:8.3f} ms  {count:3d} x {name[:90]}")
 
 
-def sweep(q, k, v, args):
-    """Time of the whole backward operator with other tiles for one of Triton's walks at a time, on Hopper too."""
+def sweep(q, k, v, args, imitation=None):
+    """Time of the kernels that other tiles than the shipped ones change, one part of BackwardConfig at a time; needs a GPU.
+
+    In another card's instructions MMA_TILES, otherwise many for Triton's walks, on Hopper too. imitation: as in time_methods.
+    """
+    from triton.errors import TritonError
+
     from sla2_kernels import triton_backward
 
     shipped = triton_backward.backward_config
     triton_backward.takes_hopper_walks = lambda *_: False
     run = _backward_call(q, k, v, args.sparsities[0])
-    print(f"shipped tiles: {median_ms(run, args.device):.3f} ms", flush=True)
-    tiles = [TileConfig(r, c, w, s) for r in (64, 128) for c in (32, 64) for w in (4, 8) for s in (1, 2, 3)]
-    for part in ("queries", "keys"):
+    print(f"shipped tiles: {median_ms(run, args.device, least_ms=40):.3f} ms", flush=True)
+    grid = [TileConfig(r, c, w, s) for r in (64, 128) for c in (32, 64) for w in (4, 8) for s in (1, 2, 3)]
+    for part, tiles in (MMA_TILES if imitation else {"queries": grid, "keys": grid}).items():
         for tile in tiles:
 
             def config(*facts, part=part, tile=tile) -> BackwardConfig:
@@ -306,12 +329,17 @@ def sweep(q, k, v, args):
 
             triton_backward.backward_config = config
             try:
-                print(f"  {part} {tile}: {median_ms(run, args.device, least_ms=40):.3f} ms", flush=True)
-            except RuntimeError as error:
+                print(f"  {part} {tile}: {_times_line(kernel_times(run, calls=3), part)}", flush=True)
+            except (RuntimeError, ValueError, TritonError) as error:
                 # too much shared memory or too many registers: that is what the sweep is to find out
                 print(f"  {part} {tile}: {str(error).splitlines()[0][:80]}", flush=True)
             finally:
                 triton_backward.backward_config = shipped
+
+
+def _times_line(times, part):
+    found = {name: times[name][0] for name in KERNELS[part]}
+    return f"{sum(found.values()):7.3f} ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found.items())
 
 
 if __name__ == "__main__":

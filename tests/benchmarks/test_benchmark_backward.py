@@ -1,6 +1,7 @@
 """benchmarks.backward as far as it goes without a GPU: arguments, and what a run in another card's instructions leaves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,3 +50,29 @@ def test_a_run_in_another_card_s_instructions_is_a_part_of_its_own(tmp_path, mon
 def test_kernels_with_other_instructions_are_marked():
     table = backward.kernels_table(Imitated(89).kernels)
     assert "| _key_gradient | 8 | 255 | 0 | 48.0 | 1 |" in table and "| _masked_sum* |" in table
+
+
+def test_a_sweep_in_another_card_s_instructions_times_each_part_s_own_kernels(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from sla2_kernels import triton_backward
+
+    shipped, tried = triton_backward.backward_config, []
+
+    def times(run, calls):
+        tried.append(triton_backward.backward_config((8, 9), 2, 2))
+        if len(tried) == 2:
+            raise ValueError("sm_89 cannot start a kernel")
+        return {name: (1.5, 1) for names in backward.KERNELS.values() for name in names} | {"_masked_sum": (9.0, 2)}
+
+    monkeypatch.setattr(triton_backward, "takes_hopper_walks", triton_backward.takes_hopper_walks)
+    monkeypatch.setattr(backward, "_backward_call", lambda *_: None)
+    monkeypatch.setattr(backward, "median_ms", lambda *_, **__: 70.0)
+    monkeypatch.setattr(backward, "kernel_times", times)
+    backward.sweep(None, None, None, backward.parse(["--device", "cpu"]), Imitated(89))
+    assert triton_backward.backward_config is shipped
+    found, parts = shipped((8, 9), 2, 2), list(backward.MMA_TILES)
+    assert tried == [replace(found, **{part: tile}) for part in parts for tile in backward.MMA_TILES[part]]
+    assert [getattr(found, part) for part in parts] == [backward.MMA_TILES[part][0] for part in parts]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(tried) and lines[2].endswith("sm_89 cannot start a kernel")
+    assert "4.500 ms: _linear_queries 1.500, _linear_sums 1.500, _linear_keys 1.500" in lines[-1]

@@ -54,7 +54,7 @@ def test_backward_fits(compile_for, attend, card, dtype, head_dim):
         assert_fits(kernel, card, SPILL[dtype])
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("arch", [86, 90, 100])
 def test_tiles_with_64_query_tokens_per_selection_fit(compile_for, attend, arch):
     """Hopper's own, and the walks whose tiles are others then; the rest are compiled above with another constant."""
     on_hopper = arch == 90 and TRITON[:2] in GLUON_RELEASES
