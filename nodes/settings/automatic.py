@@ -1,7 +1,6 @@
 """The preset *automatic*: which steps of a run are dense and how much the others skip, by what the run turns out to be.
 
-``plan_of`` is the whole choice. Its figures are those of docs/QUALITY.md; runs of a few steps have none yet, and the plan's
-sentence says so.
+``plan_of`` is the whole choice. Its figures are those of docs/QUALITY.md, measured on the miniature.
 """
 
 from dataclasses import dataclass
@@ -9,9 +8,11 @@ from typing import NamedTuple
 
 from .schedule import Rule
 
-# (tokens, highest sparsity): attention without a trained ratio has no larger error there than 0.90 has at 8,400 tokens.
-# Measured at 75,600, 32,760, 14,196 and 8,400 tokens (docs/QUALITY.md, "Without a router file, by length")
-UNTRAINED_LIMITS = ((75_000, 0.98), (32_000, 0.97), (14_000, 0.93), (0, 0.9))
+# (tokens, highest sparsity) without a trained ratio. At 32,760 tokens 0.90 with the first step dense keeps 11 of 12 videos of few
+# steps right, 0.97 four; at the other lengths the error is no larger (docs/QUALITY.md, "Presets" and "by length")
+UNTRAINED_LIMITS = ((32_000, 0.9), (14_000, 0.8), (0, 0.7))
+# with one: 0.97 keeps all twelve right at 32,760 tokens; the other lengths by the untrained errors, as they compare with that
+TRAINED_LIMITS = ((75_000, 0.98), (32_000, 0.97), (14_000, 0.93), (0, 0.9))
 IMAGE_FAMILIES = ("flux", "qwen-image")  # the lengths were measured on video
 SLA_SPARSITY = 0.9  # the released SLA weights were trained with it, in every step (docs/FAMILIES.md)
 FEW_STEPS = 8
@@ -55,15 +56,20 @@ def sparsity_for(facts):
     """By length; of a trained router the highest sparsity up to that, because ratios in between are interpolated."""
     if facts.is_sla:
         return SLA_SPARSITY
-    limit = untrained_limit(0 if facts.family in IMAGE_FAMILIES else facts.tokens or 0)
+    tokens = 0 if facts.family in IMAGE_FAMILIES else facts.tokens or 0
     if not facts.trained:
-        return limit
+        return untrained_limit(tokens)
+    limit = _limit(TRAINED_LIMITS, tokens)
     return max((known for known in facts.trained if known <= limit), default=min(facts.trained))
 
 
 def untrained_limit(tokens):
     """Highest sparsity at this length that docs/QUALITY.md bears out without a trained ratio."""
-    return next(limit for least, limit in UNTRAINED_LIMITS if tokens >= least)
+    return _limit(UNTRAINED_LIMITS, tokens)
+
+
+def _limit(limits, tokens):
+    return next(limit for least, limit in limits if tokens >= least)
 
 
 def dense_steps_for(facts):
@@ -82,10 +88,8 @@ def _sentence(facts, sparsity, schedule):
     run += [] if facts.begins_at is None else ["from noise" if facts.begins_at <= START else "continuing a latent"]
     run += [] if facts.tokens is None else [f"{facts.tokens:,} tokens"]
     weights = "SLA weights" if facts.is_sla else "a trained ratio" if facts.trained else "no trained ratio"
-    few = facts.steps is not None and facts.steps <= FEW_STEPS
-    quality = "its quality at so few steps is not measured" if few else "its error was measured on the miniature alone"
     skips = "leaves the sparsity to target_error" if facts.has_target else f"chose sparsity {sparsity:g}"
     return (
         f"preset automatic {skips}, {dense}, for {facts.family}: {', '.join([*run, weights])}; "
-        f"{quality}: compare with a dense run"
+        "its quality was measured on the miniature alone: compare with a dense run"
     )

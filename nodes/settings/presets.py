@@ -1,8 +1,8 @@
 """Presets of SLA2 Apply Attention, as data. A preset fills in sparsity and schedule; every other widget stays as it is.
 *automatic* does so as each run begins, see automatic.py. *constant quality* fills in target_error where the widget is 0.
 
-``measured`` is the figure in docs/QUALITY.md, on the miniature; None if there is none yet. The report says which. In distilled
-models of 4 to 8 steps, each step is an eighth to a quarter of the run: their presets keep the first step dense (in "fast" at
+``measured`` is the figure in docs/QUALITY.md, on the miniature at 32,760 tokens beside a dense run of as many steps; None if there
+is none yet. The report says which. In distilled models of 4 to 8 steps, each step is an eighth to a quarter of the run: their presets keep the first step dense (in "fast" at
 90%), by its number instead of a share of the run.
 """
 
@@ -17,8 +17,7 @@ AUTOMATIC_PRESET, CUSTOM = "automatic", "custom"
 class Preset:
     """steps: sampling steps it is meant for. trained: whether it needs a trained router (or SLA weights).
 
-    target_error: attention error that the run holds, in place of the sparsity; 0: none. measured_schedule: what ``measured``
-    was measured with, where that was another schedule.
+    target_error: attention error that the run holds, in place of the sparsity; 0: none.
     """
 
     name: str
@@ -28,31 +27,38 @@ class Preset:
     trained: bool = False
     target_error: float = 0.0
     measured: str | None = None
-    measured_schedule: str | None = None
 
-
-# of the 8 steps that were measured it covers two: the second begins at 12.5%
-EIGHTH = "0%-13%"
 
 PRESETS = (
-    Preset("quality", "20-50", 0.80, "0%-20%: dense", measured="SSIM 0.93, PSNR 24.0 dB"),
-    Preset("balanced", "20-50", 0.90, "0%-10%: dense", measured="SSIM 0.83, PSNR 18.6 dB"),
-    Preset("fast", "20-50", 0.97, "0%-10%: 0.9 -> 0.97", trained=True, measured="SSIM 0.67, PSNR 15.3 dB"),
+    Preset("quality", "20-50", 0.80, "0%-20%: dense", measured="20 steps: SSIM 0.97, PSNR 28.3 dB"),
+    Preset("balanced", "20-50", 0.90, "0%-10%: dense", measured="20 steps: SSIM 0.95, PSNR 25.0 dB"),
+    Preset("fast", "20-50", 0.97, "0%-10%: 0.9 -> 0.97", trained=True, measured="20 steps: SSIM 0.88, PSNR 20.0 dB"),
     Preset(
-        "quality, 4-8 steps", "4-8", 0.80, "step 1: dense",
-        measured="SSIM 0.93, PSNR 23.3 dB", measured_schedule=f"{EIGHTH}: dense",
+        "quality, 4-8 steps",
+        "4-8",
+        0.80,
+        "step 1: dense",
+        measured="8 steps: 6 of 6 videos right, SSIM 0.99, PSNR 33.0 dB; 4 steps: 6 of 6 videos right, SSIM 0.99, PSNR 34.8 dB",
     ),
     Preset(
-        "balanced, 4-8 steps", "4-8", 0.90, "step 1: dense",
-        measured="SSIM 0.88, PSNR 21.0 dB", measured_schedule=f"{EIGHTH}: dense",
+        "balanced, 4-8 steps",
+        "4-8",
+        0.90,
+        "step 1: dense",
+        measured="8 steps: 5 of 6 videos right, SSIM 0.98, PSNR 30.6 dB; 4 steps: 6 of 6 videos right, SSIM 0.99, PSNR 32.9 dB",
     ),
     Preset(
-        "fast, 4-8 steps", "4-8", 0.95, "step 1: 0.9", trained=True,
-        measured="SSIM 0.78, PSNR 17.9 dB", measured_schedule=f"{EIGHTH}: 0.9",
+        "fast, 4-8 steps",
+        "4-8",
+        0.95,
+        "step 1: 0.9",
+        trained=True,
+        measured="8 steps: 5 of 6 videos right, SSIM 0.95, PSNR 26.2 dB; 4 steps: 5 of 6 videos right, SSIM 0.96, PSNR 27.3 dB",
     ),
-    # between the errors of 0.90 and 0.97 at 32,760 tokens (docs/QUALITY.md)
-    Preset("constant quality", "4-50", 0.90, target_error=0.12),
-)  # fmt: skip
+    # between the errors of 0.90 and 0.97 at 32,760 tokens (docs/QUALITY.md). With no step dense, which is what was measured, it keeps
+    # fewer videos of few steps right than 0.90 with the first one dense
+    Preset("constant quality", "4-50", 0.90, "0%-10%: dense", target_error=0.12),
+)
 NAMES = (AUTOMATIC_PRESET, CUSTOM, *(preset.name for preset in PRESETS))
 
 
@@ -94,18 +100,10 @@ def preset_notes(preset, router, sla_weights=None):
     """Sentences for the report on what a preset rests on."""
     if preset is None:
         return []
-    if preset.target_error:
-        state = "holds the attention error; how good its videos are has not been measured yet"
-    elif preset.measured:
-        state = f"was measured on the miniature alone ({preset.measured} beside a dense run of it)"
-    else:
-        state = "has not been measured yet"
+    state = (
+        f"was measured on the miniature alone ({preset.measured})" if preset.measured else "has not been measured yet"
+    )
     notes = [f'the preset "{preset.name}" {state}: compare with a dense run']
-    if preset.measured_schedule is not None:
-        notes.append(
-            f'it was measured with the schedule "{preset.measured_schedule}", which covers two of its 8 steps; now it is '
-            f'"{preset.schedule}", one step'
-        )
     if preset.trained and router is None and sla_weights is None:
         notes.append(f'the preset "{preset.name}" is meant for a trained router, and none is connected')
     return notes

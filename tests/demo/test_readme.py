@@ -50,7 +50,7 @@ def test_measured_results_become_picture_and_table(results):
     text = readme.details(contents, [], [])
     assert text.startswith("![Time of one attention call against the number of tokens](docs/length.svg)\n\n| method |")
     assert "skips 75%" in text and readme.NOTHING not in text
-    assert list(readme.plots(contents)) == ["length.svg"]
+    assert list(readme.plots(contents, results)) == ["length.svg"]
 
 
 def test_measured_steps_become_a_table(tmp_path):
