@@ -189,12 +189,18 @@ class Held:
 
     @torch.no_grad()
     def losses(self, velocity):
-        """{"flow", "distance"}: mean squared errors to the true velocity and to the dense model's."""
-        flow = distance = 0.0
+        """{"flow", "distance"}: mean squared errors to the true velocity and to the dense model's; the latter by level too."""
+        flow, by_level = 0.0, {}
         for (noisy, t, context, wanted), dense in zip(self.items, self.dense, strict=True):
             own = velocity(noisy, t, context)
-            flow, distance = flow + _square(own, wanted), distance + _square(own, dense)
-        return {"flow": flow / len(self.items), "distance": distance / len(self.items)}
+            flow += _square(own, wanted)
+            by_level.setdefault(f"{t.item():.3f}", []).append(_square(own, dense))
+        means = {level: sum(found) / len(found) for level, found in by_level.items()}
+        return {
+            "flow": flow / len(self.items),
+            "distance": sum(means.values()) / len(means),
+            "distance_by_level": means,
+        }
 
 
 def _square(a, b):
@@ -354,7 +360,8 @@ def line(row):
     made = f"trained in {row['trained']}, " if row["trained"] else ""
     return (
         f"skips {100 * row['sparsity']:g}%, outliers {row['outliers']}, {row['run']}: {made}run in {row['evaluated']}: "
-        f"loss {row['flow']:.5f} (dense {row['dense_flow']:.5f}), distance {row['distance']:.6f}"
+        f"loss {row['flow']:.5f} (dense {row['dense_flow']:.5f}), distance {row['distance']:.6f}, by noise level "
+        + ", ".join(f"{level}: {distance:.5f}" for level, distance in row["distance_by_level"].items())
     )
 
 

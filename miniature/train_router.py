@@ -22,7 +22,7 @@ from sla2_training import RouterTrainer, TrainerOptions
 
 from .captions import embed, split_captions
 from .captures import FILES, by_layer, load_captures, model_shape
-from .sample import GUIDANCE, WEIGHTS, load_models, sample_latents
+from .sample import GUIDANCE, SHIFT, WEIGHTS, load_models, sample_latents
 from .wan import HEAD_DIM, WanConfig, WanModel, dense_attention
 
 FAMILY = "wan"
@@ -47,13 +47,14 @@ def spread(captions, count):
     return [str(captions[i * len(captions) // count]) for i in range(count)]
 
 
-def sample_all(model, captions, first_seed, attention, args):
-    """Samples every caption once, for what the attention function sees."""
+def sample_all(model, captions, first_seed, attention, args, shifts=(SHIFT,)):
+    """Samples every caption once, for what the attention function sees; the shifts of the noise levels take turns."""
     shape = (1, 16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
     options = {"shape": shape, "steps": args.sampling_steps, "cfg": args.cfg, "device": args.device}
     for number, caption in enumerate(captions):
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.float32):
-            sample_latents(model, embed(caption), seed=first_seed + number, attention=attention, **options)
+            shift = shifts[number % len(shifts)]
+            sample_latents(model, embed(caption), seed=first_seed + number, shift=shift, attention=attention, **options)
         yield number, caption
 
 
@@ -82,7 +83,8 @@ def train_live(model, args):
 
     until = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     learning = EveryNth(observe, args.train_every, until)
-    for number, caption in sample_all(model, spread(train_captions, args.videos), TRAIN_SEED, learning, args):
+    captions = spread(train_captions, args.videos)
+    for number, caption in sample_all(model, captions, TRAIN_SEED, learning, args, args.shifts):
         say_losses(trainer, f"video {number + 1}, {caption}")
         if time.monotonic() >= until:
             break
@@ -131,6 +133,9 @@ def main(argv=None):
     parser.add_argument("--steps-per-call", type=int, default=1, help="optimisation steps per layer and model call")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=GUIDANCE)
+    parser.add_argument(
+        "--shifts", type=float, nargs="+", default=[SHIFT], help="of the noise levels, by training caption in turn"
+    )
     parser.add_argument("--frames", type=int, default=81, help="4n+1")
     parser.add_argument("--height", type=int, default=480, help="a multiple of 16")
     parser.add_argument("--width", type=int, default=832, help="a multiple of 16, at least the height")
