@@ -50,14 +50,14 @@ def consumers(folder=RESULTS):
 
 
 def plots(contents, folder=RESULTS):
-    """{file name: (SVG text, what it shows)} of the first card that has each part, and error against time."""
+    """{file name: (SVG text, what it shows)}: error against time, and each part of the first card that has it."""
     found = {}
+    if svg := error_plot(folder):
+        found["error_time.svg"] = svg, "Attention error against time of a call, by method"
     for part, shows in PLOTS.items():
         svg = next(filter(None, (part_plot(content, part) for content in contents)), None)
         if svg:
             found[f"{part}.svg"] = svg, shows
-    if svg := error_plot(folder):
-        found["error_time.svg"] = svg, "Attention error against time of a call, by method"
     return found
 
 

@@ -48,7 +48,8 @@ def test_measured_results_become_picture_and_table(results):
     contents = readme.measured(results)
     assert contents == [load(results / "cpu.json")]
     text = readme.details(contents, [], [])
-    assert text.startswith("![Time of one attention call against the number of tokens](docs/length.svg)\n\n| method |")
+    assert text.startswith("![Attention error against time of a call, by method](docs/error_time.svg)\n\n| method |")
+    assert text.endswith("![Time of one attention call against the number of tokens](docs/length.svg)")
     assert "skips 75%" in text and readme.NOTHING not in text
     assert list(readme.plots(contents, results)) == ["length.svg"]
 
