@@ -4,7 +4,9 @@ The error of a call is sqrt(FLOOR^2 + (level * sqrt(odds))^2), with odds = spars
 leave a floor, the rest grows with the sparsity. The level moves along a run, mostly down; a Kalman filter follows its
 logarithm and its drift. The run's error is the root mean square over its sparse calls, so that what is left to spend is
 known at every step. In a long run all steps to come get an equal part. In a short one the parts are in proportion to their
-levels, which fall fast, and the last step gets less: no later one could make up for it.
+levels, which fall fast, and the last step gets less: no later one could make up for it. Nor may a step spend so much that, should
+its level be as high as only one in ten is, too little is left to the later ones: 8 bit alone has an error of LOWEST, and below
+KEPT of the target they would have to skip far less than the others.
 
 The constants were measured on the miniature at 32,760 tokens: benchmarks/target_error.py records, target_replay.py replays.
 """
@@ -29,8 +31,11 @@ FITTED_TOO = 1.012  # the rows that the ratio was fitted on are among them: so m
 STALENESS = 2.0  # a ratio that was fitted t of a run before adds this * t^2 to log(error)
 AIM = 0.95  # of the target
 LAST = 0.3  # squared error that the last step of a short run may have, over that of others
-MAX_COMPENSATION = 1.6  # times more, or less, than the target that one step may aim at
-MIN_SPARSITY, MAX_SPARSITY = 0.4, 0.996
+KEPT = 0.6  # of the target, for each later step of a short run
+LOWEST = 0.06  # root mean square error of the last three of 4 steps that skip 40% to 50%: 0.048 to 0.065 in four runs
+ONE_IN_TEN = 1.28  # standard deviations
+MAX_COMPENSATION = 1.6  # times more than the target that one step may aim at; in long runs as much less
+MIN_SPARSITY, MAX_SPARSITY = 0.5, 0.996  # at 20% the error is larger than at 50%, in every recorded step
 DIGITS = 4  # of a sparsity: a key block of 1,000 is 0.001
 # steps at the start of a long run that each decide anew; later every EVERY-th does, at the end twice as many
 FIRST_DECISIONS = 3
@@ -56,6 +61,13 @@ class Level:
     def after(self, share):
         """log(level) that is expected when ``share`` of a run has passed since the last measurement."""
         return self._state[0] + share * self._state[1]
+
+    def doubt(self, share):
+        """Standard deviation of that, with the slope as it is."""
+        level, drift, slope = self._covariance
+        with_slope = level[2] + share * drift[2]
+        variance = level[0] + 2 * share * level[1] + share**2 * drift[1] - with_slope**2 / slope[2]
+        return math.sqrt(variance + DRIFT_CHANGE * share**3 / 3)
 
     def pass_by(self, share):
         """Goes on by a share of a run."""
@@ -228,11 +240,19 @@ class ErrorTarget:
             weights[-1] *= LAST
         ceilings = [self._level.error(level, MAX_SPARSITY) ** 2 for level in levels]
         spent, steps = self._spent()
-        square = weights[0] * _share((steps + left) * goal**2 - spent, weights, ceilings)
-        aim = min(max(math.sqrt(square), goal / MAX_COMPENSATION), goal * MAX_COMPENSATION)
+        budget = max((steps + left) * goal**2 - spent, (goal / 10) ** 2)
+        square = weights[0] * _share(budget, weights, ceilings)
+        least = 0.0 if is_short else goal / MAX_COMPENSATION
+        aim = min(max(math.sqrt(square), least), goal * MAX_COMPENSATION)
         ages = [math.exp(2 * STALENESS * (age / self._total) ** 2) for age in range(lasting)]
         aim /= math.sqrt(sum(ages) / lasting)
-        return self._level.sparsity(self._level_at(self._steps + (lasting - 1) / 2), aim)
+        sparsity = self._level.sparsity(self._level_at(self._steps + (lasting - 1) / 2), aim)
+        if not is_short or left == 1:
+            return sparsity
+        kept = sum(max(LOWEST**2, part * (KEPT * goal) ** 2) for part in [*[1.0] * (left - 2), LAST])
+        at_most = math.sqrt(budget - min(kept, budget * (left - 1) / left))
+        doubt = self._level.doubt((self._steps - self._measured_at) / self._total)
+        return min(sparsity, self._level.sparsity(levels[0] + ONE_IN_TEN * doubt, at_most))
 
 
 def _share(budget, weights, ceilings):
@@ -242,7 +262,7 @@ def _share(budget, weights, ceilings):
         if rest * of_step <= ceiling * weight:
             break
         rest, weight = rest - ceiling, weight - of_step
-    return max(rest, 0.0) / weight if weight > 1e-9 else math.inf
+    return rest / weight if weight > 1e-9 else math.inf
 
 
 def _log_odds(sparsity):

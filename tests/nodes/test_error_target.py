@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.target_replay import load, replay
+from benchmarks.target_replay import load, log_odds, replay
 
 HEADS, DIM, LAYERS, TOKENS, GRID = 2, 64, 4, 1536, (6, 16, 16)
 RECORDINGS = load(Path(__file__).with_name("error_recordings.safetensors"))
@@ -49,7 +49,7 @@ def test_recorded_runs_end_within_10_percent_under_their_target(replayed, name, 
         for error, reported, chosen in replayed(name, target):
             assert 0.9 * target <= error <= target
             assert reported == pytest.approx(error, rel=0.07)
-            assert all(0.4 <= sparsity <= 0.996 for sparsity in chosen)
+            assert all(0.5 <= sparsity <= 0.996 for sparsity in chosen)
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDINGS if "steps_4" in name])
@@ -57,7 +57,7 @@ def test_recorded_runs_end_within_10_percent_under_their_target(replayed, name, 
 def test_recorded_runs_of_four_steps_come_near_their_target(replayed, name, target):
     """What the last of four steps will have nobody knows before: it moves by up to three times from one step to the next."""
     for error, reported, _ in replayed(name, target):
-        assert 0.82 * target <= error <= 1.08 * target
+        assert 0.78 * target <= error <= 1.02 * target
         assert reported == pytest.approx(error, rel=0.1)
 
 
@@ -65,7 +65,7 @@ def test_what_the_highest_sparsity_cannot_use_up_is_left(replayed):
     recording = RECORDINGS["target_0.25_steps_4_caption_0"]
     at_most = math.sqrt(recording.of_all[:, 0, :, :, :, -1].mean())
     for error, _, chosen in replayed("target_0.25_steps_4_caption_0", 0.25):
-        assert at_most < 0.25 and 0.9 * at_most <= error <= at_most and chosen[-1] == 0.996
+        assert at_most < 0.25 and 0.86 * at_most <= error <= at_most and chosen[-1] == 0.996
 
 
 def imagined(chooser, steps, error_of):
@@ -82,6 +82,58 @@ def imagined(chooser, steps, error_of):
         squares.append(error_of(step / steps, choice.sparsity / (1 - choice.sparsity)) ** 2)
         measured += 60 * [squares[-1]] if choice.measures else []
     return math.sqrt(sum(squares) / len(squares)), chooser.run_error(*read()), chooser.chosen
+
+
+# {steps: by step, (sparsity, error over all rows)} of the miniature of 9 layers at 32,760 tokens, one H200, 29 Nov 2026, an earlier
+# rule choosing: docs/QUALITY.md. The first of 4 steps has the runs of 20 too; 8 steps are those of 20 at the same share of a run.
+MEASURED = {
+    4: [
+        [(0.874, 0.112), (0.917, 0.133), (0.95, 0.162), (0.966, 0.179), (0.973, 0.193), (0.981, 0.215), (0.993, 0.297)],
+        [(0.417, 0.057), (0.842, 0.094), (0.965, 0.193), (0.992, 0.252)],
+        [(0.4, 0.061), (0.829, 0.066), (0.857, 0.068), (0.993, 0.187)],
+        [(0.4, 0.068), (0.924, 0.09), (0.971, 0.132), (0.996, 0.136)],
+    ],
+    8: [
+        [(0.874, 0.112), (0.917, 0.133), (0.95, 0.162), (0.966, 0.179), (0.973, 0.193), (0.981, 0.215), (0.993, 0.297)],
+        [(0.696, 0.07), (0.846, 0.099), (0.926, 0.138)],
+        [(0.751, 0.073), (0.887, 0.108), (0.936, 0.146)],
+        [(0.667, 0.058), (0.886, 0.1), (0.923, 0.124)],
+        [(0.667, 0.055), (0.886, 0.095), (0.923, 0.117)],
+        [(0.889, 0.089), (0.946, 0.13), (0.971, 0.17)],
+        [(0.889, 0.081), (0.946, 0.117), (0.971, 0.152)],
+        [(0.93, 0.092), (0.958, 0.117), (0.979, 0.16)],
+    ],
+}
+
+
+def of_points(points, odds):
+    """Error between them: its logarithm goes straight over that of the odds, beyond the ends too, down to what 8 bit leaves."""
+    first = next(
+        (i for i, (sparsity, _) in enumerate(points[1:-1]) if odds < sparsity / (1 - sparsity)), len(points) - 2
+    )
+    (low, low_error), (high, high_error) = points[first : first + 2]
+    share = (math.log(odds) - log_odds(low)) / (log_odds(high) - log_odds(low))
+    return max(low_error * (high_error / low_error) ** share, 0.055)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize(("target", "least"), [(0.08, 0.9), (0.12, 0.9), (0.16, 0.9), (0.25, 0.87)])
+def test_few_steps_of_the_miniature_of_9_layers_end_under_their_target(pack_module, steps, target, least):
+    """Its first step has up to 1.5 times the level that is expected. At 0.25 the last step cannot use up what is left."""
+    chooser = pack_module("nodes.runs.error_target").ErrorTarget(target)
+    error, _, chosen = imagined(
+        chooser, steps, lambda share, odds: of_points(MEASURED[steps][round(share * steps)], odds)
+    )
+    assert least * target <= error <= target and len(chosen) == steps
+
+
+def test_the_first_of_four_steps_leaves_enough_if_its_level_is_half_as_high_again(pack_module):
+    """The later steps have at least 0.06 each, which 8 bit leaves."""
+    module = pack_module("nodes.runs.error_target")
+    for target in (0.08, 0.12, 0.16):
+        sparsity = module.ErrorTarget(target).at(1.0, [1.0, 0.75, 0.5, 0.25], None, 32760).sparsity
+        first = math.hypot(0.04, 1.5 * 0.0245 * math.sqrt(sparsity / (1 - sparsity)))
+        assert first**2 + 3 * 0.06**2 <= 4 * target**2
 
 
 @pytest.mark.parametrize("steps", [8, 20, 50])
@@ -189,8 +241,8 @@ def test_the_same_run_twice_has_the_same_bits(bench):
 def test_a_target_out_of_reach_runs_dense_and_says_so(bench):
     b = bench(grid=GRID, target_error=0.002)
     outputs, run = sample(b, 4)
-    assert run.error_target.is_out_of_reach and run.error_target.chosen == [0.4]
-    sentence = "target_error 0.002 is out of reach: skipping 40% was not exact enough, so the rest of the run is dense"
+    assert run.error_target.is_out_of_reach and run.error_target.chosen == [0.5]
+    sentence = "target_error 0.002 is out of reach: skipping 50% was not exact enough, so the rest of the run is dense"
     assert all(record.sparse == 1 and record.dense == {sentence: 3} for record in run.layers.values())
     assert sentence in run.notes
     for (layer, *call), out in outputs.items():
