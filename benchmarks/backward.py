@@ -36,16 +36,13 @@ from .rivals.packages import BASELINE, Method, add_peer_folders, sdpa
 PARTS = ("check", "time", "phases", "sweep")
 KERNELS = {
     "queries": ("_query_gradient",),
-    "keys": ("_key_gradient", "_key_gradient_in_halves"),
+    "keys": ("_key_gradient",),
     "linear": ("_linear_queries", "_linear_sums", "_linear_keys"),
 }
 # for mma.sync, all within 99 KB of shared memory; the shipped ones of RTX cards first
 MMA_TILES = {
     "queries": [TileConfig(*tile) for tile in ((128, 32, 8, 3), (128, 32, 8, 2), (32, 64, 4, 1), (64, 64, 8, 2))],
-    "keys": [
-        *(TileConfig(*tile) for tile in ((64, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))),
-        *(TileConfig(*tile, halves=True) for tile in ((16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 4, 2))),
-    ],
+    "keys": [TileConfig(*tile) for tile in ((64, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))],
     "linear": [
         LinearConfig(*tile) for tile in ((64, 64, 64, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2))
     ],
@@ -341,7 +338,7 @@ def sweep(q, k, v, args, imitation=None):
 
 
 def _times_line(times, part):
-    found = {name: times[name][0] for name in KERNELS[part] if name in times}
+    found = {name: times[name][0] for name in KERNELS[part]}
     return f"{sum(found.values()):7.3f} ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found.items())
 
 

@@ -8,13 +8,12 @@ from .configs import Launchable
 
 @dataclass(frozen=True)
 class TileConfig(Launchable):
-    """rows: query rows of a tile; keys: key rows of a tile (at most one key block). halves: channels in two halves (dK and dV)."""
+    """rows: query rows of a tile; keys: key rows of a tile (at most one key block)."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
-    halves: bool = False
 
 
 @dataclass(frozen=True)

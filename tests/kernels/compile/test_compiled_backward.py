@@ -1,14 +1,11 @@
 """The backward pass fits every card."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from ahead_of_time import HEADS, TOKENS, TRITON
 from cards import CARDS, assert_fits
 
-from sla2_kernels import K_BLOCK, Q_BLOCK, triton_backward
-from sla2_kernels.kernels.backward_configs import TileConfig
+from sla2_kernels import K_BLOCK, Q_BLOCK
 from sla2_kernels.kernels.gluon_releases import GLUON_RELEASES
 
 BACKWARD = {"_linear_queries", "_linear_sums", "_linear_keys", "_query_gradient", "_key_gradient"}
@@ -71,20 +68,6 @@ def test_tiles_with_64_query_tokens_per_selection_fit(compile_for, attend, arch)
     for kernel in recorder.kernels:
         print(kernel)
         assert_fits(kernel, card, SPILL[torch.bfloat16])
-
-
-@pytest.mark.parametrize("arch", [80, 86, 89, 120])
-def test_two_programs_of_halves_fit_a_multiprocessor(compile_for, attend, monkeypatch, arch):
-    (card,) = (card for card in CARDS if card.arch == arch)
-    recorder = compile_for(card, compiling=False, only="_key_gradient_in_halves")
-    shipped = triton_backward.backward_config
-    keys = TileConfig(16, 64, 4, 2, halves=True)
-    monkeypatch.setattr(triton_backward, "backward_config", lambda *facts: replace(shipped(*facts), keys=keys))
-    out = run(attend, torch.bfloat16, 128)
-    recorder.compiling = True
-    out.backward(torch.zeros_like(out))
-    (kernel,) = recorder.kernels
-    assert kernel.spilled == 0 and kernel.shared <= 49 * 1024
 
 
 @pytest.mark.skipif(TRITON[:2] not in GLUON_RELEASES, reason="Hopper has Triton's walks alone: compiled above")

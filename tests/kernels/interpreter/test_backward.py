@@ -1,7 +1,5 @@
 """Triton's backward pass against float64 autograd of the definition, on the selection that the forward used."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from operator_inputs import attention_inputs, embedded, normal
@@ -227,18 +225,3 @@ def test_what_waits_for_the_backward_pass(generator):
     rows = inputs.q.shape[:3].numel()
     # the poisoned memory of these tests has guards around each tensor
     assert sum(kept.values()) < 4 * inputs.q.nbytes + 4 * rows + 16 * 1024
-
-
-@pytest.mark.parametrize("case", ["ragged queries and keys", "whole blocks", "head_dim 128"])
-def test_channels_in_halves_have_the_gradients_of_whole_channels(generator, monkeypatch, case):
-    inputs = attention_inputs(generator, **CASES[case])
-    grad, shipped = normal(generator, *inputs.q.shape), triton_backward.backward_config
-
-    def halves(*facts):
-        found = shipped(*facts)
-        return replace(found, keys=replace(found.keys, rows=16, halves=True))
-
-    whole = gradients(inputs, grad)
-    monkeypatch.setattr(triton_backward, "backward_config", halves)
-    for ours, theirs in zip(gradients(inputs, grad), whole, strict=True):
-        assert theirs is ours is None or (ours - theirs).norm() < 1e-5 * theirs.norm()
