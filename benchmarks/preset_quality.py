@@ -79,7 +79,7 @@ def main(argv=None):
     have = {(row["name"], row["steps"], row["trained"]) for row in content["rows"]}
     presets = bench.miniature.module("nodes.settings.presets").PRESETS
     for trial in trials(presets, SWEPT[:1] if args.tiny else SWEPT):
-        if trial.key in have:
+        if trial.key in have or (args.tiny and trial.steps == 4):
             continue
         if args.minutes and time.monotonic() - bench.begin > 60 * args.minutes:
             print(f"{args.minutes:g} minutes are over: the same command goes on")
