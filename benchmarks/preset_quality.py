@@ -72,7 +72,7 @@ def trials(presets, swept=SWEPT):
 def main(argv=None):
     args = parse(argv)
     if args.table:
-        print(markdown(results.load(args.out)))
+        print(markdown(results.measured(args.out)))
         return
     bench = Bench(args)
     content = bench.started()
