@@ -4,8 +4,8 @@
     python -m benchmarks.preset_quality --comfyui PATH --tiny         a few tokens and steps: tries the script
     python -m benchmarks.preset_quality --table                       the table of --out, nothing is measured
 
-Every preset runs at the numbers of steps it is meant for beside a dense run of as many: 20 with guidance, 8 and 4 with the
-LoRAs that the miniature was distilled into for them, and without. Presets meant for a trained router run with the miniature's,
+Every preset runs at the numbers of steps it is meant for beside a dense run of as many: 20 with guidance, 8 and 4 with
+the LoRAs for them, without guidance. Presets meant for a trained router run with the miniature's,
 *automatic* with it and without, the others without. Beside the presets: sparsities of few-step runs without a router, the
 first step dense. Writes <out>.json after each row: share of self-attention that was skipped over the run, relative error of
 the final latents, PSNR and SSIM of the decoded videos, and whether they pass the image test (miniature/objects.py).
@@ -72,7 +72,7 @@ def trials(presets, swept=SWEPT):
 def main(argv=None):
     args = parse(argv)
     if args.table:
-        print(markdown(results.load(args.out)))
+        print(markdown(results.measured(args.out)))
         return
     bench = Bench(args)
     content = bench.started()

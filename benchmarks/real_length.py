@@ -485,7 +485,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     if args.table:
-        table = real_length_markdown(results.load(args.out))
+        table = real_length_markdown(results.measured(args.out))
         print(table)
         if args.docs:
             text = insert(args.docs.read_text(encoding="utf-8"), "real length", table)

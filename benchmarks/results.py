@@ -25,6 +25,14 @@ def load(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def measured(path):
+    """The content of a results file with rows; ends the script where there are none."""
+    content = load(path)
+    if not content["rows"]:
+        raise SystemExit(f"{path} has no rows: name a results file by --out.")
+    return content
+
+
 def save(path, content):
     """Writes the file whole or not at all."""
     path = Path(path)

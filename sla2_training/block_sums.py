@@ -223,7 +223,7 @@ def sparse_sums(q, k, v, k_mean, scale, work=None, mass=None):
 
 
 def sparse_sums_by_kernels(q, k, v, largest, scale, mass):
-    """SparseSums of 16-bit q (G, r, R, D), k and v (G, M, D), whose values are exact to 2^-17 of each weight.
+    """SparseSums of 16-bit q (G, r, R, D), k and v (G, M, D), whose values are exact to 2^-17 of each weight (key_block_sums).
 
     largest: of largest_scores(). mass: float32 (G, r, R, T_n) to write to.
     """

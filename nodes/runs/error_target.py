@@ -4,9 +4,9 @@ The error of a call is sqrt(FLOOR^2 + (level * sqrt(odds))^2), with odds = spars
 leave a floor, the rest grows with the sparsity. The level moves along a run, mostly down; a Kalman filter follows its
 logarithm and its drift. The run's error is the root mean square over its sparse calls, so that what is left to spend is
 known at every step. In a long run all steps to come get an equal part. In a short one the parts are in proportion to their
-levels, which fall fast, and the last step gets less: no later one could make up for it. Nor may a step spend so much that, should
-its level be as high as only one in ten is, too little is left to the later ones: 8 bit alone has an error of LOWEST, and below
-KEPT of the target they would have to skip far less than the others.
+levels, which fall fast, and the last step gets less: no later one could make up for it. A step leaves enough for the later ones
+even if its level is as high as only one in ten is: 8 bit alone has an error of LOWEST, and below KEPT of the target they would
+have to skip far less than the others.
 
 The constants were measured on the miniature at 32,760 tokens: benchmarks/target_error.py records, target_replay.py replays.
 """

@@ -2,8 +2,8 @@
 *automatic* does so as each run begins, see automatic.py. *constant quality* fills in target_error where the widget is 0.
 
 ``measured`` is the figure in docs/QUALITY.md, on the miniature at 32,760 tokens beside a dense run of as many steps; None if there
-is none yet. The report says which. In distilled models of 4 to 8 steps, each step is an eighth to a quarter of the run: their presets keep the first step dense (in "fast" at
-90%), by its number instead of a share of the run.
+is none yet. The report says which. In distilled models of 4 to 8 steps, each step is an eighth to a quarter of the run: their
+presets keep the first step dense (in "fast" at 90%), by its number instead of a share of the run.
 """
 
 from dataclasses import dataclass

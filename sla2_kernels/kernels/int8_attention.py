@@ -2,7 +2,8 @@
 
 RTX cards multiply INT8 at full rate, FP8 and 16 bit that are summed in float32 at half of theirs. What an INT32 sum cannot
 do is shrink by a factor when a row's maximum grows, so P is taken below a whole power of two, at or above the maximum:
-when that grows, the sums shift right, behind a vote of the warp, since in most turns no row of 16 grows. They stay where the matrix instructions put them from the first block to the last.
+when that grows, the sums shift right, behind a vote of the warp, since in most turns no row of 16 grows. They stay where the
+matrix instructions put them from the first block to the last.
 
 V is over a power of two per channel and head (channels.py), which the output gets back, and over 2^exponent per
 block, which joins the scores: p V is what must fit. A row's sum is that of P before it is rounded: blocks of small values

@@ -4,7 +4,7 @@ For a row r and a key block j, with m_r the row's largest score: mass_rj = sum o
 same sum of exp(S_rt - m_r) V_t. K is taken as it is: that every key loses the same mean changes no weight.
 
 Products of 16-bit numbers are exact in float32. P, below the block's own maximum, is the sum of two 16-bit numbers, so that
-value_rj is exact to 2^-17 of each weight.
+value_rj is exact to 2^-17 of each weight; in float16 to 2^-25 of the block's largest where that is more.
 
 _largest_scores: one program per (row tile, split of the key blocks, pair). _key_block_sums: one program per (row tile, few key
 blocks, pair); row tiles run fastest, so that K and V come from L2. Writing the values, 512 bytes a row and block, is most of it.

@@ -119,6 +119,15 @@ def test_recorded_calls_meet_both_halves_and_differ_from_caption_to_caption():
     assert real_length.kept_calls(4, 4, 2, False)[0] == [0, 1, 2, 3]
 
 
+def test_a_table_of_no_rows_leaves_the_document_alone(tmp_path):
+    document = tmp_path / "docs.md"
+    document.write_text("<!-- real length begin -->\nold\n<!-- real length end -->\n")
+    options = ["--table", "--docs", str(document), "--out", str(tmp_path / "none.json"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="none.json has no rows"):
+        real_length.main(options)
+    assert "old" in document.read_text()
+
+
 def test_the_plan_has_every_row_once_and_the_main_ones_first():
     jobs = real_length.plan([0.97, 0.99, 0.9, 0.95], 20, [4, 8], 8, 2)
     assert len({job.key for job in jobs}) == len(jobs)

@@ -95,7 +95,7 @@ def video(name, images, sound=None, fps=24):
 IN_CHINESE = (
     "开关 *SLA2 on, or dense* 在 SLA2 与稠密之间选择；种子不变，两段视频从同一份噪声开始。运行后“SLA2 应用注意力”会说明跳过了多少、误差多大，"
     f"“SLA2 报告”会说明哪些调用为何以稠密方式运行。预设 *{PRESET}* 按 token 数选择跳过的比例；"
-    "从噪声开始、步数很少时，第一步保持稠密，节点会说明所选的值。步数这么少的视频质量尚未测量，请先与稠密视频比较。"
+    "从噪声开始、步数很少时，第一步保持稠密，节点会说明所选的值。步数这么少的视频质量只在微型模型上测量过，请先与稠密视频比较。"
 )
 
 
@@ -105,7 +105,7 @@ def note(title, first, *more):
         f"# {title}, dense or with SLA2\n\n{first}\n\nThe switch *SLA2 on, or dense* chooses; the seed stays, so both videos start from "
         "the same noise. SLA2 Apply Attention says after a run how much was skipped and what it cost in accuracy; SLA2 Report says why a "
         f"call ran dense.\n\nThe preset *{PRESET}* chooses what is skipped by the number of tokens, and keeps the first of a few steps dense "
-        "where sampling starts from noise; the node says what it chose. How good videos of so few steps are has not been measured: compare "
-        "with the dense video before you rely on it."
+        "where sampling starts from noise; the node says what it chose. How good videos of so few steps are was measured on a miniature "
+        "model alone: compare with the dense video before you rely on it."
     )
     return Node("note", "MarkdownNote", "Start here", {"": "\n\n".join([text, *more, "---", IN_CHINESE])}, width=420)
