@@ -293,8 +293,10 @@ class Study:
         held, formats = self.judge(job.outliers), list(dict.fromkeys([job.trained, *self.args.evaluated]))
         for form in formats:
             if not self.has(run=FITTED, evaluated=form, **facts):
+                block = self.router_of(job.outliers)[1].q_block  # the student's: the node takes 64 on Hopper
                 with running(form):
-                    found = held.losses(held.velocity(names.fitted(job.sparsity, precision_of(form))))
+                    untrained = names.fitted(job.sparsity, precision_of(form), query_block=block)
+                    found = held.losses(held.velocity(untrained))
                 self.keep({"run": FITTED, "trained": None, "evaluated": form, "router": "heuristic", **facts, **found,
                            "dense_flow": held.dense_flow})  # fmt: skip
         with running(job.trained):

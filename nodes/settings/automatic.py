@@ -91,5 +91,5 @@ def _sentence(facts, sparsity, schedule):
     skips = "leaves the sparsity to target_error" if facts.has_target else f"chose sparsity {sparsity:g}"
     return (
         f"preset automatic {skips}, {dense}, for {facts.family}: {', '.join([*run, weights])}; "
-        "its quality was measured on the miniature alone: compare with a dense run"
+        "its quality was measured on the miniature alone, at 32,760 tokens: compare with a dense run"
     )
