@@ -85,7 +85,7 @@ def main(argv=None):
             print(f"{args.minutes:g} minutes are over: the same command goes on")
             break
         content["rows"].append(bench.measure(trial))
-        content["dense"] = {str(steps): bench.passed(steps) for steps in sorted(bench.dense)} | content["dense"]
+        content["dense"] = {str(steps): passed for steps, passed in sorted(bench.passed.items())} | content["dense"]
         results.save(args.out, content)
     print("\n" + markdown(content))
 
@@ -99,7 +99,7 @@ class Bench:
         self.start, self.vae = self.miniature.load(), load_models(device=args.device)[1]
         captions = split_captions()[1]
         self.captions = [captions[i * len(captions) // args.prompts] for i in range(args.prompts)]
-        self.dense = {}
+        self.dense, self.passed = {}, {}
 
     def started(self):
         content = results.load(self.args.out)
@@ -121,17 +121,15 @@ class Bench:
         return self.miniature.sample(patched, sigmas, sampler, caption, cfg, seed=SEED + number, latent=latent)
 
     def dense_runs(self, steps):
-        """[(latents, video)] of every caption."""
+        """[(latents, video)] of every caption; ``passed`` has how many of the videos pass the image test."""
         if steps not in self.dense:
             model, cfg, sampler = self.model(steps)
             outs = [self.sample(model, steps, cfg, sampler, number) for number in range(len(self.captions))]
-            self.dense[steps] = [(out, decoded(self.vae, out).half()) for out in outs]
+            videos = [decoded(self.vae, out).half() for out in outs]
+            pairs = zip(videos, self.captions, strict=True)
+            self.passed[steps] = sum(examine(video.float(), caption).passed for video, caption in pairs)
+            self.dense[steps] = list(zip(outs, videos, strict=True))
         return self.dense[steps]
-
-    def passed(self, steps):
-        """How many of the dense videos of so many steps pass the image test."""
-        pairs = zip(self.dense[steps], self.captions, strict=True)
-        return sum(examine(video.float(), caption).passed for (_, video), caption in pairs)
 
     def measure(self, trial):
         wanted = self.dense_runs(trial.steps)

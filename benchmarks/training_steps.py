@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from miniature.wan import dense_attention
 from tooling.comfyui import find_comfyui
 
 from . import results
@@ -223,13 +223,10 @@ def by_accelerate(name, layers, attention, args):
         trainer, tokens = wan(given, config, args.device, **sizes)
         begin_lora(p for n, p in trainer.student.named_parameters() if LORA in n)
         if attention != "SLA2":
-            trainer.student.attend = dense if attention == "dense" else lambda layer, q, k, v: Free.apply(q, k, v)
+            free = lambda layer, q, k, v: Free.apply(q, k, v)  # noqa: E731
+            trainer.student.attend = dense_attention if attention == "dense" else free
         losses, seconds = train(trainer, args.device, WARMUP)
     return list(losses.values()), seconds, tokens
-
-
-def dense(layer, q, k, v):
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def markdown(rows):
