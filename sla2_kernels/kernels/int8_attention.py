@@ -35,6 +35,8 @@ MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
 MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
+LOADED = 32  # registers per thread, of LINEAR_ROWS rows of 128 channels in 16 bit
+LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
 NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
 
 
@@ -64,6 +66,16 @@ def _mask(values):
     )
 
 
+def _together(values):
+    """PTX that changes none of ``values`` registers, and cannot run before all of them have come: all are zero, or kept."""
+    ors = [f"or.b32 any, any, ${values + i};" for i in range(values)]
+    return "\n".join(
+        ["{", ".reg .pred some;", ".reg .b32 any;", "mov.b32 any, 0;", *ors, "setp.ne.s32 some, any, 0;"]
+        + [f"selp.b32 ${i}, ${values + i}, 0, some;" for i in range(values)]
+        + ["}"]
+    )
+
+
 def _changed(values, others):
     """Constraints of inline assembly that changes ``values`` registers and reads ``others`` more."""
     return ",".join(["=r"] * values + list(map(str, range(values))) + ["r"] * others)
@@ -75,6 +87,9 @@ SHIFT_PACK = tl.constexpr(SHIFTED)
 MASK = tl.constexpr(_mask(MASKED))
 MASK_REGISTERS = tl.constexpr(_changed(MASKED, 2 * MASKED))
 MASK_PACK = tl.constexpr(MASKED)
+TOGETHER = tl.constexpr(_together(LOADED))
+TOGETHER_REGISTERS = tl.constexpr(_changed(LOADED, 0))
+TOGETHER_PACK = tl.constexpr(2 * LOADED)
 
 
 @triton.jit
@@ -86,6 +101,28 @@ def _quantize_queries(q, balance):
     largest = tl.maximum(tl.max(of_channels * balance[None, :]), MIN_MAGNITUDE)
     biased = wide * (balance * (INT8_MAX / largest))[None, :] + INT8_BIAS
     return biased.to(tl.int32, bitcast=True).to(tl.int8), largest / INT8_MAX
+
+
+@triton.jit
+def _ask_for(at):
+    """Has L2 fetch the lines of these addresses, without waiting."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _loaded_together(at):
+    """What is loaded from these addresses [LINEAR_ROWS, D]. ptxas would load, wait for and convert 16 bytes at a time."""
+    loaded = tl.load(at)
+    if INTERPRETED or loaded.shape[1] != 128:
+        found = loaded
+    else:
+        found = tl.inline_asm_elementwise(
+            TOGETHER, TOGETHER_REGISTERS, [loaded], dtype=loaded.dtype, is_pure=True, pack=TOGETHER_PACK
+        )
+    return found
 
 
 @triton.jit
@@ -195,20 +232,24 @@ def _int8_sparse_attention(
     out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h) + start * out_stride_n
     ratio += bh * q_tokens + start
     q_tokens -= tile * TILE
+    # where the tile is ragged its last row stands in for those past the end, without masks; columns before rows saves additions
+    q_rows = tl.minimum(row, q_tokens - 1).to(tl.int64)
+    q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
+        _ask_for(tile_at(q_plane, q_rows, LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :], q_stride_n, q_stride_d))
         h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
+            some = tile_rows(part, LINEAR_ROWS)
+            some_at = tile_at(q_columns, tl.minimum(some, q_tokens - 1), 0, q_stride_n, q_stride_d)
             linear_rows(
-                q_plane, out_plane, ratio, h, z, of_block, tile_rows(part, LINEAR_ROWS),
-                q_stride_n, q_stride_d, out_stride_n, out_stride_d, q_tokens, D, block_ratio is None,
+                _loaded_together(some_at), out_plane, ratio, h, z, of_block, some, out_stride_n, out_stride_d, q_tokens,
+                D, block_ratio is None,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
-    # where the tile is ragged its last row stands in for those past the end, without masks; columns before rows saves additions
-    q_rows = tl.minimum(row, q_tokens - 1).to(tl.int64)
-    q_at = tile_at((q_plane + d * q_stride_d)[None, :], q_rows, 0, q_stride_n, q_stride_d)
+    q_at = tile_at(q_columns, q_rows, 0, q_stride_n, q_stride_d)
     q_tile, q_scale = _quantize_queries(tl.load(q_at), tl.load(balance + bh * (2 * D) + D + d))  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)

@@ -16,12 +16,12 @@ from .tiles import load_tile, plane_of, store_tile, tile_rows
 
 @triton.jit
 def linear_rows(
-    q_plane, out_plane, ratio, h, z, of_block, rows, q_stride_n, q_stride_d, out_stride_n, out_stride_d, tokens,
+    queries, out_plane, ratio, h, z, of_block, rows, out_stride_n, out_stride_d, tokens,
     D: tl.constexpr, ESTIMATED: tl.constexpr,
 ):  # fmt: skip
     """O_l of some rows of one query block into out_plane, and what decides their ratio into ``ratio``, that of the plane's
-    first row. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is ESTIMATED."""
-    queries = load_tile(q_plane, rows, tl.arange(0, D), q_stride_n, q_stride_d, tokens)  # [TILE, D]
+    first row. queries [TILE, D]: Q of these rows. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
+    ESTIMATED."""
     wide = queries.to(tl.float32)
     # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
     phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
@@ -55,10 +55,13 @@ def _linear_attention(
     bh = first_head + slot
     q_blocks, q_block = tl.cdiv(tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
     h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
+    rows = tile_rows(tile, TILE)
+    q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
     linear_rows(
-        plane_of(q, bh, heads, q_stride_b, q_stride_h), plane_of(out, bh, heads, out_stride_b, out_stride_h),
-        ratio + bh * tokens, h, z, 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
-        tile_rows(tile, TILE), q_stride_n, q_stride_d, out_stride_n, out_stride_d, tokens, D, block_ratio is None,
+        load_tile(q_plane, rows, tl.arange(0, D), q_stride_n, q_stride_d, tokens),
+        plane_of(out, bh, heads, out_stride_b, out_stride_h), ratio + bh * tokens, h, z,
+        1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
+        rows, out_stride_n, out_stride_d, tokens, D, block_ratio is None,
     )  # fmt: skip
 
 
