@@ -5,7 +5,8 @@
     python -m benchmarks.several_gpus --processes 1 --parts messages     what one GPU can measure
     python -m benchmarks.several_gpus --device cpu --tiny --processes 2  two processes on a CPU: a test of the script
 
-attention: SLA2 of one sequence whose tokens the GPUs share, by sequence_parallel_attention; time includes the exchanges.
+attention: SLA2 of one sequence whose tokens the GPUs share, by sequence_parallel_attention; time includes the exchanges,
+    by NCCL and by copies.
 step: one call of diffusers' Wan transformer at 14B-720p, random weights, dense and with SLA2 (several_gpus_step.py).
 stage2: LoRA training with weights split over the GPUs (FSDP2), at equal batch: losses and tokens per second.
 messages: packing and opening what 2 and 4 GPUs would exchange, on one GPU and without sending it.
@@ -65,6 +66,9 @@ def parse(argv=None):
         "--layers", type=int, default=40, help="of the 14B model; of a step's fewer where they do not fit"
     )
     parser.add_argument("--calls", type=int, default=3, help="timed calls of the model")
+    parser.add_argument(
+        "--transfer", choices=("nccl", "copies"), help="that a step's exchanges use; else what ships does"
+    )
     parser.add_argument("--model", choices=("miniature", "14B"), default="miniature", help="that is trained")
     parser.add_argument("--steps", type=int, default=30, help="of training")
     parser.add_argument("--batch", type=int, default=16, help="videos per step, over all GPUs")
@@ -101,6 +105,7 @@ def launch(args, part, processes):
     options = ["--device", args.device, "--shape", args.shape, "--processes", str(args.processes)]
     options += ["--layers", str(args.layers), "--calls", str(args.calls), "--model", args.model]
     options += ["--steps", str(args.steps), "--batch", str(args.batch)]
+    options += ["--transfer", args.transfer] if args.transfer else []
     options += ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
     options += ["--parts", part, "--work", part, "--folder", str(args.folder), *(["--tiny"] if args.tiny else [])]
     variables = {**os.environ, "ACCELERATE_USE_CPU": str(not is_gpu(args.device)).lower()}

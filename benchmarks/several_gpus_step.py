@@ -5,6 +5,7 @@ is what diffusers does by itself, torch's attention. A part of a step is what it
 operator alone, "exchange" in the rest of a shared attention call, which is what the overlap did not hide.
 """
 
+import functools
 import json
 import time
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from sla2_kernels import RouterLayer, RouterWeights
 
 from .measure import is_gpu
 from .ours import weights_for
+from .several_gpus_operator import TRANSFERS
 from .together import SPARSITY, largest, slowest_ms
 
 SIZES = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "text_dim": 4096, "freq_dim": 256}
@@ -26,7 +28,13 @@ TINY_LATENTS = (1, 16, 3, 24, 20)  # 360 tokens
 TEXT_TOKENS = 512
 RESERVED = 24e9  # bytes for what a step computes
 # name -> (exchange, groups of heads), None is dense; one GPU exchanges nothing
-WAYS = {"SLA2": ("16bit", 1), "dense": None, "SLA2, two groups": ("16bit", 2), "SLA2, 8-bit exchange": ("8bit", 2)}
+WAYS = {
+    "SLA2": ("16bit", 1),
+    "SLA2, two groups": ("16bit", 2),
+    "SLA2, four groups": ("16bit", 4),
+    "dense": None,
+    "SLA2, 8-bit exchange": ("8bit", 2),
+}
 ALONE = ("SLA2", "dense")
 
 
@@ -115,7 +123,7 @@ def measure_way(args, model, inputs, name, device, alone=False):
     def call():
         return model(**inputs, return_dict=False)[0]
 
-    with head_groups(way[1] if way else 1), timed_parts(spans):
+    with exchanging(way or ("16bit", 1), args.transfer), timed_parts(spans):
         out = call()  # compiles
         spans.clear()
         counted = (handle.sparse_calls, handle.dense_calls) if handle else (0, len(model.blocks))
@@ -134,7 +142,8 @@ def measure_way(args, model, inputs, name, device, alone=False):
     }
     if dist.get_rank() == 0:
         # a run may be cut
-        print(json.dumps({"GPUs": 1 if alone else dist.get_world_size(), "way": name, **found}), flush=True)
+        facts = {"GPUs": 1 if alone else dist.get_world_size(), "way": name, "transfer": args.transfer or "auto"}
+        print(json.dumps({**facts, **found}), flush=True)
     return found
 
 
@@ -158,14 +167,20 @@ def error_against_one(args, name, out, alone):
 
 
 @contextmanager
-def head_groups(count):
+def exchanging(way, transfer):
+    """Shared calls exchange in the groups of one of WAYS; what is 16 bit by ``transfer``, or as it ships if that is None."""
     import sla2_diffusers
+    from sla2_kernels import sequence_parallel
 
-    before, sla2_diffusers.HEAD_GROUPS = sla2_diffusers.HEAD_GROUPS, count
+    before = sla2_diffusers.HEAD_GROUPS, sequence_parallel.sequence_parallel_attention
+    sla2_diffusers.HEAD_GROUPS = way[1]
+    if transfer and way[0] == "16bit":
+        together = functools.partial(before[1], transfer=TRANSFERS[transfer])
+        sequence_parallel.sequence_parallel_attention = together
     try:
         yield
     finally:
-        sla2_diffusers.HEAD_GROUPS = before
+        sla2_diffusers.HEAD_GROUPS, sequence_parallel.sequence_parallel_attention = before
 
 
 class Spans:

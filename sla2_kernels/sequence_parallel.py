@@ -4,7 +4,8 @@ Heads are independent, so two all-to-all exchanges are enough, and the result is
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 
 The heads of a process can be exchanged and computed in groups: while one group is computed, the next ones arrive and the
-output of those before it leaves.
+output of those before it leaves. Where the processes' GPUs can read each other's memory, copies take the place of the
+collectives (peer_copies.py).
 """
 
 import torch
@@ -12,9 +13,12 @@ import torch.distributed as dist
 
 from .arguments import check_inputs, checked_count
 from .eight_bit_exchange import EightBitExchange
+from .peer_copies import attention_by_copies, peers_for
+
+TRANSFERS = ("auto", "collective", "copies")
 
 
-def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, routing=None):
+def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, routing=None, transfer="auto"):
     """Self-attention of tokens that P processes hold in equal parts, in the order of their ranks; differentiable.
 
     Args:
@@ -27,13 +31,17 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
             (eight_bit_exchange.py), half the bytes of 16 bit, and block means in float32; attend is then called as
             attend(q, k, v, heads, key_blocks) with the RoutedBlocks that these means select, which are those of the
             tensors before the exchange. The output always returns in q's dtype.
+        transfer: "collective" is torch's all_to_all_single. "copies" are made by the copy engines of GPUs of one host that can
+            read each other's memory, without gradients or a routing; each GPU keeps a buffer for them, (P - 1) / P of the
+            bytes of q, k, v and the output. "auto" copies where that is possible, and logs once where the GPUs cannot.
 
     Returns:
         (B, N / P, H, D): the output of this process's tokens.
 
     Raises:
-        ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, or gradients
-            are asked for with a routing: an 8-bit exchange has none.
+        ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, transfer is
+            unknown, or gradients are asked for with a routing or, by grad mode being on, with copies: these have none.
+        RuntimeError: transfer is "copies", and the processes cannot.
     """
     check_inputs("BNHD", q=q, k=k, v=v)
     if q.shape != k.shape:
@@ -42,17 +50,28 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
         raise ValueError(f"head_groups must be at least 1, got {head_groups}.")
     if routing is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("an exchange in 8 bit has no gradients: leave routing out, or run under torch.no_grad().")
+    if transfer not in TRANSFERS:
+        raise ValueError(f'transfer must be "auto", "collective" or "copies", got {transfer!r}.')
+    if transfer == "copies" and (routing is not None or torch.is_grad_enabled()):
+        raise ValueError('transfer "copies" has neither a routing nor gradients: run under torch.no_grad().')
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
     if q.shape[2] % processes:
         raise ValueError(
             f"{processes} processes cannot share {q.shape[2]} heads equally: use a number that divides {q.shape[2]}."
         )
     share = q.shape[2] // processes
+    parts = _equal_parts(share, head_groups)
+    # attend() may have weights with gradients
+    if transfer != "collective" and routing is None and not torch.is_grad_enabled():
+        peers, reason = peers_for(q, group, parts)
+        if peers is not None:
+            return attention_by_copies(q, k, v, attend, parts, peers)
+        if transfer == "copies":
+            raise RuntimeError(f"the processes cannot exchange by copies: {reason}.")
     if routing is None:
         exchange = WholeExchange(q, k, v, processes)
     else:
         exchange = EightBitExchange(q, k, v, processes, rank, routing)
-    parts = _equal_parts(share, head_groups)
     overlaps = len(parts) > 1
     # all of them are under way before the first is waited for
     arriving = [_Transfer(exchange.message(part), group, overlaps) for part in parts]

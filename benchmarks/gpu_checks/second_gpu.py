@@ -42,6 +42,7 @@ def checks(comfyui):
         a_thread_for_each_device,
         router_training,
         a_gpu_changed_between_runs,
+        heads_copied_between_gpus,
     ]
     if comfyui is None:
         return found
@@ -215,6 +216,15 @@ def a_gpu_changed_between_runs():
             checksums.append(done.stdout.strip())
     require(len(set(checksums)) == 1, f"the processes got other bits: {[checksum[:8] for checksum in checksums]}")
     return f"3 processes on GPUs {visible[0]}, {visible[1]}, {visible[0]}: all bits equal"
+
+
+def heads_copied_between_gpus():
+    """Two processes that share sequences, a GPU each: see shared_sequence.py."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "benchmarks.gpu_checks.shared_sequence"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)  # noqa: S603  itself
+    require(done.returncode == 0, f"a process failed: {done.stderr[-3000:]}")
+    return done.stdout.strip().splitlines()[-1]
 
 
 def in_comfyui_on_both(miniature):

@@ -1,0 +1,197 @@
+"""Copies between processes that read each other's memory give what one process does, in any order that may happen."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import peer_processes as case
+import pytest
+import torch
+
+from sla2_kernels import peer_copies
+from sla2_kernels.peer_copies import Peers
+from sla2_kernels.sequence_parallel import sequence_parallel_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peers")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, case.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(params=[(2, "all"), (4, "all"), (4, "half")], ids=["2 processes", "4 processes", "2 of 4"])
+def found(request, folder):
+    """(processes of the group, what they found)."""
+    processes, group = request.param
+    found = torch.load(folder / f"{processes}.pt")
+    return 2 if group == "half" else processes, {
+        name[0] if len(name) == 1 else tuple(name): value for (of, *name), value in found.items() if of == group
+    }
+
+
+def of_one(call, processes, seed, attend=case.attend):
+    return attend(*case.qkv(call, processes, seed), slice(0, call[2]))
+
+
+def test_copies_change_no_bit(found):
+    """Calls of many shapes in a row, whose buffers grow, shrink and are divided otherwise, while pulls take their time."""
+    processes, outputs = found
+    for seed, call in enumerate(case.CALLS):
+        assert torch.equal(outputs[seed], of_one(call, processes, seed)), call
+    assert torch.equal(outputs["sparse"], of_one(case.CALLS[6], processes, 1, case.attend_sparsely))
+
+
+def test_calls_beside_and_after_one_that_failed(found):
+    """Process 1 fails with its second group of heads; 0 and 1 with their first; 0 with the first and 1 with the second."""
+    processes, outputs = found
+    tokens, share = case.CALLS[0][1], 8 // processes
+    for at in (None, 0, 1):
+        assert torch.equal(outputs["after a failed one", at], of_one(case.CALLS[0], processes, 4))
+    right = of_one(case.CALLS[0], processes, 2)
+    right[:, :, share + share // 2 : 2 * share] = torch.nan
+    right[:, tokens : 2 * tokens] = 0
+    torch.testing.assert_close(outputs["beside a failed one", None], right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_where_one_process_lacks_the_memory_all_exchange_by_collectives(found):
+    processes, outputs = found
+    assert "cannot exchange by copies:" in outputs["refused"] and "bytes are too many" in outputs["refused"]
+    assert torch.equal(outputs["collective"], of_one(case.REFUSED, processes, 1))
+    assert torch.equal(outputs["again"], of_one(case.CALLS[-1], processes, 5))
+
+
+def test_a_process_keeps_memory_for_what_the_others_need(found):
+    processes, outputs = found
+    needed = 4 * case.bytes_of(case.CALLS[-1]) * (processes - 1) // processes
+    capacity = outputs["capacity"].unique().item()
+    assert needed <= capacity < 1.01 * needed
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A list of what is done to CUDA's streams and by whom, and the Peers of process 1 of 3 that do it."""
+    done = []
+    running = ["current"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            done.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event):
+            done.append((self.name, "waits for", event))
+
+        def record_event(self):
+            done.append((self.name, "records"))
+            return f"event {len(done)}"
+
+    @contextmanager
+    def on(stream):
+        running.append(stream.name)
+        yield
+        running.pop()
+
+    def barrier(channel, timeout_ms):
+        done.append((running[-1], "barrier", channel))
+
+    class Watched(torch.Tensor):
+        def copy_(self, source):
+            done.append((running[-1], "copies", source.tolist()))
+            return torch.Tensor.copy_(self, source)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    peers = object.__new__(Peers)
+    peers.memory = [torch.arange(8, dtype=torch.uint8) + 10 * process for process in range(3)]
+    peers.device, peers._side, peers._handle = None, Stream("side"), SimpleNamespace(barrier=barrier)
+    return done, peers, lambda: torch.zeros(2, 1, dtype=torch.int16).as_subclass(Watched)
+
+
+def test_pulls_run_on_the_side_stream_between_a_barrier_and_the_event(streams):
+    done, peers, zeros = streams
+    into = zeros(), zeros()
+    fetched = peers.fetch([(into[0], 2, 4), (into[1], 0, 0)])
+    peers.wait(fetched)
+    assert done == [
+        ("side", "waits for", "current"),
+        ("side", "barrier", 0),
+        ("side", "copies", [24, 25, 26, 27]),
+        ("side", "copies", [0, 1, 2, 3]),
+        ("side", "records"),
+        ("current", "waits for", fetched),
+    ]
+    assert into[0].flatten().view(torch.uint8).tolist() == [24, 25, 26, 27]
+
+
+def test_packing_waits_for_the_side_stream(streams):
+    done, peers, _ = streams
+    peers.capacity, peers._refused = 8, None
+    assert peers.reserve(8) is None
+    assert done == [("current", "waits for", "side")]
+
+
+def test_a_group_that_is_gone_takes_its_memory_along(monkeypatch):
+    class Group:
+        group_name = "0"
+
+    monkeypatch.setattr(peer_copies.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peer_copies.dist, "get_rank", lambda group: 0)
+    group = Group()
+    peer_copies._known[group] = Peers(group, torch.device("cuda", 0)), None
+    assert len(peer_copies._known) == 1
+    del group
+    assert len(peer_copies._known) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({2: ("host", "c", False)}, "this torch has no symmetric memory"),
+        ({2: ("other host", "c", True)}, "the processes are on several hosts"),
+        ({2: ("host", "b", True)}, "processes share a GPU"),
+        ({2: ("host", "e", True)}, "not every process sees the GPUs of the others (CUDA_VISIBLE_DEVICES)"),
+        ({2: ("host", "d", True)}, "GPU 0 cannot read the memory of GPU 3"),
+    ],
+    ids=["none", "old torch", "hosts", "one GPU", "hidden", "no access"],
+)
+def test_why_gpus_cannot_copy(monkeypatch, changes, reason):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="abcd"[index]))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other != 3 and own != other)
+    processes = {p: ("host", "abc"[p], True) for p in range(3)} | changes
+    assert peer_copies._why_unreachable(torch.device("cuda", 0), processes.values()) == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"transfer": "nccl"}, 'transfer must be "auto", "collective" or "copies", got \'nccl\'.'),
+        ({"transfer": "copies"}, 'transfer "copies" has neither a routing nor gradients'),
+        ({"transfer": "copies", "routing": object()}, 'transfer "copies" has neither a routing nor gradients'),
+    ],
+)
+def test_what_cannot_be_copied_is_told_before_anything_is(options, told):
+    q = torch.ones(1, 4, 2, 16)
+    with pytest.raises(ValueError, match=told), torch.set_grad_enabled("routing" not in options):
+        sequence_parallel_attention(q, q, q, case.attend, **options)
+
+
+def test_multicast_is_off_while_memory_is_mapped(monkeypatch):
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv(peer_copies.WITHOUT_MULTICAST, before)
+        with peer_copies._without_multicast():
+            assert os.environ[peer_copies.WITHOUT_MULTICAST] == "1"
+        assert os.environ.get(peer_copies.WITHOUT_MULTICAST) == before
