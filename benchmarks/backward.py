@@ -42,9 +42,9 @@ KERNELS = {
 # for mma.sync, all within 99 KB of shared memory; the shipped ones of RTX cards first
 MMA_TILES = {
     "queries": [TileConfig(*tile) for tile in ((128, 32, 8, 3), (128, 32, 8, 2), (32, 64, 4, 1), (64, 64, 8, 2))],
-    "keys": [TileConfig(*tile) for tile in ((64, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))],
+    "keys": [TileConfig(*tile) for tile in ((32, 64, 4, 2), (16, 64, 4, 2), (32, 64, 4, 3))],
     "linear": [
-        LinearConfig(*tile) for tile in ((64, 64, 64, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2))
+        LinearConfig(*tile) for tile in ((64, 64, 64, 4, 2), (32, 32, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 8, 2))
     ],
 }
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}

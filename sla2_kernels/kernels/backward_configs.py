@@ -52,8 +52,10 @@ def backward_config(capability, element_size, workspace_size, query_block=Q_BLOC
         walks = TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2)
     elif query_block == Q_BLOCK:
         # with no fewer rows than channels Triton gives every warp whole rows, so that row sums and P stay within a warp
-        walks = TileConfig(128, 32, 8, 3), TileConfig(64, 64, 8, 2)
+        walks = TileConfig(128, 32, 8, 3), TileConfig(32, 64, 4, 2)
     else:
-        walks = TileConfig(64, 64, 8, 2), TileConfig(64, 64, 8, 2)
-    linear = LinearConfig(64, 64, 64, 8, 2) if workspace_size == 2 else LinearConfig(32, 32, 32, 4, 1)
+        walks = TileConfig(64, 64, 8, 2), TileConfig(32, 64, 4, 2)
+    linear = LinearConfig(32, 32, 32, 4, 1)
+    if workspace_size == 2:
+        linear = LinearConfig(64, 64, 64, 8 if capability[0] in (9, 10) else 4, 2)
     return BackwardConfig(*walks, linear)

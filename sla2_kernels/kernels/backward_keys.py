@@ -2,6 +2,8 @@
 
 One program per (key tile, head) walks the query blocks that selected its key block, in ascending order, from a list:
 no atomics, so repeats are bitwise equal. Softmax does not see K's mean, so only the linear branch's dK loses its own mean.
+The channels are taken in two halves: with no more channels than keys Triton gives every warp whole rows, so that P stays in
+registers, and two programs fit 100 KB of shared memory.
 """
 
 import torch
@@ -34,6 +36,18 @@ def selecting_blocks(selected, key_blocks):
     return (pairs % rows).to(torch.int32), starts.to(torch.int32)
 
 
+@triton.jit
+def _finish(gk_plane, gv_plane, dk, dv, k_correction, bh, keys, d, grad_stride_n, k_tokens, scale, D: tl.constexpr):
+    """Writes dk and dv, of channels d, with the linear branch's share added."""
+    dk *= scale
+    if k_correction is not None:
+        of_linear = load_tile(gk_plane, keys, d, grad_stride_n, 1, k_tokens).to(tl.float32)
+        dk += of_linear - tl.load(k_correction + bh * D + d)[None, :]
+        dv += load_tile(gv_plane, keys, d, grad_stride_n, 1, k_tokens).to(tl.float32)
+    store_tile(gk_plane, keys, d, grad_stride_n, 1, k_tokens, dk)
+    store_tile(gv_plane, keys, d, grad_stride_n, 1, k_tokens, dv)
+
+
 @triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "pairs"])
 def _key_gradient(
     q, k, v, grad_out, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
@@ -43,9 +57,15 @@ def _key_gradient(
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    keys, d = tile_rows(tile, KEYS), tl.arange(0, D)
-    k_tile = load_tile(plane_of(k, bh, heads, k_stride_b, k_stride_h), keys, d, k_stride_n, k_stride_d, k_tokens)
-    v_tile = load_tile(plane_of(v, bh, heads, v_stride_b, v_stride_h), keys, d, v_stride_n, v_stride_d, k_tokens)
+    HALF: tl.constexpr = D // 2
+    keys, low = tile_rows(tile, KEYS), tl.arange(0, HALF)
+    high = HALF + low
+    k_plane = plane_of(k, bh, heads, k_stride_b, k_stride_h)
+    k_low = load_tile(k_plane, keys, low, k_stride_n, k_stride_d, k_tokens)
+    k_high = load_tile(k_plane, keys, high, k_stride_n, k_stride_d, k_tokens)
+    v_plane = plane_of(v, bh, heads, v_stride_b, v_stride_h)
+    v_low = load_tile(v_plane, keys, low, v_stride_n, v_stride_d, k_tokens)
+    v_high = load_tile(v_plane, keys, high, v_stride_n, v_stride_d, k_tokens)
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
     g_plane = plane_of(grad_out, bh, heads, g_stride_b, g_stride_h)
     row_shift += bh * q_tokens
@@ -54,32 +74,34 @@ def _key_gradient(
     starts += bh * (tl.cdiv(k_tokens, KEY_BLOCK) + 1) + tile * KEYS // KEY_BLOCK
     first, end = tl.load(starts), tl.load(starts + 1)
 
-    dk = tl.zeros([KEYS, D], dtype=tl.float32)
-    dv = tl.zeros([KEYS, D], dtype=tl.float32)
+    dk_low, dk_high = tl.zeros([KEYS, HALF], dtype=tl.float32), tl.zeros([KEYS, HALF], dtype=tl.float32)
+    dv_low, dv_high = tl.zeros([KEYS, HALF], dtype=tl.float32), tl.zeros([KEYS, HALF], dtype=tl.float32)
     for step in range(first * (QUERY_BLOCK // ROWS), end * (QUERY_BLOCK // ROWS)):
         i = tl.load(query_blocks + step // (QUERY_BLOCK // ROWS)).to(tl.int64)
         rows = i * QUERY_BLOCK + step % (QUERY_BLOCK // ROWS) * ROWS + tl.arange(0, ROWS)
-        q_tile = load_tile(q_plane, rows, d, q_stride_n, q_stride_d, q_tokens)  # [ROWS, D]
-        g_tile = load_tile(g_plane, rows, d, g_stride_n, g_stride_d, q_tokens)  # [ROWS, D]
+        q_low = load_tile(q_plane, rows, low, q_stride_n, q_stride_d, q_tokens)  # [ROWS, HALF]
+        q_high = load_tile(q_plane, rows, high, q_stride_n, q_stride_d, q_tokens)  # [ROWS, HALF]
+        g_low = load_tile(g_plane, rows, low, g_stride_n, g_stride_d, q_tokens)  # [ROWS, HALF]
+        g_high = load_tile(g_plane, rows, high, g_stride_n, g_stride_d, q_tokens)  # [ROWS, HALF]
         shift = tl.load(row_shift + rows, mask=rows < q_tokens, other=NO_ROW)  # [ROWS]
         delta = tl.load(row_delta + rows, mask=rows < q_tokens, other=0.0)  # [ROWS]
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3")  # [KEYS, ROWS]
+        scores = tl.dot(k_low, tl.trans(q_low), input_precision="tf32x3")
+        scores = tl.dot(k_high, tl.trans(q_high), scores, input_precision="tf32x3")  # [KEYS, ROWS]
         p = tl.exp2(scores * scale_log2 - shift[None, :])
-        dv = tl.dot(p.to(g_tile.dtype), g_tile, dv, input_precision="tf32x3")  # [KEYS, D]
-        dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="tf32x3")  # [KEYS, ROWS]
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="tf32x3")  # [KEYS, D]
+        p_rounded = p.to(g_low.dtype)
+        dv_low = tl.dot(p_rounded, g_low, dv_low, input_precision="tf32x3")  # [KEYS, HALF]
+        dv_high = tl.dot(p_rounded, g_high, dv_high, input_precision="tf32x3")
+        dp = tl.dot(v_low, tl.trans(g_low), input_precision="tf32x3")
+        dp = tl.dot(v_high, tl.trans(g_high), dp, input_precision="tf32x3")  # [KEYS, ROWS]
+        ds = (p * (dp - delta[None, :])).to(q_low.dtype)
+        dk_low = tl.dot(ds, q_low, dk_low, input_precision="tf32x3")  # [KEYS, HALF]
+        dk_high = tl.dot(ds, q_high, dk_high, input_precision="tf32x3")
 
-    dk *= scale
     grad_stride_b = heads.to(tl.int64) * k_tokens * D
     gk_plane = plane_of(grad_k, bh, heads, grad_stride_b, grad_stride_h)
     gv_plane = plane_of(grad_v, bh, heads, grad_stride_b, grad_stride_h)
-    if k_correction is not None:
-        of_linear = load_tile(gk_plane, keys, d, grad_stride_n, 1, k_tokens).to(tl.float32)
-        dk += of_linear - tl.load(k_correction + bh * D + d)[None, :]
-        dv += load_tile(gv_plane, keys, d, grad_stride_n, 1, k_tokens).to(tl.float32)
-    store_tile(gk_plane, keys, d, grad_stride_n, 1, k_tokens, dk)
-    store_tile(gv_plane, keys, d, grad_stride_n, 1, k_tokens, dv)
+    _finish(gk_plane, gv_plane, dk_low, dv_low, k_correction, bh, keys, low, grad_stride_n, k_tokens, scale, D)
+    _finish(gk_plane, gv_plane, dk_high, dv_high, k_correction, bh, keys, high, grad_stride_n, k_tokens, scale, D)
 
 
 def key_gradients(
