@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from .schedule import Rule
 
-# (tokens, highest sparsity) without a trained ratio. At 32,760 tokens 0.90 with the first step dense keeps 11 of 12 videos of few
-# steps right, 0.97 four; at the other lengths the error is no larger (docs/QUALITY.md, "Presets" and "by length")
+# (tokens, highest sparsity) without a trained ratio. At 32,760 tokens 0.90 with a dense start keeps 16 of 18 videos right, 0.95 and
+# 0.97 keep 8 and 4 of 12 of few steps; at the other lengths the error is no larger (docs/QUALITY.md, "Presets" and "by length")
 UNTRAINED_LIMITS = ((32_000, 0.9), (14_000, 0.8), (0, 0.7))
-# with one: 0.97 keeps all twelve right at 32,760 tokens; the other lengths by the untrained errors, as they compare with that
-TRAINED_LIMITS = ((75_000, 0.98), (32_000, 0.97), (14_000, 0.93), (0, 0.9))
+# with one, 0.97 keeps 13 of 18 right at 32,760 tokens; the other lengths by the untrained errors, as they compare with that
+TRAINED_LIMITS = ((75_000, 0.97), (32_000, 0.95), (14_000, 0.9), (0, 0.85))
 IMAGE_FAMILIES = ("flux", "qwen-image")  # the lengths were measured on video
 SLA_SPARSITY = 0.9  # the released SLA weights were trained with it, in every step (docs/FAMILIES.md)
 FEW_STEPS = 8
