@@ -140,7 +140,8 @@ def measure(part, weights, args, about, path):
             row |= {"seconds_per_step": None, "failed": in_a_line(error)}
         else:
             bound = row["seconds_per_step"] if variant == BOUND else bound
-            row["attention_seconds"] = row["seconds_per_step"] - bound if "compiled" not in variant else None
+            comparable = bound is not None and "compiled" not in variant
+            row["attention_seconds"] = row["seconds_per_step"] - bound if comparable else None
         rows.append(row)
         print({key: value for key, value in row.items() if key not in ("seconds", "kernels")}, flush=True)
         results.save(path, results.replace_part(results.load(path), shown, rows, about))
