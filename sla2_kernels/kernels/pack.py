@@ -110,22 +110,8 @@ def _pack(
     v_last = v_first
     if PARTS == 2:
         v_last = tl.load(v_at + PART * v_stride_d, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
-    k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
 
-    if QK == "int8":
-        factor = tl.load(balance + bh * (2 * D) + d)
-        largest = tl.maximum(tl.max(tl.abs(k_smooth * factor)), MIN_MAGNITUDE)
-        # the bias rounds, and the last byte of the sum is the INT8
-        biased = k_smooth * (factor * (INT8_MAX / largest)) + INT8_BIAS
-        tl.store(
-            packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, biased.to(tl.int32, bitcast=True).to(tl.int8)
-        )
-        tl.store(k_scale + tile, largest / INT8_MAX)
-    elif QK == "fp8":
-        largest = tl.maximum(tl.max(tl.abs(k_smooth)), MIN_MAGNITUDE)
-        tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, to_fp8(k_smooth * (FP8_MAX / largest)))
-        tl.store(k_scale + tile, largest / FP8_MAX)
-
+    # V first, while K takes half the registers
     even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
     if PV == "int8":
         even_first *= _over_power(tl.load(v_channel + bh * D + part))[None, :]
@@ -147,6 +133,21 @@ def _pack(
             biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
             v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + part)[:, None] * KEY_BLOCK + place
             tl.store(v_out, tl.trans(biased.to(tl.int32, bitcast=True).to(tl.int8)))  # [PART, KEY_BLOCK]
+
+    k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
+    if QK == "int8":
+        factor = tl.load(balance + bh * (2 * D) + d)
+        largest = tl.maximum(tl.max(tl.abs(k_smooth * factor)), MIN_MAGNITUDE)
+        # the bias rounds, and the last byte of the sum is the INT8
+        biased = k_smooth * (factor * (INT8_MAX / largest)) + INT8_BIAS
+        tl.store(
+            packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, biased.to(tl.int32, bitcast=True).to(tl.int8)
+        )
+        tl.store(k_scale + tile, largest / INT8_MAX)
+    elif QK == "fp8":
+        largest = tl.maximum(tl.max(tl.abs(k_smooth)), MIN_MAGNITUDE)
+        tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, to_fp8(k_smooth * (FP8_MAX / largest)))
+        tl.store(k_scale + tile, largest / FP8_MAX)
 
     if LINEAR:
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
