@@ -136,7 +136,7 @@ def _pack(
 
     k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
     if QK == "int8":
-        factor = tl.load(balance + bh * (2 * D) + d)
+        factor = tl.load(balance + bh * (2 * D) + d)[None, :]
         largest = tl.maximum(tl.max(tl.abs(k_smooth * factor)), MIN_MAGNITUDE)
         # the bias rounds, and the last byte of the sum is the INT8
         biased = k_smooth * (factor * (INT8_MAX / largest)) + INT8_BIAS
