@@ -209,7 +209,9 @@ def _attend_block(
     row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
     # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
     shift = tl.minimum(new_max - row_max, MAX_SHIFT)
-    acc = tl.dot(p, v, acc=_shifted(acc, shift.to(tl.int32)), out_dtype=tl.int32)
+    # the bias leaves the whole number in the last bits; a conversion would wait behind the loads of V
+    bits = (shift + INT8_BIAS).to(tl.int32, bitcast=True) & 31
+    acc = tl.dot(p, v, acc=_shifted(acc, bits), out_dtype=tl.int32)
     return acc, new_max, row_sum
 
 

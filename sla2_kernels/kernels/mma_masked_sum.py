@@ -67,13 +67,14 @@ def _mma_masked_sum(
         for step in range(steps):
             async_copy.wait_group(STAGES - 2)
             barrier()
-            h = along_key_blocks(h_smem.index(step % STAGES).load(LOAD))
-            left = gl.convert_layout(h, LEFT)
-            right = w_smem.index(step % STAGES).permute([1, 0]).load(RIGHT)
+            # before the operands, which leave no registers for addresses; the last turn has read this stage
             ahead = step + STAGES - 1
             if ahead < steps:
                 _copy(h_at, w_at, h_smem, w_smem, ahead % STAGES, ahead * STEP, blocks, COLUMNS, H_COPY)
             async_copy.commit_group()
+            h = along_key_blocks(h_smem.index(step % STAGES).load(LOAD))
+            left = gl.convert_layout(h, LEFT)
+            right = w_smem.index(step % STAGES).permute([1, 0]).load(RIGHT)
             acc = mma_v2(left, right, acc)
         async_copy.wait_group(0)
         barrier()

@@ -69,11 +69,15 @@ def _int8_power(largest):
 
 @triton.jit
 def _even_sums(phi, v, v_channel):
-    """(h_j of a part of V's channels, over their powers of two, [D, PART] in phi's dtype; its largest magnitude). v_channel:
-    where those powers begin."""
+    """h_j of a part of V's channels, over their powers of two, [D, PART] in phi's dtype. v_channel: where those powers begin."""
     h = tl.dot(tl.trans(phi), v.to(phi.dtype), input_precision="tf32x3") * _over_power(tl.load(v_channel))[None, :]
-    narrow = h.to(phi.dtype)
-    return narrow, tl.max(tl.abs(narrow.to(tl.float32)))
+    return h.to(phi.dtype)
+
+
+@triton.jit
+def _larger(x, y):
+    """Elementwise the larger magnitude, float32."""
+    return tl.maximum(tl.abs(x.to(tl.float32)), tl.abs(y.to(tl.float32)))
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -106,10 +110,33 @@ def _pack(
     v_last = v_first
     if PARTS == 2:
         v_last = tl.load(v_at + PART * v_stride_d, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
-    k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
 
+    # V first, while K takes half the registers
+    even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
+    if PV == "int8":
+        even_first *= _over_power(tl.load(v_channel + bh * D + part))[None, :]
+        even_last *= _over_power(tl.load(v_channel + bh * D + (D - PART) + part))[None, :]
+        # as an integer NaN is the largest
+        largest_or_nan = tl.maximum(tl.abs(even_first), tl.abs(even_last), propagate_nan=tl.PropagateNan.ALL)
+        v_largest = tl.max(largest_or_nan.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        v_largest = tl.max(_larger(even_first, even_last))
+    if PV == "fp8":
+        exponent = fp8_exponent(v_largest)
+        tl.store(v_exponent + tile, exponent)
+    elif PV == "int8":
+        # INT8 has no NaN: one in V, or an infinity, goes on as that of the exponent and of z_j
+        zero_or_nan = 0.0 * v_largest
+        exponent = int8_exponent(v_largest) + zero_or_nan
+        tl.store(v_exponent + tile, exponent)
+        for p in tl.static_range(PARTS):
+            biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
+            v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + part)[:, None] * KEY_BLOCK + place
+            tl.store(v_out, tl.trans(biased.to(tl.int32, bitcast=True).to(tl.int8)))  # [PART, KEY_BLOCK]
+
+    k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
     if QK == "int8":
-        factor = tl.load(balance + bh * (2 * D) + d)
+        factor = tl.load(balance + bh * (2 * D) + d)[None, :]
         largest = tl.maximum(tl.max(tl.abs(k_smooth * factor)), MIN_MAGNITUDE)
         # the bias rounds, and the last byte of the sum is the INT8
         biased = k_smooth * (factor * (INT8_MAX / largest)) + INT8_BIAS
@@ -121,24 +148,6 @@ def _pack(
         largest = tl.maximum(tl.max(tl.abs(k_smooth)), MIN_MAGNITUDE)
         tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, to_fp8(k_smooth * (FP8_MAX / largest)))
         tl.store(k_scale + tile, largest / FP8_MAX)
-
-    even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
-    if PV == "int8":
-        even_first *= _over_power(tl.load(v_channel + bh * D + part))[None, :]
-        even_last *= _over_power(tl.load(v_channel + bh * D + (D - PART) + part))[None, :]
-    v_largest = tl.maximum(tl.max(tl.abs(even_first)), tl.max(tl.abs(even_last)))
-    if PV == "fp8":
-        exponent = fp8_exponent(v_largest)
-        tl.store(v_exponent + tile, exponent)
-    elif PV == "int8":
-        # INT8 has no NaN, and a maximum passes over it: one in V, or an infinity, goes on as that of the exponent and of z_j
-        zero_or_nan = tl.sum(0.0 * even_first + 0.0 * even_last)
-        exponent = int8_exponent(v_largest) + zero_or_nan
-        tl.store(v_exponent + tile, exponent)
-        for p in tl.static_range(PARTS):
-            biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
-            v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + part)[:, None] * KEY_BLOCK + place
-            tl.store(v_out, tl.trans(biased.to(tl.int32, bitcast=True).to(tl.int8)))  # [PART, KEY_BLOCK]
 
     if LINEAR:
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
@@ -155,12 +164,11 @@ def _pack(
         phi = (exponentials * share[:, None]).to(norms.dtype.element_ty)  # [KEY_BLOCK, D]
         if SUMS == "int8":
             # held in 16 bit until its largest element is known
-            h_first, h_largest = _even_sums(phi, v_first, v_channel + bh * D + part)
+            h_first = _even_sums(phi, v_first, v_channel + bh * D + part)
             h_last = h_first
             if PARTS == 2:
-                h_last, largest = _even_sums(phi, v_last, v_channel + bh * D + PART + part)
-                h_largest = tl.maximum(h_largest, largest)
-            h_power = _int8_power(h_largest)
+                h_last = _even_sums(phi, v_last, v_channel + bh * D + PART + part)
+            h_power = _int8_power(tl.max(_larger(h_first, h_last)))
             tl.store(sums_exponent + tile, h_power)
 
     for p in tl.static_range(PARTS):
