@@ -46,9 +46,10 @@ def comfyui_path():
 
 def pytest_configure(config):
     if interpreting() and importlib.util.find_spec("triton") is not None:
-        from language_patches import patch_language_once
+        from language_patches import leave_out_overflow, patch_language_once
 
         patch_language_once()
+        leave_out_overflow()
 
 
 COMFYUI_TESTS = pytest.StashKey[set]()

@@ -175,10 +175,8 @@ def test_odd_strides_and_one_block(compile_for, attend, card):
         assert_fits(kernel, card, 1024)  # element by element, whatever the tiles
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("card", CARDS, ids=str)
-def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
-    kernels = compile_for(card).kernels
+def of_a_fitted_ratio(card, dtype):
+    """Launches what fits a ratio to the rows of a sample."""
     q, k, v = torch.zeros(3, 1, HEADS, TOKENS, 128, dtype=dtype)
     unselected = torch.ones(HEADS, TOKENS // 128, TOKENS // 64, dtype=dtype)
     rows, dense = torch.zeros(32, dtype=torch.int32), torch.zeros(1, HEADS, 32, 128)
@@ -189,20 +187,53 @@ def test_the_rows_of_a_fitted_ratio_fit(compile_for, card, dtype):
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
     fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
     row_errors(q, dense, rows, 24)
-    assert [kernel.name for kernel in kernels] == ["_row_sums", "_row_products", "_ratio", "_row_errors"]
-    for kernel in kernels:
-        print(kernel)
-        assert_fits(kernel, card, 64)
+    return ["_row_sums", "_row_products", "_ratio", "_row_errors"]
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 128), (FP16, 64)], ids=str)
-@pytest.mark.parametrize("card", CARDS, ids=str)
-def test_the_sums_by_key_block_fit(compile_for, card, dtype, head_dim):
-    kernels = compile_for(card).kernels
+def by_key_block(card, dtype):
+    """Launches the sums by key block."""
+    head_dim = 64 if dtype == FP16 else 128
     q, k, v = torch.zeros(3, HEADS, TOKENS, head_dim, dtype=dtype)
     mass, value = torch.zeros(HEADS, TOKENS, TOKENS // 64), torch.zeros(TOKENS // 64, HEADS, TOKENS, head_dim)
     key_block_sums(q, k, v, largest_scores(q, k, 0.1), 0.1, mass, value)
-    assert [kernel.name for kernel in kernels] == ["_largest_scores", "_key_block_sums"]
+    return ["_largest_scores", "_key_block_sums"]
+
+
+# the second dtype for cards that differ, as in CASES
+BESIDE_THE_CALL = (
+    (of_a_fitted_ratio, BF16, ALL),
+    (of_a_fitted_ratio, FP32, (86, 90, 100)),
+    (by_key_block, BF16, ALL),
+    (by_key_block, FP16, (86, 90, 100, 120)),
+)
+
+
+@pytest.mark.parametrize(
+    ("launch", "dtype", "card"),
+    [
+        pytest.param(launch, dtype, card, id=f"{launch.__name__}-{card}-{dtype}")
+        for launch, dtype, archs in BESIDE_THE_CALL
+        for card in CARDS
+        if card.arch in archs
+    ],
+)
+def test_kernels_beside_the_call_fit(compile_for, launch, dtype, card):
+    kernels = compile_for(card).kernels
+    assert launch(card, dtype) == [kernel.name for kernel in kernels]
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, 64)
+
+
+@pytest.mark.parametrize(("launch", "dtype", "archs"), BESIDE_THE_CALL[1::2], ids=["float32", "float16"])
+def test_other_cards_launch_beside_the_call_what_is_compiled_for_the_one_with_least_memory(
+    compile_for, launch, dtype, archs
+):
+    def launches(card):
+        recorder = compile_for(card, compiling=False)
+        launch(card, dtype)
+        return recorder.launches
+
+    (least,) = (card for card in CARDS if card.arch == 86)
+    expected = launches(least)
+    assert expected and all(launches(card) == expected for card in CARDS if card.arch not in archs)
