@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from sla2_kernels import select_key_blocks, sla2_attention
 from sla2_kernels.eight_bit_exchange import EightBitExchange
-from sla2_kernels.peer_copies import peers_for
+from sla2_kernels.peer_copies import CannotCopy, peers_for
 from sla2_kernels.pool_routing import PoolRouting
 from sla2_kernels.sequence_parallel import WholeExchange, sequence_parallel_attention
 
@@ -82,10 +82,13 @@ def attention(args, device):
 
 
 def can_copy(q):
-    _, reason = peers_for(q, None, [slice(0, 1)])
-    if reason and dist.get_rank() == 0:
-        print(f"no rows by copies: {reason}", flush=True)
-    return reason is None
+    try:
+        peers_for(q, None, [slice(0, 1)])
+    except CannotCopy as refused:
+        if dist.get_rank() == 0:
+            print(f"no rows by copies: {refused.reason}", flush=True)
+        return False
+    return True
 
 
 def _together(mine, attend, expected, device, **how):

@@ -32,11 +32,19 @@ TIMEOUT_MS = 600_000  # how long a barrier waits for the other processes: as lon
 WITHOUT_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-_known = weakref.WeakKeyDictionary()  # process group -> (Peers or None, why not)
+_known = weakref.WeakKeyDictionary()  # process group -> Peers, or why its GPUs cannot copy
+
+
+class CannotCopy(RuntimeError):
+    """The processes of a group cannot exchange by copies. reason: why, without a full stop."""
+
+    def __init__(self, reason):
+        super().__init__(f"the processes cannot exchange by copies: {reason}.")
+        self.reason = reason
 
 
 def peers_for(q, group, head_groups):
-    """(Peers with memory for a call, None), or (None, one sentence why the processes cannot copy); the same in all of them.
+    """Peers with memory for a call; raises CannotCopy in all processes of the group or in none.
 
     The first call of a process group, and calls that need more memory than those before, must be made by all its processes.
 
@@ -47,19 +55,21 @@ def peers_for(q, group, head_groups):
     """
     reason = _why_not_here(q, group)
     if reason:
-        return None, reason
+        raise CannotCopy(reason)
     group = dist.group.WORLD if group is None else group
     with on_device(q.device):
         if group not in _known:
             reason = _agreed(_why_unreachable(q.device, _told_by_all(_myself(q.device), group)), group)
-            _known[group] = None if reason else Peers(group, q.device), reason
+            _known[group] = reason or Peers(group, q.device)
             if reason:
                 logger.info("SLA2: the GPUs exchange heads by collectives, not by copies: %s", reason)
-        peers, reason = _known[group]
-        if peers is not None and peers.device != q.device:
-            reason = f"the group's calls before were on {peers.device}, this one is on {q.device}"
-        reason = reason or peers.reserve(_Slots(q, peers.processes, head_groups).capacity)
-    return (None, reason) if reason else (peers, None)
+        peers = _known[group]
+        if isinstance(peers, str):
+            raise CannotCopy(peers)
+        if peers.device != q.device:
+            raise CannotCopy(f"the group's calls before were on {peers.device}, this one is on {q.device}")
+        peers.reserve(_Slots(q, peers.processes, head_groups).capacity)
+    return peers
 
 
 def _why_not_here(q, group):
@@ -128,9 +138,9 @@ class Peers:
         self._refused = self._buffer = self._handle = self._side = None
 
     def reserve(self, size):
-        """None, or why there are no ``size`` bytes. Behind it the current stream may pack."""
+        """After it the current stream may pack; raises CannotCopy where there are no ``size`` bytes."""
         if self._refused is not None and size >= self._refused[0]:
-            return self._refused[1]
+            raise CannotCopy(self._refused[1])
         if size > self.capacity:
             # under inference_mode too: no tensor made there could be written elsewhere
             with torch.inference_mode(False):
@@ -138,11 +148,11 @@ class Peers:
             if reason:
                 self._refused = size, reason
                 logger.warning("SLA2: the GPUs exchange heads by collectives, not by copies: %s", reason)
-                return reason
+                raise CannotCopy(reason)
         self._before_packing()
-        return None
 
     def _grow(self, size):
+        """None, or why one of the processes has no such memory."""
         self._free()
         for step in (self._allocate, self._join):
             error = None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from .arguments import check_inputs, checked_count
 from .eight_bit_exchange import EightBitExchange
-from .peer_copies import attention_by_copies, peers_for
+from .peer_copies import CannotCopy, attention_by_copies, peers_for
 
 TRANSFERS = ("auto", "collective", "copies")
 
@@ -41,7 +41,7 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
     Raises:
         ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, transfer is
             unknown, or gradients are asked for with a routing or, by grad mode being on, with copies: these have none.
-        RuntimeError: transfer is "copies", and the processes cannot.
+        CannotCopy: a RuntimeError; transfer is "copies", and the processes cannot.
     """
     check_inputs("BNHD", q=q, k=k, v=v)
     if q.shape != k.shape:
@@ -61,13 +61,17 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
         )
     share = q.shape[2] // processes
     parts = _equal_parts(share, head_groups)
+    # torch.compile cannot trace the exception that says why not
+    may_copy = transfer == "copies" or (transfer == "auto" and not torch.compiler.is_compiling())
     # attend() may have weights with gradients
-    if transfer != "collective" and routing is None and not torch.is_grad_enabled():
-        peers, reason = peers_for(q, group, parts)
-        if peers is not None:
+    if may_copy and routing is None and not torch.is_grad_enabled():
+        try:
+            peers = peers_for(q, group, parts)
+        except CannotCopy:
+            if transfer == "copies":
+                raise
+        else:
             return attention_by_copies(q, k, v, attend, parts, peers)
-        if transfer == "copies":
-            raise RuntimeError(f"the processes cannot exchange by copies: {reason}.")
     if routing is None:
         exchange = WholeExchange(q, k, v, processes)
     else:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sla2_kernels import sla2_attention
-from sla2_kernels.peer_copies import peers_for
+from sla2_kernels.peer_copies import CannotCopy, peers_for
 from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
 # (batch, tokens of a process, heads of a process, head_dim, dtype): ragged, of several sizes
@@ -74,9 +74,10 @@ def main():
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     asked = list(calls(dist.get_world_size()))
-    _, reason = peers_for(asked[0][0][0], None, [slice(0, 1)])
-    if reason:
-        said = f"no copies between these GPUs, collectives instead: {reason}"
+    try:
+        peers_for(asked[0][0][0], None, [slice(0, 1)])
+    except CannotCopy as refused:
+        said = f"no copies between these GPUs, collectives instead: {refused.reason}"
     else:
         expected = [call(qkv, **options, transfer="collective") for qkv, options in asked]
         copied = [

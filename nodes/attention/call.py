@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from ...sla2_kernels import unsupported_reason
+from ..compat.override_arguments import KEYWORDS, PARAMETERS, by_name
 from .run_dense import RunDense
 from .text_mask import HAS_MASK, masks_keys_alone
 
-PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
-KEYWORDS = ("transformer_options", "_inside_attn_wrapper", "low_precision_attention", "scale", "enable_gqa")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -37,16 +36,15 @@ class AttentionCall:
 def read_call(args, kwargs):
     """AttentionCall of these arguments; raises RunDense where they ask for something that SLA2 does not implement."""
     _check_keywords(args, kwargs)
-    asked = dict(zip(PARAMETERS, args, strict=False))
-    asked.update((name, kwargs[name]) for name in PARAMETERS if name in kwargs)
-    _check_request(asked, kwargs)
+    asked = by_name(args, kwargs)
+    _check_request(asked)
     _check_tensors(asked)
     views = [_blocks_of_heads(asked[name], asked["heads"], asked.get("skip_reshape")) for name in ("q", "k", "v")]
     mask = asked.get("mask")
     _check_shapes(*views)
     if mask is not None and not masks_keys_alone(mask, views[1].shape[1]):
         raise RunDense(HAS_MASK)
-    return AttentionCall(*views, kwargs.get("scale"), not asked.get("skip_output_reshape"), mask)
+    return AttentionCall(*views, asked.get("scale"), not asked.get("skip_output_reshape"), mask)
 
 
 def _check_keywords(args, kwargs):
@@ -60,16 +58,16 @@ def _check_keywords(args, kwargs):
         raise RunDense(f"the call has no {missing[0]}")
 
 
-def _check_request(asked, kwargs):
+def _check_request(asked):
     q = asked["q"]
-    if kwargs.get("enable_gqa"):
+    if asked.get("enable_gqa"):
         raise RunDense("the call uses grouped-query attention")
-    if kwargs.get("low_precision_attention") is False:
+    if asked.get("low_precision_attention") is False:
         raise RunDense("the model asks for full-precision attention in this call")
     precision = asked.get("attn_precision")
     if precision is not None and precision != getattr(q, "dtype", None):
         raise RunDense(f"the model asks for {str(precision).removeprefix('torch.')} attention in this call")
-    scale = kwargs.get("scale")
+    scale = asked.get("scale")
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         raise RunDense("the call has a softmax scale that is not a finite number above 0")
 

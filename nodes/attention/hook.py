@@ -1,13 +1,12 @@
 """State of one patched MODEL: its sampling runs, and what each of its model calls needs to know.
 
-patching.py puts it into a clone of a MODEL. Each self-attention call passes here twice, at its mark (enter_layer) and at its
-override (override.py); self_attention.py computes it.
+patching.py puts it into a clone of a MODEL. Each self-attention call enters here once, at its mark (enter_layer); its override is
+in override.py, and self_attention.py computes it.
 """
 
 import contextlib
 import logging
 import math
-import threading
 
 from ..compat.override_chain import MARK
 from ..compat.own_attention import PREFERRED, own_attention
@@ -20,7 +19,7 @@ from .layer_weights import LayerWeights, router_notes
 from .model_call import CALL, LAYER, NO_SPAN, OVERRIDE, ModelCall
 from .model_frames import ModelFrames
 from .model_marks import options_given, with_options
-from .override import OutermostOverride, say_family
+from .override import HandedOn, OutermostOverride, say_family
 from .recomputation import backward_pass
 from .run_dense import RunDense, stop_where_asked
 from .steps import RunSteps, guidance_halves, planned_sparsity, step_count
@@ -50,8 +49,8 @@ class AttentionHook:
         self.marked_model = lambda: None  # or a weak reference to the diffusion model that was marked
         plan_facts = _plan_facts(settings, router, facts, sla_weights) if facts else None
         self._steps = RunSteps(settings, model_sampling, facts.num_layers if facts else 0, plan_facts)
+        self.handed_on = HandedOn()
         self._outermost = OutermostOverride()
-        self._inside = threading.local()
         self._own_attention = (None, None, None, None)
 
     def begin_run(self, patcher=None, inputs=None):
@@ -238,19 +237,6 @@ class AttentionHook:
         elif changed is None:
             count_hidden(self.settings, call.run, layer, call.step.in_window, WITHOUT_OPTIONS)
         return changed
-
-    def inside(self, below, args, kwargs):
-        """Calls ``below``; an override there that calls ours again is passed through uncounted."""
-        was = self.is_inside
-        self._inside.value = True
-        try:
-            return below(*args, **kwargs)
-        finally:
-            self._inside.value = was
-
-    @property
-    def is_inside(self):
-        return getattr(self._inside, "value", False)
 
 
 def _plan_facts(settings, router, facts, sla_weights):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import threading
 
 from ..compat.compiled_models import not_compiled
 from ..compat.override_chain import MARK, chosen_in_comfyui, find_in, name_of, ours_in, states_of
@@ -25,7 +26,7 @@ def make_override(hook, base):
         func = options.get(PREFERRED) or func
         below = func if base is None else functools.partial(base, func)
         counted_as_it_entered = layer is not None and (call is None or call.run.aside)
-        if hook.is_inside or (call is not None and call.hook is not hook):
+        if hook.handed_on.is_running or (call is not None and call.hook is not hook):
             return below(*args, **kwargs)
         name = name_of(func) if base is None else base_name
         run = hook.run_for_call() if call is None else call.run
@@ -33,7 +34,7 @@ def make_override(hook, base):
         def below_seen(*args, **kwargs):
             if call is None or not call.repeated:
                 run.see_handed_on(name, args, kwargs)
-            return hook.inside(below, args, kwargs)
+            return hook.handed_on.run(below, args, kwargs)
 
         if counted_as_it_entered:
             return below_seen(*args, **kwargs)
@@ -49,6 +50,19 @@ def make_override(hook, base):
     setattr(sla2_attention_override, MARK, hook)
     sla2_attention_override.sla2_base = base
     return sla2_attention_override
+
+
+class HandedOn(threading.local):
+    """Whether this thread runs a call that our override handed on: attention calls made there are passed through uncounted."""
+
+    is_running = False
+
+    def run(self, below, args, kwargs):
+        was, self.is_running = self.is_running, True
+        try:
+            return below(*args, **kwargs)
+        finally:
+            self.is_running = was
 
 
 def say_family(reason, run):

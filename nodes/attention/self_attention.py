@@ -9,6 +9,7 @@ import torch
 
 from ...sla2_kernels.loops import watch_loops
 from ...sla2_kernels.support import resolve_precision
+from ..compat.override_arguments import by_name
 from ..runs.record import capturing
 from .call import check_supported, read_call
 from .failures import attempt, attempt_rest, check_attempted, check_output, rows_or_below
@@ -86,7 +87,7 @@ def _attend_sparse(call, layer, below, args, kwargs, is_default):
 
 def _attend_dense(run, layer, reason, below, args, kwargs):
     run.count_dense(layer, reason)
-    tensor = args[0] if args else kwargs.get("q")
+    tensor = by_name(args, kwargs).get("q")
     device = tensor.device if isinstance(tensor, torch.Tensor) else torch.device("cpu")
     with run.timed(layer, "dense", device):
         return below(*args, **kwargs)

@@ -18,6 +18,7 @@ from ...sla2_kernels.references import REFERENCE_KEYS, attend_with_references, s
 from ...sla2_kernels.router import block_count
 from ...sla2_kernels.sla_v1 import sla_attention
 from ...sla2_kernels.stretches import Stretches, gathered_rows, whole_output
+from ..compat.override_arguments import by_name, with_queries
 from .video_tokens import ExactTokens
 
 
@@ -205,16 +206,11 @@ def rows_below(below, args, kwargs):
     """A function of slices: these query rows of the call, as ``below`` computes them."""
 
     def rows_of(*rows):
-        new_args, new_kwargs = _with_rows(args, kwargs, rows)
+        asked = by_name(args, kwargs)
+        q, heads_first = asked["q"], asked.get("skip_reshape")
+        parts = [q[:, :, own] if heads_first else q[:, own] for own in rows]
+        q = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2 if heads_first else 1)
+        new_args, new_kwargs = with_queries(args, kwargs, q)
         return below(*new_args, **new_kwargs)
 
     return rows_of
-
-
-def _with_rows(args, kwargs, rows):
-    """(args, kwargs) of the same call with only the query rows of these slices."""
-    heads_first = kwargs["skip_reshape"] if "skip_reshape" in kwargs else len(args) > 6 and args[6]
-    q = args[0] if args else kwargs["q"]
-    parts = [q[:, :, own] if heads_first else q[:, own] for own in rows]
-    q = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2 if heads_first else 1)
-    return ((q, *args[1:]), kwargs) if args else (args, {**kwargs, "q": q})

@@ -6,6 +6,8 @@ sageattention 1.0.6, which ``pip install sageattention`` gives, counts the paddi
 import functools
 import importlib.metadata
 
+from ..compat.override_arguments import by_name
+
 WRONG_VERSION = "1.0.6"
 # what that version takes; ComfyUI computes other calls with PyTorch. Masked calls are not counted: who gets them depends on
 # the release of ComfyUI
@@ -15,8 +17,7 @@ KEYS_PER_BLOCK = 64
 
 def ragged_key_count(args, kwargs):
     """Number of keys of an attention call as ComfyUI makes it, if sageattention takes it and they fill no whole blocks."""
-    names = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape")
-    asked = dict(zip(names, args, strict=False)) | kwargs
+    asked = by_name(args, kwargs)
     k, heads = asked.get("k"), asked.get("heads")
     if not getattr(k, "is_cuda", False) or not heads or asked.get("mask") is not None:
         return None

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
-from .tiles import KEY_BLOCK, load_tile, plane_of, store_tile, tile_rows
+from .planes import KEY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
 NO_ROW = tl.constexpr(1.0e30)  # the log-sum-exp of a row past the end: its P is exp2(-1e30) = 0
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import MIN_LINEAR_WEIGHT, phi_numerator
-from .tiles import KEY_BLOCK, load_tile, plane_of, store_tile, tile_at, tile_rows
+from .planes import KEY_BLOCK, load_tile, plane_of, store_tile, tile_at, tile_rows
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE, softmax_step
-from .tiles import KEY_BLOCK, load_tile, plane_of, store_tile, tile_rows
+from .planes import KEY_BLOCK, load_tile, plane_of, store_tile, tile_rows
 
 MIN_RATIO = tl.constexpr(1.0e-30)  # of a row that softmax attention has no part in: its log2 stays finite
 

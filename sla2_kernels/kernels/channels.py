@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .. import quantization
 from .numerics import MIN_MAGNITUDE
-from .tiles import tile_at
+from .planes import tile_at
 
 SAMPLED = quantization.BALANCE_ROWS
 STEP = 16  # rows at a time

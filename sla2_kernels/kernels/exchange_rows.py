@@ -9,7 +9,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import INT8_BIAS, INT8_MAX, MIN_MAGNITUDE
-from .tiles import tile_rows
+from .planes import tile_rows
 
 ROWS = 32
 K_PLACE = tl.constexpr(1)  # k's among q, k, v

@@ -20,7 +20,7 @@ from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE, is_finite, phi_numerator
 from .pack import from_register_order_of_channels
-from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .planes import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 MIN_BLOCKS = 8  # key blocks of one program: below that its partial sums outweigh what it reads
 PRODUCTS = tl.constexpr(4)  # numbers of a sampled row: two products, its selected mass, whether that is finite

@@ -24,7 +24,7 @@ from ..router import K_BLOCK, block_count
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
-from .tiles import KEY_BLOCK, plane_of, tile_at, tile_rows
+from .planes import KEY_BLOCK, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8

@@ -20,7 +20,7 @@ from ..router import K_BLOCK, block_count
 from .configs import KEY_BLOCK_SUMS
 from .launch import launch
 from .numerics import NO_SCORE
-from .tiles import KEY_BLOCK, load_tile, tile_rows
+from .planes import KEY_BLOCK, load_tile, tile_rows
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .tiles import load_tile, plane_of, store_tile, tile_rows
+from .planes import load_tile, plane_of, store_tile, tile_rows
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from .numerics import (
     fp8_exponent,
     to_fp8,
 )
-from .tiles import KEY_BLOCK, plane_of, tile_at
+from .planes import KEY_BLOCK, plane_of, tile_at
 
 SUMS_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of h_j; others are "16bit"
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..router import K_BLOCK, block_count
 from .channels import SAMPLED, STEP, balance_channels, value_powers
 from .launch import launch
-from .tiles import load_tile, plane_of, valid_rows
+from .planes import load_tile, plane_of, valid_rows
 
 SMOOTH_ROWS = 128  # twice as many take 0.006 ms off 14B-720p, and twice the error of K's mean
 SMOOTH_FEATURES = 32

@@ -18,7 +18,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import FP8_MAX, INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, MIN_MAGNITUDE, NO_SCORE, P_LOG2_RANGE, to_fp8
-from .tiles import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
+from .planes import KEY_BLOCK, load_tile, plane_of, tile_at, tile_rows
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import NO_SCORE
-from .tiles import load_tile, plane_of, tile_rows, valid_rows
+from .planes import load_tile, plane_of, tile_rows, valid_rows
 
 
 @triton.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "k_blocks"])

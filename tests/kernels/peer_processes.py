@@ -158,8 +158,8 @@ def work(rank, processes, folder, barriers):
         peers = MappedPeers(group or dist.group.WORLD, files, barrier, limit)
 
         def peers_for(q, group, head_groups, peers=peers):
-            reason = peers.reserve(_Slots(q, peers.processes, head_groups).capacity)
-            return (None, reason) if reason else (peers, None)
+            peers.reserve(_Slots(q, peers.processes, head_groups).capacity)
+            return peers
 
         sequence_parallel.peers_for = peers_for
         for seed, call in enumerate(CALLS):

@@ -137,7 +137,7 @@ def test_pulls_run_on_the_side_stream_between_a_barrier_and_the_event(streams):
 def test_packing_waits_for_the_side_stream(streams):
     done, peers, _ = streams
     peers.capacity, peers._refused = 8, None
-    assert peers.reserve(8) is None
+    peers.reserve(8)
     assert done == [("current", "waits for", "side")]
 
 
@@ -148,7 +148,7 @@ def test_a_group_that_is_gone_takes_its_memory_along(monkeypatch):
     monkeypatch.setattr(peer_copies.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(peer_copies.dist, "get_rank", lambda group: 0)
     group = Group()
-    peer_copies._known[group] = Peers(group, torch.device("cuda", 0)), None
+    peer_copies._known[group] = Peers(group, torch.device("cuda", 0))
     assert len(peer_copies._known) == 1
     del group
     assert len(peer_copies._known) == 0
@@ -186,6 +186,19 @@ def test_what_cannot_be_copied_is_told_before_anything_is(options, told):
     q = torch.ones(1, 4, 2, 16)
     with pytest.raises(ValueError, match=told), torch.set_grad_enabled("routing" not in options):
         sequence_parallel_attention(q, q, q, case.attend, **options)
+
+
+def test_torch_compile_traces_collectives_without_a_break(tmp_path):
+    peer_copies.dist.init_process_group(
+        "gloo", store=peer_copies.dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        qkv = case.qkv(case.CALLS[0], 1, 0)
+        compiled = torch.compile(sequence_parallel_attention, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(*qkv, case.attend), of_one(case.CALLS[0], 1, 0))
+    finally:
+        peer_copies.dist.destroy_process_group()
 
 
 def test_multicast_is_off_while_memory_is_mapped(monkeypatch):

@@ -291,7 +291,7 @@ def test_an_exception_below_is_not_swallowed_and_leaves_nothing_behind(bench, qk
     b.model_call()
     with pytest.raises(KeyError, match="theirs"):
         b.attend(*qkv, HEADS, mask=MASK)
-    assert not b.hook.is_inside
+    assert not b.hook.handed_on.is_running
 
 
 def test_training_reaches_q_k_and_v_in_a_run_made_under_inference_mode(bench, qkv):

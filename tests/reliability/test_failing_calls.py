@@ -379,7 +379,7 @@ def test_any_other_error_is_raised_as_it_came(run_of, qkv, error, monkeypatch, p
     b = run_of()
     with pytest.raises(error if isinstance(error, type) else type(error)):
         b.attend(*qkv, heads=HEADS)
-    assert not b.hook.is_inside and not b.run.failed_layers
+    assert not b.hook.handed_on.is_running and not b.run.failed_layers
 
 
 @pytest.mark.parametrize(
@@ -407,4 +407,4 @@ def test_an_error_of_the_chain_below_is_its_own(bench, qkv, error, tries):
     b.model_call()
     with pytest.raises(error, match="theirs"):
         b.attend(*qkv, heads=HEADS)
-    assert len(calls) == tries and not b.run.failed_layers and not b.hook.is_inside
+    assert len(calls) == tries and not b.run.failed_layers and not b.hook.handed_on.is_running
