@@ -11,7 +11,7 @@ from .schedule import Rule
 # (tokens, highest sparsity) without a trained ratio. At 32,760 tokens 0.90 with a dense start keeps 16 of 18 videos right, 0.95 and
 # 0.97 keep 8 and 4 of 12 of few steps; at the other lengths the error is no larger (docs/QUALITY.md, "Presets" and "by length")
 UNTRAINED_LIMITS = ((32_000, 0.9), (14_000, 0.8), (0, 0.7))
-# with one, 0.97 keeps 13 of 18 right at 32,760 tokens; the other lengths by the untrained errors, as they compare with that
+# with one, 0.95 keeps all 18 right at 32,760 tokens, 0.97 keeps 13; the other lengths by the untrained errors, as they compare with that
 TRAINED_LIMITS = ((75_000, 0.97), (32_000, 0.95), (14_000, 0.9), (0, 0.85))
 IMAGE_FAMILIES = ("flux", "qwen-image")  # the lengths were measured on video
 SLA_SPARSITY = 0.9  # the released SLA weights were trained with it, in every step (docs/FAMILIES.md)
