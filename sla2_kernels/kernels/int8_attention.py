@@ -67,7 +67,8 @@ def _mask(values):
 
 
 def _together(values):
-    """PTX that changes none of ``values`` registers, and cannot run before all of them have come: all are zero, or kept."""
+    """PTX that hands on ``values`` registers once all of them have come: it takes zeros in their place where their OR is zero,
+    that is where all of them are."""
     ors = [f"or.b32 any, any, ${values + i};" for i in range(values)]
     return "\n".join(
         ["{", ".reg .pred some;", ".reg .b32 any;", "mov.b32 any, 0;", *ors, "setp.ne.s32 some, any, 0;"]
