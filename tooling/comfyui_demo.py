@@ -1,4 +1,4 @@
-"""The demo in a real ComfyUI: the bundled workflow, dense and SLA2, in a server of its own."""
+"""The demo in a real ComfyUI: the workflow "First look", dense and SLA2, in a server of its own."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from .outcome import Outcome, Run
 from .paths import DEFAULT_OUTPUT, PACK_FOLDER, ROOT
 from .server import Server
 
-WORKFLOW = ROOT / "workflows" / "Wan 2.1 text to video.json"
+WORKFLOW = ROOT / "workflows" / "First look, nothing to download.json"
 
 
 def generate(comfyui, folder, plan, checkpoint):
@@ -29,14 +29,14 @@ def generate(comfyui, folder, plan, checkpoint):
             prompt = graph.to_prompt(workflow, server.get("/object_info"))
         except graph.GraphError as error:
             raise SetupError(f"{error} The end of {server.log}:\n{server.log_tail()}") from error
-        prompt = graph.fit(prompt, plan, checkpoint)
+        prompt = graph.fit(prompt, plan)
         say("Queued the workflow")
         outputs, seconds = asyncio.run(events.run(server, prompt, Progress(prompt)))
     return collect(folder, base, plan, checkpoint, prompt, outputs, seconds)
 
 
 def lay_out(base, checkpoint):
-    """ComfyUI's own folders under ``base``: models, this pack, and the caption node. Old outputs are removed."""
+    """ComfyUI's own folders under ``base``: models, and this pack with the miniature's captions. Old outputs are removed."""
     for name in ("output", "custom_nodes"):
         shutil.rmtree(base / name, ignore_errors=True)
     models = {
@@ -54,8 +54,9 @@ def lay_out(base, checkpoint):
     pack.mkdir()
     for source in pack_files():
         _copy(source, pack / source.name)
-    _copy(ROOT / "tooling" / "caption_node", base / "custom_nodes" / "sla2_demo_captions")
-    shutil.copy2(ROOT / "miniature" / "captions.py", base / "custom_nodes" / "sla2_demo_captions")
+    (pack / "miniature").mkdir()
+    for name in ("__init__.py", "captions.py"):
+        shutil.copy2(ROOT / "miniature" / name, pack / "miniature")
 
 
 def pack_files():
@@ -114,7 +115,7 @@ def collect(folder, base, plan, checkpoint, prompt, outputs, seconds):
 
 
 def _fill(run, report):
-    run.sparse_calls, run.dense_calls = report["sparse_calls"], report["dense_calls"]
+    run.sparse_calls, run.dense_calls, run.notes = report["sparse_calls"], report["dense_calls"], report["notes"]
     shares = [layer["sparsity"] for layer in report["layers"] if layer["sparsity"] is not None]
     run.sparsity = sum(shares) / len(shares) if shares else None
     for layer in report["layers"]:

@@ -1,11 +1,8 @@
-"""The bundled workflow as a prompt for ComfyUI's API, fitted to the demo's models and sizes."""
-
-from .demo_plan import CAPTION
+"""The bundled workflow as a prompt for ComfyUI's API, fitted to the demo's sizes."""
 
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 MUTED, BYPASSED = 2, 4
-UNTRAINED = "none (untrained)"
 
 
 class GraphError(ValueError):
@@ -83,53 +80,24 @@ def samplers(prompt):
     return found
 
 
-def fit(prompt, plan, checkpoint):
-    """Changes ``prompt`` to the miniature's files, captions and sizes, untrained, and lets both samplers save their latents."""
-    chosen = samplers(prompt)
-    for node in chosen.values():
-        inputs = prompt[node]["inputs"]
-        inputs.update(seed=plan.seed, steps=plan.steps, cfg=plan.cfg)
-        for name, text in (("positive", CAPTION), ("negative", "")):
-            prompt[f"caption_{name}"] = {"class_type": "SLA2DemoCaption", "inputs": {"text": text}}
-            inputs[name] = [f"caption_{name}", 0]
-    for node in of_class(prompt, "CLIPTextEncode", "CLIPLoader"):
-        del prompt[node]
-    scale_rope(prompt, plan.rope_scale)
+def fit(prompt, plan):
+    """Changes ``prompt`` to the plan's seed, steps, sizes and sparsity, and lets both samplers save their latents."""
     for data in prompt.values():
         kind, inputs = data["class_type"], data["inputs"]
-        if kind == "UNETLoader":
-            inputs.update(unet_name=checkpoint.dit.name, weight_dtype="default")
-        elif kind == "VAELoader":
-            inputs.update(vae_name=checkpoint.vae.name)
-        elif kind == "SLA2LoadRouter":
-            inputs.update(router_name=UNTRAINED)
-        elif kind == "ModelSamplingSD3":
-            inputs.update(shift=plan.shift)
+        if kind == "KSampler":
+            inputs.update(seed=plan.seed, steps=plan.steps)
+        elif kind == "ScaleROPE":
+            inputs.update(scale_x=plan.rope_scale, scale_y=plan.rope_scale)
         elif kind == "SLA2ApplyAttention":
-            inputs.update(
-                preset="custom", sparsity=plan.sparsity, minimum_tokens=plan.minimum_tokens, start_percent=0.0
-            )
-            inputs.update(dense_layers=", ".join(map(str, plan.dense_layers)), on_unsupported="stop")
+            inputs.update(sparsity=plan.sparsity, on_unsupported="stop")
         elif {"width", "height", "length"} <= set(inputs):
-            inputs.update(width=plan.width, height=plan.height, length=plan.frames, batch_size=1)
-    for name, node in chosen.items():
+            inputs.update(width=plan.width, height=plan.height, length=plan.frames)
+    for name, node in samplers(prompt).items():
         prompt[f"latent_{name}"] = {
             "class_type": "SaveLatent",
             "inputs": {"samples": [node, 0], "filename_prefix": f"latents/{name}"},
         }
     return prompt
-
-
-def scale_rope(prompt, scale):
-    """A ScaleROPE behind the model's loader, where ``scale`` is not 1."""
-    (loader,) = of_class(prompt, "UNETLoader")
-    if scale == 1:
-        return
-    for data in prompt.values():
-        data["inputs"] |= {name: ["rope", 0] for name, value in data["inputs"].items() if value == [loader, 0]}
-    inputs = {f"{what}_{axis}": float(what == "scale") for what in ("scale", "shift") for axis in "xyt"}
-    inputs |= {"model": [loader, 0], "scale_x": scale, "scale_y": scale}
-    prompt["rope"] = {"class_type": "ScaleROPE", "inputs": inputs}
 
 
 def branch_of(prompt, node):

@@ -19,6 +19,7 @@ class Run:
     dense_calls: int | None = None
     sparsity: float | None = None
     reasons: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
 
 
 @dataclass
@@ -53,6 +54,7 @@ def table(outcome):
     lines.insert(1, "  ".join("-" * width for width in widths))
     for run in outcome.runs:
         lines += [f"{run.name}: {count} dense: {reason}" for reason, count in run.reasons.items()]
+        lines += [f"{run.name}: {note}" for note in run.notes]
     weights = "the trained miniature" if outcome.trained else "untrained random weights, so the videos show noise"
     lines += [
         "",

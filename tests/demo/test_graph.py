@@ -1,17 +1,16 @@
 """The bundled workflow as an API prompt, and what the demo changes in it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from benchmarks import results
-from tooling.checkpoint import Checkpoint
+from miniature.captions import Caption
+from tooling.checkpoint import DIT, VAE
+from tooling.comfyui_demo import WORKFLOW
 from tooling.demo_plan import CAPTION, plan_for
 from tooling.graph import GraphError, branch_of, fit, samplers, to_prompt, upstream
 from tooling.paths import ROOT
-
-CHECKPOINT = Checkpoint(Path("dit.safetensors"), Path("vae.safetensors"), None, False)
 
 
 def info(required=None, optional=None):
@@ -22,8 +21,8 @@ SEED = ["INT", {"control_after_generate": True}]
 WIRE = ["MODEL", {}]
 NODE_INFO = {
     "UNETLoader": info({"unet_name": [["a"]], "weight_dtype": [["default"], {"advanced": True}]}),
-    "CLIPLoader": info({"clip_name": [["c"]], "type": [["wan"]]}),
-    "CLIPTextEncode": info({"text": ["STRING", {}], "clip": ["CLIP"]}),
+    "ScaleROPE": info({"model": WIRE, "scale_x": ["FLOAT", {}], "scale_y": ["FLOAT", {}]}),
+    "SLA2MiniatureCaption": info({"colour": ["COMBO", {}]}),
     "VAELoader": info({"vae_name": [["v"]]}),
     "EmptyHunyuanLatentVideo": info({name: ["INT", {}] for name in ("width", "height", "length", "batch_size")}),
     "KSampler": info(
@@ -38,7 +37,7 @@ NODE_INFO = {
     ),
     "SLA2LoadRouter": info({"router_name": ["COMBO", {}]}),
     "SLA2ApplyAttention": info(
-        {"model": WIRE, "sparsity": ["FLOAT", {}], "minimum_tokens": ["INT", {}]}, {"router": ["SLA2_ROUTER", {}]}
+        {"model": WIRE, "sparsity": ["FLOAT", {}], "on_unsupported": ["COMBO", {}]}, {"router": ["SLA2_ROUTER", {}]}
     ),
     "SLA2Report": info({"model": WIRE, "samples": ["LATENT,IMAGE", {}]}),
     "VAEDecode": info({"samples": WIRE, "vae": WIRE}),
@@ -69,13 +68,13 @@ def page():
     return (
         Page()
         .add(1, "UNETLoader", ["wan.safetensors", "fp8"])
-        .add(2, "CLIPLoader", ["umt5", "wan"])
-        .add(3, "CLIPTextEncode", ["a fox"], clip=2)
+        .add(2, "ScaleROPE", [2.0, 2.0], model=1)
+        .add(3, "SLA2MiniatureCaption", ["blue"])
         .add(4, "VAELoader", ["vae"], slots=["vae_name"])
         .add(5, "EmptyHunyuanLatentVideo", [832, 480, 81, 1])
-        .add(6, "KSampler", seed, slots=["seed", "steps", "cfg"], model=1, positive=3, latent_image=5)
+        .add(6, "KSampler", seed, slots=["seed", "steps", "cfg"], model=2, positive=3, latent_image=5)
         .add(7, "SLA2LoadRouter", ["good"])
-        .add(8, "SLA2ApplyAttention", [0.9, -1], model=1, router=7)
+        .add(8, "SLA2ApplyAttention", [0.9, "dense"], model=2, router=7)
         .add(9, "KSampler", seed, model=8, positive=3, latent_image=5)
         .add(10, "SLA2Report", model=8, samples=9)
         .add(11, "VAEDecode", samples=6, vae=4)
@@ -92,7 +91,7 @@ def test_widgets_land_on_their_inputs_with_and_without_slots():
         inputs = prompt[sampler]["inputs"]
         assert (inputs["seed"], inputs["steps"], inputs["cfg"]) == (7, 30, 6.0)
         assert inputs["positive"] == ["3", 0]
-    assert prompt["8"]["inputs"] == {"sparsity": 0.9, "minimum_tokens": -1, "model": ["1", 0], "router": ["7", 0]}
+    assert prompt["8"]["inputs"] == {"sparsity": 0.9, "on_unsupported": "dense", "model": ["2", 0], "router": ["7", 0]}
     assert prompt["13"]["inputs"] == {"prefix": "video/a", "format": "auto", "video": ["12", 0]}
 
 
@@ -119,24 +118,15 @@ def test_a_workflow_without_a_dense_branch_is_refused():
         samplers(prompt)
 
 
-def test_fit_changes_files_captions_and_sizes_and_saves_latents():
+def test_fit_changes_seed_steps_sizes_and_sparsity_and_saves_latents():
     plan = plan_for("cpu")
-    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan, CHECKPOINT)
-    assert prompt["1"]["inputs"] == {"unet_name": "dit.safetensors", "weight_dtype": "default"}
-    assert prompt["4"]["inputs"] == {"vae_name": "vae.safetensors"}
+    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan)
+    assert prompt["2"]["inputs"] == {"model": ["1", 0], "scale_x": 3.75, "scale_y": 3.75}
     assert prompt["5"]["inputs"] == {"width": 208, "height": 128, "length": 81, "batch_size": 1}
-    assert prompt["7"]["inputs"] == {"router_name": "none (untrained)"}
-    assert (prompt["8"]["inputs"]["sparsity"], prompt["8"]["inputs"]["minimum_tokens"]) == (plan.sparsity, 0)
-    assert {"2", "3"}.isdisjoint(prompt)
-    assert prompt["6"]["inputs"]["model"] == prompt["8"]["inputs"]["model"] == ["rope", 0]
-    assert prompt["rope"]["inputs"] == {
-        "model": ["1", 0],
-        "scale_x": 3.75,
-        "scale_y": 3.75,
-        "scale_t": 1.0,
-    } | dict.fromkeys(("shift_x", "shift_y", "shift_t"), 0.0)
-    assert prompt["6"]["inputs"]["seed"] == prompt["9"]["inputs"]["seed"] == plan.seed
-    assert prompt[prompt["9"]["inputs"]["positive"][0]]["inputs"] == {"text": CAPTION}
+    assert (prompt["8"]["inputs"]["sparsity"], prompt["8"]["inputs"]["on_unsupported"]) == (plan.sparsity, "stop")
+    for sampler in ("6", "9"):
+        inputs = prompt[sampler]["inputs"]
+        assert (inputs["seed"], inputs["steps"], inputs["cfg"]) == (plan.seed, plan.steps, 6.0)
     assert prompt["latent_sla2"]["inputs"]["samples"] == ["9", 0]
     json.dumps(prompt)
     dangling = {
@@ -146,8 +136,8 @@ def test_fit_changes_files_captions_and_sizes_and_saves_latents():
 
 
 def test_at_480_pixels_positions_are_the_models_own():
-    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan_for("cuda"), CHECKPOINT)
-    assert prompt["6"]["inputs"]["model"] == ["1", 0] and "rope" not in prompt
+    prompt = fit(to_prompt(page().workflow, NODE_INFO), plan_for("cuda"))
+    assert (prompt["2"]["inputs"]["scale_x"], prompt["2"]["inputs"]["scale_y"]) == (1, 1)
 
 
 def test_plans_are_as_long_and_as_sparse_as_they_say():
@@ -172,3 +162,16 @@ def test_the_miniatures_workflows_are_made_as_the_demo_is(name, device):
     assert found.get("ScaleROPE", [1, 0, 1, 0, 1, 0]) == [plan.rope_scale, 0, plan.rope_scale, 0, 1, 0]
     assert found["KSampler"][2:] == [plan.steps, plan.cfg, "euler", "simple", 1]
     assert found["SLA2ApplyAttention"][0] == plan.sparsity
+    assert str(Caption(*found["SLA2MiniatureCaption"])) == CAPTION
+
+
+def test_what_the_demo_leaves_as_it_is_in_the_workflow_first_look():
+    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]
+    values = {node["type"]: node.get("widgets_values") for node in nodes}
+    assert (values["UNETLoader"], values["VAELoader"]) == ([DIT, "default"], [VAE])
+    assert values["SLA2LoadRouter"] == ["none (untrained)"]
+    (apply,) = (node for node in nodes if node["type"] == "SLA2ApplyAttention")
+    names = [slot["name"] for slot in apply["inputs"] if "widget" in slot]
+    settings = dict(zip(names, apply["widgets_values"], strict=True))
+    expected = {"preset": "custom", "minimum_tokens": 0, "start_percent": 0, "end_percent": 1, "dense_layers": ""}
+    assert expected.items() <= settings.items()

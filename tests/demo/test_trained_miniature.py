@@ -76,6 +76,18 @@ def test_both_videos_show_two_red_balls(comfyui_demo):
 
 
 @trained
+@pytest.mark.comfyui
+def test_the_workflow_first_look_shows_red_things_over_a_grey_floor(comfyui_demo):
+    folder, results = comfyui_demo
+    for run in results["runs"]:
+        assert run["notes"] == []
+        video = read_video(folder / run["video"])
+        red = (video[0] - video[1].maximum(video[2]) > 0.4).float().mean().item()
+        floor = ((video.amax(0) - video.amin(0)) < 0.25).float().mean().item()
+        assert 0.01 < red < 0.35 and floor > 0.5, run["name"]
+
+
+@trained
 @pytest.mark.slow
 @pytest.mark.skipif(
     find_comfyui()[0] is not None,

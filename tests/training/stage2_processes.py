@@ -40,8 +40,9 @@ def work(rank, processes, port, runs):
 
 if __name__ == "__main__":
     import accelerate  # noqa: F401
-    import diffusers  # noqa: F401
     import peft  # noqa: F401
+    from diffusers import WanTransformer3DModel  # noqa: F401  the class: the package alone imports almost nothing
+    from torch.distributed import checkpoint, fsdp  # noqa: F401
 
     for count, commands in json.loads(sys.argv[1]):
         torch.multiprocessing.start_processes(work, (count, free_port(), commands), count, start_method="fork")

@@ -300,7 +300,8 @@ def together(tmp_path_factory):
     data, file = videos(), str(folder / "data.safetensors")
     tensors = {"latents": data.latents, "context": data.context, "empty_context": data.empty}
     safetensors.torch.save_file(tensors, file)
-    values = {name: getattr(CONFIG, name) for name in ("sparsity", "precision", "lora_rank", "mixed_precision")}
+    kept = "sparsity", "precision", "lora_rank", "mixed_precision", "validation_levels"
+    values = {name: getattr(CONFIG, name) for name in kept}
     values |= {"gradient_checkpointing": False, "steps": 3, "batch": 4, "checkpoint_every": 2, "warmup": 1}
     values |= {"learning_rate": 1e-3, "model": str(folder / "model"), "data": file, "validation_data": file}
 
