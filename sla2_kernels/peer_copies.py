@@ -318,10 +318,11 @@ def attention_by_copies(q, k, v, attend, head_groups, peers):
     except BaseException:
         # the others find NaN, and every process ends behind the same barriers
         for index in range(len(fetched) - len(head_groups), len(head_groups)):
-            for destinations in ranges if index >= 0 else ():
-                slots.own(peers, index, True, destinations).view(dtype).fill_(torch.nan)
+            if index >= 0:
+                peers.wait(fetched[index])
+                for destinations in ranges:
+                    slots.own(peers, index, True, destinations).view(dtype).fill_(torch.nan)
             fetched.append(peers.fetch([]))
-            peers.wait(fetched[-1])
         peers.wait(fetched[-1])
         raise
     return result.view(dtype).flatten(2, 3)

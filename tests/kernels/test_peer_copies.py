@@ -141,6 +141,31 @@ def test_packing_waits_for_the_side_stream(streams):
     assert done == [("current", "waits for", "side")]
 
 
+def test_a_call_that_fails_before_it_waits_leaves_the_last_calls_outputs_to_the_others():
+    class Interrupted:
+        processes, rank = 2, 0
+
+        def __init__(self):
+            self.events, self.waited = 0, []
+
+        def fetch(self, pulls):
+            self.events += 1
+            return self.events
+
+        def wait(self, event):
+            self.waited.append((event, self.memory[0].view(q.dtype).isnan().any().item()))
+            if len(self.waited) == 1:
+                raise KeyboardInterrupt
+
+    q, parts, peers = torch.ones(1, 4, 4, 16), [slice(0, 1), slice(1, 2)], Interrupted()
+    peers.capacity = peer_copies._Slots(q, 2, parts).capacity
+    peers.memory = [torch.zeros(peers.capacity, dtype=torch.uint8) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        peer_copies.attention_by_copies(q, q, q, case.attend, parts, peers)
+    # the first barrier of this call, behind which nobody reads them, comes before the first NaN; all four are reached
+    assert peers.waited[:2] == [(1, False), (1, False)] and peers.waited[-1] == (4, True)
+
+
 def test_a_group_that_is_gone_takes_its_memory_along(monkeypatch):
     class Group:
         group_name = "0"
