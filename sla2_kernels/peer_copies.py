@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 256  # bytes
 TIMEOUT_MS = 600_000  # how long a barrier waits for the other processes: as long as NCCL does by default
 WITHOUT_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+# what torch raises where it has no such memory, or another release of it no such function
+NO_MEMORY = (RuntimeError, ImportError, AttributeError, TypeError, ValueError, OSError)
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _known = weakref.WeakKeyDictionary()  # process group -> Peers, or why its GPUs cannot copy
@@ -158,7 +160,7 @@ class Peers:
             error = None
             try:
                 step(size)
-            except Exception as failure:
+            except NO_MEMORY as failure:
                 said = f"{type(failure).__name__}: {failure}".splitlines()[0]
                 error = f"there are no {size / 1e6:.0f} MB that other GPUs can read ({said})"
             reason = _agreed(error, self._group())
