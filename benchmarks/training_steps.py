@@ -196,6 +196,11 @@ def free_of_charge(func, q, k, v, *args, **kwargs):
     return Free.apply(q, k, v) if q.shape == k.shape else func(q, k, v, *args, **kwargs)
 
 
+def free_in_a_student(layer, q, k, v):
+    """The same as a Student's attention."""
+    return Free.apply(q, k, v)
+
+
 def by_accelerate(name, layers, attention, args):
     """(losses, seconds per step, tokens) of Stage2Trainer on diffusers' Wan transformer."""
     from sla2_training.stage2 import Stage2Config
@@ -223,8 +228,7 @@ def by_accelerate(name, layers, attention, args):
         trainer, tokens = wan(given, config, args.device, **sizes)
         begin_lora(p for n, p in trainer.student.named_parameters() if LORA in n)
         if attention != "SLA2":
-            free = lambda layer, q, k, v: Free.apply(q, k, v)  # noqa: E731
-            trainer.student.attend = dense_attention if attention == "dense" else free
+            trainer.student.attend = dense_attention if attention == "dense" else free_in_a_student
         losses, seconds = train(trainer, args.device, WARMUP)
     return list(losses.values()), seconds, tokens
 

@@ -1,10 +1,5 @@
 """Processes that share the heads of a sequence compute what one does: the operator with its gradients, diffusers' Wan."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,22 +7,19 @@ pytest.importorskip("diffusers.models")
 
 import ulysses_processes as case
 from diffusers import ContextParallelConfig
+from process_scripts import run_script
 
 from sla2_diffusers import apply_sla2
 from sla2_kernels import select_key_blocks
 from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ulysses")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, case.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(case.__file__, folder, CUDA_VISIBLE_DEVICES="")
     return folder
 
 

@@ -1,30 +1,23 @@
 """Copies between processes that read each other's memory give what one process does, in any order that may happen."""
 
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import peer_processes as case
 import pytest
 import torch
+from process_scripts import run_script
 
 from sla2_kernels import peer_copies
 from sla2_kernels.peer_copies import Peers
 from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, case.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(case.__file__, folder, timeout=200, CUDA_VISIBLE_DEVICES="")
     return folder
 
 

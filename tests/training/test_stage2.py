@@ -1,10 +1,7 @@
 """Stage 2 on a tiny diffusers Wan transformer: training, exports, resuming, bad input, and two processes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from diffusers import WanTransformer3DModel
+from process_scripts import run_script
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
@@ -24,7 +22,6 @@ from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLate
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.wan import run, wan_student
 
-ROOT = Path(__file__).parents[2]
 LAYERS, HEADS, HEAD_DIM = 2, 2, 32
 CONFIG = Stage2Config(
     model="tiny", output="", data="", sparsity=0.6, precision="16bit", steps=4, batch=2, lora_rank=4, lora_alpha=8.0,
@@ -316,13 +313,11 @@ def together(tmp_path_factory):
         (2, [arguments("two", False), arguments("two split", True)]),
         (4, [arguments("four split", True), arguments("gone on in four", True, *resume)]),
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("stage2_processes.py")), json.dumps(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| dense |") == 5
+    script = Path(__file__).with_name("stage2_processes.py")
+    printed = run_script(script, json.dumps(runs), ACCELERATE_USE_CPU="true")
+    assert printed.count("| dense |") == 5
     weights = [("1", "whole"), ("2", "whole"), ("2", "sharded"), ("4", "sharded"), ("4", "sharded")]
-    assert re.findall(r"(\d+) process\(es\), (\w+) weights", done.stdout) == weights
+    assert re.findall(r"(\d+) process\(es\), (\w+) weights", printed) == weights
     return folder
 
 
