@@ -39,6 +39,7 @@ from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
 from sla2_kernels import identity_router, load_router
 from sla2_training.draws import noise_like
+from sla2_training.optimisers import OPTIMISERS
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
 
 from . import quality_variants as names
@@ -53,7 +54,7 @@ FORMATS = ("int8", "int8 plain", "fp8", "16bit")
 FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
 AFTER = "stage 2"
 KEPT_EQUAL = (
-    "loss", "steps", "batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
+    "loss", "steps", "batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
     "validation_clips", "levels", "frames", "height", "width", "heuristic", "arch",
 )  # fmt: skip
 
@@ -265,7 +266,9 @@ class Study:
 
     def trainer(self, job):
         args, model = self.args, copy.deepcopy(self.miniature.model).requires_grad_(False)
-        copied = ("loss", "steps", "batch", "micro_batch", "lora_rank", "learning_rate", "ratio_learning_rate", "shift")
+        copied = (
+            "loss", "steps", "batch", "micro_batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift",
+        )  # fmt: skip
         config = Stage2Config(
             output=str(args.out / job.folder), sparsity=job.sparsity, precision=precision_of(job.trained),
             lora_alpha=args.lora_rank, warmup=min(20, args.steps), checkpoint_every=200, validate_every=10**9,
@@ -415,6 +418,7 @@ def parse(argv=None):
     parser.add_argument("--loss", choices=("distill", "flow"), default="distill")
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--knots", type=int, default=1, help="ratios along the query axis, where the router has one")
+    parser.add_argument("--optimiser", choices=OPTIMISERS, default="adamw", help="of the LoRA")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ratio-learning-rate", type=float, default=2e-2)
     parser.add_argument("--shift", type=float, default=5.0, help="of the noise levels that are trained on")

@@ -161,6 +161,7 @@ def in_comfyui(name, layers, attention, args):
         steps=WARMUP + args.steps,
         batch=1,
         learning_rate=1e-4,
+        optimiser="adamw",
         seed=0,
         distill=args.loss == "distill",
         drop_caption=0.0,

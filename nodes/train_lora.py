@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..sla2_kernels.support import resolve_precision
 from ..sla2_training import TrainingError
+from ..sla2_training.optimisers import missing_optimiser
 from .attention.failures import is_out_of_memory
 from .attention.layer_requests import trained_for_vsa_reason
 from .attention.model_families import facts_of, unsupported_reason_of
@@ -30,6 +31,7 @@ logger = logging.getLogger("sla2")
 DISTILL, FLOW = "match the dense model", "flow matching on latents"
 DISTANCE = "distance to the dense model's velocity"
 NEW = "none (new LoRA)"
+OPTIMIZERS = {"AdamW": "adamw", "Muon": "muon"}  # spelled as core's Train LoRA does
 # guidance weighs the prompt's and the negative prompt's velocity about equally
 NEGATIVE_SHARE = 0.5
 OUT_OF_MEMORY = (
@@ -94,12 +96,16 @@ class SLA2TrainLora(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate", default=0.0005, min=1e-7, max=1.0, step=1e-7, round=1e-7,
-                    tooltip="Learning rate of the LoRA (AdamW), as in core's Train LoRA. Lower it if the loss jumps.",
+                    tooltip="Learning rate of the LoRA, as in core's Train LoRA. Lower it if the loss jumps.",
                 ),
                 io.Latent.Input("latents", optional=True, tooltip="Your own videos, encoded by the model's VAE, one batch of one size."),
                 io.Combo.Input(
                     "resume_lora", optional=True, options=[NEW, *folder_paths.get_filename_list("loras")], default=NEW,
                     tooltip="A LoRA made by this node, to continue training. Connect the matching router.", advanced=True,
+                ),
+                io.Combo.Input(
+                    "optimizer", optional=True, options=list(OPTIMIZERS), default="AdamW", advanced=True,
+                    tooltip="Muon (PyTorch 2.9 or newer) learns more per step from your own videos, with learning_rate 2 to 4 times as high.",
                 ),
             ],
             outputs=[
@@ -111,16 +117,21 @@ class SLA2TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model):
-        """Refuses the prompt on an older ComfyUI before anything of it runs. model: without an input ComfyUI does not call this."""
-        if "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
-            return True
-        raise needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
+    def validate_inputs(cls, model, optimizer="AdamW"):
+        """Refuses the prompt on an older ComfyUI or PyTorch before anything of it runs. model: without an input that is
+        always there ComfyUI may not call this. optimizer: None where a link brings it."""
+        if "force_deepcopy" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+            raise needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
+        # ComfyUI leaves the check of an input that is named here to this function
+        if optimizer is not None and optimizer not in OPTIMIZERS:
+            return f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}."
+        reason = missing_optimiser(OPTIMIZERS.get(optimizer))
+        return f"optimizer: {reason}. Choose AdamW, or update PyTorch." if reason else True
 
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
-        videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW,
+        videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW, optimizer="AdamW",
     ) -> io.NodeOutput:  # fmt: skip
         from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound
         from .training.lora_training import LoraSettings
@@ -143,6 +154,7 @@ class SLA2TrainLora(io.ComfyNode):
                 steps=training_steps,
                 batch=batch_size,
                 learning_rate=learning_rate,
+                optimiser=OPTIMIZERS[optimizer],
                 seed=seed,
                 distill=distill,
                 drop_caption=NEGATIVE_SHARE if distill and cfg > 1 else 0.0,

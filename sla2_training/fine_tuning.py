@@ -6,6 +6,7 @@ import torch
 
 from .draws import learning_rate_factor
 from .errors import TrainingError
+from .optimisers import optimisers, take_step
 
 RATIO_LEARNING_RATE = 1e-2
 MAX_NORM = 1.0
@@ -13,25 +14,21 @@ WARMUP = 20
 
 
 class FineTuning:
-    """AdamW over LoRA weights and ratio logits, float32 parameters on any device.
+    """Steps of LoRA weights (matrices) and ratio logits, float32 parameters on any device.
 
     lora, ratios: lists of parameters. steps: there will be. learning_rate: of the LoRA at its height.
+    optimiser: of optimisers.OPTIMISERS.
     losses: one number per step done.
     """
 
-    def __init__(self, lora, ratios, *, steps, learning_rate, ratio_learning_rate=RATIO_LEARNING_RATE):
+    def __init__(
+        self, lora, ratios, *, steps, learning_rate, ratio_learning_rate=RATIO_LEARNING_RATE, optimiser="adamw"
+    ):
         self.parameters = [*lora, *ratios]
         self.steps, self.warmup = steps, min(WARMUP, steps // 10)
         self.losses = []
         self.known_good = self._copies()
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": lora, "lr": 0.0, "base": learning_rate},
-                {"params": ratios, "lr": 0.0, "base": ratio_learning_rate},
-            ],
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-        )
+        self.optimisers = optimisers(optimiser, lora, ratios, learning_rate, ratio_learning_rate)
 
     @property
     def done(self):
@@ -46,11 +43,7 @@ class FineTuning:
         self.require_finite(loss, "loss")
         self.require_finite(norm, "gradient")
         self.known_good = self._copies()
-        factor = learning_rate_factor(self.done, self.steps, self.warmup)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["base"] * factor
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        take_step(self.optimisers, learning_rate_factor(self.done, self.steps, self.warmup))
         self.losses.append(loss)
 
     def require_finite(self, number, what):
@@ -69,7 +62,7 @@ class FineTuning:
         """One step less is done, if any was."""
         for parameter, copy in zip(self.parameters, self.known_good, strict=True):
             parameter.copy_(copy)
-        self.optimiser.zero_grad(set_to_none=True)
+            parameter.grad = None
         self.losses = self.losses[:-1]
 
     def _copies(self):

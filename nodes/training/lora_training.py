@@ -25,7 +25,7 @@ NO_GRADIENTS = ("modified by an inplace operation", "torch.utils.checkpoint:", "
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """steps, batch: optimisation steps, videos per step. learning_rate: of the LoRA. seed: of what is drawn.
+    """steps, batch: optimisation steps, videos per step. learning_rate, optimiser: of the LoRA. seed: of what is drawn.
 
     distill: the loss is the distance to the dense model's velocity, else to the true one (flow matching).
     drop_caption: share of videos trained with the negative prompt. shift: 1, for levels come from the model's own schedule.
@@ -34,6 +34,7 @@ class LoraSettings:
     steps: int
     batch: int
     learning_rate: float
+    optimiser: str
     seed: int
     distill: bool
     drop_caption: float
@@ -119,6 +120,7 @@ class LoraTraining(comfy.samplers.Sampler):
             attention.ratio_logits,
             steps=settings.steps,
             learning_rate=settings.learning_rate,
+            optimiser=settings.optimiser,
         )
         for step in range(settings.steps):
             self.forget()

@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, fields
 
+from ..optimisers import OPTIMISERS, missing_optimiser
+
 PRECISIONS = ("auto", "16bit", "int8", "fp8")
 LOSSES = ("distill", "flow")
 TARGETS = ("self_attn", "cross_attn", "ffn")
@@ -18,6 +20,7 @@ class Stage2Config:
     loss: "distill", the distance to the velocity of the same model run dense, or "flow", flow matching on the videos.
     steps, batch: optimisation steps, videos per step over all processes; micro_batch: videos at a time on one device.
     lora_rank, lora_alpha, lora_targets: of the adapters; learning_rate: theirs, ratio_learning_rate: the mixing ratios'.
+    optimiser: of the adapters, "adamw" or "muon", which needs PyTorch 2.9 and whole matrices: not with fsdp.
     warmup: steps until the full learning rate, which falls to zero over the last quarter. clip: largest gradient norm.
     drop_caption: share of videos trained with the empty caption. shift: of the noise levels, as in sampling.
     mixed_precision: "bf16" or "no". gradient_checkpointing: recompute blocks, less memory. fsdp: shard the weights.
@@ -42,6 +45,7 @@ class Stage2Config:
     lora_targets: tuple[str, ...] = TARGETS
     learning_rate: float = 1e-4
     ratio_learning_rate: float = 1e-2
+    optimiser: str = "adamw"
     warmup: int = 20
     clip: float = 1.0
     drop_caption: float = 0.1
@@ -57,9 +61,13 @@ class Stage2Config:
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for name, options in (("precision", PRECISIONS), ("loss", LOSSES), ("mixed_precision", ("bf16", "no"))):
+        choices = {"precision": PRECISIONS, "loss": LOSSES, "mixed_precision": ("bf16", "no"), "optimiser": OPTIMISERS}
+        for name, options in choices.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
+        reason = "Muon needs whole matrices, which fsdp splits" if self.fsdp else missing_optimiser(self.optimiser)
+        if self.optimiser == "muon" and reason:
+            raise ValueError(f'optimiser is "muon": {reason}; take "adamw".')
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}.")
         if not 0 <= self.drop_caption <= 1:

@@ -19,6 +19,7 @@ from sla2_kernels.support import resolve_precision
 
 from ..draws import drawn, learning_rate_factor, noise_like
 from ..errors import TrainingError
+from ..optimisers import optimisers, take_step
 from ..ratios import with_trained_ratios
 from . import checkpoint
 from .lora import save_lora
@@ -78,14 +79,8 @@ class Stage2Trainer:
             self.wrapped = self.accelerator.prepare(student)
         named = [(n, p) for n, p in self.wrapped.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": [p for n, p in named if LORA in n], "lr": 0.0, "base": config.learning_rate},
-                {"params": [p for n, p in named if RATIOS in n], "lr": 0.0, "base": config.ratio_learning_rate},
-            ],
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-        )
+        parts = ([p for n, p in named if kind in n] for kind in (LORA, RATIOS))
+        self.optimisers = optimisers(config.optimiser, *parts, config.learning_rate, config.ratio_learning_rate)
         self.report = Report(config.loss, config.sparsity)
         self.output = Path(config.output)
         self.step = 0
@@ -224,11 +219,7 @@ class Stage2Trainer:
             ) from error
 
     def _update(self):
-        factor = learning_rate_factor(self.step, self.config.steps, self.config.warmup)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["base"] * factor
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        take_step(self.optimisers, learning_rate_factor(self.step, self.config.steps, self.config.warmup))
 
     @torch.no_grad()
     def validate(self):
@@ -267,7 +258,7 @@ class Stage2Trainer:
     def _save(self):
         tensors = self._state()
         options = sharded.StateDictOptions(**FULL)
-        optimiser = sharded.get_optimizer_state_dict(self.wrapped, self.optimiser, options=options)
+        optimiser = sharded.get_optimizer_state_dict(self.wrapped, self.optimisers, options=options)
         if self.accelerator.is_main_process:
             checkpoint.save(self.output, self.step, tensors, optimiser, self.facts, self.config.keep)
         self.accelerator.wait_for_everyone()
@@ -278,7 +269,7 @@ class Stage2Trainer:
             self.wrapped, tensors, options=sharded.StateDictOptions(full_state_dict=True, strict=False)
         )
         sharded.set_optimizer_state_dict(
-            self.wrapped, self.optimiser, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
+            self.wrapped, self.optimisers, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
         )
         self._say(f"resumed {path} at step {self.step}")
 

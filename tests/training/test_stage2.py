@@ -114,11 +114,13 @@ def test_dense_runs_are_the_model_as_it_was(tmp_path):
         assert not torch.allclose(made.student(*arguments), expected)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    whole = trainer(tmp_path / "whole")
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, optimiser):
+    config = replace(CONFIG, optimiser=optimiser)
+    whole = trainer(tmp_path / "whole", config)
     whole.train()
     assert [path.name for path in checkpoints(tmp_path / "whole")] == ["step-000002", "step-000004"]
-    resumed = trainer(tmp_path / "resumed")
+    resumed = trainer(tmp_path / "resumed", config)
     report = resumed.train(tmp_path / "whole" / "step-000002")
     assert sorted(report.losses) == [2, 3]
     for a, b in zip(whole.parameters, resumed.parameters, strict=True):
@@ -225,6 +227,7 @@ def test_the_ratio_of_other_sparsities_stays(tmp_path):
         ({"steps": "many"}, "steps must be like 500"),
         ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
         ({"loss": "l1"}, "loss must be one of distill, flow"),
+        ({"optimiser": "muon", "fsdp": True}, 'optimiser is "muon": Muon needs whole matrices'),
         ({"lora_targets": ["head"]}, "lora_targets must be some of"),
     ],
 )

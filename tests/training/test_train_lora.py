@@ -169,6 +169,7 @@ def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
         latents=prompt.sample(model, size=128, steps=2),
         training_steps=8,
         learning_rate=0.01,
+        optimizer="Muon",
     )
     before, after = errors(comfy.run(prompt)[node]["text"][0])
     assert 0 < after < before
