@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import several_gpus
 from benchmarks.several_gpus_operator import WAYS, in_order
-from benchmarks.several_gpus_step import step_table
-from benchmarks.several_gpus_training import training_table
+from benchmarks.several_gpus_step import step_table, transformer
+from benchmarks.several_gpus_training import blocks_wait_on, training_table
 
 
 def run(tmp_path, monkeypatch, *arguments):
@@ -63,6 +63,14 @@ def test_bad_arguments_are_told(capsys, arguments, told):
 def test_with_four_gpus_two_are_measured_too():
     assert several_gpus.counts(4, "step") == [2, 4] and several_gpus.counts(6, "stage2") == [1, 2, 4, 6]
     assert several_gpus.counts(4, "attention") == [2, 4] and several_gpus.counts(2, "messages") == [1]
+
+
+def test_blocks_that_will_be_split_do_not_stay_where_they_are_made():
+    with blocks_wait_on("meta"):
+        model = transformer(2, "cpu", tiny=True)
+    assert {p.device.type for p in model.blocks.parameters()} == {"meta"}
+    assert {p.device.type for n, p in model.named_parameters() if not n.startswith("blocks.")} == {"cpu"}
+    assert {p.device.type for p in transformer(1, "cpu", tiny=True).parameters()} == {"cpu"}
 
 
 def test_tables():
