@@ -69,7 +69,9 @@ def parse(argv=None):
     )
     parser.add_argument("--calls", type=int, default=3, help="timed calls of the model")
     parser.add_argument("--transfer", choices=("nccl", "copies"), help="of a step and a timeline; else what ships does")
-    parser.add_argument("--groups", type=int, default=5, help="of heads, in a timeline")
+    parser.add_argument(
+        "--groups", default="5", help="of heads in a timeline: how many, or their relative sizes, as 1:3:1"
+    )
     parser.add_argument("--model", choices=("miniature", "14B"), default="miniature", help="that is trained")
     parser.add_argument("--steps", type=int, default=30, help="of training")
     parser.add_argument("--batch", type=int, default=16, help="videos per step, over all GPUs")
@@ -105,7 +107,7 @@ def launch(args, part, processes):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     options = ["--device", args.device, "--shape", args.shape, "--processes", str(args.processes)]
     options += ["--layers", str(args.layers), "--calls", str(args.calls), "--model", args.model]
-    options += ["--steps", str(args.steps), "--batch", str(args.batch), "--groups", str(args.groups)]
+    options += ["--steps", str(args.steps), "--batch", str(args.batch), "--groups", args.groups]
     options += ["--transfer", args.transfer] if args.transfer else []
     options += ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
     options += ["--parts", part, "--work", part, "--folder", str(args.folder), *(["--tiny"] if args.tiny else [])]

@@ -22,10 +22,11 @@ from .together import SPARSITY, WARMUP, each_slowest_ms, largest
 # what this calls them -> what the operator does; on a CPU "nccl" is gloo
 TRANSFERS = {"copies": "copies", "nccl": "collective"}
 TINY = Shape("tiny", 8, (1, 1, 600), head_dim=32)
-# (precision, exchange, groups of heads, what carries the exchange)
+# (precision, exchange, groups of heads or their relative sizes, what carries the exchange)
 WAYS = (
     *(("int8", "16bit", groups, transfer) for groups in (4, 5, 2, 1) for transfer in TRANSFERS),
     *(("16bit", "16bit", groups, transfer) for groups in (4, 5, 2, 1) for transfer in TRANSFERS),
+    *((precision, "16bit", (1, 3, 1), "copies") for precision in ("int8", "16bit")),
     *(("int8", "8bit", groups, "nccl") for groups in (1, 2)),
 )
 
@@ -119,7 +120,9 @@ def timeline(args, device):
     """
     call = Call(args, device)
     mine = call.share(dist.get_world_size(), dist.get_rank())
-    attend = call.together(mine, call.attend("int8"), "16bit", args.groups, args.transfer)
+    groups = [int(size) for size in args.groups.split(":")]
+    groups = groups[0] if len(groups) == 1 else groups
+    attend = call.together(mine, call.attend("int8"), "16bit", groups, args.transfer)
     for _ in range(WARMUP):
         attend()
     activity, kind = (
