@@ -2,13 +2,15 @@
 
     python -m benchmarks.several_gpus --processes 2 --out two.json       on two GPUs; 4 for four, which measures two as well
     python -m benchmarks.several_gpus --processes 2 --parts step         one part
+    python -m benchmarks.several_gpus --processes 2 --parts timeline --groups 5   what the GPU does in one call
     python -m benchmarks.several_gpus --processes 1 --parts messages     what one GPU can measure
     python -m benchmarks.several_gpus --device cpu --tiny --processes 2  two processes on a CPU: a test of the script
 
 attention: SLA2 of one sequence whose tokens the GPUs share, by sequence_parallel_attention; time includes the exchanges,
-    by NCCL and by copies.
+    by NCCL and by copies, every way in turn.
 step: one call of diffusers' Wan transformer at 14B-720p, random weights, dense and with SLA2 (several_gpus_step.py).
 stage2: LoRA training with weights split over the GPUs (FSDP2), at equal batch: losses and tokens per second.
+timeline: kernels and copies of one INT8 call in --groups groups of heads, in order of start, from torch.profiler.
 messages: packing and opening what 2 and 4 GPUs would exchange, on one GPU and without sending it.
 """
 
@@ -25,11 +27,11 @@ import torch.distributed as dist
 
 from . import results
 from .measure import environment, is_gpu
-from .several_gpus_operator import attention, attention_table, messages, messages_table
+from .several_gpus_operator import attention, attention_table, messages, messages_table, timeline, timeline_table
 from .together import SPARSITY
 
-PARTS = ("attention", "step", "stage2", "messages")
-SEVERAL_GPUS = PARTS[:3]
+SEVERAL_GPUS = ("attention", "step", "stage2", "timeline")
+PARTS = (*SEVERAL_GPUS, "messages")
 
 
 def main(argv=None):
@@ -59,15 +61,16 @@ def parse(argv=None):
         help="processes to measure with, instead of 1, 2, 4, ... and all",
     )
     parser.add_argument(
-        "--parts", type=lambda text: text.split(","), default=SEVERAL_GPUS, help="of: " + ", ".join(PARTS)
+        "--parts", type=lambda text: text.split(","), default=SEVERAL_GPUS[:3], help="of: " + ", ".join(PARTS)
     )
     parser.add_argument("--shape", default="14B-720p", help="of the attention call and of the messages")
     parser.add_argument(
         "--layers", type=int, default=40, help="of the 14B model; of a step's fewer where they do not fit"
     )
     parser.add_argument("--calls", type=int, default=3, help="timed calls of the model")
+    parser.add_argument("--transfer", choices=("nccl", "copies"), help="of a step and a timeline; else what ships does")
     parser.add_argument(
-        "--transfer", choices=("nccl", "copies"), help="that a step's exchanges use; else what ships does"
+        "--groups", default="5", help="of heads in a timeline: how many, or their relative sizes, as 1:3:1"
     )
     parser.add_argument("--model", choices=("miniature", "14B"), default="miniature", help="that is trained")
     parser.add_argument("--steps", type=int, default=30, help="of training")
@@ -104,7 +107,7 @@ def launch(args, part, processes):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     options = ["--device", args.device, "--shape", args.shape, "--processes", str(args.processes)]
     options += ["--layers", str(args.layers), "--calls", str(args.calls), "--model", args.model]
-    options += ["--steps", str(args.steps), "--batch", str(args.batch)]
+    options += ["--steps", str(args.steps), "--batch", str(args.batch), "--groups", args.groups]
     options += ["--transfer", args.transfer] if args.transfer else []
     options += ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
     options += ["--parts", part, "--work", part, "--folder", str(args.folder), *(["--tiny"] if args.tiny else [])]
@@ -142,7 +145,7 @@ def measured(args, device):
         from .several_gpus_training import stage2
 
         return stage2(args, device)
-    return attention(args, device)
+    return (attention if args.work == "attention" else timeline)(args, device)
 
 
 def table(part, runs):
@@ -154,7 +157,7 @@ def table(part, runs):
         from .several_gpus_training import training_table
 
         return training_table(runs)
-    return (attention_table if part == "attention" else messages_table)(runs)
+    return {"attention": attention_table, "timeline": timeline_table, "messages": messages_table}[part](runs)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""The parts "attention" and "messages" of several_gpus.py: the operator over a sequence that GPUs share."""
+"""The parts "attention", "timeline" and "messages" of several_gpus.py: the operator over a sequence that GPUs share."""
 
-import json
+import functools
+import re
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from sla2_kernels import select_key_blocks, sla2_attention
 from sla2_kernels.eight_bit_exchange import EightBitExchange
@@ -12,17 +15,18 @@ from sla2_kernels.pool_routing import PoolRouting
 from sla2_kernels.sequence_parallel import WholeExchange, sequence_parallel_attention
 
 from .inputs import Shape, find_shape, make_inputs
-from .measure import median_ms
+from .measure import is_gpu, median_ms
 from .ours import weights_for
-from .together import SPARSITY, largest, slowest_ms
+from .together import SPARSITY, WARMUP, each_slowest_ms, largest
 
 # what this calls them -> what the operator does; on a CPU "nccl" is gloo
 TRANSFERS = {"copies": "copies", "nccl": "collective"}
 TINY = Shape("tiny", 8, (1, 1, 600), head_dim=32)
-# (precision, exchange, groups of heads, what carries the exchange)
+# (precision, exchange, groups of heads or their relative sizes, what carries the exchange)
 WAYS = (
     *(("int8", "16bit", groups, transfer) for groups in (4, 5, 2, 1) for transfer in TRANSFERS),
     *(("16bit", "16bit", groups, transfer) for groups in (4, 5, 2, 1) for transfer in TRANSFERS),
+    *((precision, "16bit", (1, 3, 1), "copies") for precision in ("int8", "16bit")),
     *(("int8", "8bit", groups, "nccl") for groups in (1, 2)),
 )
 
@@ -51,33 +55,50 @@ class Call:
 
         return attend
 
+    def together(self, mine, attend, exchange, groups, transfer):
+        """A call that the processes share: a function without arguments. mine: this process's q, k and v."""
+        routing = self.routing if exchange == "8bit" else None
+        options = {"head_groups": groups, "routing": routing, "transfer": TRANSFERS.get(transfer, "auto")}
+        return functools.partial(sequence_parallel_attention, *mine, attend, **options)
+
 
 @torch.no_grad()
 def attention(args, device):
     """Rows of WAYS with ms_alone, ms_together, ms_exchange, error, equal; medians over calls of the slowest process.
 
-    By copies only where the GPUs can. equal: the outputs before and after the timed calls both.
+    By copies only where the GPUs can. All calls take turns. equal: the outputs before and after the timed calls both.
     """
     call = Call(args, device)
     processes, rank = dist.get_world_size(), dist.get_rank()
     mine = call.share(processes, rank)
-    outputs, ms_alone = {}, {}
+    alone, expected = {}, {}
     for precision in ("int8", "16bit"):
-        attend = call.attend(precision)
-        outputs[precision] = attend(*call.qkv, slice(None)).chunk(processes, dim=1)[rank].clone()
-        ms_alone[precision] = slowest_ms(lambda attend=attend: attend(*call.qkv, slice(None)), device)
-    rows, copies = [], can_copy(mine[0])
-    for precision, exchange, groups, transfer in WAYS:
-        if transfer == "copies" and not copies:
-            continue
-        routing = call.routing if exchange == "8bit" else None
-        how = {"head_groups": groups, "routing": routing, "transfer": TRANSFERS[transfer]}
-        found = _together(mine, call.attend(precision), outputs[precision], device, **how)
-        way = {"precision": precision, "exchange": exchange, "groups": groups, "transfer": transfer}
-        rows.append({**way, "ms_alone": ms_alone[precision], **found})
-        if rank == 0:
-            # a run may be cut
-            print(json.dumps(rows[-1]), flush=True)
+        alone[precision] = functools.partial(call.attend(precision), *call.qkv, slice(None))
+        expected[precision] = alone[precision]().chunk(processes, dim=1)[rank].clone()
+    copies = can_copy(mine[0])
+    ways = [way for way in WAYS if copies or way[3] != "copies"]
+    together = [call.together(mine, call.attend(precision), *how) for precision, *how in ways]
+    exchanges = [call.together(mine, lambda q, *others: q, *how) for _, *how in ways]
+    outputs = [function() for function in together]
+    ms = each_slowest_ms([*alone.values(), *together, *exchanges], device)
+    ms_alone, ms = dict(zip(alone, ms, strict=False)), ms[len(alone) :]
+    rows = []
+    for place, (precision, exchange, groups, transfer) in enumerate(ways):
+        out, again, right = outputs[place], together[place](), expected[precision]
+        error = (out.float() - right.float()).norm() / right.float().norm()
+        rows.append(
+            {
+                "precision": precision,
+                "exchange": exchange,
+                "groups": groups,
+                "transfer": transfer,
+                "ms_alone": ms_alone[precision],
+                "ms_together": ms[place],
+                "ms_exchange": ms[len(ways) + place],
+                "error": largest(error.item(), device),
+                "equal": not largest(float(not (torch.equal(out, right) and torch.equal(again, right))), device),
+            }
+        )
     return rows
 
 
@@ -91,18 +112,52 @@ def can_copy(q):
     return True
 
 
-def _together(mine, attend, expected, device, **how):
-    """How a shared call compares with one GPU's output of the same tokens, and how long it takes."""
-    out = sequence_parallel_attention(*mine, attend, **how)
-    error = (out.float() - expected.float()).norm() / expected.float().norm()
-    ms_together = slowest_ms(lambda: sequence_parallel_attention(*mine, attend, **how), device)
-    again = sequence_parallel_attention(*mine, attend, **how)
-    return {
-        "ms_together": ms_together,
-        "ms_exchange": slowest_ms(lambda: sequence_parallel_attention(*mine, lambda q, *others: q, **how), device),
-        "error": largest(error.item(), device),
-        "equal": not largest(float(not (torch.equal(out, expected) and torch.equal(again, expected))), device),
-    }
+@torch.no_grad()
+def timeline(args, device):
+    """Rows {start_us, us, stream, idle_us, name} of what the GPU of rank 0 does in one INT8 call, in order of start, after a barrier.
+
+    idle_us: since the stream's last activity ended. On a CPU: torch's operators, and threads for streams.
+    """
+    call = Call(args, device)
+    mine = call.share(dist.get_world_size(), dist.get_rank())
+    groups = [int(size) for size in args.groups.split(":")]
+    groups = groups[0] if len(groups) == 1 else groups
+    attend = call.together(mine, call.attend("int8"), "16bit", groups, args.transfer)
+    for _ in range(WARMUP):
+        attend()
+    activity, kind = (
+        (ProfilerActivity.CUDA, DeviceType.CUDA) if is_gpu(device) else (ProfilerActivity.CPU, DeviceType.CPU)
+    )
+    for _ in range(2):  # a process's first profile begins late
+        with profile(activities=[activity]) as profiled:
+            dist.barrier()
+            if is_gpu(device):
+                torch.cuda.synchronize()
+            attend()
+            if is_gpu(device):
+                torch.cuda.synchronize()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.device_type() == kind]
+    return in_order([(e.start_ns() / 1e3, e.duration_ns() / 1e3, e.device_resource_id(), e.name()) for e in events])
+
+
+def in_order(activities):
+    """Rows as timeline() has them of (start, microseconds, stream, name), starts in microseconds too."""
+    rows, ends = [], {}
+    activities = sorted(activities)
+    for start, us, stream, name in activities:
+        idle = start - ends.get(stream, start)
+        rows.append({"start_us": start - activities[0][0], "us": us, "stream": stream, "idle_us": idle, "name": name})
+        ends[stream] = start + us
+    return rows
+
+
+def timeline_table(runs):
+    lines = ["start us | us | stream | idle us | what"]
+    for rows in runs.values():
+        for row in rows:
+            name = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", row["name"])[:40]
+            lines.append(f"{row['start_us']:.0f} | {row['us']:.0f} | {row['stream']} | {row['idle_us']:.0f} | {name}")
+    return "\n".join(lines)
 
 
 def attention_table(runs):

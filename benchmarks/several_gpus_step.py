@@ -32,6 +32,7 @@ WAYS = {
     "SLA2": ("16bit", 1),
     "SLA2, two groups": ("16bit", 2),
     "SLA2, four groups": ("16bit", 4),
+    "SLA2, groups 1:3:1": ("16bit", (1, 3, 1)),
     "dense": None,
     "SLA2, 8-bit exchange": ("8bit", 2),
 }

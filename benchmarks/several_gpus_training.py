@@ -8,6 +8,7 @@ it: its float32 weights are 1.4 GB a layer on one GPU, and a share of that on se
 import statistics
 import tempfile
 import time
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -91,10 +92,14 @@ def miniature(args, config, device):
 
 
 def wan(args, config, device, **sizes):
-    """(trainer, tokens of a video); the model is the same in every process. sizes: where they are not Wan 14B's."""
+    """(trainer, tokens of a video); the model is the same in every process. sizes: where they are not Wan 14B's.
+
+    Blocks are made on ``device``, which is faster, and wait on the CPU where they will be split: no GPU holds all of them.
+    """
     from .several_gpus_step import transformer
 
-    model = transformer(args.layers, device, args.tiny, torch.float32, **sizes)
+    with blocks_wait_on("cpu" if config.fsdp else device):
+        model = transformer(args.layers, device, args.tiny, torch.float32, **sizes)
     generator = torch.Generator().manual_seed(1)
     shape = TINY_LATENTS if args.tiny else LATENTS
     latents = torch.randn(args.batch, *shape, generator=generator)
@@ -102,6 +107,19 @@ def wan(args, config, device, **sizes):
     data = VideoLatents(latents, context, torch.arange(args.batch))
     trainer = Stage2Trainer(config, wan_student(model, config), data, model_name="random Wan", say=print)
     return trainer, shape[1] * shape[2] * shape[3] // 4
+
+
+@contextmanager
+def blocks_wait_on(device):
+    """Within it, each block of diffusers' Wan transformer goes to ``device`` as soon as it is made."""
+    from diffusers.models.transformers import transformer_wan
+
+    made = transformer_wan.WanTransformerBlock
+    transformer_wan.WanTransformerBlock = lambda *sizes: made(*sizes).to(device)
+    try:
+        yield
+    finally:
+        transformer_wan.WanTransformerBlock = made
 
 
 def training_table(runs):

@@ -21,16 +21,22 @@ def largest(number, device):
 
 def slowest_ms(function, device, calls=20, warmup=WARMUP):
     """Median over calls of the time until the last process is done."""
-    times = []
+    return each_slowest_ms([function], device, calls, warmup)[0]
+
+
+def each_slowest_ms(functions, device, calls=20, warmup=WARMUP):
+    """slowest_ms() of each function: they take turns, all are warmed up before the first is timed."""
+    times = [[] for _ in functions]
     for call in range(warmup + (calls if is_gpu(device) else 1)):
-        dist.barrier()
-        if is_gpu(device):
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        function()
-        if is_gpu(device):
-            torch.cuda.synchronize()
-        taken = largest(1000 * (time.perf_counter() - begin), device)
-        if call >= warmup:
-            times.append(taken)
-    return statistics.median(times)
+        for function, found in zip(functions, times, strict=True):
+            dist.barrier()
+            if is_gpu(device):
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            function()
+            if is_gpu(device):
+                torch.cuda.synchronize()
+            taken = largest(1000 * (time.perf_counter() - begin), device)
+            if call >= warmup:
+                found.append(taken)
+    return [statistics.median(found) for found in times]

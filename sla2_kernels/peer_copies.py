@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .support import on_device
+from .support import kernels_reason, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -251,14 +251,14 @@ class _Slots:
         first = self._others * sum(self._sizes[:index]) + (destination - (destination > source)) * self._sizes[index]
         return peers.capacity // 4 * 3 + first if output else 3 * first
 
-    def own(self, peers, index, output, destinations):
-        """What this process packs for those in the range: (P', N / P, B, G, D) of an output, else (P', N / P, B, 3, G, D)."""
-        begin = self.offset(peers, index, output, peers.rank, destinations.start)
+    def own(self, peers, index, output):
+        """What this process packs for the others: (P - 1, N / P, B, 1, G, D) of an output, else (P - 1, N / P, B, 3, G, D)."""
+        begin = self.offset(peers, index, output, peers.rank, 1 if peers.rank == 0 else 0)
         tokens, batch, *heads = self._shapes[index]
-        times, shape = (1, (tokens, batch, *heads)) if output else (3, (tokens, batch, 3, *heads))
+        times = 1 if output else 3
         size = times * self._sizes[index]
-        slots = peers.memory[peers.rank][begin : begin + len(destinations) * size].unflatten(0, (-1, size))
-        return slots[:, : times * self._bytes[index]].view(self._dtype).unflatten(1, shape)
+        slots = peers.memory[peers.rank][begin : begin + self._others * size].unflatten(0, (self._others, size))
+        return slots[:, : times * self._bytes[index]].view(self._dtype).unflatten(1, (tokens, batch, times, *heads))
 
 
 def attention_by_copies(q, k, v, attend, head_groups, peers):
@@ -267,15 +267,14 @@ def attention_by_copies(q, k, v, attend, head_groups, peers):
     head_groups: slices of the H / P heads of a process. peers: Peers that have reserved what peers_for() asks for.
     """
     processes, rank = peers.processes, peers.rank
-    dtype = q.dtype
-    # torch copies strided tensors element by element: here by 16 bytes
-    words = torch.complex128 if all(map(_in_words, (q, k, v))) else dtype
-    q, k, v = (x.view(words) for x in (q, k, v))
     batch, tokens, heads, head_dim = q.shape
     share = heads // processes
     slots = _Slots(q, processes, head_groups)
     others = [(rank + step) % processes for step in range(1, processes)]  # from different ones at a time
-    ranges = [r for r in (range(rank), range(rank + 1, processes)) if r]
+    # the others before and after this process: (among the processes, among the slots)
+    ranges = [(slice(0, rank), slice(0, rank)), (slice(rank + 1, processes), slice(rank, processes - 1))]
+    ranges = [pair for pair in ranges if pair[1].start < pair[1].stop]
+    own = slice(rank, rank + 1)
     # (P, N / P, B, H / P, D)
     qkv = [x.unflatten(2, (processes, share)).permute(2, 1, 0, 3, 4) for x in (q, k, v)]
     widths = [part.stop - part.start for part in head_groups]
@@ -283,7 +282,8 @@ def attention_by_copies(q, k, v, attend, head_groups, peers):
     received = [q.new_empty(processes, tokens, batch, 3, width, head_dim) for width in widths]
     returned = [q.new_empty(processes - 1, tokens, batch, width, head_dim) for width in widths]
     result = q.new_empty(batch, tokens, processes, share, head_dim)
-    places = result.permute(2, 1, 0, 3, 4)
+    # (P, N / P, B, 1, H / P, D)
+    places = result.permute(2, 1, 0, 3, 4).unsqueeze(3)
     fetched = []
 
     def fetch(index, output, into):
@@ -292,46 +292,48 @@ def attention_by_copies(q, k, v, attend, head_groups, peers):
 
     try:
         for index, part in enumerate(head_groups):
-            for destinations in ranges:
-                packed = slots.own(peers, index, False, destinations)
-                for place, x in enumerate(qkv):
-                    packed[:, :, :, place] = x[destinations.start : destinations.stop, :, :, part]
+            packed = slots.own(peers, index, False)
+            for there, slot in ranges:
+                _copy(packed[slot], [x[there, :, :, part] for x in qkv])
             fetch(index, False, [received[index][p] for p in others])
         # beside the first group's pulls
-        for index, part in enumerate(head_groups):
-            for place, x in enumerate(qkv):
-                received[index][rank, :, :, place] = x[rank, :, :, part]
+        for into, part in zip(received, head_groups, strict=True):
+            _copy(into[own], [x[own, :, :, part] for x in qkv])
         for index, part in enumerate(head_groups):
             peers.wait(fetched[index])
-            whole = received[index].view(dtype).flatten(0, 1).transpose(0, 1).unbind(2)
-            out = attend(*whole, slice(rank * share + part.start, rank * share + part.stop)).to(dtype)
+            whole = received[index].flatten(0, 1).transpose(0, 1).unbind(2)
+            out = attend(*whole, slice(rank * share + part.start, rank * share + part.stop)).to(q.dtype)
             received[index] = whole = None
-            out = out.view(words) if _in_words(out) else out
+            # (P, N / P, B, G, D)
             out = out.unflatten(1, (processes, tokens)).permute(1, 2, 0, 3, 4)
-            for destinations in ranges:
-                packed = slots.own(peers, index, True, destinations).view(out.dtype)
-                packed.copy_(out[destinations.start : destinations.stop])
-            fetch(index, True, returned[index])
-            places[rank, :, :, part].view(out.dtype).copy_(out[rank])
+            packed = slots.own(peers, index, True)
+            for there, slot in ranges:
+                _copy(packed[slot], [out[there]])
+            fetch(index, True, [returned[index][p - (p > rank)] for p in others])
+            _copy(places[own, :, :, :, part], [out[own]])
         for index, part in enumerate(head_groups):
             peers.wait(fetched[len(head_groups) + index])
-            for x, p in zip(returned[index], others, strict=True):
-                places[p, :, :, part] = x
+            for there, slot in ranges:
+                _copy(places[there, :, :, :, part], [returned[index][slot]])
     except BaseException:
         # the others find NaN, and every process ends behind the same barriers
         for index in range(len(fetched) - len(head_groups), len(head_groups)):
             if index >= 0:
                 peers.wait(fetched[index])
-                for destinations in ranges:
-                    slots.own(peers, index, True, destinations).view(dtype).fill_(torch.nan)
+                slots.own(peers, index, True).fill_(torch.nan)
             fetched.append(peers.fetch([]))
         peers.wait(fetched[-1])
         raise
-    return result.view(dtype).flatten(2, 3)
+    return result.flatten(2, 3)
 
 
-def _in_words(x):
-    """Whether x can be viewed in elements of 16 bytes."""
-    step = torch.complex128.itemsize // x.element_size()
-    counts = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(count % step for count in counts)
+def _copy(into, sources):
+    """into[:, :, :, place] = sources[place], in one launch where Triton's kernels run."""
+    if kernels_reason(into.device):
+        for place, x in enumerate(sources):
+            into[:, :, :, place] = x
+        return
+    from .kernels.copy_heads import copy_heads
+
+    with on_device(into.device):
+        copy_heads(into, sources)

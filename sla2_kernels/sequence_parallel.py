@@ -26,7 +26,8 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
         attend: called for each group of heads as attend(q, k, v, heads) with views (B, N, G, D) and the slice of the heads
             that they are; returns their output (B, N, G, D). Groups follow each other, together they are H / P heads.
         group: process group; None is all processes.
-        head_groups: number of groups, at most H / P of which are made.
+        head_groups: number of equal groups, at most H / P of which are made; or the relative sizes of groups, such as (1, 3, 1):
+            only the first one's arrival and the last one's return have no attention beside them.
         routing: None exchanges q, k and v as they are. A PoolRouting, the same on all processes, exchanges them in 8 bit
             (eight_bit_exchange.py), half the bytes of 16 bit, and block means in float32; attend is then called as
             attend(q, k, v, heads, key_blocks) with the RoutedBlocks that these means select, which are those of the
@@ -46,7 +47,11 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
     check_inputs("BNHD", q=q, k=k, v=v)
     if q.shape != k.shape:
         raise ValueError(f"q, k and v must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
-    if checked_count("head_groups", head_groups) < 1:
+    if isinstance(head_groups, (tuple, list)):
+        sizes = [checked_count("head_groups", size) for size in head_groups]
+    else:
+        sizes = [1] * min(checked_count("head_groups", head_groups), q.shape[2])
+    if not sizes or min(sizes) < 1:
         raise ValueError(f"head_groups must be at least 1, got {head_groups}.")
     if routing is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("an exchange in 8 bit has no gradients: leave routing out, or run under torch.no_grad().")
@@ -60,7 +65,7 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
             f"{processes} processes cannot share {q.shape[2]} heads equally: use a number that divides {q.shape[2]}."
         )
     share = q.shape[2] // processes
-    parts = _equal_parts(share, head_groups)
+    parts = _parts(share, sizes)
     # torch.compile cannot trace the exception that says why not
     may_copy = transfer == "copies" or (transfer == "auto" and not torch.compiler.is_compiling())
     # attend() may have weights with gradients
@@ -89,11 +94,10 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
     return torch.cat(returned, dim=3).flatten(2, 3)
 
 
-def _equal_parts(count, parts):
-    """Slices of 0 to count - 1, as equal as can be, none empty."""
-    parts = min(count, parts)
-    ends = [count * i // parts for i in range(parts + 1)]
-    return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+def _parts(count, sizes):
+    """Slices of 0 to count - 1 of these relative sizes, as near as can be, none empty."""
+    ends = [count * sum(sizes[:place]) // sum(sizes) for place in range(len(sizes) + 1)]
+    return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True) if begin < end]
 
 
 class WholeExchange:

@@ -157,9 +157,14 @@ def _card_reason(device):
     return None
 
 
+def kernels_reason(device):
+    """None where Triton's kernels run on ``device``, a torch.device, else one sentence why not."""
+    return _card_reason(device) or why_no_triton() or _blackwell_reason(device)
+
+
 def triton_reason(device, dtype, head_dim, precision):
     """None where the Triton kernels take such a call, else one sentence why not."""
-    reason = _card_reason(device) or why_no_triton() or _blackwell_reason(device)
+    reason = kernels_reason(device)
     if reason:
         return reason
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):

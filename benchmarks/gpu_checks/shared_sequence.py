@@ -20,7 +20,7 @@ SHAPES = (
     (1, 501, 4, 128, torch.float32),
     (1, 9450, 10, 128, torch.bfloat16),
 )
-GROUPS = (1, 2, 4, 100)
+GROUPS = (1, 2, 4, 100, (1, 3, 1))
 ROUNDS = 3
 LATE = 3_000_000  # cycles, 1 to 2 ms
 PRECISIONS = ("16bit", "int8")

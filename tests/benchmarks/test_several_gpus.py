@@ -5,9 +5,9 @@ import json
 import pytest
 
 from benchmarks import several_gpus
-from benchmarks.several_gpus_operator import WAYS
-from benchmarks.several_gpus_step import step_table
-from benchmarks.several_gpus_training import training_table
+from benchmarks.several_gpus_operator import WAYS, in_order
+from benchmarks.several_gpus_step import step_table, transformer
+from benchmarks.several_gpus_training import blocks_wait_on, training_table
 
 
 def run(tmp_path, monkeypatch, *arguments):
@@ -27,6 +27,19 @@ def test_attention_of_two_processes_is_that_of_one(tmp_path, capfd, monkeypatch)
     printed = capfd.readouterr().out
     assert "| 2 | 16bit | 16bit | 1 | nccl |" in printed
     assert "no rows by copies: the tensors are on cpu" in printed
+
+
+def test_a_timeline_has_what_the_call_does_in_order(tmp_path, capfd, monkeypatch):
+    rows = run(tmp_path, monkeypatch, "--processes", "2", "--parts", "timeline", "--groups", "2")["timeline"]["2"]
+    starts = [row["start_us"] for row in rows]
+    assert starts == sorted(starts) and starts[0] == 0
+    assert [row["name"] for row in rows].count("gloo:all_to_all") == 4
+    assert "start us | us | stream | idle us | what" in capfd.readouterr().out
+
+
+def test_idle_time_is_counted_by_stream():
+    rows = in_order([(30.0, 5.0, 7, "c"), (10.0, 4.0, 7, "a"), (12.0, 9.0, 8, "b")])
+    assert [(row["name"], row["start_us"], row["idle_us"]) for row in rows] == [("a", 0, 0), ("b", 2, 0), ("c", 20, 16)]
 
 
 def test_one_process_plays_each_of_several(tmp_path, capfd, monkeypatch):
@@ -50,6 +63,14 @@ def test_bad_arguments_are_told(capsys, arguments, told):
 def test_with_four_gpus_two_are_measured_too():
     assert several_gpus.counts(4, "step") == [2, 4] and several_gpus.counts(6, "stage2") == [1, 2, 4, 6]
     assert several_gpus.counts(4, "attention") == [2, 4] and several_gpus.counts(2, "messages") == [1]
+
+
+def test_blocks_that_will_be_split_do_not_stay_where_they_are_made():
+    with blocks_wait_on("meta"):
+        model = transformer(2, "cpu", tiny=True)
+    assert {p.device.type for p in model.blocks.parameters()} == {"meta"}
+    assert {p.device.type for n, p in model.named_parameters() if not n.startswith("blocks.")} == {"cpu"}
+    assert {p.device.type for p in transformer(1, "cpu", tiny=True).parameters()} == {"cpu"}
 
 
 def test_tables():

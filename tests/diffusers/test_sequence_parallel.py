@@ -70,6 +70,9 @@ def test_what_is_not_finite_stays_so_in_8_bit(found):
     ("options", "told"),
     [
         ({"head_groups": 0}, "head_groups must be at least 1, got 0"),
+        ({"head_groups": ()}, r"head_groups must be at least 1, got \(\)"),
+        ({"head_groups": (1, 0)}, r"head_groups must be at least 1, got \(1, 0\)"),
+        ({"head_groups": (1, 0.5)}, "head_groups must be an integer, got 0.5"),
         ({"routing": case.routing()}, "an exchange in 8 bit has no gradients"),
     ],
 )

@@ -25,7 +25,7 @@ CALLS = (
     (1, 13, 8, 16, torch.bfloat16, 2),
     (2, 150, 8, 32, torch.bfloat16, 1),
     (2, 150, 8, 32, torch.bfloat16, 100),
-    (1, 97, 12, 5, torch.float16, 2),
+    (1, 97, 12, 5, torch.float16, (1, 3, 1)),
     (3, 31, 8, 3, torch.float64, 2),
     (1, 150, 8, 32, torch.float32, 2),
     (1, 150, 8, 32, torch.float32, 2),

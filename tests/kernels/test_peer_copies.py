@@ -1,5 +1,6 @@
 """Copies between processes that read each other's memory give what one process does, in any order that may happen."""
 
+import functools
 import os
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,17 +16,33 @@ from sla2_kernels.sequence_parallel import sequence_parallel_attention
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("peers")
-    run_script(case.__file__, folder, timeout=200, CUDA_VISIBLE_DEVICES="")
-    return folder
+def folders(tmp_path_factory):
+    """folders(packed by "torch", or in Triton's interpreter by "the kernel"): what 2 and 4 processes found."""
+
+    @functools.cache
+    def run(packed_by):
+        folder = tmp_path_factory.mktemp("peers")
+        interpret = str(int(packed_by == "the kernel"))
+        run_script(case.__file__, folder, timeout=200, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET=interpret)
+        return folder
+
+    return run
 
 
-@pytest.fixture(params=[(2, "all"), (4, "all"), (4, "half")], ids=["2 processes", "4 processes", "2 of 4"])
-def found(request, folder):
+@pytest.fixture(
+    params=[
+        ("torch", 2, "all"),
+        ("torch", 4, "all"),
+        ("torch", 4, "half"),
+        ("the kernel", 2, "all"),
+        ("the kernel", 4, "all"),
+    ],
+    ids=["2 processes", "4 processes", "2 of 4", "2 processes, kernel", "4 processes, kernel"],
+)
+def found(request, folders):
     """(processes of the group, what they found)."""
-    processes, group = request.param
-    found = torch.load(folder / f"{processes}.pt")
+    packed_by, processes, group = request.param
+    found = torch.load(folders(packed_by) / f"{processes}.pt")
     return 2 if group == "half" else processes, {
         name[0] if len(name) == 1 else tuple(name): value for (of, *name), value in found.items() if of == group
     }

@@ -20,13 +20,15 @@ TRITON = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HEADS, TOKENS = 2, 256  # of the calls that are recorded
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+ACCESS = re.compile(r"(?:ld|st)\.global\S*")
 
 
 @dataclass(frozen=True)
 class Compiled:
     """One launched kernel. shared: bytes per block. registers: of 32 bits, per thread.
 
-    spilled: bytes of stack per thread, that is of what did not fit the registers: the kernels use it for nothing else.
+    spilled: bytes of stack per thread, that is of what did not fit the registers: the kernels use it for nothing else. accesses:
+    the kinds of PTX instructions that read or write global memory.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Compiled:
     shared: int
     registers: int
     spilled: int
+    accesses: frozenset
 
     def __str__(self):
         constants = " ".join(f"{key}={value}" for key, value in self.constants)
@@ -118,6 +121,7 @@ def _described(kernel, launch):
         metadata.shared,
         registers,
         spilled,
+        frozenset(ACCESS.findall(kernel.asm["ptx"])),
     )
 
 
