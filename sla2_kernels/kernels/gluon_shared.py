@@ -18,7 +18,7 @@ reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.sh
 
 @gluon.jit
 def new_barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    """One barrier per stage of a ring, each passed once COUNT warps have arrived."""
+    """One barrier per stage of a ring, each passed at the COUNT-th arrival."""
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(barriers.index(stage), count=COUNT)

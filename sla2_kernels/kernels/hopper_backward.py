@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -24,9 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import K_BLOCK, Q_BLOCK, block_count
-from .backward_keys import NO_ROW
 from .backward_queries import MIN_RATIO
-from .gluon_shared import keep, leave, load_async, new_barriers, programs, wait_empty, wait_full
+from .gluon_shared import copy_async, keep, leave, load_async, new_barriers, programs, wait_empty, wait_full
 from .launch import launch
 from .numerics import NO_SCORE
 
@@ -74,8 +74,8 @@ def _sums():
 
 @gluon.constexpr_function
 def _in_order():
-    """Layout of 64 numbers that a warpgroup loads."""
-    return gl.BlockedLayout([1], [32], [4], [0])
+    """Layout of 64 numbers that one warp copies."""
+    return gl.BlockedLayout([1], [32], [1], [0])
 
 
 @gluon.jit
@@ -335,11 +335,15 @@ def _hopper_query_gradient(
 
 
 @gluon.jit
-def _produce_queries(descriptors, own_ring, ring, listed, place, steps, QUERY_BLOCK: gl.constexpr):
-    """One warp: K and V of the program's key block, then a stage of Q and dO per 64 rows of the listed query blocks."""
+def _produce_queries(
+    descriptors, own_ring, ring, listed, row_numbers, place, steps, q_tokens, QUERY_BLOCK: gl.constexpr
+):
+    """One warp: K and V of the program's key block, then a stage per 64 rows of the listed query blocks: Q, dO, and the
+    rows' shift and delta, which TMA does not copy from rows of any length."""
     q_desc, g_desc, k_desc, v_desc = descriptors
     own_smem, own_full = own_ring
-    q_smem, g_smem, full, empty = ring
+    q_smem, g_smem, shift_smem, delta_smem, full, empty = ring
+    row_shift, row_delta = row_numbers
     b, h, tile = place
     TILES: gl.constexpr = QUERY_BLOCK // TILE
     # a list may be empty, and a step that is not there reads no number of a block
@@ -354,34 +358,24 @@ def _produce_queries(descriptors, own_ring, ring, listed, place, steps, QUERY_BL
         _expect_pairs(q_desc, bar, 1)
         row = block * QUERY_BLOCK + step % TILES * TILE
         _load_pair(q_desc, g_desc, b, h, row, bar, q_smem.index(stage), g_smem.index(stage))
+        # zeros past the end, where Q and dO are zeros too: such rows add nothing
+        rows = row + gl.arange(0, TILE, _in_order())
+        copy_async(shift_smem.index(stage), row_shift + rows, mask=rows < q_tokens)
+        copy_async(delta_smem.index(stage), row_delta + rows, mask=rows < q_tokens)
+        async_copy.mbarrier_arrive(bar, increment_count=False)
         block = following
 
 
 @gluon.jit
-def _row_numbers(row_shift, row_delta, block, part, q_tokens, QUERY_BLOCK: gl.constexpr):
-    """What 64 query rows are subtracted: one load each, neighbours side by side."""
-    rows = block * QUERY_BLOCK + part * TILE + gl.arange(0, TILE, _in_order())
-    shift = gl.load(row_shift + rows, mask=rows < q_tokens, other=NO_ROW)
-    return shift, gl.load(row_delta + rows, mask=rows < q_tokens, other=0.0)
-
-
-@gluon.jit
-def _consume_queries(
-    own_ring, ring, listed, row_numbers, outputs, place, sizes, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr
-):
+def _consume_queries(own_ring, ring, outputs, place, sizes, LINEAR: gl.constexpr):
     """The program's warpgroup: dK and dV of its key block."""
     own_smem, own_full = own_ring
-    q_smem, g_smem, full, empty = ring
-    row_shift, row_delta = row_numbers
+    q_smem, g_smem, shift_smem, delta_smem, full, empty = ring
     grad_k, grad_v, k_correction, gk_strides, gv_strides = outputs
     b, h, tile = place
-    steps, heads, q_tokens, k_tokens, scale_log2, scale = sizes
-    TILES: gl.constexpr = QUERY_BLOCK // TILE
+    steps, heads, k_tokens, scale_log2, scale = sizes
     COLUMN: gl.constexpr = gl.SliceLayout(0, _scores())
     dtype: gl.constexpr = q_smem.dtype
-    block = gl.load(listed, mask=steps > 0, other=0)
-    next_shift, next_delta = _row_numbers(row_shift, row_delta, block, 0, q_tokens, QUERY_BLOCK)
-    following = gl.load(listed + 1 // TILES, mask=steps > 1, other=0)
     dk = gl.zeros([TILE, D], gl.float32, _sums())
     dv = gl.zeros([TILE, D], gl.float32, _sums())
     mbarrier.wait(own_full.index(0), 0)
@@ -392,16 +386,10 @@ def _consume_queries(
         q = _tile(q_smem, stage)
         g = _tile(g_smem, stage)
         t0, t1 = _start_products(k, v, q, g)
-        # beside the products: this step's rows change places, the next step's are loaded
-        shift = gl.convert_layout(next_shift, COLUMN)
-        this_delta = next_delta
-        next_shift, next_delta = _row_numbers(
-            row_shift, row_delta, following, (step + 1) % TILES, q_tokens, QUERY_BLOCK
-        )
-        following = gl.load(listed + (step + 2) // TILES, mask=step + 2 < steps, other=0)
+        shift = shift_smem.index(stage).load(COLUMN)
         scores = warpgroup_mma_wait(1, [t0])
         p = gl.exp2(scores * scale_log2 - shift[None, :])
-        delta = gl.convert_layout(this_delta, COLUMN)
+        delta = delta_smem.index(stage).load(COLUMN)
         a = _as_operand(p, dtype)
         dv_t = warpgroup_mma(a, g, dv, is_async=True)
         dp = warpgroup_mma_wait(1, [t1])
@@ -441,8 +429,12 @@ def _hopper_key_gradient(
     own_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, TILE, D], k_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, TILE, D], q_desc.layout)
     g_smem = gl.allocate_shared_memory(g_desc.dtype, [STAGES, 1, 1, TILE, D], g_desc.layout)
+    ROW_NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shift_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], ROW_NUMBERS)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], ROW_NUMBERS)
     own_full = new_barriers(1, 1)
-    full = new_barriers(STAGES, 1)
+    # arrivals: the expectation of TMA's bytes, and each thread's copies of shift and delta
+    full = new_barriers(STAGES, 1 + 32)
     empty = new_barriers(STAGES, 1)
     fence_async_shared()
     starts += wide * ((k_tokens + KEY_BLOCK - 1) // KEY_BLOCK + 1) + tile
@@ -452,17 +444,17 @@ def _hopper_key_gradient(
     # constants survive only in tuples written in the call itself
     gl.warp_specialize([
         (_consume_queries, (
-            (own_smem, own_full), (q_smem, g_smem, full, empty), listed,
-            (row_shift + wide * q_tokens, row_delta + wide * q_tokens),
+            (own_smem, own_full), (q_smem, g_smem, shift_smem, delta_smem, full, empty),
             (
                 grad_k, grad_v, k_correction, (gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d),
                 (gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d),
             ),
-            (b, h, tile), (steps, heads, q_tokens, k_tokens, scale_log2, scale), QUERY_BLOCK, LINEAR,
+            (b, h, tile), (steps, heads, k_tokens, scale_log2, scale), LINEAR,
         )),
         (_produce_queries, (
-            (q_desc, g_desc, k_desc, v_desc), (own_smem, own_full), (q_smem, g_smem, full, empty), listed,
-            (b, h, tile), steps, QUERY_BLOCK,
+            (q_desc, g_desc, k_desc, v_desc), (own_smem, own_full),
+            (q_smem, g_smem, shift_smem, delta_smem, full, empty), listed,
+            (row_shift + wide * q_tokens, row_delta + wide * q_tokens), (b, h, tile), steps, q_tokens, QUERY_BLOCK,
         )),
     ], [1], [24])  # fmt: skip
 
