@@ -5,10 +5,10 @@ one takes exponentials, the other's products run. In the walk for dQ the two con
 V tiles that come, and go through tile after tile; in the walk for dK and dV a program has one consumer, and two programs
 share a multiprocessor.
 
-The arithmetic of the walk for dQ is not quite Triton's. Its running maximum and delta stay as they are until a score rises
-LAZY above the maximum (log2), so that most steps rescale nothing: P may reach 2^LAZY, and dS is rounded after delta is
-subtracted, when it is small. delta comes from the sums of the rounded P and dS, so that each row of dS sums to zero and K's
-mean has no part in dQ.
+The arithmetic of the walk for dQ is not quite Triton's. Its running maximum and delta stay as they are until P, summed over
+the 16 keys of a row that a thread holds, exceeds LIMIT: most steps need no block's maximum and rescale nothing, P may reach
+LIMIT, and dS is rounded after delta is subtracted, when it is small. A step that exceeds it takes its scores a second time.
+delta comes from the sums of the rounded P and dS, so that each row of dS sums to zero and K's mean has no part in dQ.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ HEAD_DIM, ROWS = 128, 64
 D = gl.constexpr(HEAD_DIM)
 TILE = gl.constexpr(ROWS)  # rows of every tile
 KEY_BLOCK = gl.constexpr(K_BLOCK)
-LAZY = gl.constexpr(4.0)
+LIMIT = gl.constexpr(16.0)
 
 
 @dataclass(frozen=True)
@@ -111,22 +111,58 @@ def _as_operand(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _rounded(x, dtype: gl.constexpr):
-    """float32 rounded to dtype, as float32 again: two numbers at a time, which Triton's own conversion there and back is not."""
-    if dtype == gl.bfloat16:
+def _widened(x):
+    """16 bits as float32, bfloat16 two numbers at a time. Never taken from an earlier call, which would hold 32 registers."""
+    if x.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
             """
-            {
-            .reg .b32 pair;
-            cvt.rn.bf16x2.f32 pair, $3, $2;
-            shl.b32 $0, pair, 16;
-            and.b32 $1, pair, 0xffff0000;
-            }
+            shl.b32 $0, $2, 16;
+            and.b32 $1, $2, 0xffff0000;
             """,
-            "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2,
+            "=f,=f,r", [x], dtype=gl.float32, is_pure=False, pack=2,
         )  # fmt: skip
     else:
-        return x.to(dtype).to(gl.float32)
+        return x.to(gl.float32)
+
+
+@gluon.jit
+def _sum_in_threads(x):
+    """(64, 4): sums over those columns of a (64, 64) accumulator's rows that one thread holds."""
+    return gl.sum(gl.sum(x.reshape([TILE, TILE // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _row_sums(x):
+    """The whole rows' sums, of those that _sum_in_threads() makes."""
+    return gl.convert_layout(gl.sum(x, 1), gl.SliceLayout(1, _scores()))
+
+
+@gluon.jit
+def _beside(x, sums):
+    """A row's value where sums of _sum_in_threads() have that row."""
+    return gl.convert_layout(x, gl.SliceLayout(1, sums.type.layout))[:, None]
+
+
+@gluon.jit
+def _any_above(sums, limit: gl.constexpr, smem):
+    """Whether any of the sums of _sum_in_threads() exceeds limit; smem: int32 (4, 8, 4), one number per thread."""
+    of_thread = gl.max(sums.reshape([4, 2, 8, 4]), 1)
+    of_warp = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred above;
+        setp.gt.f32 above, $1, $2;
+        vote.sync.any.pred above, above, 0xffffffff;
+        selp.b32 $0, 1, 0, above;
+        }
+        """,
+        "=r,f,f", [of_thread, limit], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    smem.store(of_warp)
+    # one thread's number of each warp, and every thread reads all four
+    EVERYWHERE: gl.constexpr = gl.BlockedLayout([4, 1, 1], [1, 32, 1], [1, 4, 1], [0, 1, 2])
+    of_warps = smem.slice(0, 1, dim=1).slice(0, 1, dim=2).load(EVERYWHERE)
+    return gl.max(gl.max(gl.max(of_warps, 2), 1), 0) > 0
 
 
 @gluon.jit
@@ -187,8 +223,11 @@ def _produce_keys(descriptors, own_ring, ring, selected, sizes, QUERY_BLOCK: gl.
 
 @gluon.jit
 def _add_keys(q, g, ring, step, first_key, state, k_tokens, scale_log2, FIRST: gl.constexpr):
-    """One key block of the walk of backward_queries.py, whose names these are; ds_sum is over the rounded dS, p_sum over P."""
-    k_smem, v_smem, full, empty = ring
+    """One key block of the walk of backward_queries.py, whose names these are.
+
+    ds_sum is over the rounded dS, p_sum over P, both as _sum_in_threads() makes them.
+    """
+    k_smem, v_smem, above_smem, full, empty = ring
     ds_k, p_k, ds_sum, p_sum, row_max, delta = state
     stage = wait_full(full, step)
     k = _tile(k_smem, stage)
@@ -197,50 +236,60 @@ def _add_keys(q, g, ring, step, first_key, state, k_tokens, scale_log2, FIRST: g
     if FIRST:
         valid = (first_key + gl.arange(0, TILE, gl.SliceLayout(0, _scores())) < k_tokens)[None, :]
         scores = gl.where(valid, scores, NO_SCORE)
-    block_max = gl.max(scores, 1) * scale_log2
-    if FIRST:
-        rises = True
-        new_max = block_max
-    else:
-        rises = gl.max(block_max - row_max, 0) > LAZY
-        new_max = gl.where(rises, gl.maximum(row_max, block_max), row_max)
-    p = gl.exp2(scores * scale_log2 - new_max[:, None])
+        row_max = gl.max(scores, 1) * scale_log2
+    p = gl.exp2(scores * scale_log2 - row_max[:, None])
     if FIRST:
         p = gl.where(valid, p, 0.0)
-    p = _rounded(p, k.dtype)
+    p = p.to(k.dtype)
+    p_added = _sum_in_threads(_widened(p))
     if not FIRST:
-        if rises:
+        # infinity too
+        if _any_above(p_added, LIMIT, above_smem):
             dp = warpgroup_mma_wait(0, [t1])
+            zeros = gl.zeros([TILE, TILE], gl.float32, _scores())
+            scores = warpgroup_mma(q, k.permute([1, 0]), zeros, use_acc=False)
+            new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+            p = gl.exp2(scores * scale_log2 - new_max[:, None]).to(k.dtype)
+            p_added = _sum_in_threads(_widened(p))
             correction = gl.exp2(row_max - new_max)
-            p_sum = p_sum * correction
-            ds_sum = ds_sum * correction
-            change = (ds_sum + gl.sum(p * (dp - delta[:, None]), 1)) / (p_sum + gl.sum(p, 1))
+            row_max = new_max
+            p_sum = p_sum * _beside(correction, p_sum)
+            ds_sum = ds_sum * _beside(correction, p_sum)
+            change = (_row_sums(ds_sum) + gl.sum(_widened(p) * (dp - delta[:, None]), 1)) / _row_sums(p_sum + p_added)
             delta = delta + change
-            ds_sum = ds_sum - change * p_sum
+            ds_sum = ds_sum - _beside(change, p_sum) * p_sum
             p_k = p_k * _of_sums(correction)
             ds_k = ds_k * _of_sums(correction) - _of_sums(change) * p_k
     # asking for P K first keeps the exponentials before the wait, beside dO V^T
     c = _as_operand(p, k.dtype)
     p_t = warpgroup_mma(c, k, p_k, is_async=True)
     dp = warpgroup_mma_wait(1, [t1])
+    p = _widened(p)
     if FIRST:
         delta = gl.sum(p * dp, 1) / gl.sum(p, 1)
-    ds = _rounded(p * (dp - delta[:, None]), k.dtype)
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
     a = _as_operand(ds, k.dtype)
     ds_t = warpgroup_mma(a, k, ds_k, is_async=True)
-    p_sum = p_sum + gl.sum(p, 1)
-    ds_sum = ds_sum + gl.sum(ds, 1)
+    ds_added = _sum_in_threads(_widened(ds))
+    if FIRST:
+        p_sum = p_added
+        ds_sum = ds_added
+    else:
+        p_sum = p_sum + p_added
+        ds_sum = ds_sum + ds_added
     ds_k, p_k = warpgroup_mma_wait(0, [ds_t, p_t])
     keep(a, 16)
     keep(c, 16)
     leave(empty, step)
-    return ds_k, p_k, ds_sum, p_sum, new_max, delta
+    return ds_k, p_k, ds_sum, p_sum, row_max, delta
 
 
 @gluon.jit
 def _consume_keys(PART: gl.constexpr, own_ring, ring, inputs, outputs, sizes, QUERY_BLOCK: gl.constexpr):
     """One warpgroup: the PART-th 64 query rows of every turn of this program."""
     own_smem, own_full, own_empty = own_ring
+    k_smem, v_smem, above_smem, full, empty = ring
+    ring = (k_smem, v_smem, above_smem.index(PART), full, empty)
     selected, ratio = inputs
     grad_q, row_shift, row_delta, strides = outputs
     heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale = sizes
@@ -257,9 +306,9 @@ def _consume_keys(PART: gl.constexpr, own_ring, ring, inputs, outputs, sizes, QU
         g = _tile(own_smem, 2 * (CONSUMERS * place + PART) + 1)
         zeros = gl.zeros([TILE, D], gl.float32, _sums())
         none = gl.zeros([TILE], gl.float32, ROW)
-        state = (zeros, zeros, none, none, none, none)
+        nothing = (zeros, zeros, none, none, none, none)
         ds_k, p_k, ds_sum, p_sum, row_max, delta = _add_keys(
-            q, g, ring, step, first_key, state, k_tokens, scale_log2, True
+            q, g, ring, step, first_key, nothing, k_tokens, scale_log2, True
         )
         step += 1
         for _ in range(1, count):
@@ -270,12 +319,13 @@ def _consume_keys(PART: gl.constexpr, own_ring, ring, inputs, outputs, sizes, QU
             step += 1
         leave(own_empty, turn)
         turn += 1
+        p_sum = _row_sums(p_sum)
 
         rows = (first + PART) * TILE + gl.arange(0, TILE, ROW)
         inside = rows < q_tokens
         row_at = bh.to(gl.int64) * q_tokens + rows
         row_ratio = gl.load(ratio + row_at, mask=inside, other=1.0)
-        change = ds_sum / p_sum
+        change = _row_sums(ds_sum) / p_sum
         gl.store(row_shift + row_at, row_max + gl.log2(p_sum) - gl.log2(gl.maximum(row_ratio, MIN_RATIO)), mask=inside)
         gl.store(row_delta + row_at, delta + change, mask=inside)
         dq = (ds_k - _of_sums(change) * p_k) * _of_sums(row_ratio * scale / p_sum)
@@ -297,6 +347,7 @@ def _hopper_query_gradient(
     own_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS * OWN_STAGES, 1, 1, TILE, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, TILE, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, TILE, D], v_desc.layout)
+    above_smem = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4, 8, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     own_full = new_barriers(OWN_STAGES, 1)
     own_empty = new_barriers(OWN_STAGES, CONSUMERS)
     full = new_barriers(STAGES, 1)
@@ -306,7 +357,7 @@ def _hopper_query_gradient(
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_consume_keys, (
-                UPPER, (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), (selected, ratio),
+                UPPER, (own_smem, own_full, own_empty), (k_smem, v_smem, above_smem, full, empty), (selected, ratio),
                 (grad_q, row_shift, row_delta, (out_stride_b, out_stride_h, out_stride_n, out_stride_d)),
                 (heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale), QUERY_BLOCK,
             )),
@@ -318,12 +369,12 @@ def _hopper_query_gradient(
     else:
         gl.warp_specialize([
             (_consume_keys, (
-                UPPER, (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), (selected, ratio),
+                UPPER, (own_smem, own_full, own_empty), (k_smem, v_smem, above_smem, full, empty), (selected, ratio),
                 (grad_q, row_shift, row_delta, (out_stride_b, out_stride_h, out_stride_n, out_stride_d)),
                 (heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale), QUERY_BLOCK,
             )),
             (_consume_keys, (
-                LOWER, (own_smem, own_full, own_empty), (k_smem, v_smem, full, empty), (selected, ratio),
+                LOWER, (own_smem, own_full, own_empty), (k_smem, v_smem, above_smem, full, empty), (selected, ratio),
                 (grad_q, row_shift, row_delta, (out_stride_b, out_stride_h, out_stride_n, out_stride_d)),
                 (heads, q_tokens, k_tokens, row_tiles, count, tiles, scale_log2, scale), QUERY_BLOCK,
             )),
