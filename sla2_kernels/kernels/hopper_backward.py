@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,7 +27,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..router import K_BLOCK, Q_BLOCK, block_count
 from .backward_queries import MIN_RATIO
-from .gluon_shared import copy_async, keep, leave, load_async, new_barriers, programs, wait_empty, wait_full
+from .gluon_shared import (
+    barrier,
+    copy_async,
+    keep,
+    leave,
+    load_async,
+    new_barriers,
+    programs,
+    store_async,
+    wait_empty,
+    wait_full,
+)
 from .launch import launch
 from .numerics import NO_SCORE
 
@@ -387,15 +399,16 @@ def _hopper_query_gradient(
 
 @gluon.jit
 def _produce_queries(
-    descriptors, own_ring, ring, listed, row_numbers, place, steps, q_tokens, QUERY_BLOCK: gl.constexpr
+    descriptors, own_ring, ring, listed, numbers, place, sizes, QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr
 ):
     """One warp: K and V of the program's key block, then a stage per 64 rows of the listed query blocks: Q, dO, and the
-    rows' shift and delta, which TMA does not copy from rows of any length."""
-    q_desc, g_desc, k_desc, v_desc = descriptors
+    rows' shift and delta, which TMA does not copy from rows of any length. At the end a stage of the linear branch's share."""
+    q_desc, g_desc, k_desc, v_desc, gk_desc, gv_desc = descriptors
     own_smem, own_full = own_ring
-    q_smem, g_smem, shift_smem, delta_smem, full, empty = ring
-    row_shift, row_delta = row_numbers
+    q_smem, g_smem, numbers_smem, full, empty = ring
+    row_shift, row_delta, k_correction = numbers
     b, h, tile = place
+    steps, heads, q_tokens = sizes
     TILES: gl.constexpr = QUERY_BLOCK // TILE
     # a list may be empty, and a step that is not there reads no number of a block
     block = gl.load(listed, mask=steps > 0, other=0)
@@ -411,20 +424,27 @@ def _produce_queries(
         _load_pair(q_desc, g_desc, b, h, row, bar, q_smem.index(stage), g_smem.index(stage))
         # zeros past the end, where Q and dO are zeros too: such rows add nothing
         rows = row + gl.arange(0, TILE, _in_order())
-        copy_async(shift_smem.index(stage), row_shift + rows, mask=rows < q_tokens)
-        copy_async(delta_smem.index(stage), row_delta + rows, mask=rows < q_tokens)
+        copy_async(numbers_smem.index(stage).slice(0, TILE), row_shift + rows, mask=rows < q_tokens)
+        copy_async(numbers_smem.index(stage).slice(TILE, TILE), row_delta + rows, mask=rows < q_tokens)
         async_copy.mbarrier_arrive(bar, increment_count=False)
         block = following
+    if LINEAR:
+        stage = wait_empty(empty, steps)
+        bar = full.index(stage)
+        _expect_pairs(gk_desc, bar, 1)
+        _load_pair(gk_desc, gv_desc, b, h, tile * TILE, bar, q_smem.index(stage), g_smem.index(stage))
+        copy_async(numbers_smem.index(stage), k_correction + (b * heads + h) * D + gl.arange(0, D, _in_order()))
+        async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
 @gluon.jit
 def _consume_queries(own_ring, ring, outputs, place, sizes, LINEAR: gl.constexpr):
     """The program's warpgroup: dK and dV of its key block."""
     own_smem, own_full = own_ring
-    q_smem, g_smem, shift_smem, delta_smem, full, empty = ring
-    grad_k, grad_v, k_correction, gk_strides, gv_strides = outputs
+    q_smem, g_smem, numbers_smem, full, empty = ring
+    gk_desc, gv_desc = outputs
     b, h, tile = place
-    steps, heads, k_tokens, scale_log2, scale = sizes
+    steps, scale_log2, scale = sizes
     COLUMN: gl.constexpr = gl.SliceLayout(0, _scores())
     dtype: gl.constexpr = q_smem.dtype
     dk = gl.zeros([TILE, D], gl.float32, _sums())
@@ -437,10 +457,10 @@ def _consume_queries(own_ring, ring, outputs, place, sizes, LINEAR: gl.constexpr
         q = _tile(q_smem, stage)
         g = _tile(g_smem, stage)
         t0, t1 = _start_products(k, v, q, g)
-        shift = shift_smem.index(stage).load(COLUMN)
+        shift = numbers_smem.index(stage).slice(0, TILE).load(COLUMN)
         scores = warpgroup_mma_wait(1, [t0])
         p = gl.exp2(scores * scale_log2 - shift[None, :])
-        delta = delta_smem.index(stage).load(COLUMN)
+        delta = numbers_smem.index(stage).slice(TILE, TILE).load(COLUMN)
         a = _as_operand(p, dtype)
         dv_t = warpgroup_mma(a, g, dv, is_async=True)
         dp = warpgroup_mma_wait(1, [t1])
@@ -451,24 +471,25 @@ def _consume_queries(own_ring, ring, outputs, place, sizes, LINEAR: gl.constexpr
         keep(ds, 16)
         leave(empty, step)
 
-    keys = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, _sums()))
-    d = gl.arange(0, D, gl.SliceLayout(0, _sums()))
-    inside = (keys < k_tokens)[:, None]
-    gk_at = _rows_at(grad_k, gk_strides, b, h, keys, d)
-    gv_at = _rows_at(grad_v, gv_strides, b, h, keys, d)
     dk = dk * scale
     if LINEAR:
-        correction = gl.load(k_correction + (b * heads + h) * D + d)
-        dk += gl.load(gk_at, mask=inside, other=0.0).to(gl.float32) - correction[None, :]
-        dv += gl.load(gv_at, mask=inside, other=0.0).to(gl.float32)
-    gl.store(gk_at, dk.to(grad_k.dtype.element_ty), mask=inside)
-    gl.store(gv_at, dv.to(grad_v.dtype.element_ty), mask=inside)
+        stage = wait_full(full, steps)
+        correction = numbers_smem.index(stage).load(gl.SliceLayout(0, _sums()))
+        dk += _tile(q_smem, stage).load(_sums()).to(gl.float32) - correction[None, :]
+        dv += _tile(g_smem, stage).load(_sums()).to(gl.float32)
+    # every warp's products have read what is written now
+    barrier()
+    k.store(dk.to(dtype))
+    v.store(dv.to(dtype))
+    fence_async_shared()
+    store_async(gk_desc, [b, h, tile * TILE, 0], own_smem.index(0))
+    store_async(gv_desc, [b, h, tile * TILE, 0], own_smem.index(1))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["heads", "q_tokens", "k_tokens", "pairs"])
 def _hopper_key_gradient(
-    q_desc, g_desc, k_desc, v_desc, grad_k, grad_v, query_blocks, starts, row_shift, row_delta, k_correction,
-    gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d, gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d,
+    q_desc, g_desc, k_desc, v_desc, gk_desc, gv_desc, query_blocks, starts, row_shift, row_delta, k_correction,
     heads, q_tokens, k_tokens, pairs, scale_log2, scale,
     QUERY_BLOCK: gl.constexpr, LINEAR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -480,11 +501,10 @@ def _hopper_key_gradient(
     own_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, TILE, D], k_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, TILE, D], q_desc.layout)
     g_smem = gl.allocate_shared_memory(g_desc.dtype, [STAGES, 1, 1, TILE, D], g_desc.layout)
-    ROW_NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    shift_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], ROW_NUMBERS)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], ROW_NUMBERS)
+    # shift and delta of 64 rows, or the correction
+    numbers_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     own_full = new_barriers(1, 1)
-    # arrivals: the expectation of TMA's bytes, and each thread's copies of shift and delta
+    # arrivals: the expectation of TMA's bytes, and each thread's copies of numbers
     full = new_barriers(STAGES, 1 + 32)
     empty = new_barriers(STAGES, 1)
     fence_async_shared()
@@ -495,17 +515,14 @@ def _hopper_key_gradient(
     # constants survive only in tuples written in the call itself
     gl.warp_specialize([
         (_consume_queries, (
-            (own_smem, own_full), (q_smem, g_smem, shift_smem, delta_smem, full, empty),
-            (
-                grad_k, grad_v, k_correction, (gk_stride_b, gk_stride_h, gk_stride_n, gk_stride_d),
-                (gv_stride_b, gv_stride_h, gv_stride_n, gv_stride_d),
-            ),
-            (b, h, tile), (steps, heads, k_tokens, scale_log2, scale), LINEAR,
+            (own_smem, own_full), (q_smem, g_smem, numbers_smem, full, empty), (gk_desc, gv_desc), (b, h, tile),
+            (steps, scale_log2, scale), LINEAR,
         )),
         (_produce_queries, (
-            (q_desc, g_desc, k_desc, v_desc), (own_smem, own_full),
-            (q_smem, g_smem, shift_smem, delta_smem, full, empty), listed,
-            (row_shift + wide * q_tokens, row_delta + wide * q_tokens), (b, h, tile), steps, q_tokens, QUERY_BLOCK,
+            (q_desc, g_desc, k_desc, v_desc, gk_desc, gv_desc), (own_smem, own_full),
+            (q_smem, g_smem, numbers_smem, full, empty), listed,
+            (row_shift + wide * q_tokens, row_delta + wide * q_tokens, k_correction), (b, h, tile),
+            (steps, heads, q_tokens), QUERY_BLOCK, LINEAR,
         )),
     ], [1], [24])  # fmt: skip
 
@@ -536,14 +553,14 @@ def hopper_query_gradient(
 def hopper_key_gradients(
     q, k, v, grad_out, grad_k, grad_v, transposed, row_shift, row_delta, k_correction, *, scale, scale_log2, query_block
 ):
-    """As key_gradients() of backward_keys.py, for calls whose q, k, v and grad_out TMA can copy."""
+    """As key_gradients() of backward_keys.py, for calls whose q, k, v and grad_out TMA can copy. A tile is one key block."""
     batch, heads, tokens, _ = k.shape
     query_blocks, starts = transposed
     launch(
         _hopper_key_gradient, (block_count(tokens, K_BLOCK), batch * heads),
-        *_descriptors(q, grad_out, k, v), grad_k, grad_v, query_blocks, starts, row_shift, row_delta,
+        *_descriptors(q, grad_out, k, v, grad_k, grad_v), query_blocks, starts, row_shift, row_delta,
         # warp_specialize() passes no None on: any float32 tensor stands in
         row_delta if k_correction is None else k_correction,
-        *grad_k.stride(), *grad_v.stride(), heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
+        heads, q.shape[2], tokens, query_blocks.shape[1], scale_log2, scale,
         QUERY_BLOCK=query_block, LINEAR=k_correction is not None, STAGES=ALONE.stages, options=ALONE.options,
     )  # fmt: skip
