@@ -142,31 +142,33 @@ def linear_branch_without_weight():
 
 def gradients():
     """All gradients against float64 in 16 bit: ragged queries and keys, two batches of three heads, views of one projection,
-    64 and 128 query tokens per selection; also with scores around -260 (log2), where a row past the end must add nothing.
-    A second backward pass, in memory full of NaN, has the same bits."""
+    64 and 128 query tokens per selection, with and without the linear branch; also with scores around -260 (log2), where a
+    row past the end must add nothing, and with scores that rise by more than 128, the range of float32's exponents. A second
+    backward pass, in memory full of NaN, has the same bits."""
     worst = 0.0
-    cases = itertools.product((130, 1000, 2061), (torch.bfloat16, torch.float16), (64, 128), (0.0, 4.0))
-    for tokens, dtype, query_block, mean in cases:
+    scores = ((1, 0), (1, 4), (30, 0))
+    cases = itertools.product((130, 1000, 2061), (torch.bfloat16, torch.float16), (64, 128), (True, False), scores)
+    for tokens, dtype, query_block, linear, (factor, mean) in cases:
         q, k, v = random_qkv(tokens, 9, dtype=dtype, seed=tokens, batch=2)[0].unflatten(2, (3, 3)).unbind(2)
-        q += mean
+        q.mul_(factor).add_(mean)
         k -= mean
         grad = random_qkv(tokens, 3, dtype=dtype, seed=1, batch=2)[0]
-        alpha = torch.tensor([0.3, 0.6, 0.9], device="cuda")
-        leaves = [x.detach().requires_grad_() for x in (q, k[:, 37:], v[:, 37:], alpha)]
-        shared = {"query_block": query_block}
+        alpha = [torch.tensor([0.3, 0.6, 0.9], device="cuda")] if linear else []
+        leaves = [x.detach().requires_grad_() for x in (q, k[:, 37:], v[:, 37:], *alpha)]
+        shared = {"query_block": query_block, "linear_branch": linear}
         shared["key_blocks"] = select_key_blocks(*leaves[:2], sparsity=0.5, layout="BNHD", query_block=query_block)
         exact = [x.detach().double().requires_grad_() for x in leaves]
-        out, _ = sla2_reference(*(x.transpose(1, 2) for x in exact[:3]), alpha=exact[3], **shared)
+        out, _ = sla2_reference(*(x.transpose(1, 2) for x in exact[:3]), None, None, *exact[3:], **shared)
         expected = torch.autograd.grad(out.transpose(1, 2), exact, grad.double())
 
         def found(leaves=leaves, grad=grad, shared=shared):
-            out = sla2_attention(*leaves[:3], alpha=leaves[3], precision="16bit", layout="BNHD", **shared)
-            return torch.autograd.grad(out, leaves, grad)
+            options = {**shared, "precision": "16bit", "layout": "BNHD", "backend": "triton"}
+            return torch.autograd.grad(sla2_attention(*leaves[:3], None, None, *leaves[3:], **options), leaves, grad)
 
         first = found()
         errors = [relative_error(*pair) for pair in zip(first, expected, strict=True)]
         worst = max(worst, *errors)
-        what = f"{tokens} tokens, {dtype}, {query_block} per selection, mean {mean}"
+        what = f"{tokens} tokens, {dtype}, {query_block} per selection, linear branch {linear}, queries {factor} q + {mean}"
         require(worst < BOUNDS["16bit"], f"{what}: errors of dq, dk, dv and the ratio's gradient {errors}")
         _spoil_free_memory()
         require(all(map(torch.equal, found(), first)), f"{what}: other bits in the second backward pass")
