@@ -27,7 +27,8 @@ from sla2_kernels.wan_self_attention import MODEL_FAMILY, VACE_FAMILY, project_q
 
 logger = logging.getLogger("sla2")
 
-HEAD_GROUPS = 2  # of a process that shares a call: one is computed while the other is exchanged
+# relative sizes, of the heads of a process that shares a call: only the first one's arrival and the last one's return wait
+HEAD_GROUPS = (1, 3, 1)
 
 
 @dataclass

@@ -64,6 +64,8 @@ def make_trainer(shape, args):
         seed=args.seed,
         steps_per_observation=args.steps_per_call,
         query_blocks=args.query_blocks,
+        learning_rate=args.learning_rate,
+        projection_memory=args.projection_memory,
         keep_diagonal=args.keep_diagonal,
     )
     return RouterTrainer(FAMILY, *shape, sparsities=args.sparsities, options=options)
@@ -122,6 +124,10 @@ def main(argv=None):
     parser.add_argument("--captures", type=Path, help="folder of captures to train on, instead of sampling")
     parser.add_argument("--steps", type=int, default=200, help="optimisation steps per layer on captures")
     parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per head and step")
+    parser.add_argument("--learning-rate", type=float, default=TrainerOptions.learning_rate)
+    parser.add_argument(
+        "--projection-memory", type=float, default=TrainerOptions.projection_memory, help="0: the last step's projections"
+    )
     parser.add_argument("--sparsities", default="0.99,0.97,0.95,0.90")
     parser.add_argument("--minutes", type=float, help="most that the training takes, measuring not included")
     parser.add_argument("--videos", type=int, default=8, help="training captions, one video each")

@@ -12,6 +12,9 @@ RATIO_RANGE = 0.005, 0.995
 class LayerState:
     """proj_q, proj_k (D, D) or (H, D, D), from the identity, trained by Adam; alpha_logits (S, H, A), by least squares.
 
+    What is measured and saved are the projections' averages over the last steps: at a learning rate that learns fast they
+    jump from step to step, and their averages do not (benchmarks/NOTES.md, 30 Nov 2026).
+
     The output error is quadratic in the ratio, so the best ratios of all steps so far solve gram @ ratio = right, with
     gram (S, H, A, A) and right (S, H, A) summed over the steps, older ones fading. alpha_logits is None before the first.
     """
@@ -22,6 +25,7 @@ class LayerState:
         self.proj_q, self.proj_k = (_projection(proj, shape) for proj in (layer.proj_q, layer.proj_k))
         self.alpha_logits = None if layer.alpha_logits is None else layer.alpha_logits.detach().clone()
         self.gram = self.right = None
+        self.averages, self.steps = None, 0
         self.options = options
         self.optimizer = None
 
@@ -33,9 +37,27 @@ class LayerState:
             for name in ("alpha_logits", "gram", "right"):
                 tensor = getattr(self, name)
                 setattr(self, name, None if tensor is None else tensor.to(device))
+            self.averages = None if self.averages is None else [average.to(device) for average in self.averages]
             # the loss is relative to the output's energy, so its gradients may be far below Adam's usual epsilon
             self.optimizer = torch.optim.Adam([self.proj_q, self.proj_k], lr=self.options.learning_rate, eps=1e-12)
         return self
+
+    @torch.no_grad()
+    def step(self):
+        """An optimisation step of the projections with the gradients that lie in them."""
+        self.optimizer.step()
+        self.steps += 1
+        projections = [self.proj_q.detach(), self.proj_k.detach()]
+        if self.averages is None:
+            self.averages = [projection.clone() for projection in projections]
+            return
+        # a short memory at first: the start does not linger
+        memory = min(self.options.projection_memory, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, projections, 1 - memory)
+
+    def projections(self):
+        """(proj_q, proj_k), detached, that the router has if the training ends here."""
+        return self.averages or [self.proj_q.detach(), self.proj_k.detach()]
 
     def learn_ratio(self, gram, right):
         """Adds one step's equations, (S, H, A, A) and (S, H, A), and solves for the ratios."""
@@ -53,7 +75,7 @@ class LayerState:
         """The RouterLayer as it stands, float32 on the CPU."""
         copies = (
             None if t is None else t.detach().to("cpu", copy=True)
-            for t in (self.proj_q, self.proj_k, self.alpha_logits)
+            for t in (*self.projections(), self.alpha_logits)
         )
         return RouterLayer(*copies)
 

@@ -34,8 +34,8 @@ class TrainerOptions:
     """How stage 1 trains.
 
     per_head: a projection per head, (H, D, D), instead of one for all heads. knots: ratio knots along the query axis.
-    learning_rate: Adam's, for the projections. ratio_memory: what a step's share in the ratio's least squares keeps with
-    each further step. tau: SoftTop-k's temperature.
+    learning_rate: Adam's, for the projections. projection_memory, ratio_memory: what a step's share in the projections'
+    average and in the ratio's least squares keeps with each further step. tau: SoftTop-k's temperature.
     normalise_scores: bring each row of scores to unit spread before SoftTop-k. query_blocks: drawn per head and step.
     memory_bytes: bound on a step's working memory. One head with one query block is the least a step can work on: see
     memory_of(), 0.16 GB at 32,760 tokens of head_dim 128 and 0.36 GB at 75,600, whatever the bound says.
@@ -45,7 +45,8 @@ class TrainerOptions:
 
     per_head: bool = True
     knots: int = 1
-    learning_rate: float = 7e-4
+    learning_rate: float = 2e-3
+    projection_memory: float = 0.97
     ratio_memory: float = 0.99
     tau: float = TAU
     normalise_scores: bool = False
@@ -285,7 +286,7 @@ class RouterTrainer:
         loss, *largest = torch.stack([sums.error / total, *largest]).tolist()
         if not all(map(math.isfinite, largest)):
             raise TrainingError(f"Training stopped at layer {tensors.layer}: the gradient of its router is not finite.")
-        state.optimizer.step()
+        state.step()
         # as large as the projections themselves, and kept for every layer otherwise
         state.optimizer.zero_grad()
         state.learn_ratio(gram, right)
@@ -293,7 +294,7 @@ class RouterTrainer:
 
     def _evaluate(self, state, tensors, variants):
         blocks = tensors.draw(self.query_blocks, self.generator)
-        projections = {"untrained": (None, None), "trained": (state.proj_q, state.proj_k)}
+        projections = {"untrained": (None, None), "trained": state.projections()}
         routers = [name for name in projections if any(name == router for router, _ in variants)]
         always = self.always_selected(tensors, blocks)
         masks = [

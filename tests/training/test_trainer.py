@@ -365,7 +365,7 @@ def test_errors_are_those_of_the_operator_with_the_same_diagonal_and_query_block
     )  # fmt: skip
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert error == pytest.approx(((out - dense).norm() / dense.norm()).item(), rel=1e-4)
-    assert error != pytest.approx(((other - dense).norm() / dense.norm()).item(), rel=1e-3)
+    assert error != pytest.approx(((other - dense).norm() / dense.norm()).item(), rel=5e-4)
 
 
 def test_a_resumed_training_keeps_the_diagonal_and_the_query_block_as_it_began():
