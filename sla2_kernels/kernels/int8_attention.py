@@ -24,7 +24,7 @@ from ..router import K_BLOCK, block_count
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
-from .planes import KEY_BLOCK, plane_of, tile_at, tile_rows
+from .planes import KEY_BLOCK, LINE, ask_for, plane_of, tile_at, tile_rows
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
@@ -36,7 +36,6 @@ COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
 MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
 LOADED = 32  # registers per thread, of LINEAR_ROWS rows of 128 channels in 16 bit
-LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
 NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
 
 
@@ -102,15 +101,6 @@ def _quantize_queries(q, balance):
     largest = tl.maximum(tl.max(of_channels * balance[None, :]), MIN_MAGNITUDE)
     biased = wide * (balance * (INT8_MAX / largest))[None, :] + INT8_BIAS
     return biased.to(tl.int32, bitcast=True).to(tl.int8), largest / INT8_MAX
-
-
-@triton.jit
-def _ask_for(at):
-    """Has L2 fetch the lines of these addresses, without waiting."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -240,7 +230,7 @@ def _int8_sparse_attention(
     q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
-        _ask_for(tile_at(q_plane, q_rows, LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :], q_stride_n, q_stride_d))
+        ask_for(tile_at(q_plane, q_rows, LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :], q_stride_n, q_stride_d))
         h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
@@ -248,7 +238,7 @@ def _int8_sparse_attention(
             some_at = tile_at(q_columns, tl.minimum(some, q_tokens - 1), 0, q_stride_n, q_stride_d)
             linear_rows(
                 _loaded_together(some_at), out_plane, ratio, h, z, of_block, some, out_stride_n, out_stride_d, q_tokens,
-                D, block_ratio is None,
+                D, block_ratio is None, True,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
