@@ -15,13 +15,13 @@ from .kernels.fitted_ratio import FittedRatio
 from .kernels.gluon_releases import gluon_is_known
 from .kernels.hopper import why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
-from .kernels.int8_pack import GROUP as INT8_GROUP
 from .kernels.int8_pack import int8_pack
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import int8_masked_sum, masked_sum
 from .kernels.pack import HOPPER_GROUP, pack
 from .kernels.pool import Pools, pools, smooth
+from .kernels.product_order import GROUP as INT8_GROUP
 from .kernels.score import INT32_MAX, INT32_MIN, project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention

@@ -25,6 +25,7 @@ from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
 from .planes import KEY_BLOCK, LINE, ask_for, plane_of, tile_at, tile_rows
+from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
@@ -212,7 +213,7 @@ def _int8_sparse_attention(
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, RATIO_KIND: tl.constexpr,
-    LINEAR_ROWS: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -266,23 +267,34 @@ def _int8_sparse_attention(
 
     # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
     norm = tl.sum(row_sum, axis=1)
-    o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
+    o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + channel_at(d, D))[None, :]
     inside = row < q_tokens
     ratio_at = ratio + rows
-    out_at = tile_at((out_plane + d * out_stride_d)[None, :], rows, 0, out_stride_n, out_stride_d)
     if RATIO_KIND == "none":
         row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
-        mixed = o_sparse / norm[:, None]
+    elif RATIO_KIND == "estimated":
+        # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
+        selected_mass = row_max + tl.log2(norm) - log2_range
+        row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
     else:
-        if RATIO_KIND == "estimated":
-            # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
-            selected_mass = row_max + tl.log2(norm) - log2_range
-            row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
-        else:
-            row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
-        o_linear = tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)  # [TILE, D]
-        mixed = o_sparse * (row_ratio / norm)[:, None] + o_linear * (1.0 - row_ratio)[:, None]
-    tl.store(out_at, mixed.to(out.dtype.element_ty), mask=inside[:, None])
+        row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
+    first, second, third, fourth = quarters_as_stored(o_sparse * (row_ratio / norm)[:, None], WARPS)
+    of_linear = rows_as_stored(1.0 - row_ratio, WARPS)[:, None]
+    stored_rows = row_at(row, WARPS)
+    stored = (stored_rows < q_tokens)[:, None]
+    PART: tl.constexpr = min(D, 32)
+    out_at = tile_at(out_plane, stored_rows.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
+    if RATIO_KIND != "none":
+        ahead = tl.load(out_at, mask=stored, other=0.0)
+    for part in tl.static_range(D // PART):
+        mixed = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+        if RATIO_KIND != "none":
+            o_linear = ahead.to(tl.float32)
+            if part + 1 < D // PART:
+                ahead = tl.load(out_at + PART * out_stride_d, mask=stored, other=0.0)
+            mixed += o_linear * of_linear
+        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored)
+        out_at += PART * out_stride_d
     tl.store(ratio_at, row_ratio, mask=inside)
 
 
@@ -314,5 +326,6 @@ def int8_sparse_attention(
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, RATIO_KIND=ratio_kind,
-        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
+        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0,
+        WARPS=min(config.num_warps, config.tile_m // 16), options=config.options,
     )  # fmt: skip

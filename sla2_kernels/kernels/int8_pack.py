@@ -3,9 +3,8 @@
 One program per (key block, head). Keys past the end are copies of the last one: no product counts them.
 
 h_j = phi(K_j)^T V_j is of V over its channel powers and over a power of two more, which follows from V's largest element: |h_j|
-is at most that, so float16 holds it until its own largest element is known. Its columns, V's channels, are stored in the order
-that makes a thread's neighbours of those it has of the product (channel_at()), 16 at a time; a product with them as columns has
-each thread's channels side by side again.
+is at most that, so float16 holds it until its own largest element is known. Its columns, V's channels, stay in the order in which
+a thread has them, 16 in a store, and V's are stored in it too (product_order.py).
 """
 
 import triton
@@ -18,12 +17,11 @@ from .launch import launch
 from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, INTERPRETED, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE
 from .pack import register_order_of_keys
 from .planes import KEY_BLOCK, LINE, ask_for, tile_at
+from .product_order import GROUP, place_of, row_at
 
-GROUP = 64  # channels that change places with each other
 MIN_LARGEST = tl.constexpr(2.0**-40)  # of V over its channel powers, which are 2^-67 or more: no factor is infinite
-TERMS = tl.constexpr(
-    tl.float32 if interpreting() else tl.bfloat16
-)  # of h_j and z_j, whatever K and V are: h_j leaves in INT8
+# what the terms of h_j and z_j are rounded to, whatever K and V are: h_j leaves in INT8
+TERMS = tl.constexpr(tl.float32 if interpreting() else tl.bfloat16)
 BOUND_LOG2 = tl.constexpr(15)  # |h_j| is below its power of two in float16
 MIN_H_EXPONENT = tl.constexpr(-15.0)  # float16 has no factor above 2^15
 HALF_BIAS = tl.constexpr(1536.0)  # as INT8_BIAS, of float16: 0x6600
@@ -41,26 +39,12 @@ HALVES = tl.constexpr(
 
 
 @triton.jit
-def channel_at(place, D: tl.constexpr):
-    """The channel in a place of h_j's columns: in each 64, bits bbaaac of the place are bits aaabbc of the channel."""
-    SIZE: tl.constexpr = min(D, 64)
-    return place // SIZE * SIZE + place % 2 + place % SIZE // (SIZE // 4) * 2 + place % (SIZE // 4) // 2 * 8
-
-
-@triton.jit
 def _stored_order(h, WARPS: tl.constexpr):
-    """h [D, GROUP] with its columns in that order, and its rows in that of _row_at()."""
+    """h [D, GROUP] with its columns in that order, and its rows in that of row_at()."""
     D: tl.constexpr = h.shape[0]
     SIZE: tl.constexpr = h.shape[1]
     h = h.reshape([D // (16 * WARPS), WARPS, 2, 8, SIZE // 8, 4, 2])
     return h.permute([0, 2, 1, 3, 5, 4, 6]).reshape([D, SIZE])
-
-
-@triton.jit
-def _row_at(place, WARPS: tl.constexpr):
-    """h_j's row in each place of a tile that is stored: a warp has 16 neighbours of the product, and stores 8."""
-    rest = place // 8
-    return (rest // (2 * WARPS) * WARPS + rest % WARPS) * 16 + rest // WARPS % 2 * 8 + place % 8
 
 
 @triton.jit
@@ -174,7 +158,10 @@ def _int8_pack(
     if v.dtype.element_ty == tl.bfloat16:
         even = even.to(tl.bfloat16)  # the same numbers in half the registers
     biased = even.to(tl.float32) * (tl.exp2(-exponent) * _power_of_two(-up)) + INT8_BIAS
-    tl.store(packed_v + tile * (KEY_BLOCK * D) + d[:, None] * KEY_BLOCK + place, tl.trans(_bits(biased).to(tl.int8)))
+    tl.store(
+        packed_v + tile * (KEY_BLOCK * D) + place_of(d, D)[:, None] * KEY_BLOCK + place,
+        tl.trans(_bits(biased).to(tl.int8)),
+    )
 
     if LINEAR:
         h = tl.dot(tl.trans(phi), even.to(TERMS)).to(tl.float16)  # [D, D]
@@ -189,12 +176,13 @@ def _int8_pack(
         first, last = _halves(h, GROUP)
         part = tl.arange(0, GROUP)
         for p in tl.static_range(D // GROUP):
-            h_out = sums + tile * (D * D) + _row_at(d, WARPS)[:, None] * D + p * GROUP + part
+            h_out = sums + tile * (D * D) + row_at(d, WARPS)[:, None] * D + p * GROUP + part
             tl.store(h_out, _int8_of_halves(_stored_order(first if p == 0 else last, WARPS), to_int8))
 
 
 def int8_pack(k, v, k_mean, work, group, *, balance, v_channel):
-    """As pack() with K and V in INT8, and h_j's columns in the order of channel_at(). balance, v_channel: as in Pools."""
+    """As pack() in INT8, V's channels, h_j's columns with them, in the places of product_order.py. balance, v_channel: as in
+    Pools."""
     heads, tokens, head_dim = k.shape[1:]
     config = configs.int8_pack_config(v.element_size())
     launch(

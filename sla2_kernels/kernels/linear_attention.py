@@ -13,6 +13,7 @@ from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 from .planes import load_tile, plane_of, store_tile, tile_rows
+from .product_order import by_channel
 
 
 @triton.jit
@@ -22,19 +23,14 @@ def linear_rows(
 ):  # fmt: skip
     """O_l of some rows of one query block into out_plane, and what decides their ratio into ``ratio``, that of the plane's
     first row. queries [TILE, D]: Q of these rows. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
-    ESTIMATED. ORDERED: H_i's columns are in int8_pack()'s order."""
+    ESTIMATED. ORDERED: H_i's channels have the places of product_order.py."""
     wide = queries.to(tl.float32)
     # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
     phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
     norm = tl.sum(phi * z, axis=1)  # [TILE]
     product = tl.dot(phi.to(h.dtype), h, input_precision="tf32x3")  # [TILE, D]
     if ORDERED:
-        SIZE: tl.constexpr = min(D, 64)
-        product = (
-            product.reshape([norm.shape[0], D // SIZE, 4, SIZE // 8, 2])
-            .permute([0, 1, 3, 2, 4])
-            .reshape([norm.shape[0], D])
-        )
+        product = by_channel(product)
     weightless = norm < MIN_LINEAR_WEIGHT
     o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
     store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)

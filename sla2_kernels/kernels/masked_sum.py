@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ..router import block_count
-from .int8_pack import channel_at
 from .launch import launch
+from .product_order import channel_at
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 
 

@@ -13,8 +13,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..router import block_count
 from .along_key_blocks import along_key_blocks, layout_of_h, layout_of_sums
 from .gluon_shared import barrier, copy_async
-from .int8_pack import channel_at
 from .launch import launch
+from .product_order import channel_at
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 
 FEATURES = gl.constexpr(128)  # of a program

@@ -9,8 +9,8 @@ from operator_inputs import embedded, normal, relative_error
 from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio, _splits
-from sla2_kernels.kernels.int8_pack import channel_at
 from sla2_kernels.kernels.pack import HOPPER_GROUP, register_order_of_channels
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.reference import fitted_ratio, phi, sla2_reference
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
 from sla2_kernels.torch_fit import fit_ratio

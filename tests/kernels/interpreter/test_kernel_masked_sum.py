@@ -5,8 +5,8 @@ import torch
 from operator_inputs import normal, relative_error
 
 from sla2_kernels.kernels.configs import INT8_PRODUCT, product_config
-from sla2_kernels.kernels.int8_pack import channel_at
 from sla2_kernels.kernels.masked_sum import int8_masked_sum, masked_sum
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.kernels.select import mask_width, new_mask
 from sla2_kernels.kernels.weighted_mask import int8_weighted_mask
 from sla2_kernels.triton_backend import Workspace

@@ -4,8 +4,9 @@ import pytest
 import torch
 from operator_inputs import embedded, normal, relative_error
 
-from sla2_kernels.kernels.int8_pack import channel_at, int8_pack
+from sla2_kernels.kernels.int8_pack import int8_pack
 from sla2_kernels.kernels.pack import pack
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.reference import phi
 from sla2_kernels.triton_backend import Workspace
 
