@@ -10,7 +10,7 @@ block, which joins the scores: p V is what must fit. A row's sum is that of P be
 may hold much of the mass.
 
 Scores arrive as float32 INT8_BIAS + S, exactly (see sparse_attention.py). The row's maximum leaves with the multiply-add
-before exp2, whose addend is rounded at the size of INT8_BIAS * factor; what that rounds away joins the multiply-add that
+before exp2, whose addend is rounded at the size of INT8_BIAS * slope; what that rounds away joins the multiply-add that
 rounds P.
 """
 
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..router import K_BLOCK, block_count
+from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
@@ -29,7 +30,10 @@ from .product_order import channel_at, quarters_as_stored, row_at, rows_as_store
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
-MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+P_LOG2_HALF = tl.constexpr(
+    4.0
+)  # of the largest P in float16, where the addend's rounding moves it by up to MAX_SLOPE / 2
+MAX_SLOPE = tl.constexpr(12.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
 MIN_SLOPE = tl.constexpr(2.0**-80)  # less makes one of all scores as well, and times NO_SCORE still leaves no P
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
@@ -136,16 +140,24 @@ def _fma(x, y, z):
 
 
 @triton.jit
-def _probabilities(scores, factor, offset, correction):
-    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, COLUMNS]."""
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def _probabilities(scores, slope, offset, factor):
+    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P over ``factor``, float32 [rows, COLUMNS].
+
+    P over its factor is in float16: two numbers at a time are added up, multiplied and rounded.
+    """
     ROWS: tl.constexpr = scores.shape[0]
     KEYS: tl.constexpr = scores.shape[1]
-    p = tl.exp2(_fma(scores, factor, offset[:, None]))
+    p = tl.exp2(_fma(scores, slope, offset[:, None])).to(tl.float16)
     # over what lies in one column of the tiles, and so in one register, as all sums do: the columns are added up behind the loop
-    sums = tl.sum(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), axis=1)
-    biased = tl.fma(p, correction[:, None], INT8_BIAS).to(tl.int32, bitcast=True)
-    ordered = biased.to(tl.int8).reshape([ROWS, KEYS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
-    return ordered.reshape([ROWS, KEYS]), sums
+    sums = tl.reduce(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), 1, _add).to(tl.float32)
+    biased = half_biased(p, factor.to(tl.float16)[:, None])
+    ordered = biased.reshape([ROWS, KEYS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
+    return bytes_of_halves(ordered.reshape([ROWS, KEYS])), sums
 
 
 @triton.jit
@@ -183,19 +195,20 @@ def _attend_block(
     """One key block, of which the first ``keys`` count."""
     key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
-    factor = q_scale * tl.load(k_scale + j)
+    unit = q_scale * tl.load(k_scale + j)
     exponent = tl.load(v_exponent + j)
     # the list of key blocks ascends, so only its last one can be ragged: other turns jump over the masks
     scores = _of_keys(scores, keys)
-    highest = tl.max(scores, axis=1)  # [rows]
-    block_max = (highest - INT8_BIAS) * factor + exponent
+    # as integers: cards from Hopper on compare three of them at a time
+    highest = tl.max(scores.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)  # [rows]
+    block_max = (highest - INT8_BIAS) * unit + exponent
     new_max = tl.maximum(row_max, tl.ceil(block_max))
-    slope = tl.maximum(tl.minimum(factor, MAX_SLOPE), MIN_SLOPE)
+    slope = tl.maximum(tl.minimum(unit, MAX_SLOPE), MIN_SLOPE)
     largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
-    offset = largest_p - slope * highest
-    correction = tl.exp2(largest_p - _fma(slope, highest, offset))
-    p, block_sum = _probabilities(scores, slope, offset, correction)
-    block_sum *= (correction * tl.exp2(-exponent))[:, None]
+    offset = P_LOG2_HALF - slope * highest
+    factor = tl.exp2(largest_p - _fma(slope, highest, offset))
+    p, block_sum = _probabilities(scores, slope, offset, factor)
+    block_sum *= (factor * tl.exp2(-exponent))[:, None]
 
     v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
     row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum

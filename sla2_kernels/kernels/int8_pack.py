@@ -13,8 +13,9 @@ import triton.language as tl
 from ..router import K_BLOCK, block_count
 from ..support import interpreting
 from . import configs
+from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
-from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, INTERPRETED, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE
+from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE
 from .pack import register_order_of_keys
 from .planes import KEY_BLOCK, LINE, ask_for, tile_at
 from .product_order import GROUP, place_of, row_at
@@ -24,18 +25,6 @@ MIN_LARGEST = tl.constexpr(2.0**-40)  # of V over its channel powers, which are 
 TERMS = tl.constexpr(tl.float32 if interpreting() else tl.bfloat16)
 BOUND_LOG2 = tl.constexpr(15)  # |h_j| is below its power of two in float16
 MIN_H_EXPONENT = tl.constexpr(-15.0)  # float16 has no factor above 2^15
-HALF_BIAS = tl.constexpr(1536.0)  # as INT8_BIAS, of float16: 0x6600
-HALVES = tl.constexpr(
-    """
-    {
-    .reg .b32 bias, first, second;
-    mov.b32 bias, 0x66006600;
-    fma.rn.f16x2 first, $1, $3, bias;
-    fma.rn.f16x2 second, $2, $4, bias;
-    prmt.b32 $0, first, second, 0x6420;
-    }
-    """
-)
 
 
 @triton.jit
@@ -97,16 +86,6 @@ def _largest_half(x):
     D: tl.constexpr = x.shape[0]
     larger = tl.reduce(tl.abs(x).reshape([D, D // 8, 8]), 1, _larger_or_nan)
     return _largest(larger.to(tl.float32))
-
-
-@triton.jit
-def _int8_of_halves(h, power):
-    """float16 h times ``power``, a power of two, in INT8."""
-    if INTERPRETED:
-        found = (h * power + HALF_BIAS).to(tl.int16, bitcast=True).to(tl.int8)
-    else:
-        found = tl.inline_asm_elementwise(HALVES, "=r,r,r,r,r", [h, power], dtype=tl.int8, is_pure=True, pack=4)
-    return found
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -177,7 +156,8 @@ def _int8_pack(
         part = tl.arange(0, GROUP)
         for p in tl.static_range(D // GROUP):
             h_out = sums + tile * (D * D) + row_at(d, WARPS)[:, None] * D + p * GROUP + part
-            tl.store(h_out, _int8_of_halves(_stored_order(first if p == 0 else last, WARPS), to_int8))
+            biased = half_biased(_stored_order(first if p == 0 else last, WARPS), to_int8)
+            tl.store(h_out, bytes_of_halves(biased))
 
 
 def int8_pack(k, v, k_mean, work, group, *, balance, v_channel):
