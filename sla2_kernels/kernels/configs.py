@@ -158,10 +158,12 @@ def pack_config(register_order):
     return PackConfig(2, 4, registers=168) if register_order else PackConfig(1, 8)
 
 
-def int8_pack_config(element_size):
+def int8_pack_config(element_size, head_dim):
     """The configuration of int8_pack(); element_size is that of v in bytes."""
-    # with 80 registers a thread three such programs run at a time
-    return PackConfig(1, 8, registers=80 if element_size == 2 else None)
+    if element_size == 4:
+        return PackConfig(1, 8)
+    # three programs at a time, or five
+    return PackConfig(1, 8, registers=80) if head_dim == 128 else PackConfig(1, 4, registers=96)
 
 
 def fit_config(element_size):

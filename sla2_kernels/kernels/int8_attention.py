@@ -30,10 +30,10 @@ from .product_order import channel_at, quarters_as_stored, row_at, rows_as_store
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
+MAX_SLOPE = tl.constexpr(8.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
 P_LOG2_HALF = tl.constexpr(
-    4.0
-)  # of the largest P in float16, where the addend's rounding moves it by up to MAX_SLOPE / 2
-MAX_SLOPE = tl.constexpr(12.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+    2.0
+)  # of the largest P in float16, give or take MAX_SLOPE, by which its addend is rounded at most
 MIN_SLOPE = tl.constexpr(2.0**-80)  # less makes one of all scores as well, and times NO_SCORE still leaves no P
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32

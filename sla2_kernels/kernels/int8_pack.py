@@ -20,6 +20,7 @@ from .pack import register_order_of_keys
 from .planes import KEY_BLOCK, LINE, ask_for, tile_at
 from .product_order import GROUP, place_of, row_at
 
+MAX_PROGRAMS = 65535  # along the second axis of a launch
 MIN_LARGEST = tl.constexpr(2.0**-40)  # of V over its channel powers, which are 2^-67 or more: no factor is infinite
 # what the terms of h_j and z_j are rounded to, whatever K and V are: h_j leaves in INT8
 TERMS = tl.constexpr(tl.float32 if interpreting() else tl.bfloat16)
@@ -93,19 +94,24 @@ def _int8_pack(
     k, v, k_mean, balance, v_channel, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
-    D: tl.constexpr, LINEAR: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr,
+    D: tl.constexpr, LINEAR: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    bh = first_head + slot
-    tile = slot * tl.num_programs(0) + block  # of the workspace, which holds this group's heads only
+    APART: tl.constexpr = min(512 // D * WARPS, 64)  # a thread has 16 numbers of a row
+    # all heads of a block one after the other: in (B, N, H, D) their rows are neighbours in memory
+    SLOT: tl.constexpr = 0 if HEADS_FIRST else 1
+    blocks, block = tl.num_programs(1 - SLOT), tl.program_id(1 - SLOT)
+    bh = first_head + tl.program_id(SLOT)
+    tile = tl.program_id(SLOT).to(tl.int64) * blocks + block  # of the workspace, which holds this group's heads only
+    keys = tokens - block * KEY_BLOCK
     # 32 bits: Triton divides 64 behind a branch, across which nothing is scheduled
-    b = (first_head + tl.program_id(1)) // heads
-    head = first_head + tl.program_id(1) - b * heads
-    k_plane = k + b.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h + block * KEY_BLOCK * k_stride_n
-    v_plane = v + b.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h + block * KEY_BLOCK * v_stride_n
+    b = (bh // heads).to(tl.int64)
+    head = (bh % heads).to(tl.int64)
+    start = block.to(tl.int64) * KEY_BLOCK
+    k_plane = k + b * k_stride_b + head * k_stride_h + start * k_stride_n
+    v_plane = v + b * v_stride_b + head * v_stride_h + start * v_stride_n
+    bh = bh.to(tl.int64)
     place, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     key = register_order_of_keys(place)
-    keys = tokens - tl.program_id(0) * KEY_BLOCK
     rows = tl.minimum(key, keys - 1).to(tl.int64)
     k_raw = tl.load(tile_at(k_plane, rows, d, k_stride_n, k_stride_d))  # [KEY_BLOCK, D]
     # V itself comes when K has left its registers
@@ -113,7 +119,7 @@ def _int8_pack(
 
     k_smooth = k_raw.to(tl.float32) - tl.load(k_mean + bh * D + d)  # [KEY_BLOCK, D]
     balanced = tl.load(balance + bh * (2 * D) + d)
-    largest = tl.maximum(_largest(_largest_of_rows(k_smooth, 4 * WARPS) * balanced[None, :]), MIN_MAGNITUDE)
+    largest = tl.maximum(_largest(_largest_of_rows(k_smooth, APART) * balanced[None, :]), MIN_MAGNITUDE)
     # the bias rounds, and the last byte of the sum is the INT8
     biased = k_smooth * (balanced * (INT8_MAX / largest))[None, :] + INT8_BIAS
     tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, _bits(biased).to(tl.int8))
@@ -122,11 +128,11 @@ def _int8_pack(
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
         share = tl.where(key < keys, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
         phi = (exponentials * share[:, None]).to(TERMS)  # [KEY_BLOCK, D]
-        rows += _bits(share) >> 31  # 0: without it V is loaded as early as K
+        rows += (share < 0).to(tl.int64)  # 0: without it V is loaded as early as K
 
     power = tl.load(v_channel + bh * D + d)
     v_raw = tl.load(tile_at(v_plane, rows, d, v_stride_n, v_stride_d))  # [KEY_BLOCK, D]
-    v_largest = _largest(_largest_of_rows(v_raw, 4 * WARPS) * _over_power(power, 0)[None, :])
+    v_largest = _largest(_largest_of_rows(v_raw, APART) * _over_power(power, 0)[None, :])
     # INT8 has no NaN: one in V, or an infinity, goes on as that of the exponent and of z_j
     zero_or_nan = 0.0 * v_largest
     exponent = tl.maximum(tl.log2(tl.maximum(v_largest, 1e-30) * (1.001 / INT8_MAX)), MIN_EXPONENT) + zero_or_nan
@@ -164,11 +170,13 @@ def int8_pack(k, v, k_mean, work, group, *, balance, v_channel):
     """As pack() in INT8, V's channels, h_j's columns with them, in the places of product_order.py. balance, v_channel: as in
     Pools."""
     heads, tokens, head_dim = k.shape[1:]
-    config = configs.int8_pack_config(v.element_size())
+    config = configs.int8_pack_config(v.element_size(), head_dim)
+    blocks, slots = block_count(tokens, K_BLOCK), group.stop - group.start
+    heads_first = blocks <= MAX_PROGRAMS
     launch(
-        _int8_pack, (block_count(tokens, K_BLOCK), group.stop - group.start),
+        _int8_pack, (slots, blocks) if heads_first else (blocks, slots),
         k, v, k_mean, balance, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
         *k.stride(), *v.stride(), heads, group.start, tokens,
         D=head_dim, LINEAR=work.sums is not None, GROUP=min(GROUP, head_dim), WARPS=min(config.num_warps, head_dim // 16),
-        options=config.options,
+        HEADS_FIRST=heads_first, options=config.options,
     )  # fmt: skip
