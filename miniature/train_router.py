@@ -126,7 +126,10 @@ def main(argv=None):
     parser.add_argument("--query-blocks", type=int, default=TrainerOptions.query_blocks, help="drawn per head and step")
     parser.add_argument("--learning-rate", type=float, default=TrainerOptions.learning_rate)
     parser.add_argument(
-        "--projection-memory", type=float, default=TrainerOptions.projection_memory, help="0: the last step's projections"
+        "--projection-memory",
+        type=float,
+        default=TrainerOptions.projection_memory,
+        help="0: the last step's projections",
     )
     parser.add_argument("--sparsities", default="0.99,0.97,0.95,0.90")
     parser.add_argument("--minutes", type=float, help="most that the training takes, measuring not included")

@@ -74,8 +74,7 @@ class LayerState:
     def weights(self):
         """The RouterLayer as it stands, float32 on the CPU."""
         copies = (
-            None if t is None else t.detach().to("cpu", copy=True)
-            for t in (*self.projections(), self.alpha_logits)
+            None if t is None else t.detach().to("cpu", copy=True) for t in (*self.projections(), self.alpha_logits)
         )
         return RouterLayer(*copies)
 
