@@ -121,15 +121,15 @@ class WanBlock(nn.Module):
     def forward(self, x, modulation, rope, context, layer: int, attention: Attention):
         """x (B, N, dim), modulation (B, 6, dim), context (B, L, dim) -> (B, N, dim)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).chunk(6, dim=1)
-        q, k, v = self.self_attn.project(*[_modulated(x, shift1, scale1)] * 2)
+        q, k, v = self.self_attn.project(*[modulated(x, shift1, scale1)] * 2)
         out = attention(layer, apply_rope(q, rope), apply_rope(k, rope), v)
         x = x + gate1 * self.self_attn.o(out.flatten(2))
         out = dense_attention(layer, *self.cross_attn.project(self.norm3(x), context))
         x = x + self.cross_attn.o(out.flatten(2))
-        return x + gate2 * self.ffn(_modulated(x, shift2, scale2))
+        return x + gate2 * self.ffn(modulated(x, shift2, scale2))
 
 
-def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -143,7 +143,7 @@ class WanHead(nn.Module):
 
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
-        return self.head(_modulated(x, shift, scale))
+        return self.head(modulated(x, shift, scale))
 
 
 class WanModel(nn.Module):
