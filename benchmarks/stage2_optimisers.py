@@ -25,7 +25,7 @@ from miniature.lora import add_lora
 from miniature.optim import Average, Muon
 from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
-from miniature.wan import modulated, apply_rope, dense_attention
+from miniature.wan import apply_rope, dense_attention, modulated
 from sla2_kernels import identity_router, load_router
 from sla2_training.draws import drawn, noise_like
 from sla2_training.stage2 import Student
