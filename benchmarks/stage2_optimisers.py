@@ -25,7 +25,7 @@ from miniature.lora import add_lora
 from miniature.optim import Average, Muon
 from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
-from miniature.wan import apply_rope, dense_attention, modulated
+from miniature.wan import WanBlock, dense_attention
 from sla2_kernels import identity_router, load_router
 from sla2_training.draws import drawn, noise_like
 from sla2_training.stage2 import Student
@@ -75,23 +75,13 @@ class Draw:
 def compiled_block(compile_):
     """A WanBlock's call whose parts before and after self-attention are compiled, for WanModel.run_block."""
 
-    def before(block, x, modulation, cos, sin):
-        shift, scale = (block.modulation + modulation).chunk(6, dim=1)[:2]
-        q, k, v = block.self_attn.project(*[modulated(x, shift, scale)] * 2)
-        return apply_rope(q, (cos, sin)), apply_rope(k, (cos, sin)), v
-
-    def after(block, x, modulation, out, context):
-        _, _, gate1, shift, scale, gate2 = (block.modulation + modulation).chunk(6, dim=1)
-        x = x + gate1 * block.self_attn.o(out.flatten(2))
-        out = dense_attention(0, *block.cross_attn.project(block.norm3(x), context))
-        x = x + block.cross_attn.o(out.flatten(2))
-        return x + gate2 * block.ffn(modulated(x, shift, scale))
-
+    before, after = WanBlock.before_attention, WanBlock.after_attention
     if compile_:
         before, after = (torch.compile(part, dynamic=False) for part in (before, after))
 
     def block_call(block, x, modulation, rope, context, layer, attention):
-        q, k, v = before(block, x, modulation, *rope)
+        modulation = block.modulation + modulation
+        q, k, v = before(block, x, modulation, rope)
         return after(block, x, modulation, attention(layer, q, k, v), context)
 
     return block_call

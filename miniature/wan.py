@@ -120,16 +120,26 @@ class WanBlock(nn.Module):
 
     def forward(self, x, modulation, rope, context, layer: int, attention: Attention):
         """x (B, N, dim), modulation (B, 6, dim), context (B, L, dim) -> (B, N, dim)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).chunk(6, dim=1)
-        q, k, v = self.self_attn.project(*[modulated(x, shift1, scale1)] * 2)
-        out = attention(layer, apply_rope(q, rope), apply_rope(k, rope), v)
+        modulation = self.modulation + modulation
+        q, k, v = self.before_attention(x, modulation, rope)
+        return self.after_attention(x, modulation, attention(layer, q, k, v), context)
+
+    def before_attention(self, x, modulation, rope):
+        """q, k, v of self attention, (B, N, H, 128); modulation (B, 6, dim) with this block's own."""
+        shift, scale = modulation.chunk(6, dim=1)[:2]
+        q, k, v = self.self_attn.project(*[_modulated(x, shift, scale)] * 2)
+        return apply_rope(q, rope), apply_rope(k, rope), v
+
+    def after_attention(self, x, modulation, out, context):
+        """What the block returns; out (B, N, H, 128): self attention's. modulation as before."""
+        _, _, gate1, shift, scale, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.self_attn.o(out.flatten(2))
-        out = dense_attention(layer, *self.cross_attn.project(self.norm3(x), context))
+        out = dense_attention(0, *self.cross_attn.project(self.norm3(x), context))
         x = x + self.cross_attn.o(out.flatten(2))
-        return x + gate2 * self.ffn(modulated(x, shift2, scale2))
+        return x + gate2 * self.ffn(_modulated(x, shift, scale))
 
 
-def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -143,7 +153,7 @@ class WanHead(nn.Module):
 
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
-        return self.head(modulated(x, shift, scale))
+        return self.head(_modulated(x, shift, scale))
 
 
 class WanModel(nn.Module):
