@@ -351,7 +351,8 @@ def test_a_resumed_ratio_moves_slowly():
 def test_errors_are_those_of_the_operator_with_the_same_diagonal_and_query_block(keep_diagonal, query_block):
     q, k, v = small_qkv(tokens=1500)
     options = {"keep_diagonal": keep_diagonal, "query_block": query_block}
-    trainer = make_trainer(sparsities=(0.8,), query_blocks=99, **options)
+    # a router near the identity, so that the rule decides and not what was learned
+    trainer = make_trainer(sparsities=(0.8,), query_blocks=99, learning_rate=7e-4, **options)
     trainer.observe(0, q, k, v)
     error = trainer.evaluate(0, q, k, v).relative(AFTER, 0.8)
     router = trainer.router()
@@ -365,7 +366,7 @@ def test_errors_are_those_of_the_operator_with_the_same_diagonal_and_query_block
     )  # fmt: skip
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert error == pytest.approx(((out - dense).norm() / dense.norm()).item(), rel=1e-4)
-    assert error != pytest.approx(((other - dense).norm() / dense.norm()).item(), rel=5e-4)
+    assert error != pytest.approx(((other - dense).norm() / dense.norm()).item(), rel=1e-3)
 
 
 def test_a_resumed_training_keeps_the_diagonal_and_the_query_block_as_it_began():
