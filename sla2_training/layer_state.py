@@ -13,7 +13,7 @@ class LayerState:
     """proj_q, proj_k (D, D) or (H, D, D), from the identity, trained by Adam; alpha_logits (S, H, A), by least squares.
 
     What is measured and saved are the projections' averages over the last steps: at a learning rate that learns fast they
-    jump from step to step, and their averages do not (benchmarks/NOTES.md, 30 Nov 2026).
+    jump from step to step, and their averages do not (docs/ROUTER_DECISIONS.md).
 
     The output error is quadratic in the ratio, so the best ratios of all steps so far solve gram @ ratio = right, with
     gram (S, H, A, A) and right (S, H, A) summed over the steps, older ones fading. alpha_logits is None before the first.

@@ -65,9 +65,11 @@ class Stage2Config:
         for name, options in choices.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
-        reason = "Muon needs whole matrices, which fsdp splits" if self.fsdp else missing_optimiser(self.optimiser)
-        if self.optimiser == "muon" and reason:
-            raise ValueError(f'optimiser is "muon": {reason}; take "adamw".')
+        reason = missing_optimiser(self.optimiser)
+        if self.optimiser == "muon" and self.fsdp:
+            reason = "Muon needs whole matrices, which fsdp splits"
+        if reason:
+            raise ValueError(f'optimiser is "{self.optimiser}": {reason}; take "adamw".')
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}.")
         if not 0 <= self.drop_caption <= 1:
