@@ -1,7 +1,11 @@
 """The operator on one GPU. Checks of it that a CPU can make are in tests/."""
 
 import itertools
+import subprocess
+import sys
 import threading
+import time
+from contextlib import contextmanager
 
 import torch
 
@@ -12,7 +16,10 @@ from sla2_kernels.reference import fitted_ratio, sla2_reference
 from sla2_kernels.router import K_BLOCK, block_count
 
 from ..measure import launch_ms, median_ms
+from . import busy
 from .checks import BOUNDS, random_qkv, relative_error, require
+
+SHARED_SECONDS = 15  # of calls beside another process
 
 
 def missing(comfyui):
@@ -27,6 +34,7 @@ def checks(comfyui):
         large_logits,
         linear_branch_without_weight,
         gradients,
+        another_process,
         replayed_calls,
         fitted_and_judged,
         cuda_graph,
@@ -173,6 +181,44 @@ def gradients():
         _spoil_free_memory()
         require(all(map(torch.equal, found(), first)), f"{what}: other bits in the second backward pass")
     return f"largest error {worst:.1e}, all bits equal"
+
+
+def another_process():
+    """Forward and backward at 32,760 tokens while another process has its share of the GPU: kernels are interrupted there,
+    and what is not waited for comes too late. All bits are those of the first call."""
+    q, k, v = (x.requires_grad_() for x in random_qkv(32_760, 6, seed=4, batch=2))
+    grad = random_qkv(32_760, 6, seed=5, batch=2)[0] * 1e-7
+    proj = torch.eye(128, device="cuda")
+    alpha = torch.full((6,), 0.8, device="cuda", requires_grad=True)
+
+    def call():
+        out = sla2_attention(q, k, v, proj, proj, alpha, sparsity=0.97, precision="int8", layout="BNHD")
+        return out.detach(), *torch.autograd.grad(out, (q, k, v, alpha), grad)
+
+    first = call()
+    others, calls = torch.zeros(len(first), dtype=torch.int64, device="cuda"), 0
+    with _busy_gpu():
+        end = time.monotonic() + SHARED_SECONDS
+        while time.monotonic() < end:
+            for _ in range(5):  # nothing is waited for in between, so that the GPU has always more to do
+                others += torch.stack([(x != y).any() for x, y in zip(call(), first, strict=True)])
+            calls += 5
+            torch.cuda.synchronize()
+    found = dict(zip(("out", "dq", "dk", "dv", "the ratio's gradient"), others.tolist(), strict=True))
+    require(not any(found.values()), f"of {calls} calls so many have other bits: {found}")
+    return f"{calls} calls, all bits equal"
+
+
+@contextmanager
+def _busy_gpu():
+    """While open, another process keeps the GPU busy."""
+    command = [sys.executable, "-m", busy.__name__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603  itself
+        try:
+            require(process.stdout.readline() == "busy\n", "the other process did not start")
+            yield
+        finally:
+            process.kill()
 
 
 def replayed_calls():
