@@ -15,11 +15,13 @@ from .kernels.fitted_ratio import FittedRatio
 from .kernels.gluon_releases import gluon_is_known
 from .kernels.hopper import why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
+from .kernels.int8_pack import int8_pack
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import int8_masked_sum, masked_sum
-from .kernels.pack import pack
+from .kernels.pack import HOPPER_GROUP, pack
 from .kernels.pool import Pools, pools, smooth
+from .kernels.product_order import GROUP as INT8_GROUP
 from .kernels.score import INT32_MAX, INT32_MIN, project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
@@ -270,6 +272,10 @@ class _Settings(NamedTuple):
         """Whether V and h_j are packed in the order of the Hopper loop's registers."""
         return self.hopper and self.pv == "fp8"
 
+    def order_of_sums(self, head_dim):
+        """How many of H_i's columns change places with each other; 0: none."""
+        return HOPPER_GROUP if self.register_order else min(INT8_GROUP, head_dim) if self.pv == "int8" else 0
+
 
 def attention(
     q, k, v, proj_q, proj_k, key_blocks, block_ratio, out, *,
@@ -328,13 +334,16 @@ def _attend(t, s):
             t.q, routed, t.row_ratio, t.k.shape[2], s.query_block,
             scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config,
         )  # fmt: skip
-    packing = {"balance": routed.balance, "v_channel": routed.v_channel, "register_order": s.register_order}
     for group in groups:
-        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **packing)
+        if s.pv == "int8":
+            int8_pack(t.k, t.v, routed.k_mean, work, group, balance=routed.balance, v_channel=routed.v_channel)
+        else:
+            options = {"balance": routed.balance, "register_order": s.register_order}
+            pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **options)
         if s.linear:
             _sum_unselected(routed, work, group, s, t.q)
         if fit is not None:
-            fit.fit(t.q, work.query_sums, group, register_order=s.register_order)
+            fit.fit(t.q, work.query_sums, group, order=s.order_of_sums(t.q.shape[3]))
         _loop(t, s, work, routed, group, scale_log2)
 
 

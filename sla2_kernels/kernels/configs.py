@@ -152,12 +152,18 @@ def mass_config(capability, element_size, query_block):
     return _within(MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2), query_block)
 
 
-def pack_config(pv, register_order, element_size):
-    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
-    if register_order or (pv == "int8" and element_size == 2):
-        # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
-        return PackConfig(2, 4, registers=168)
-    return PackConfig(1, 8)
+def pack_config(register_order):
+    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8."""
+    # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
+    return PackConfig(2, 4, registers=168) if register_order else PackConfig(1, 8)
+
+
+def int8_pack_config(element_size, head_dim):
+    """The configuration of int8_pack(); element_size is that of v in bytes."""
+    if element_size == 4:
+        return PackConfig(1, 8)
+    # three programs at a time, or five
+    return PackConfig(1, 8, registers=80) if head_dim == 128 else PackConfig(1, 4, registers=96)
 
 
 def fit_config(element_size):

@@ -93,7 +93,7 @@ def _merged(sums, weights, at, splits, D: tl.constexpr, ROWS: tl.constexpr, STEP
 def _row_products(
     q, rows, sums, weights, query_sums, dense, products, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
     heads, first_head, splits, q_blocks,
-    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, REGISTER_ORDER: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     sample, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -114,9 +114,9 @@ def _row_products(
     h = tl.load(query_sums + d[:, None] * D + d).to(tl.float32)  # [D, D]
     z = tl.load(query_sums + D * D + d).to(tl.float32)  # [D]
     o_linear = tl.sum(phi[:, None] * h, axis=0) / tl.sum(phi * z, axis=0)  # [D]
-    if REGISTER_ORDER:
+    if ORDER > 0:
         # H's columns stay where they are, so that its loads stay wide
-        o_linear = from_register_order_of_channels(o_linear, D)
+        o_linear = from_register_order_of_channels(o_linear, D, ORDER)
     to_sparse = own / own_norm - o_linear
     cross = tl.sum((out - o_linear) * to_sparse, axis=0)
     square = tl.sum(to_sparse * to_sparse, axis=0)
@@ -178,17 +178,17 @@ class FittedRatio:
             heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), QUERY_BLOCK=self._query_block, options=config.options,
         )  # fmt: skip
 
-    def fit(self, q, query_sums, group, *, register_order):
+    def fit(self, q, query_sums, group, *, order):
         """Fills the ratios, and the Sample's dense rows and ratios, of slice ``group``.
 
         query_sums: H_i and Z_i (G, T_m, (D + 1) * D).
-        register_order: whether H_i's columns are in the order of pack().
+        order: how many of H_i's columns change places with each other; 0: none.
         """
         rows, slots, q_blocks = self._sample.rows, group.stop - group.start, query_sums.shape[1]
         launch(
             _row_products, (len(rows), slots), q, rows, self._sums, self._weights, query_sums,
             self._sample.dense, self._products, *q.stride(), q.shape[1], group.start, self._sums.shape[1], q_blocks,
-            D=q.shape[3], ROWS=len(rows), STEP=16, QUERY_BLOCK=self._query_block, REGISTER_ORDER=register_order, options={"num_warps": 4},
+            D=q.shape[3], ROWS=len(rows), STEP=16, QUERY_BLOCK=self._query_block, ORDER=order, options={"num_warps": 4},
         )  # fmt: skip
         launch(
             _ratio, (slots,), self._products, self._sample.ratio, self._block_ratio, group.start, self._sample.fitted,

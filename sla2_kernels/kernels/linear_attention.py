@@ -5,6 +5,7 @@ output until the loop mixes the two, and what decides the ratio waits where the 
 their own rows first (linear_rows).
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -12,21 +13,24 @@ from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 from .planes import load_tile, plane_of, store_tile, tile_rows
+from .product_order import by_channel
 
 
 @triton.jit
 def linear_rows(
     queries, out_plane, ratio, h, z, of_block, rows, out_stride_n, out_stride_d, tokens,
-    D: tl.constexpr, ESTIMATED: tl.constexpr,
+    D: tl.constexpr, ESTIMATED: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """O_l of some rows of one query block into out_plane, and what decides their ratio into ``ratio``, that of the plane's
     first row. queries [TILE, D]: Q of these rows. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
-    ESTIMATED."""
+    ESTIMATED. ORDERED: H_i's channels have the places of product_order.py."""
     wide = queries.to(tl.float32)
     # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
     phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
     norm = tl.sum(phi * z, axis=1)  # [TILE]
     product = tl.dot(phi.to(h.dtype), h, input_precision="tf32x3")  # [TILE, D]
+    if ORDERED:
+        product = by_channel(product)
     weightless = norm < MIN_LINEAR_WEIGHT
     o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
     store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
@@ -49,7 +53,7 @@ def query_sums_of(sums, block, D: tl.constexpr):
 def _linear_attention(
     q, sums, out, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
-    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -61,7 +65,7 @@ def _linear_attention(
         load_tile(q_plane, rows, tl.arange(0, D), q_stride_n, q_stride_d, tokens),
         plane_of(out, bh, heads, out_stride_b, out_stride_h), ratio + bh * tokens, h, z,
         1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
-        rows, out_stride_n, out_stride_d, tokens, D, block_ratio is None,
+        rows, out_stride_n, out_stride_d, tokens, D, block_ratio is None, ORDERED,
     )  # fmt: skip
 
 
@@ -75,5 +79,5 @@ def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, co
     launch(
         _linear_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
         q, work.query_sums, out, block_ratio, ratio, *q.stride(), *out.stride(), heads, group.start, tokens,
-        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, options=config.options,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, ORDERED=work.sums.dtype == torch.int8, options=config.options,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from ..router import block_count
 from .along_key_blocks import along_key_blocks, layout_of_h, layout_of_sums
 from .gluon_shared import barrier, copy_async
 from .launch import launch
+from .product_order import channel_at
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 
 FEATURES = gl.constexpr(128)  # of a program
@@ -82,7 +83,7 @@ def _mma_masked_sum(
     acc = acc.reshape([2, 4, 2, 8, ROWS]).permute([4, 1, 3, 0, 2]).reshape([ROWS, FEATURES])
     acc = gl.convert_layout(acc, STORE)
     feature = gl.arange(0, FEATURES, gl.SliceLayout(0, STORE))
-    channels = gl.load(channel + (first_head + slot) * D + feature % D) * gl.load(scale + slot)
+    channels = gl.load(channel + (first_head + slot) * D + channel_at(feature % D, D)) * gl.load(scale + slot)
     value = (acc.to(gl.float32) * channels[None, :]).to(out.dtype.element_ty)
     row = m * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
     out_at = out + (slot * rows + row)[:, None] * out_stride + (f * FEATURES + feature)[None, :]
