@@ -395,7 +395,10 @@ def _loop(t, s, work, routed, group, scale_log2):
     card, element_size = capability(t.q.device), t.q.element_size()
     if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
-        linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, query_block=s.query_block, config=config)
+        linear_attention(
+            t.q, work, t.out, t.block_ratio, t.row_ratio, group,
+            query_block=s.query_block, ordered=s.pv == "int8", config=config,
+        )  # fmt: skip
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size, s.query_block)
     if s.pv == "int8":
         int8_sparse_attention(t.q, t.k.shape[2], t.out, work, routed.pools, *selection, config=config, **options)

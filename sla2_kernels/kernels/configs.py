@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from ..support import triton_version
+
 
 class Launchable:
     """A configuration with num_warps, the warps of a program, and num_stages, those of its software pipeline."""
@@ -162,8 +164,10 @@ def int8_pack_config(element_size, head_dim):
     """The configuration of int8_pack(); element_size is that of v in bytes."""
     if element_size == 4:
         return PackConfig(1, 8)
-    # three programs at a time, or five
-    return PackConfig(1, 8, registers=80) if head_dim == 128 else PackConfig(1, 4, registers=96)
+    if head_dim < 128:
+        return PackConfig(1, 4, registers=96)  # five programs at a time
+    # three programs at a time, or two: Triton 3.2 reshapes by way of shared memory, and with 80 registers spills 720 bytes
+    return PackConfig(1, 8, registers=80 if triton_version() >= (3, 3) else 128)
 
 
 def fit_config(element_size):

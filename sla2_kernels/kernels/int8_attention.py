@@ -295,7 +295,7 @@ def _int8_sparse_attention(
     of_linear = rows_as_stored(1.0 - row_ratio, WARPS)[:, None]
     stored_rows = row_at(row, WARPS)
     stored = (stored_rows < q_tokens)[:, None]
-    PART: tl.constexpr = min(D, 32)
+    PART: tl.constexpr = D if D < 32 else 32
     out_at = tile_at(out_plane, stored_rows.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
     if RATIO_KIND != "none":
         ahead = tl.load(out_at, mask=stored, other=0.0)

@@ -96,7 +96,8 @@ def _int8_pack(
     heads, first_head, tokens,
     D: tl.constexpr, LINEAR: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    APART: tl.constexpr = min(512 // D * WARPS, 64)  # a thread has 16 numbers of a row
+    ROWS: tl.constexpr = 512 // D * WARPS  # of which a thread has 16 numbers of one
+    APART: tl.constexpr = ROWS if ROWS < 64 else 64
     # all heads of a block one after the other: in (B, N, H, D) their rows are neighbours in memory
     SLOT: tl.constexpr = 0 if HEADS_FIRST else 1
     blocks, block = tl.num_programs(1 - SLOT), tl.program_id(1 - SLOT)

@@ -5,7 +5,6 @@ output until the loop mixes the two, and what decides the ratio waits where the 
 their own rows first (linear_rows).
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -69,15 +68,16 @@ def _linear_attention(
     )  # fmt: skip
 
 
-def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, config):
+def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, ordered, config):
     """Writes O_l into out (B, H, N, D) for the heads of slice ``group``, from the sums of ``work`` (a Workspace).
 
     block_ratio: (B * H, T_m): ratio (B, H, N) becomes that of each row's query block, 1 where O_l has no weight. None
-    where ratios are estimated: there ``ratio``, the log2 of the unselected mass, becomes minus infinity.
+    where ratios are estimated: there ``ratio``, the log2 of the unselected mass, becomes minus infinity. ordered: whether H_i's
+    channels have the places of product_order.py.
     """
     heads, tokens, head_dim = q.shape[1:]
     launch(
         _linear_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
         q, work.query_sums, out, block_ratio, ratio, *q.stride(), *out.stride(), heads, group.start, tokens,
-        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, ORDERED=work.sums.dtype == torch.int8, options=config.options,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, ORDERED=ordered, options=config.options,
     )  # fmt: skip

@@ -14,14 +14,14 @@ GROUP = 64  # channels that change places with each other, or all of fewer
 @triton.jit
 def channel_at(place, D: tl.constexpr):
     """The channel in a place."""
-    SIZE: tl.constexpr = min(D, 64)
+    SIZE: tl.constexpr = D if D < 64 else 64
     return place // SIZE * SIZE + place % 2 + place % SIZE // (SIZE // 4) * 2 + place % (SIZE // 4) // 2 * 8
 
 
 @triton.jit
 def place_of(channel, D: tl.constexpr):
     """The place of a channel."""
-    SIZE: tl.constexpr = min(D, 64)
+    SIZE: tl.constexpr = D if D < 64 else 64
     return channel // SIZE * SIZE + channel % 2 + channel % SIZE // 8 * 2 + channel % 8 // 2 * (SIZE // 4)
 
 
@@ -44,7 +44,7 @@ def by_channel(x):
     """A product [rows, D], channel after channel."""
     ROWS: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
-    SIZE: tl.constexpr = min(D, 64)
+    SIZE: tl.constexpr = D if D < 64 else 64
     return x.reshape([ROWS, D // SIZE, 4, SIZE // 8, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, D])
 
 
