@@ -325,7 +325,7 @@ def _attend(t, s):
     if t.rows is not None:
         t = t._replace(block_ratio=torch.empty(t.selected.shape[:2], dtype=torch.float32, device=t.q.device))
         fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio, s.query_block)
-        config = configs.fit_config(t.q.element_size())
+        config = configs.fit_config(capability(t.q.device), t.q.element_size())
         fit.attend(t.q, t.k, t.v, routed.unselected, scale_log2=scale_log2, config=config)
     if s.linear and t.block_ratio is None:
         # the log2 of the unselected mass waits where the loop will put the ratio

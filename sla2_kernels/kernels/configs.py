@@ -44,10 +44,12 @@ class MassConfig(Launchable):
 
 @dataclass(frozen=True)
 class FitConfig(Launchable):
-    """The sampled rows of a fitted ratio. programs: at most, where there are fewer heads."""
+    """The sampled rows of a fitted ratio. parts: in how many parts V's 128 channels are taken. programs: at most, where there are
+    fewer heads."""
 
     num_warps: int
     num_stages: int
+    parts: int = 1
     programs: int = (
         528  # two for each of H200's 132 multiprocessors, twice; partial sums below 3% of Q where Q is large
     )
@@ -170,9 +172,14 @@ def int8_pack_config(element_size, head_dim):
     return PackConfig(1, 8, registers=80 if triton_version() >= (3, 3) else 128)
 
 
-def fit_config(element_size):
+def fit_config(capability, element_size):
     """The sampled rows' configuration; element_size is that of q in bytes."""
-    return FitConfig(4, 3 if element_size == 2 else 1)
+    if element_size == 4:
+        return FitConfig(4, 1)
+    if multiplies_by_mma_sync(capability):
+        # halves of V are no wider than the tile is high, so that Triton gives each warp rows of its own; two programs at a time
+        return FitConfig(4, 3 if _large_shared_memory(capability) else 2, parts=2)
+    return FitConfig(4, 3)
 
 
 # two programs a multiprocessor on Hopper; 128 rows do not fit the 99 KB of RTX cards

@@ -31,10 +31,12 @@ def _row_sums(
     q, k, v, unselected, rows, sums, weights,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_h, mask_stride_m,
-    heads, k_tokens, per_split, scale_log2, D: tl.constexpr, ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    heads, k_tokens, per_split, scale_log2,
+    D: tl.constexpr, ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    twice, d = tl.arange(0, 2 * ROWS), tl.arange(0, D)
+    PART: tl.constexpr = D // PARTS
+    twice, d, part = tl.arange(0, 2 * ROWS), tl.arange(0, D), tl.arange(0, PART)
     over_selected = twice < ROWS
     row = tl.load(rows + twice % ROWS).to(tl.int64)  # [2 ROWS]
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
@@ -43,16 +45,17 @@ def _row_sums(
     values = plane_of(v, bh, heads, v_stride_b, v_stride_h)
     unselected += bh * mask_stride_h + row // QUERY_BLOCK * mask_stride_m  # [2 ROWS]
 
-    acc = tl.zeros([2 * ROWS, D], dtype=tl.float32)
+    first = tl.zeros([2 * ROWS, PART], dtype=tl.float32)
+    last = first
     row_sum = tl.zeros([2 * ROWS], dtype=tl.float32)
     row_max = tl.full([2 * ROWS], NO_SCORE, dtype=tl.float32)
-    first = split * per_split
-    for j in range(first, tl.minimum(first + per_split, tl.cdiv(k_tokens, KEY_BLOCK))):
+    begin = split * per_split
+    for j in range(begin, tl.minimum(begin + per_split, tl.cdiv(k_tokens, KEY_BLOCK))):
         tokens = tile_rows(j, KEY_BLOCK)
         valid = tokens < k_tokens
         k_at = keys + tokens * k_stride_n + d[:, None] * k_stride_d
         k_tile = tl.load(k_at, mask=valid[None, :], other=0.0)  # [D, KEY_BLOCK]
-        v_tile = load_tile(values, tokens, d, v_stride_n, v_stride_d, k_tokens)  # [KEY_BLOCK, D]
+        v_first = load_tile(values, tokens, part, v_stride_n, v_stride_d, k_tokens)  # [KEY_BLOCK, PART]
         counts = (tl.load(unselected + j) == 0) == over_selected  # [2 ROWS]
         scores = tl.where(valid[None, :], tl.dot(queries, k_tile, input_precision="tf32x3"), NO_SCORE)
         new_max = tl.where(counts, tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2), row_max)
@@ -61,10 +64,16 @@ def _row_sums(
         correction = tl.exp2(row_max - new_max)
         row_max = new_max
         row_sum = row_sum * correction + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision="tf32x3")
+        p = p.to(v.dtype.element_ty)
+        first = tl.dot(p, v_first, first * correction[:, None], input_precision="tf32x3")
+        if PARTS == 2:
+            v_last = load_tile(values, tokens, PART + part, v_stride_n, v_stride_d, k_tokens)
+            last = tl.dot(p, v_last, last * correction[:, None], input_precision="tf32x3")
 
     at = (bh * tl.num_programs(1) + split) * (2 * ROWS) + twice
-    tl.store(sums + at[:, None] * D + d, acc)
+    tl.store(sums + at[:, None] * D + part, first)
+    if PARTS == 2:
+        tl.store(sums + at[:, None] * D + PART + part, last)
     tl.store(weights + at * 2, row_max)
     tl.store(weights + at * 2 + 1, row_sum)
 
@@ -175,7 +184,8 @@ class FittedRatio:
         launch(
             _row_sums, (batch * heads, splits), q, k, v, unselected, rows, self._sums, self._weights,
             *q.stride(), *k.stride(), *v.stride(), unselected.stride(0), unselected.stride(1),
-            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), QUERY_BLOCK=self._query_block, options=config.options,
+            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), QUERY_BLOCK=self._query_block,
+            PARTS=config.parts if head_dim == 128 else 1, options=config.options,
         )  # fmt: skip
 
     def fit(self, q, query_sums, group, *, order):

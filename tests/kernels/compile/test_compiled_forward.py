@@ -182,7 +182,7 @@ def of_a_fitted_ratio(card, dtype):
     rows, dense = torch.zeros(32, dtype=torch.int32), torch.zeros(1, HEADS, 32, 128)
     sample = Sample(rows, 24, dense, torch.zeros(1, HEADS))
     fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128), 128)
-    config = fit_config(q.element_size())
+    config = fit_config(card.capability, q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
     fitted.fit(q, sums, slice(0, HEADS), order=32 if card.capability == (9, 0) else 64)

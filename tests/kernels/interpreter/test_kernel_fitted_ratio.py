@@ -27,7 +27,7 @@ def fit(q, k, v, selected, rows, query_block=128, order=0):
     dense = torch.full((batch, heads, len(rows), head_dim), torch.nan)
     per_head = torch.full((batch, heads), torch.nan)
     fitted = FittedRatio(Sample(rows, FITTED, dense, per_head), ratios, query_block)
-    config = fit_config(q.element_size())
+    config = fit_config((8, 9), q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=head_dim**-0.5 * math.log2(math.e), config=config)
     sums = linear_sums(k, v, unselected)
     h, channel = sums[..., :-head_dim].unflatten(-1, (head_dim, head_dim)), torch.arange(head_dim)
