@@ -40,6 +40,7 @@ MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
 MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
+TILES_AHEAD = tl.constexpr(32)  # so far ahead L2 is asked for Q and H_i, 2 MB
 LOADED = 32  # registers per thread, of LINEAR_ROWS rows of 128 channels in 16 bit
 NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
 
@@ -244,15 +245,21 @@ def _int8_sparse_attention(
     q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
-        ask_for(tile_at(q_plane, q_rows, LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :], q_stride_n, q_stride_d))
+        lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
+        ask_for(tile_at(q_plane, q_rows, lines, q_stride_n, q_stride_d))
+        # and for what a program to come starts with
+        later = tl.minimum(row + TILES_AHEAD * TILE, q_tokens - 1).to(tl.int64)
+        ask_for(tile_at(q_plane, later, lines, q_stride_n, q_stride_d))
+        later_block = tl.minimum(q_block + TILES_AHEAD * TILE // QUERY_BLOCK, q_blocks - 1)
+        ask_for(sums + (slot * q_blocks + later_block) * ((D + 1) * D) + LINE * tl.arange(0, D * D // LINE))
         h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
             some = tile_rows(part, LINEAR_ROWS)
             some_at = tile_at(q_columns, tl.minimum(some, q_tokens - 1), 0, q_stride_n, q_stride_d)
             linear_rows(
-                _loaded_together(some_at), out_plane, ratio, h, z, of_block, some, out_stride_n, out_stride_d, q_tokens,
-                D, block_ratio is None, True,
+                _loaded_together(some_at), out_plane, ratio, h, z, of_block, part, out_stride_n, out_stride_d, q_tokens,
+                D, block_ratio is None, LINEAR_ROWS // 16,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
