@@ -21,6 +21,7 @@ from .planes import KEY_BLOCK, LINE, ask_for, tile_at
 from .product_order import GROUP, place_of, row_at
 
 MAX_PROGRAMS = 65535  # along the second axis of a launch
+PROGRAMS_AHEAD = 64  # so far ahead L2 is asked for K and V, 2 MB; three programs a multiprocessor run at a time
 MIN_LARGEST = tl.constexpr(2.0**-40)  # of V over its channel powers, which are 2^-67 or more: no factor is infinite
 # what the terms of h_j and z_j are rounded to, whatever K and V are: h_j leaves in INT8
 TERMS = tl.constexpr(tl.float32 if interpreting() else tl.bfloat16)
@@ -89,11 +90,11 @@ def _largest_half(x):
     return _largest(larger.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
+@triton.jit(do_not_specialize=["heads", "first_head", "tokens", "ahead"])
 def _int8_pack(
     k, v, k_mean, balance, v_channel, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    heads, first_head, tokens,
+    heads, first_head, tokens, ahead,
     D: tl.constexpr, LINEAR: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = 512 // D * WARPS  # of which a thread has 16 numbers of one
@@ -115,8 +116,11 @@ def _int8_pack(
     key = register_order_of_keys(place)
     rows = tl.minimum(key, keys - 1).to(tl.int64)
     k_raw = tl.load(tile_at(k_plane, rows, d, k_stride_n, k_stride_d))  # [KEY_BLOCK, D]
-    # V itself comes when K has left its registers
-    ask_for(tile_at(v_plane, rows, LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :], v_stride_n, v_stride_d))
+    # of a program to come, which would wait for memory; V itself is loaded when K has left its registers
+    lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
+    later = tl.minimum(place + ahead, keys - 1).to(tl.int64)
+    ask_for(tile_at(k_plane, later, lines, k_stride_n, k_stride_d))
+    ask_for(tile_at(v_plane, later, lines, v_stride_n, v_stride_d))
 
     k_smooth = k_raw.to(tl.float32) - tl.load(k_mean + bh * D + d)  # [KEY_BLOCK, D]
     balanced = tl.load(balance + bh * (2 * D) + d)
@@ -177,7 +181,7 @@ def int8_pack(k, v, k_mean, work, group, *, balance, v_channel):
     launch(
         _int8_pack, (slots, blocks) if heads_first else (blocks, slots),
         k, v, k_mean, balance, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
-        *k.stride(), *v.stride(), heads, group.start, tokens,
+        *k.stride(), *v.stride(), heads, group.start, tokens, block_count(PROGRAMS_AHEAD, slots) * K_BLOCK,
         D=head_dim, LINEAR=work.sums is not None, GROUP=min(GROUP, head_dim), WARPS=min(config.num_warps, head_dim // 16),
         HEADS_FIRST=heads_first, options=config.options,
     )  # fmt: skip
