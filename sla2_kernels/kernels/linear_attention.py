@@ -30,13 +30,14 @@ def linear_rows(
     # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
     phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
     low = phi.to(h.dtype)
-    product = tl.dot(low, h, input_precision="tf32x3")  # [ROWS, D]
     if WARPS > 0:
+        product = tl.dot(low, h, input_precision="tf32x3")  # [ROWS, D]
         # a product too, each column of it: in the threads that divide by it
         columns = tl.broadcast_to(z.to(h.dtype)[:, None], [D, 16])
         norm = tl.max(tl.dot(low, columns, input_precision="tf32x3"), axis=1)  # [ROWS]
     else:
         norm = tl.sum(phi * z, axis=1)
+        product = tl.dot(low, h, input_precision="tf32x3")
     weightless = norm < MIN_LINEAR_WEIGHT
     o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
     if WARPS > 0:
