@@ -96,6 +96,7 @@ def candidates(shape, device):
     from sla2_kernels.kernels.configs import fit_config
     from sla2_kernels.kernels.fitted_ratio import FittedRatio
     from sla2_kernels.router import K_BLOCK, Q_BLOCK, block_count
+    from sla2_kernels.support import capability
     from sla2_kernels.triton_backend import Sample
 
     heads, grid = shape
@@ -104,7 +105,8 @@ def candidates(shape, device):
     blocks = block_count(tokens, Q_BLOCK), block_count(tokens, K_BLOCK)
     unselected = (torch.rand(heads, *blocks, device=device) < SPARSITY).to(q.dtype)
     rows = sample_rows(tokens, 0, device)
-    fit, current = FittedRatio(Sample(rows, len(rows), None, None), None, Q_BLOCK), fit_config(q.element_size())
+    fit = FittedRatio(Sample(rows, len(rows), None, None), None, Q_BLOCK)
+    current = fit_config(capability(q.device), q.element_size())
     found = []
     for warps, stages in WARPS_AND_STAGES:
         for programs in PROGRAMS:

@@ -15,11 +15,13 @@ from .kernels.fitted_ratio import FittedRatio
 from .kernels.gluon_releases import gluon_is_known
 from .kernels.hopper import why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
+from .kernels.int8_pack import int8_pack
 from .kernels.launch import cached
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import int8_masked_sum, masked_sum
-from .kernels.pack import pack
+from .kernels.pack import HOPPER_GROUP, pack
 from .kernels.pool import Pools, pools, smooth
+from .kernels.product_order import GROUP as INT8_GROUP
 from .kernels.score import INT32_MAX, INT32_MIN, project, scores
 from .kernels.select import mask_width, select, unselected_mask
 from .kernels.sparse_attention import sparse_attention
@@ -270,6 +272,10 @@ class _Settings(NamedTuple):
         """Whether V and h_j are packed in the order of the Hopper loop's registers."""
         return self.hopper and self.pv == "fp8"
 
+    def order_of_sums(self, head_dim):
+        """How many of H_i's columns change places with each other; 0: none."""
+        return HOPPER_GROUP if self.register_order else min(INT8_GROUP, head_dim) if self.pv == "int8" else 0
+
 
 def attention(
     q, k, v, proj_q, proj_k, key_blocks, block_ratio, out, *,
@@ -319,7 +325,7 @@ def _attend(t, s):
     if t.rows is not None:
         t = t._replace(block_ratio=torch.empty(t.selected.shape[:2], dtype=torch.float32, device=t.q.device))
         fit = FittedRatio(Sample(t.rows, s.fitted, t.dense, t.head_ratio), t.block_ratio, s.query_block)
-        config = configs.fit_config(t.q.element_size())
+        config = configs.fit_config(capability(t.q.device), t.q.element_size())
         fit.attend(t.q, t.k, t.v, routed.unselected, scale_log2=scale_log2, config=config)
     if s.linear and t.block_ratio is None:
         # the log2 of the unselected mass waits where the loop will put the ratio
@@ -328,13 +334,16 @@ def _attend(t, s):
             t.q, routed, t.row_ratio, t.k.shape[2], s.query_block,
             scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config,
         )  # fmt: skip
-    packing = {"balance": routed.balance, "v_channel": routed.v_channel, "register_order": s.register_order}
     for group in groups:
-        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **packing)
+        if s.pv == "int8":
+            int8_pack(t.k, t.v, routed.k_mean, work, group, balance=routed.balance, v_channel=routed.v_channel)
+        else:
+            options = {"balance": routed.balance, "register_order": s.register_order}
+            pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **options)
         if s.linear:
             _sum_unselected(routed, work, group, s, t.q)
         if fit is not None:
-            fit.fit(t.q, work.query_sums, group, register_order=s.register_order)
+            fit.fit(t.q, work.query_sums, group, order=s.order_of_sums(t.q.shape[3]))
         _loop(t, s, work, routed, group, scale_log2)
 
 
@@ -386,7 +395,10 @@ def _loop(t, s, work, routed, group, scale_log2):
     card, element_size = capability(t.q.device), t.q.element_size()
     if s.linear and not (s.pv == "int8" and takes_linear_branch(t.q)):
         config = configs.linear_config(card, element_size)
-        linear_attention(t.q, work, t.out, t.block_ratio, t.row_ratio, group, query_block=s.query_block, config=config)
+        linear_attention(
+            t.q, work, t.out, t.block_ratio, t.row_ratio, group,
+            query_block=s.query_block, ordered=s.pv == "int8", config=config,
+        )  # fmt: skip
     config = configs.loop_config(card, s.qk, s.pv, t.q.shape[3], element_size, s.query_block)
     if s.pv == "int8":
         int8_sparse_attention(t.q, t.k.shape[2], t.out, work, routed.pools, *selection, config=config, **options)

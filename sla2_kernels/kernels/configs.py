@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from ..support import triton_version
+
 
 class Launchable:
     """A configuration with num_warps, the warps of a program, and num_stages, those of its software pipeline."""
@@ -42,10 +44,12 @@ class MassConfig(Launchable):
 
 @dataclass(frozen=True)
 class FitConfig(Launchable):
-    """The sampled rows of a fitted ratio. programs: at most, where there are fewer heads."""
+    """The sampled rows of a fitted ratio. parts: in how many parts V's 128 channels are taken. programs: at most, where there are
+    fewer heads."""
 
     num_warps: int
     num_stages: int
+    parts: int = 1
     programs: int = (
         528  # two for each of H200's 132 multiprocessors, twice; partial sums below 3% of Q where Q is large
     )
@@ -152,17 +156,30 @@ def mass_config(capability, element_size, query_block):
     return _within(MassConfig(128, 64, 4, 1) if capability[0] == 9 else MassConfig(128, 64, 8, 2), query_block)
 
 
-def pack_config(pv, register_order, element_size):
-    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8; element_size: of v in bytes."""
-    if register_order or (pv == "int8" and element_size == 2):
-        # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
-        return PackConfig(2, 4, registers=168)
-    return PackConfig(1, 8)
+def pack_config(register_order):
+    """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8."""
+    # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
+    return PackConfig(2, 4, registers=168) if register_order else PackConfig(1, 8)
 
 
-def fit_config(element_size):
+def int8_pack_config(element_size, head_dim):
+    """The configuration of int8_pack(); element_size is that of v in bytes."""
+    if element_size == 4:
+        return PackConfig(1, 8)
+    if head_dim < 128:
+        return PackConfig(1, 4, registers=96)  # five programs at a time
+    # three programs at a time, or two: Triton 3.2 reshapes by way of shared memory, and with 80 registers spills 720 bytes
+    return PackConfig(1, 8, registers=80 if triton_version() >= (3, 3) else 128)
+
+
+def fit_config(capability, element_size):
     """The sampled rows' configuration; element_size is that of q in bytes."""
-    return FitConfig(4, 3 if element_size == 2 else 1)
+    if element_size == 4:
+        return FitConfig(4, 1)
+    if multiplies_by_mma_sync(capability):
+        # halves of V are no wider than the tile is high, so that Triton gives each warp rows of its own; two programs at a time
+        return FitConfig(4, 3 if _large_shared_memory(capability) else 2, parts=2)
+    return FitConfig(4, 3)
 
 
 # two programs a multiprocessor on Hopper; 128 rows do not fit the 99 KB of RTX cards

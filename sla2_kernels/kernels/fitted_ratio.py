@@ -31,10 +31,12 @@ def _row_sums(
     q, k, v, unselected, rows, sums, weights,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, mask_stride_h, mask_stride_m,
-    heads, k_tokens, per_split, scale_log2, D: tl.constexpr, ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    heads, k_tokens, per_split, scale_log2,
+    D: tl.constexpr, ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    twice, d = tl.arange(0, 2 * ROWS), tl.arange(0, D)
+    PART: tl.constexpr = D // PARTS
+    twice, d, part = tl.arange(0, 2 * ROWS), tl.arange(0, D), tl.arange(0, PART)
     over_selected = twice < ROWS
     row = tl.load(rows + twice % ROWS).to(tl.int64)  # [2 ROWS]
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
@@ -43,16 +45,17 @@ def _row_sums(
     values = plane_of(v, bh, heads, v_stride_b, v_stride_h)
     unselected += bh * mask_stride_h + row // QUERY_BLOCK * mask_stride_m  # [2 ROWS]
 
-    acc = tl.zeros([2 * ROWS, D], dtype=tl.float32)
+    first = tl.zeros([2 * ROWS, PART], dtype=tl.float32)
+    last = first
     row_sum = tl.zeros([2 * ROWS], dtype=tl.float32)
     row_max = tl.full([2 * ROWS], NO_SCORE, dtype=tl.float32)
-    first = split * per_split
-    for j in range(first, tl.minimum(first + per_split, tl.cdiv(k_tokens, KEY_BLOCK))):
+    begin = split * per_split
+    for j in range(begin, tl.minimum(begin + per_split, tl.cdiv(k_tokens, KEY_BLOCK))):
         tokens = tile_rows(j, KEY_BLOCK)
         valid = tokens < k_tokens
         k_at = keys + tokens * k_stride_n + d[:, None] * k_stride_d
         k_tile = tl.load(k_at, mask=valid[None, :], other=0.0)  # [D, KEY_BLOCK]
-        v_tile = load_tile(values, tokens, d, v_stride_n, v_stride_d, k_tokens)  # [KEY_BLOCK, D]
+        v_first = load_tile(values, tokens, part, v_stride_n, v_stride_d, k_tokens)  # [KEY_BLOCK, PART]
         counts = (tl.load(unselected + j) == 0) == over_selected  # [2 ROWS]
         scores = tl.where(valid[None, :], tl.dot(queries, k_tile, input_precision="tf32x3"), NO_SCORE)
         new_max = tl.where(counts, tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2), row_max)
@@ -61,10 +64,16 @@ def _row_sums(
         correction = tl.exp2(row_max - new_max)
         row_max = new_max
         row_sum = row_sum * correction + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision="tf32x3")
+        p = p.to(v.dtype.element_ty)
+        first = tl.dot(p, v_first, first * correction[:, None], input_precision="tf32x3")
+        if PARTS == 2:
+            v_last = load_tile(values, tokens, PART + part, v_stride_n, v_stride_d, k_tokens)
+            last = tl.dot(p, v_last, last * correction[:, None], input_precision="tf32x3")
 
     at = (bh * tl.num_programs(1) + split) * (2 * ROWS) + twice
-    tl.store(sums + at[:, None] * D + d, acc)
+    tl.store(sums + at[:, None] * D + part, first)
+    if PARTS == 2:
+        tl.store(sums + at[:, None] * D + PART + part, last)
     tl.store(weights + at * 2, row_max)
     tl.store(weights + at * 2 + 1, row_sum)
 
@@ -93,7 +102,7 @@ def _merged(sums, weights, at, splits, D: tl.constexpr, ROWS: tl.constexpr, STEP
 def _row_products(
     q, rows, sums, weights, query_sums, dense, products, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
     heads, first_head, splits, q_blocks,
-    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, REGISTER_ORDER: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     sample, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -114,9 +123,9 @@ def _row_products(
     h = tl.load(query_sums + d[:, None] * D + d).to(tl.float32)  # [D, D]
     z = tl.load(query_sums + D * D + d).to(tl.float32)  # [D]
     o_linear = tl.sum(phi[:, None] * h, axis=0) / tl.sum(phi * z, axis=0)  # [D]
-    if REGISTER_ORDER:
+    if ORDER > 0:
         # H's columns stay where they are, so that its loads stay wide
-        o_linear = from_register_order_of_channels(o_linear, D)
+        o_linear = from_register_order_of_channels(o_linear, D, ORDER)
     to_sparse = own / own_norm - o_linear
     cross = tl.sum((out - o_linear) * to_sparse, axis=0)
     square = tl.sum(to_sparse * to_sparse, axis=0)
@@ -175,20 +184,21 @@ class FittedRatio:
         launch(
             _row_sums, (batch * heads, splits), q, k, v, unselected, rows, self._sums, self._weights,
             *q.stride(), *k.stride(), *v.stride(), unselected.stride(0), unselected.stride(1),
-            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), QUERY_BLOCK=self._query_block, options=config.options,
+            heads, k.shape[2], per_split, scale_log2, D=head_dim, ROWS=len(rows), QUERY_BLOCK=self._query_block,
+            PARTS=config.parts if head_dim == 128 else 1, options=config.options,
         )  # fmt: skip
 
-    def fit(self, q, query_sums, group, *, register_order):
+    def fit(self, q, query_sums, group, *, order):
         """Fills the ratios, and the Sample's dense rows and ratios, of slice ``group``.
 
         query_sums: H_i and Z_i (G, T_m, (D + 1) * D).
-        register_order: whether H_i's columns are in the order of pack().
+        order: how many of H_i's columns change places with each other; 0: none.
         """
         rows, slots, q_blocks = self._sample.rows, group.stop - group.start, query_sums.shape[1]
         launch(
             _row_products, (len(rows), slots), q, rows, self._sums, self._weights, query_sums,
             self._sample.dense, self._products, *q.stride(), q.shape[1], group.start, self._sums.shape[1], q_blocks,
-            D=q.shape[3], ROWS=len(rows), STEP=16, QUERY_BLOCK=self._query_block, REGISTER_ORDER=register_order, options={"num_warps": 4},
+            D=q.shape[3], ROWS=len(rows), STEP=16, QUERY_BLOCK=self._query_block, ORDER=order, options={"num_warps": 4},
         )  # fmt: skip
         launch(
             _ratio, (slots,), self._products, self._sample.ratio, self._block_ratio, group.start, self._sample.fitted,

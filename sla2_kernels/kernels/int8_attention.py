@@ -10,7 +10,7 @@ block, which joins the scores: p V is what must fit. A row's sum is that of P be
 may hold much of the mass.
 
 Scores arrive as float32 INT8_BIAS + S, exactly (see sparse_attention.py). The row's maximum leaves with the multiply-add
-before exp2, whose addend is rounded at the size of INT8_BIAS * factor; what that rounds away joins the multiply-add that
+before exp2, whose addend is rounded at the size of INT8_BIAS * slope; what that rounds away joins the multiply-add that
 rounds P.
 """
 
@@ -21,22 +21,27 @@ import triton
 import triton.language as tl
 
 from ..router import K_BLOCK, block_count
+from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
-from .planes import KEY_BLOCK, plane_of, tile_at, tile_rows
+from .planes import KEY_BLOCK, LINE, ask_for, plane_of, tile_at, tile_rows
+from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
-MAX_SLOPE = tl.constexpr(64.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+MAX_SLOPE = tl.constexpr(8.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
+P_LOG2_HALF = tl.constexpr(
+    2.0
+)  # of the largest P in float16, give or take MAX_SLOPE, by which its addend is rounded at most
 MIN_SLOPE = tl.constexpr(2.0**-80)  # less makes one of all scores as well, and times NO_SCORE still leaves no P
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
 MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
+TILES_AHEAD = tl.constexpr(32)  # so far ahead L2 is asked for Q and H_i, 2 MB
 LOADED = 32  # registers per thread, of LINEAR_ROWS rows of 128 channels in 16 bit
-LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
 NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
 
 
@@ -105,15 +110,6 @@ def _quantize_queries(q, balance):
 
 
 @triton.jit
-def _ask_for(at):
-    """Has L2 fetch the lines of these addresses, without waiting."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def _loaded_together(at):
     """What is loaded from these addresses [LINEAR_ROWS, D]. ptxas would load, wait for and convert 16 bytes at a time."""
     loaded = tl.load(at)
@@ -145,16 +141,24 @@ def _fma(x, y, z):
 
 
 @triton.jit
-def _probabilities(scores, factor, offset, correction):
-    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P, float32 [rows, COLUMNS]."""
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def _probabilities(scores, slope, offset, factor):
+    """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P over ``factor``, float32 [rows, COLUMNS].
+
+    P over its factor is in float16: two numbers at a time are added up, multiplied and rounded.
+    """
     ROWS: tl.constexpr = scores.shape[0]
     KEYS: tl.constexpr = scores.shape[1]
-    p = tl.exp2(_fma(scores, factor, offset[:, None]))
+    p = tl.exp2(_fma(scores, slope, offset[:, None])).to(tl.float16)
     # over what lies in one column of the tiles, and so in one register, as all sums do: the columns are added up behind the loop
-    sums = tl.sum(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), axis=1)
-    biased = tl.fma(p, correction[:, None], INT8_BIAS).to(tl.int32, bitcast=True)
-    ordered = biased.to(tl.int8).reshape([ROWS, KEYS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
-    return ordered.reshape([ROWS, KEYS]), sums
+    sums = tl.reduce(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), 1, _add).to(tl.float32)
+    biased = half_biased(p, factor.to(tl.float16)[:, None])
+    ordered = biased.reshape([ROWS, KEYS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
+    return bytes_of_halves(ordered.reshape([ROWS, KEYS])), sums
 
 
 @triton.jit
@@ -192,19 +196,20 @@ def _attend_block(
     """One key block, of which the first ``keys`` count."""
     key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
-    factor = q_scale * tl.load(k_scale + j)
+    unit = q_scale * tl.load(k_scale + j)
     exponent = tl.load(v_exponent + j)
     # the list of key blocks ascends, so only its last one can be ragged: other turns jump over the masks
     scores = _of_keys(scores, keys)
-    highest = tl.max(scores, axis=1)  # [rows]
-    block_max = (highest - INT8_BIAS) * factor + exponent
+    # as integers: cards from Hopper on compare three of them at a time
+    highest = tl.max(scores.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)  # [rows]
+    block_max = (highest - INT8_BIAS) * unit + exponent
     new_max = tl.maximum(row_max, tl.ceil(block_max))
-    slope = tl.maximum(tl.minimum(factor, MAX_SLOPE), MIN_SLOPE)
+    slope = tl.maximum(tl.minimum(unit, MAX_SLOPE), MIN_SLOPE)
     largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
-    offset = largest_p - slope * highest
-    correction = tl.exp2(largest_p - _fma(slope, highest, offset))
-    p, block_sum = _probabilities(scores, slope, offset, correction)
-    block_sum *= (correction * tl.exp2(-exponent))[:, None]
+    offset = P_LOG2_HALF - slope * highest
+    factor = tl.exp2(largest_p - _fma(slope, highest, offset))
+    p, block_sum = _probabilities(scores, slope, offset, factor)
+    block_sum *= (factor * tl.exp2(-exponent))[:, None]
 
     v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
     row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
@@ -222,7 +227,7 @@ def _int8_sparse_attention(
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, RATIO_KIND: tl.constexpr,
-    LINEAR_ROWS: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -240,15 +245,21 @@ def _int8_sparse_attention(
     q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
-        _ask_for(tile_at(q_plane, q_rows, LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :], q_stride_n, q_stride_d))
+        lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
+        ask_for(tile_at(q_plane, q_rows, lines, q_stride_n, q_stride_d))
+        # and for what a program to come starts with
+        later = tl.minimum(row + TILES_AHEAD * TILE, q_tokens - 1).to(tl.int64)
+        ask_for(tile_at(q_plane, later, lines, q_stride_n, q_stride_d))
+        later_block = tl.minimum(q_block + TILES_AHEAD * TILE // QUERY_BLOCK, q_blocks - 1)
+        ask_for(sums + (slot * q_blocks + later_block) * ((D + 1) * D) + LINE * tl.arange(0, D * D // LINE))
         h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
             some = tile_rows(part, LINEAR_ROWS)
             some_at = tile_at(q_columns, tl.minimum(some, q_tokens - 1), 0, q_stride_n, q_stride_d)
             linear_rows(
-                _loaded_together(some_at), out_plane, ratio, h, z, of_block, some, out_stride_n, out_stride_d, q_tokens,
-                D, block_ratio is None,
+                _loaded_together(some_at), out_plane, ratio, h, z, of_block, part, out_stride_n, out_stride_d, q_tokens,
+                D, block_ratio is None, LINEAR_ROWS // 16,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
@@ -276,23 +287,34 @@ def _int8_sparse_attention(
 
     # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
     norm = tl.sum(row_sum, axis=1)
-    o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + d)[None, :]
+    o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + channel_at(d, D))[None, :]
     inside = row < q_tokens
     ratio_at = ratio + rows
-    out_at = tile_at((out_plane + d * out_stride_d)[None, :], rows, 0, out_stride_n, out_stride_d)
     if RATIO_KIND == "none":
         row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
-        mixed = o_sparse / norm[:, None]
+    elif RATIO_KIND == "estimated":
+        # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
+        selected_mass = row_max + tl.log2(norm) - log2_range
+        row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
     else:
-        if RATIO_KIND == "estimated":
-            # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
-            selected_mass = row_max + tl.log2(norm) - log2_range
-            row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
-        else:
-            row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
-        o_linear = tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)  # [TILE, D]
-        mixed = o_sparse * (row_ratio / norm)[:, None] + o_linear * (1.0 - row_ratio)[:, None]
-    tl.store(out_at, mixed.to(out.dtype.element_ty), mask=inside[:, None])
+        row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
+    first, second, third, fourth = quarters_as_stored(o_sparse * (row_ratio / norm)[:, None], WARPS)
+    of_linear = rows_as_stored(1.0 - row_ratio, WARPS)[:, None]
+    stored_rows = row_at(row, WARPS)
+    stored = (stored_rows < q_tokens)[:, None]
+    PART: tl.constexpr = D if D < 32 else 32
+    out_at = tile_at(out_plane, stored_rows.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
+    if RATIO_KIND != "none":
+        ahead = tl.load(out_at, mask=stored, other=0.0)
+    for part in tl.static_range(D // PART):
+        mixed = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+        if RATIO_KIND != "none":
+            o_linear = ahead.to(tl.float32)
+            if part + 1 < D // PART:
+                ahead = tl.load(out_at + PART * out_stride_d, mask=stored, other=0.0)
+            mixed += o_linear * of_linear
+        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored)
+        out_at += PART * out_stride_d
     tl.store(ratio_at, row_ratio, mask=inside)
 
 
@@ -324,5 +346,6 @@ def int8_sparse_attention(
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, RATIO_KIND=ratio_kind,
-        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0, options=config.options,
+        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0,
+        WARPS=min(config.num_warps, config.tile_m // 16), options=config.options,
     )  # fmt: skip

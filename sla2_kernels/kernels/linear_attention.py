@@ -11,25 +11,46 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .planes import load_tile, plane_of, store_tile, tile_rows
+from .planes import load_tile, plane_of, store_tile, tile_at, tile_rows
+from .product_order import quarters_as_stored, row_at
 
 
 @triton.jit
 def linear_rows(
-    queries, out_plane, ratio, h, z, of_block, rows, out_stride_n, out_stride_d, tokens,
-    D: tl.constexpr, ESTIMATED: tl.constexpr,
+    queries, out_plane, ratio, h, z, of_block, tile, out_stride_n, out_stride_d, tokens,
+    D: tl.constexpr, ESTIMATED: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """O_l of some rows of one query block into out_plane, and what decides their ratio into ``ratio``, that of the plane's
-    first row. queries [TILE, D]: Q of these rows. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
-    ESTIMATED."""
+    """O_l of a tile of one query block into out_plane, and what decides its rows' ratio into ``ratio``, that of the plane's first
+    row. queries [TILE, D]: the tile's Q. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
+    ESTIMATED. WARPS: as in row_at() where H_i's channels have the places of product_order.py; 0: they do not."""
+    ROWS: tl.constexpr = queries.shape[0]
+    start = tile * ROWS
+    rows = (tl.arange(0, ROWS) + start).to(tl.int64)
     wide = queries.to(tl.float32)
     # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
     phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
-    norm = tl.sum(phi * z, axis=1)  # [TILE]
-    product = tl.dot(phi.to(h.dtype), h, input_precision="tf32x3")  # [TILE, D]
+    low = phi.to(h.dtype)
+    if WARPS > 0:
+        product = tl.dot(low, h, input_precision="tf32x3")  # [ROWS, D]
+        # a product too, each column of it: in the threads that divide by it
+        columns = tl.broadcast_to(z.to(h.dtype)[:, None], [D, 16])
+        norm = tl.max(tl.dot(low, columns, input_precision="tf32x3"), axis=1)  # [ROWS]
+    else:
+        norm = tl.sum(phi * z, axis=1)
+        product = tl.dot(low, h, input_precision="tf32x3")
     weightless = norm < MIN_LINEAR_WEIGHT
     o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
-    store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
+    if WARPS > 0:
+        first, second, third, fourth = quarters_as_stored(o_linear.to(out_plane.dtype.element_ty), WARPS)
+        PART: tl.constexpr = D if D < 32 else 32
+        stored = (row_at(tl.arange(0, ROWS), WARPS) + start).to(tl.int64)
+        out_at = tile_at(out_plane, stored, tl.arange(0, PART), out_stride_n, out_stride_d)
+        for part in tl.static_range(D // PART):
+            of_part = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+            tl.store(out_at, of_part, mask=(stored < tokens)[:, None])
+            out_at += PART * out_stride_d
+    else:
+        store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
     if ESTIMATED:
         # the log2 of an unselected mass of 0: the ratio becomes 1
         tl.store(ratio + rows, tl.full(norm.shape, float("-inf"), tl.float32), mask=weightless & (rows < tokens))
@@ -49,7 +70,7 @@ def query_sums_of(sums, block, D: tl.constexpr):
 def _linear_attention(
     q, sums, out, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
-    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -61,19 +82,21 @@ def _linear_attention(
         load_tile(q_plane, rows, tl.arange(0, D), q_stride_n, q_stride_d, tokens),
         plane_of(out, bh, heads, out_stride_b, out_stride_h), ratio + bh * tokens, h, z,
         1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
-        rows, out_stride_n, out_stride_d, tokens, D, block_ratio is None,
+        tile, out_stride_n, out_stride_d, tokens, D, block_ratio is None, WARPS,
     )  # fmt: skip
 
 
-def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, config):
+def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, ordered, config):
     """Writes O_l into out (B, H, N, D) for the heads of slice ``group``, from the sums of ``work`` (a Workspace).
 
     block_ratio: (B * H, T_m): ratio (B, H, N) becomes that of each row's query block, 1 where O_l has no weight. None
-    where ratios are estimated: there ``ratio``, the log2 of the unselected mass, becomes minus infinity.
+    where ratios are estimated: there ``ratio``, the log2 of the unselected mass, becomes minus infinity. ordered: whether H_i's
+    channels have the places of product_order.py.
     """
     heads, tokens, head_dim = q.shape[1:]
     launch(
         _linear_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
         q, work.query_sums, out, block_ratio, ratio, *q.stride(), *out.stride(), heads, group.start, tokens,
-        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, options=config.options,
+        D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block,
+        WARPS=min(config.num_warps, config.tile_m // 16) if ordered else 0, options=config.options,
     )  # fmt: skip

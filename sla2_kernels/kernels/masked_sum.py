@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..router import block_count
 from .launch import launch
+from .product_order import channel_at
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 
 
@@ -83,7 +84,7 @@ def _int8_masked_sum(
             left = tl.load(left_at + second[None, :])
             right = tl.load(right_at + tl.minimum(second, blocks - 1)[:, None].to(tl.int64) * COLUMNS)
             acc = tl.dot(left, right, acc=acc, out_dtype=tl.int32)
-    channels = tl.load(channel + (first_head + slot) * D + n % D) * tl.load(scale + slot)
+    channels = tl.load(channel + (first_head + slot) * D + channel_at(n % D, D)) * tl.load(scale + slot)
     out_at = out + (slot * rows + i[:, None]) * out_stride + n[None, :]
     value = (acc.to(tl.float32) * channels[None, :]).to(out.dtype.element_ty)
     tl.store(out_at, value, mask=i[:, None] < rows)
@@ -92,7 +93,7 @@ def _int8_masked_sum(
 def int8_masked_sum(work, v_channel, group, config):
     """H_i of work.query_sums for the heads of slice ``group``, from work.sums in INT8 and work.weights.
 
-    v_channel: as in Pools; h_j's columns are over it.
+    v_channel: as in Pools; h_j's columns are over it, in the order of channel_at(), in which H_i's columns stay.
     """
     rows, head_dim = work.query_sums.shape[1], work.norms.shape[2]
     blocks, columns = work.sums.shape[1:]

@@ -14,6 +14,7 @@ from ..router import block_count
 from .along_key_blocks import along_key_blocks, layout_of_h, layout_of_sums
 from .gluon_shared import barrier, copy_async
 from .launch import launch
+from .product_order import channel_at
 from .weighted_mask import BAND_OCTAVES, BANDS, HALF_A_STEP
 
 FEATURES = gl.constexpr(128)  # of a program
@@ -33,8 +34,8 @@ def _copy(h_at, w_at, h_smem, w_smem, stage, start, blocks, COLUMNS: gl.constexp
 
 @gluon.jit(do_not_specialize=["first_head", "rows", "blocks"])
 def _mma_masked_sum(
-    weights, scale, bands, sums, channel, out, out_stride, first_head, rows, blocks, width,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    weights, scale, bands, sums, channel, out, first_head, rows, blocks, width,
+    D: gl.constexpr, OUT_STRIDE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4)
@@ -82,11 +83,14 @@ def _mma_masked_sum(
     acc = acc.reshape([2, 4, 2, 8, ROWS]).permute([4, 1, 3, 0, 2]).reshape([ROWS, FEATURES])
     acc = gl.convert_layout(acc, STORE)
     feature = gl.arange(0, FEATURES, gl.SliceLayout(0, STORE))
-    channels = gl.load(channel + (first_head + slot) * D + feature % D) * gl.load(scale + slot)
+    channels = gl.load(channel + (first_head + slot) * D + channel_at(feature % D, D)) * gl.load(scale + slot)
     value = (acc.to(gl.float32) * channels[None, :]).to(out.dtype.element_ty)
-    row = m * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
-    out_at = out + (slot * rows + row)[:, None] * out_stride + (f * FEATURES + feature)[None, :]
-    gl.store(out_at, value, mask=(row < rows)[:, None])
+    # the rows of a thread lie a known distance apart: one address
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
+    out_at = (
+        out + (slot * rows + m * ROWS) * OUT_STRIDE + (row[:, None] * OUT_STRIDE + (f * FEATURES + feature)[None, :])
+    )
+    gl.store(out_at, value, mask=(row < rows - m * ROWS)[:, None])
 
 
 def mma_masked_sum(work, v_channel, group):
@@ -95,6 +99,6 @@ def mma_masked_sum(work, v_channel, group):
     blocks, columns = work.sums.shape[1:]
     launch(
         _mma_masked_sum, (block_count(rows, ROWS.value), columns // FEATURES.value, group.stop - group.start),
-        work.weights, work.weights_scale, work.bands, work.sums, v_channel, work.query_sums, work.query_sums.stride(1),
-        group.start, rows, blocks, work.weights.shape[3], D=head_dim, STAGES=STAGES, options={"num_warps": 4},
+        work.weights, work.weights_scale, work.bands, work.sums, v_channel, work.query_sums,
+        group.start, rows, blocks, work.weights.shape[3], D=head_dim, OUT_STRIDE=work.query_sums.stride(1), STAGES=STAGES, options={"num_warps": 4},
     )  # fmt: skip

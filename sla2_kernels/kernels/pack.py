@@ -1,11 +1,10 @@
 """One pass over K and V: what the sparse loop and the linear branch need of each key block.
 
 One program per (key block, head). 8 bit: K smoothed, INT8 or FP8 with one scale per block; V in FP8 over a power of two
-per block, or in INT8 over one per channel and one scale per block, stored transposed because 8-bit matrix instructions
-want it along the keys. Linear branch: h_j = phi(K_j)^T V_j
-and z_j, the column sums of phi(K_j), both divided by the block's 64 tokens so that float16 holds them. Beside 8-bit V
-h_j is in 8 bit over a power of two per block: in FP8 that of the bound z_j max |V_j|, which is known before h_j is, so that h_j can
-leave in parts; in INT8, which has no octave to spare, that of its largest element, its columns over V's channel powers.
+per block, stored transposed because 8-bit matrix instructions want it along the keys (V in INT8: int8_pack.py). Linear
+branch: h_j = phi(K_j)^T V_j and z_j, the column sums of phi(K_j), both divided by the block's 64 tokens so that float16 holds
+them. Beside FP8 V h_j is in FP8 over a power of two per block, that of the bound z_j max |V_j|, which is known before h_j is, so
+that h_j can leave in parts.
 """
 
 import torch
@@ -15,20 +14,10 @@ import triton.language as tl
 from ..router import K_BLOCK, block_count
 from . import configs
 from .launch import launch
-from .numerics import (
-    FLOAT32_ONE,
-    FP8_MAX,
-    INT8_BIAS,
-    INT8_MAX,
-    LOG2_E,
-    MIN_EXPONENT,
-    MIN_MAGNITUDE,
-    fp8_exponent,
-    to_fp8,
-)
+from .numerics import FP8_MAX, INT8_BIAS, INT8_MAX, LOG2_E, MIN_MAGNITUDE, fp8_exponent, to_fp8
 from .planes import KEY_BLOCK, plane_of, tile_at
 
-SUMS_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of h_j; others are "16bit"
+HOPPER_GROUP = 32  # channels that change places with each other
 
 
 @triton.jit
@@ -44,34 +33,9 @@ def register_order_of_channels(channel):
 
 
 @triton.jit
-def from_register_order_of_channels(x, D: tl.constexpr):
-    """A vector [D] in that order, channel after channel."""
-    return x.reshape([D // 32, 4, 4, 2]).permute([0, 2, 1, 3]).reshape([D])
-
-
-@triton.jit
-def int8_exponent(largest):
-    """log2 of a scale that brings magnitudes up to ``largest`` within INT8, and a little more for its own rounding."""
-    return tl.maximum(tl.log2(tl.maximum(largest, 1e-30) * (1.001 / INT8_MAX)), MIN_EXPONENT)
-
-
-@triton.jit
-def _over_power(power):
-    """1 / power, exactly; power: float32, a power of two. Its exponent changes sign: a division takes eight instructions."""
-    return (-power.to(tl.int32, bitcast=True) + 2 * FLOAT32_ONE).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _int8_power(largest):
-    """Exponent of the smallest power of two that brings magnitudes up to ``largest`` within INT8."""
-    return tl.maximum(tl.ceil(tl.log2(tl.maximum(largest, 1e-30) * (1.00001 / INT8_MAX))), MIN_EXPONENT)
-
-
-@triton.jit
-def _even_sums(phi, v, v_channel):
-    """h_j of a part of V's channels, over their powers of two, [D, PART] in phi's dtype. v_channel: where those powers begin."""
-    h = tl.dot(tl.trans(phi), v.to(phi.dtype), input_precision="tf32x3") * _over_power(tl.load(v_channel))[None, :]
-    return h.to(phi.dtype)
+def from_register_order_of_channels(x, D: tl.constexpr, GROUP: tl.constexpr):
+    """A vector [D] in that order, channel after channel. GROUP: how many change places; in other groups there are more a's."""
+    return x.reshape([D // GROUP, 4, GROUP // 8, 2]).permute([0, 2, 1, 3]).reshape([D])
 
 
 @triton.jit
@@ -82,7 +46,7 @@ def _larger(x, y):
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
 def _pack(
-    k, v, k_mean, balance, v_channel, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
+    k, v, k_mean, balance, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
     heads, first_head, tokens,
     D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, SUMS: tl.constexpr,
@@ -97,8 +61,6 @@ def _pack(
     key, channel = place, part  # what stands at each place
     if REGISTER_ORDER:
         key, channel = register_order_of_keys(place), register_order_of_channels(part)
-    elif PV == "int8":
-        key = register_order_of_keys(place)
     rows = block * KEY_BLOCK + key
     valid = rows[:, None] < tokens
 
@@ -113,26 +75,10 @@ def _pack(
 
     # V first, while K takes half the registers
     even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
-    if PV == "int8":
-        even_first *= _over_power(tl.load(v_channel + bh * D + part))[None, :]
-        even_last *= _over_power(tl.load(v_channel + bh * D + (D - PART) + part))[None, :]
-        # as an integer NaN is the largest
-        largest_or_nan = tl.maximum(tl.abs(even_first), tl.abs(even_last), propagate_nan=tl.PropagateNan.ALL)
-        v_largest = tl.max(largest_or_nan.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    else:
-        v_largest = tl.max(_larger(even_first, even_last))
+    v_largest = tl.max(_larger(even_first, even_last))
     if PV == "fp8":
         exponent = fp8_exponent(v_largest)
         tl.store(v_exponent + tile, exponent)
-    elif PV == "int8":
-        # INT8 has no NaN: one in V, or an infinity, goes on as that of the exponent and of z_j
-        zero_or_nan = 0.0 * v_largest
-        exponent = int8_exponent(v_largest) + zero_or_nan
-        tl.store(v_exponent + tile, exponent)
-        for p in tl.static_range(PARTS):
-            biased = (even_first if p == 0 else even_last) * tl.exp2(-exponent) + INT8_BIAS
-            v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + part)[:, None] * KEY_BLOCK + place
-            tl.store(v_out, tl.trans(biased.to(tl.int32, bitcast=True).to(tl.int8)))  # [PART, KEY_BLOCK]
 
     k_smooth = tl.where(valid, k_raw.to(tl.float32) - mean, 0.0)  # [KEY_BLOCK, D]
     if QK == "int8":
@@ -153,8 +99,6 @@ def _pack(
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
         share = tl.where(rows < tokens, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
         z = tl.sum(exponentials * share[:, None], axis=0)  # [D]
-        if SUMS == "int8":
-            z += zero_or_nan
         tl.store(norms + tile * NORM_STRIDE + d, z.to(norms.dtype.element_ty))
         if SUMS == "fp8":
             # |h_j| <= z_j max |V_j|, and a little more for phi's rounding
@@ -162,14 +106,6 @@ def _pack(
             tl.store(sums_exponent + tile, h_exponent)
             share *= tl.exp2(-h_exponent)
         phi = (exponentials * share[:, None]).to(norms.dtype.element_ty)  # [KEY_BLOCK, D]
-        if SUMS == "int8":
-            # held in 16 bit until its largest element is known
-            h_first = _even_sums(phi, v_first, v_channel + bh * D + part)
-            h_last = h_first
-            if PARTS == 2:
-                h_last = _even_sums(phi, v_last, v_channel + bh * D + PART + part)
-            h_power = _int8_power(tl.max(_larger(h_first, h_last)))
-            tl.store(sums_exponent + tile, h_power)
 
     for p in tl.static_range(PARTS):
         v_raw = v_first if p == 0 else v_last
@@ -178,36 +114,30 @@ def _pack(
             v_out = packed_v + tile * (KEY_BLOCK * D) + (p * PART + channel)[:, None] * KEY_BLOCK + place
             tl.store(v_out, tl.trans(v_scaled))  # [PART, KEY_BLOCK]
         if LINEAR:
-            if SUMS == "int8":
-                h = (h_first if p == 0 else h_last).to(tl.float32) * tl.exp2(-h_power) + INT8_BIAS  # [D, PART]
-            else:
-                h = tl.dot(tl.trans(phi), v_raw.to(phi.dtype), input_precision="tf32x3")
+            h = tl.dot(tl.trans(phi), v_raw.to(phi.dtype), input_precision="tf32x3")  # [D, PART]
             if REGISTER_ORDER:
                 # the columns change places in registers, so that the stores stay wide
                 h = h.reshape([D, PART // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([D, PART])
             h_out = sums + tile * SUM_STRIDE + d[:, None] * D + p * PART + part
-            if SUMS == "int8":
-                tl.store(h_out, h.to(tl.int32, bitcast=True).to(tl.int8))
-            else:
-                tl.store(h_out, to_fp8(h) if SUMS == "fp8" else h.to(phi.dtype))
+            tl.store(h_out, to_fp8(h) if SUMS == "fp8" else h.to(phi.dtype))
 
 
-def pack(k, v, k_mean, work, group, qk, pv, *, balance=None, v_channel=None, register_order=False):
+def pack(k, v, k_mean, work, group, qk, pv, *, balance=None, register_order=False):
     """Fills ``work`` (a Workspace) for the heads of slice ``group`` of k and v (B, H, M, D), any stride.
 
     register_order: FP8 V as the registers of hopper_loop.py want it, instead of key after key and channel after channel;
-    likewise h_j's columns, which are V's channels. balance, v_channel: of INT8 K and of INT8 V, as in Pools.
+    likewise h_j's columns, which are V's channels. balance: of INT8 K, as in Pools.
     """
     heads, tokens, head_dim = k.shape[1:]
     linear = work.sums is not None
     if qk == "16bit" and not linear:
         return
-    config = configs.pack_config(pv, register_order, v.element_size())
+    config = configs.pack_config(register_order)
     launch(
         _pack, (block_count(tokens, K_BLOCK), group.stop - group.start),
-        k, v, k_mean, balance, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
+        k, v, k_mean, balance, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
         *k.stride(), *v.stride(), heads, group.start, tokens,
-        D=head_dim, QK=qk, PV=pv, LINEAR=linear, SUMS=SUMS_FORMATS.get(work.sums.dtype, "16bit") if linear else "16bit",
+        D=head_dim, QK=qk, PV=pv, LINEAR=linear, SUMS="fp8" if linear and work.sums.dtype == torch.float8_e4m3fn else "16bit",
         SUM_STRIDE=work.sums.stride(1) if linear else 0, NORM_STRIDE=work.norms.stride(1) if linear else 0,
         REGISTER_ORDER=register_order, PARTS=config.parts, options=config.options,
     )  # fmt: skip

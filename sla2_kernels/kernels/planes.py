@@ -9,9 +9,11 @@ import triton.language as tl
 
 from ..router import K_BLOCK
 from ..support import interpreting
+from .numerics import INTERPRETED
 
 # A plain integer in Triton's interpreter, which knows no int % constexpr.
 KEY_BLOCK = K_BLOCK if interpreting() else tl.constexpr(K_BLOCK)  # keys that are selected or left out together
+LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
 
 
 @triton.jit
@@ -37,6 +39,15 @@ def store_tile(plane, rows, columns, stride_n, stride_d, tokens, values):
     """Writes [rows, columns] of a plane that has ``tokens`` rows, in the plane's dtype."""
     at = tile_at(plane, rows, columns, stride_n, stride_d)
     tl.store(at, values.to(plane.dtype.element_ty), mask=rows[:, None] < tokens)
+
+
+@triton.jit
+def ask_for(at):
+    """Has L2 fetch the lines of these addresses, without waiting."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -51,7 +51,13 @@ def _pools(
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, heads, q_tokens, k_tokens, q_blocks, k_blocks,
     D: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, SAMPLED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    job, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    job, bh = tl.program_id(0), tl.program_id(1)
+    if v_channel is not None:
+        # the samples of all heads first, which take longest
+        number = bh * tl.num_programs(0) + job
+        job = (number // tl.num_programs(1) + k_blocks + q_blocks) % tl.num_programs(0)
+        bh = number % tl.num_programs(1)
+    bh = bh.to(tl.int64)
     k_plane = plane_of(k, bh, heads, k_stride_b, k_stride_h)
     if job < k_blocks:
         _block_mean(k_plane, k_pooled + (bh * k_blocks + job) * D, job, k_stride_n, k_stride_d, k_tokens, D, K_ROWS)

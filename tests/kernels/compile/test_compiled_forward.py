@@ -35,12 +35,12 @@ SPILLING = {"_int8_sparse_attention": 512, "_product_of_halves": 128}
 ODD = [card for card in CARDS if card.arch in (86, 120)]
 
 
-def spill_bar(card, dtype=BF16, kernel="", int8_sums=False):
+def spill_bar(card, dtype=BF16, kernel=""):
     """Bytes per thread. float32: three TF32 products each. sm_90, the INT8 loop, the scores, and pack with h_j in INT8 (float16
     becomes bfloat16 in it): their tiles are the fastest on the card, spilling or not."""
     if dtype == FP32:
         return float("inf")
-    if kernel == "_pack" and int8_sums:
+    if kernel == "_int8_pack":
         return 1024 if dtype == FP16 else 128  # Triton 3.3: 656
     if kernel in SPILLING:
         return SPILLING[kernel]
@@ -94,7 +94,7 @@ def test_forward_fits(compile_for, attend, card, case):
     assert (product in names) == ("_int8_weighted_mask" in names) == int8_sums
     for kernel in kernels:
         print(kernel)
-        assert_fits(kernel, card, spill_bar(card, dtype, kernel.name, int8_sums))
+        assert_fits(kernel, card, spill_bar(card, dtype, kernel.name))
 
 
 def launched(compile_for, attend, card, cases):
@@ -182,10 +182,10 @@ def of_a_fitted_ratio(card, dtype):
     rows, dense = torch.zeros(32, dtype=torch.int32), torch.zeros(1, HEADS, 32, 128)
     sample = Sample(rows, 24, dense, torch.zeros(1, HEADS))
     fitted = FittedRatio(sample, torch.zeros(HEADS, TOKENS // 128), 128)
-    config = fit_config(q.element_size())
+    config = fit_config(card.capability, q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=0.1, config=config)
     sums = torch.zeros(HEADS, TOKENS // 128, 129 * 128, dtype=dtype)
-    fitted.fit(q, sums, slice(0, HEADS), register_order=card.capability == (9, 0))
+    fitted.fit(q, sums, slice(0, HEADS), order=32 if card.capability == (9, 0) else 64)
     row_errors(q, dense, rows, 24)
     return ["_row_sums", "_row_products", "_ratio", "_row_errors"]
 

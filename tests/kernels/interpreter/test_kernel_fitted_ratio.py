@@ -9,7 +9,8 @@ from operator_inputs import embedded, normal, relative_error
 from sla2_kernels.fitted_attention import fitted_attention
 from sla2_kernels.kernels.configs import fit_config
 from sla2_kernels.kernels.fitted_ratio import FittedRatio, _splits
-from sla2_kernels.kernels.pack import register_order_of_channels
+from sla2_kernels.kernels.pack import HOPPER_GROUP, register_order_of_channels
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.reference import fitted_ratio, phi, sla2_reference
 from sla2_kernels.router import block_count, top_k_blocks, unselected_mask
 from sla2_kernels.torch_fit import fit_ratio
@@ -18,7 +19,7 @@ from sla2_kernels.triton_backend import Sample
 ROWS, FITTED = 32, 24
 
 
-def fit(q, k, v, selected, rows, query_block=128, register_order=False):
+def fit(q, k, v, selected, rows, query_block=128, order=0):
     """(ratio (B, H), dense (B, H, R, D)) of the kernels, with exact sums of the linear branch."""
     (batch, heads, tokens, head_dim), blocks = q.shape, block_count(k.shape[2], 64)
     unselected = unselected_mask(selected, blocks, torch.float32).flatten(0, 1)
@@ -26,14 +27,16 @@ def fit(q, k, v, selected, rows, query_block=128, register_order=False):
     dense = torch.full((batch, heads, len(rows), head_dim), torch.nan)
     per_head = torch.full((batch, heads), torch.nan)
     fitted = FittedRatio(Sample(rows, FITTED, dense, per_head), ratios, query_block)
-    config = fit_config(q.element_size())
+    config = fit_config((8, 9), q.element_size())
     fitted.attend(q, k, v, unselected, scale_log2=head_dim**-0.5 * math.log2(math.e), config=config)
     sums = linear_sums(k, v, unselected)
-    if register_order:
-        h = sums[..., :-head_dim].unflatten(-1, (head_dim, head_dim))
-        h[..., register_order_of_channels.fn(torch.arange(head_dim))] = h.clone()
+    h, channel = sums[..., :-head_dim].unflatten(-1, (head_dim, head_dim)), torch.arange(head_dim)
+    if order == HOPPER_GROUP:
+        h[..., register_order_of_channels.fn(channel)] = h.clone()
+    elif order:
+        h[:] = h[..., channel_at.fn(channel, head_dim)]
     for heads_slice in (slice(0, 1), slice(1, batch * heads)):
-        fitted.fit(q, sums[heads_slice].contiguous(), heads_slice, register_order=register_order)
+        fitted.fit(q, sums[heads_slice].contiguous(), heads_slice, order=order)
     assert (ratios == per_head.flatten()[:, None]).all()
     return per_head, dense
 
@@ -67,14 +70,25 @@ def inputs(
         ({"keys": 1001, "head_dim": 32, "batch": 1}, 1e-5),  # ragged last key block
         ({"tokens": 33, "keys": 1100, "batch": 1, "count": 7}, 1e-5),  # several programs a head
         ({"head_dim": 128, "dtype": torch.float16}, 2e-3),
-        ({"head_dim": 128, "batch": 1, "register_order": True}, 1e-5),
+        ({"head_dim": 128, "batch": 1, "order": HOPPER_GROUP}, 1e-5),
+        ({"head_dim": 128, "batch": 1, "order": 64}, 1e-5),
+        ({"head_dim": 32, "batch": 1, "order": 32}, 1e-5),
         ({"query_block": 64, "batch": 1}, 1e-5),
     ],
-    ids=["views", "ragged", "splits", "float16", "Hopper's order of channels", "64 query tokens"],
+    ids=[
+        "views",
+        "ragged",
+        "splits",
+        "float16",
+        "Hopper's order of channels",
+        "INT8's order",
+        "INT8's order of 32",
+        "64 query tokens",
+    ],
 )
 def test_ratio_and_exact_rows(generator, sizes, bound):
     sizes = dict(sizes)
-    order = {"register_order": sizes.pop("register_order", False)}
+    order = {"order": sizes.pop("order", 0)}
     q, k, v, selected, rows = inputs(generator, **sizes)
     block = {"query_block": sizes.get("query_block", 128)}
     expected, _ = fitted_ratio(q, k, v, selected, rows[:FITTED], **block)

@@ -7,8 +7,9 @@ from operator_inputs import attention_inputs, embedded, normal, relative_error
 from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
 from sla2_kernels.kernels import int8_attention
 from sla2_kernels.kernels.int8_attention import p_log2_range
-from sla2_kernels.kernels.pack import pack
+from sla2_kernels.kernels.int8_pack import int8_pack
 from sla2_kernels.kernels.pool import pools
+from sla2_kernels.kernels.product_order import channel_at, place_of
 from sla2_kernels.triton_backend import Workspace
 
 
@@ -53,8 +54,12 @@ def test_int8_values_are_rounded_to_nearest_in_the_order_of_the_registers(genera
         v_exponent=torch.empty(2, blocks),
     )
     channel = value_channels(v)
-    pack(v, v, torch.zeros(2, 64), work, slice(0, 2), "int8", "int8", balance=torch.ones(2, 2, 64), v_channel=channel)
-    whole = torch.nn.functional.pad(v[0], (0, 0, 0, 64 * blocks - keys)).unflatten(1, (blocks, 64))
+    int8_pack(v, v, torch.zeros(2, 64), work, slice(0, 2), balance=torch.ones(2, 2, 64), v_channel=channel)
+    # past the end the last one
+    whole = v[0][:, torch.arange(64 * blocks).clamp_max(keys - 1)].unflatten(1, (blocks, 64))
+    places = channel_at.fn(torch.arange(64), 64)
+    assert torch.equal(places[place_of.fn(torch.arange(64), 64)], torch.arange(64))
+    whole, channel = whole[..., places], channel[:, places]
     scale = work.v_exponent.double().exp2()[..., None, None] * channel.double()[:, None, None]
     # in each 16 keys, bits abbc of a key's number become bbac
     ordered = whole.unflatten(2, (4, 2, 4, 2)).transpose(3, 4).flatten(2, 5)

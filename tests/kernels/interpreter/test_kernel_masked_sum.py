@@ -6,6 +6,7 @@ from operator_inputs import normal, relative_error
 
 from sla2_kernels.kernels.configs import INT8_PRODUCT, product_config
 from sla2_kernels.kernels.masked_sum import int8_masked_sum, masked_sum
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.kernels.select import mask_width, new_mask
 from sla2_kernels.kernels.weighted_mask import int8_weighted_mask
 from sla2_kernels.triton_backend import Workspace
@@ -77,7 +78,8 @@ def int8_sums(generator, rows, blocks, exponents, first=0, heads=2, dim=32):
     assert (work.weights[..., blocks:][:, 0] == 0).all()
     int8_masked_sum(work, channel, group, INT8_PRODUCT)
     weighted = mask[group].double() * exponents.double().exp2()[:, None]
-    expected = (weighted @ h.double() / blocks).unflatten(2, (dim, dim)) * channel[group, None, None]
+    of_columns = channel[group][:, channel_at.fn(torch.arange(dim), dim)]
+    expected = (weighted @ h.double() / blocks).unflatten(2, (dim, dim)) * of_columns[:, None, None]
     torch.testing.assert_close(work.query_norms, mask[group] @ work.norms / blocks)
     return work, query_sums[..., : dim * dim], expected.flatten(2)
 

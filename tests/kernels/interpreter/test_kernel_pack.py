@@ -4,7 +4,9 @@ import pytest
 import torch
 from operator_inputs import embedded, normal, relative_error
 
+from sla2_kernels.kernels.int8_pack import int8_pack
 from sla2_kernels.kernels.pack import pack
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.reference import phi
 from sla2_kernels.triton_backend import Workspace
 
@@ -140,29 +142,56 @@ def test_fp8_sums_are_fp8_over_a_power_of_two(generator, keys, size):
     assert torch.equal(low.norms, plain.norms)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
-@pytest.mark.parametrize("keys", [1, 65, 300])
-def test_int8_sums_fill_their_range_and_their_columns_are_over_the_channels(generator, keys, size):
-    k = embedded(normal(generator, 1, 2, keys, 64))
-    v = embedded(normal(generator, 1, 2, keys, 64) * size)
-    channel = torch.randint(-2, 3, (2, 64), generator=generator).float().exp2()
-    plain, mean = packed(k, v, linear=True)
-    blocks = -(-keys // 64)
+def int8_packed(k, v, channel):
+    """The workspace of all heads with K, V and h_j in INT8; channel: (B * H, D), V's channel powers."""
+    heads, head_dim, blocks = k.shape[0] * k.shape[1], k.shape[3], -(-k.shape[2] // BLOCK)
     low = Workspace(
-        packed_k=torch.empty(2, blocks, 64, 64, dtype=torch.int8), k_scale=torch.empty(2, blocks),
-        packed_v=torch.empty(2, blocks, 64, 64, dtype=torch.int8), v_exponent=torch.empty(2, blocks),
-        sums=torch.empty(2, blocks, 64 * 64, dtype=torch.int8), sums_exponent=torch.empty(2, blocks),
-        norms=torch.empty(2, blocks, 64),
+        packed_k=torch.empty(heads, blocks, BLOCK, head_dim, dtype=torch.int8), k_scale=torch.empty(heads, blocks),
+        packed_v=torch.empty(heads, blocks, head_dim, BLOCK, dtype=torch.int8), v_exponent=torch.empty(heads, blocks),
+        sums=torch.empty(heads, blocks, head_dim**2, dtype=torch.int8), sums_exponent=torch.empty(heads, blocks),
+        norms=torch.empty(heads, blocks, head_dim, dtype=k.dtype),
     )  # fmt: skip
-    heads = slice(0, 2)
-    pack(k, v, mean.float(), low, heads, "int8", "int8", balance=torch.ones(2, 2, 64), v_channel=channel)
+    mean = k.double().mean(dim=2).flatten(0, 1)
+    balance = torch.ones(heads, 2, head_dim)
+    int8_pack(k, v, mean.float(), low, slice(0, heads), balance=balance, v_channel=channel)
+    return low
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize(("keys", "head_dim"), [(1, 64), (65, 64), (300, 64), (150, 128), (70, 32)])
+def test_int8_sums_fill_their_range_and_their_columns_are_over_the_channels(generator, keys, head_dim, size):
+    k = embedded(normal(generator, 1, 2, keys, head_dim))
+    v = embedded(normal(generator, 1, 2, keys, head_dim) * size)
+    channel = torch.randint(-2, 3, (2, head_dim), generator=generator).float().exp2()
+    plain, _ = packed(k, v, linear=True)
+    low = int8_packed(k, v, channel)
     unit = low.sums_exponent.double().exp2()[..., None]
-    h = plain.sums[..., : 64 * 64].double().unflatten(-1, (64, 64)) / channel[:, None, None] / unit[..., None]
-    assert ((low.sums.double() - h.flatten(2)).abs() <= 0.501).all()
+    h = plain.sums[..., : head_dim**2].double().unflatten(-1, (head_dim, head_dim)) / channel[:, None, None]
+    h = h[..., channel_at.fn(torch.arange(head_dim), head_dim)] / unit[..., None]
+    # half a step, and float16's rounding before
+    assert ((low.sums.double() - h.flatten(2)).abs() <= 0.501 + 2.0**-5).all()
     largest = low.sums.double().abs().amax(-1)
     assert (largest >= 63).all() and (largest <= 127).all()
     # the keys are summed in another order
     torch.testing.assert_close(low.norms, plain.norms)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_in_v_reaches_what_is_not_int8(generator, bad):
+    k, v = (normal(generator, 1, 2, 130, 64) for _ in range(2))
+    v[0, 1, 70, 5] = bad
+    low = int8_packed(k, v, torch.ones(2, 64))
+    finite = torch.tensor([[True] * 3, [True, False, True]])
+    assert torch.equal(low.v_exponent.isfinite(), finite) and torch.equal(low.norms.isfinite().all(-1), finite)
+
+
+def test_int8_sums_of_zero_values_weigh_nothing(generator):
+    k, v = (normal(generator, 1, 1, 130, 64) for _ in range(2))
+    v[:, :, 64:128] = 0
+    low = int8_packed(k, v, torch.full((1, 64), 2.0**-67))
+    assert (low.sums[:, 1] == 0).all() and (low.packed_v[:, 1] == 0).all() and low.sums_exponent.isfinite().all()
+    before, zeros, after = low.sums_exponent[0]
+    assert zeros < min(before, after) - 40
 
 
 def test_nothing_is_packed_for_16_bit_without_a_linear_branch(generator):

@@ -10,6 +10,7 @@ from operator_inputs import embedded, normal, relative_error
 from sla2_kernels.kernels.backward_configs import backward_config
 from sla2_kernels.kernels.configs import LoopConfig, linear_config, loop_config, mass_config
 from sla2_kernels.kernels.linear_attention import linear_attention
+from sla2_kernels.kernels.product_order import channel_at
 from sla2_kernels.kernels.sparse_attention import sparse_attention
 from sla2_kernels.kernels.unselected_mass import unselected_mass
 from sla2_kernels.reference import phi, pool
@@ -38,12 +39,15 @@ class Loop:
         self.sums = normal(generator, BATCH * HEADS, q_blocks, head_dim + 1, head_dim).abs() if linear else None
         self.ratios = torch.rand(HEADS, q_blocks, generator=generator) if ratios else None
 
-    def run(self, heads=slice(0, BATCH * HEADS), tile=128):
-        """(out, ratio); out is a view between NaN."""
+    def run(self, heads=slice(0, BATCH * HEADS), tile=128, ordered=False):
+        """(out, ratio); out is a view between NaN. ordered: H_i's channels come in the places of product_order.py."""
         out = embedded(torch.full_like(self.q, torch.nan).nan_to_num(7.0))
         ratio_of_rows = torch.full(self.q.shape[:3], torch.nan)
         config, block = replace(LOOP, tile_m=min(tile, self.query_block)), self.query_block
-        sums = None if self.sums is None else self.sums[heads].contiguous()
+        sums = None if self.sums is None else self.sums[heads].clone()
+        if ordered:
+            head_dim = self.q.shape[3]
+            sums[:, :, :-1] = sums[:, :, :-1, channel_at.fn(torch.arange(head_dim), head_dim)]
         work = Workspace(query_sums=sums)
         sizes = {"scale_log2": self.q.shape[3] ** -0.5 * math.log2(math.e)}
         kind = "none" if sums is None else "estimated" if self.ratios is None else "learned"
@@ -61,7 +65,9 @@ class Loop:
             )
         if sums is not None:
             branch = linear_config((8, 9), 4)
-            linear_attention(self.q, work, out, self.ratios, ratio_of_rows, heads, query_block=block, config=branch)
+            linear_attention(
+                self.q, work, out, self.ratios, ratio_of_rows, heads, query_block=block, ordered=ordered, config=branch
+            )
         sparse_attention(
             self.q, self.k, self.v, out, work, None, self.selected, ratio_of_rows, heads,
             query_block=block, ratio_kind=kind, qk="16bit", pv="16bit", config=config, **sizes,
@@ -132,6 +138,13 @@ def test_half_tiles_compute_what_whole_tiles_do(generator):
     loop = Loop(generator, tokens=300, keys=300, count=2)
     (whole, whole_ratio), (halves, halves_ratio) = loop.run(), loop.run(tile=64)
     assert relative_error(halves, whole) < 1e-6 and torch.equal(halves_ratio, whole_ratio)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_the_order_of_the_sums_columns_changes_nothing(generator, head_dim):
+    loop = Loop(generator, tokens=130, keys=200, count=2, head_dim=head_dim)
+    (out, _), (ordered, _) = loop.run(), loop.run(ordered=True)
+    torch.testing.assert_close(ordered, out)
 
 
 def test_a_group_writes_its_own_heads_only(generator):

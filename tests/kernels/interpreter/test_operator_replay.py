@@ -40,7 +40,7 @@ def recordings(monkeypatch):
             recording.add(compiled(kernel, grid, arguments, kernel.arg_names), grid, arguments)
 
     for name in ("pool", "score", "select", "pack", "masked_sum", "linear_attention", "sparse_attention", "unselected_mass",
-                 "int8_attention", "fitted_ratio", "weighted_mask"):  # fmt: skip
+                 "int8_pack", "int8_attention", "fitted_ratio", "weighted_mask"):  # fmt: skip
         monkeypatch.setattr(f"sla2_kernels.kernels.{name}.launch", launch)
 
     def cached(tensors, settings, call):
