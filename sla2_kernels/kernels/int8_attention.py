@@ -30,10 +30,10 @@ from .product_order import channel_at, quarters_as_stored, row_at, rows_as_store
 
 P_LOG2_RANGE = 7.0
 P_LOG2_ROOM = tl.constexpr(2.0**-6)  # of P's range: 2^(7 - room) is 126.6, and 2^7 is no INT8
-MAX_SLOPE = tl.constexpr(8.0)  # log2 of P per unit of S: more leaves nothing below the largest score either
-P_LOG2_HALF = tl.constexpr(
-    2.0
-)  # of the largest P in float16, give or take MAX_SLOPE, by which its addend is rounded at most
+# log2 of P per unit of S: more leaves nothing below the largest score either, not even in the row's sum
+MAX_SLOPE = tl.constexpr(16.0)
+# of the largest P in float16, give or take half of MAX_SLOPE, by which its addend is rounded at most
+P_LOG2_HALF = tl.constexpr(2.0)
 MIN_SLOPE = tl.constexpr(2.0**-80)  # less makes one of all scores as well, and times NO_SCORE still leaves no P
 LINEAR_ROWS = 64  # of the linear branch, at a time
 MAX_SHIFT = tl.constexpr(31.0)  # of INT32
@@ -206,7 +206,7 @@ def _attend_block(
     new_max = tl.maximum(row_max, tl.ceil(block_max))
     slope = tl.maximum(tl.minimum(unit, MAX_SLOPE), MIN_SLOPE)
     largest_p = tl.minimum(block_max - new_max, -P_LOG2_ROOM) + log2_range  # log2
-    offset = P_LOG2_HALF - slope * highest
+    offset = _fma(-slope, highest, P_LOG2_HALF)
     factor = tl.exp2(largest_p - _fma(slope, highest, offset))
     p, block_sum = _probabilities(scores, slope, offset, factor)
     block_sum *= (factor * tl.exp2(-exponent))[:, None]

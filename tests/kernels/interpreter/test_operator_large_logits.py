@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operator_inputs import attention_inputs, relative_error
+from operator_inputs import attention_inputs, normal, relative_error
 
 from sla2_kernels import select_key_blocks, sla2_attention
 
@@ -67,3 +67,18 @@ def test_int8_errs_no_more_than_its_emulation(generator, change):
     )
     for ours, theirs, right in zip(found, emulated, inputs.reference(blocks), strict=True):
         assert relative_error(ours, right) < 1.2 * relative_error(theirs, right) + 0.02
+
+
+@pytest.mark.parametrize("size", [2000, 8000])
+def test_int8_keys_one_step_below_the_largest_leave_no_mass(generator, size):
+    """A step of INT8 is 40 octaves of P or more here, and 63 of 64 keys are one below the largest."""
+    q, k = (normal(generator, 1, 1, 1024, 64, dtype=torch.float16).sign() * size for _ in range(2))
+    k[:, :, :64] = along = k[:, :, :1].clone()
+    k[:, :, 64:128] = -along
+    k[:, :, :63, 0] *= 1 - 1 / 126
+    q[:, :, :64] = along
+    q[:, :, :64, 0] /= 127
+    blocks = torch.arange(2, dtype=torch.int32).expand(1, 1, 16, 2)
+    options = {"key_blocks": blocks, "linear_branch": False, "query_block": 64, "precision": "int8"}
+    out = sla2_attention(q, k, torch.ones_like(k), backend="triton", **options)
+    assert (out[:, :, :64] - 1).abs().max() < 0.02
