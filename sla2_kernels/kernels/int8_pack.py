@@ -18,7 +18,7 @@ from .launch import launch
 from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE
 from .pack import register_order_of_keys
 from .planes import KEY_BLOCK, LINE, ask_for, tile_at
-from .product_order import GROUP, place_of, row_at
+from .product_order import GROUP, halves, place_of, row_at
 
 MAX_PROGRAMS = 65535  # along the second axis of a launch
 PROGRAMS_AHEAD = 64  # so far ahead L2 is asked for K and V, 2 MB; three programs a multiprocessor run at a time
@@ -39,10 +39,10 @@ def _stored_order(h, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _halves(h, GROUP: tl.constexpr):
+def _groups(h, GROUP: tl.constexpr):
     """The first and the last GROUP columns of h; h twice where it has no more."""
     if h.shape[1] > GROUP:
-        first, last = h.reshape([h.shape[0], 2, GROUP]).permute([0, 2, 1]).split()
+        first, last = halves(h)
     else:
         first, last = h, h
     return first, last
@@ -163,7 +163,7 @@ def _int8_pack(
         h_exponent = tl.maximum(tl.ceil(tl.log2(tl.maximum(h_largest, 1e-30) * (1.00001 / INT8_MAX))), MIN_H_EXPONENT)
         tl.store(sums_exponent + tile, h_exponent - up.to(tl.float32))
         to_int8 = tl.exp2(-h_exponent).to(tl.float16)
-        first, last = _halves(h, GROUP)
+        first, last = _groups(h, GROUP)
         part = tl.arange(0, GROUP)
         for p in tl.static_range(D // GROUP):
             h_out = sums + tile * (D * D) + row_at(d, WARPS)[:, None] * D + p * GROUP + part

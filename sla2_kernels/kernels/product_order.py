@@ -49,7 +49,8 @@ def by_channel(x):
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
+    """The first and the last half of x's columns."""
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute([0, 2, 1]).split()
 
 
@@ -64,9 +65,9 @@ def quarters_as_stored(x, WARPS: tl.constexpr):
     third = x
     fourth = x
     if D == 128:
-        left, right = _halves(x)
-        first, second = _halves(left)
-        third, fourth = _halves(right)
+        left, right = halves(x)
+        first, second = halves(left)
+        third, fourth = halves(right)
     elif D == 64:
-        first, second = _halves(x)
+        first, second = halves(x)
     return first, second, third, fourth
