@@ -21,6 +21,7 @@ from .together import SPARSITY, WARMUP, each_slowest_ms, largest
 
 # what this calls them -> what the operator does; on a CPU "nccl" is gloo
 TRANSFERS = {"copies": "copies", "nccl": "collective"}
+IN_A_ROW = 8  # calls
 TINY = Shape("tiny", 8, (1, 1, 600), head_dim=32)
 # (precision, exchange, groups of heads or their relative sizes, what carries the exchange)
 WAYS = (
@@ -66,6 +67,7 @@ class Call:
 def attention(args, device):
     """Rows of WAYS with ms_alone, ms_together, ms_exchange, error, equal; medians over calls of the slowest process.
 
+    Each of these calls finds the GPUs idle; in ms_alone_of_many and ms_together_of_many IN_A_ROW calls follow each other.
     By copies only where the GPUs can. All calls take turns. equal: the outputs before and after the timed calls both.
     """
     call = Call(args, device)
@@ -82,6 +84,8 @@ def attention(args, device):
     outputs = [function() for function in together]
     ms = each_slowest_ms([*alone.values(), *together, *exchanges], device)
     ms_alone, ms = dict(zip(alone, ms, strict=False)), ms[len(alone) :]
+    of_many = each_slowest_ms([*alone.values(), *together], device, calls=5, warmup=1, in_a_row=IN_A_ROW)
+    alone_of_many, of_many = dict(zip(alone, of_many, strict=False)), of_many[len(alone) :]
     rows = []
     for place, (precision, exchange, groups, transfer) in enumerate(ways):
         out, again, right = outputs[place], together[place](), expected[precision]
@@ -94,6 +98,8 @@ def attention(args, device):
                 "transfer": transfer,
                 "ms_alone": ms_alone[precision],
                 "ms_together": ms[place],
+                "ms_alone_of_many": alone_of_many[precision],
+                "ms_together_of_many": of_many[place],
                 "ms_exchange": ms[len(ways) + place],
                 "error": largest(error.item(), device),
                 "equal": not largest(float(not (torch.equal(out, right) and torch.equal(again, right))), device),
@@ -162,15 +168,18 @@ def timeline_table(runs):
 
 def attention_table(runs):
     lines = [
-        "| GPUs | bits | exchange | groups | by | one GPU ms | together ms | exchanges alone ms | speed-up | error against one GPU |",
-        "|---" * 10 + "|",
+        "| GPUs | bits | exchange | groups | by | one GPU ms | together ms | exchanges alone ms | speed-up | of many: one GPU ms | "
+        "together ms | speed-up | error against one GPU |",
+        "|---" * 13 + "|",
     ]
     for count, rows in runs.items():
         for row in rows:
             error = "equal bit by bit" if row["equal"] else f"{row['error']:.1e}"
             lines.append(
                 f"| {count} | {row['precision']} | {row['exchange']} | {row['groups']} | {row['transfer']} | {row['ms_alone']:.2f} | "
-                f"{row['ms_together']:.2f} | {row['ms_exchange']:.2f} | {row['ms_alone'] / row['ms_together']:.2f}x | {error} |"
+                f"{row['ms_together']:.2f} | {row['ms_exchange']:.2f} | {row['ms_alone'] / row['ms_together']:.2f}x | "
+                f"{row['ms_alone_of_many']:.2f} | {row['ms_together_of_many']:.2f} | "
+                f"{row['ms_alone_of_many'] / row['ms_together_of_many']:.2f}x | {error} |"
             )
     return "\n".join(lines)
 

@@ -37,10 +37,12 @@ from miniature.captions import embed, split_captions
 from miniature.pool import fill_pool
 from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
+from miniature.wan import WanBlock
 from sla2_kernels import identity_router, load_router
 from sla2_training.draws import noise_like
 from sla2_training.optimisers import OPTIMISERS
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
+from sla2_training.stage2.config import LOSSES
 
 from . import quality_variants as names
 from . import results
@@ -54,7 +56,7 @@ FORMATS = ("int8", "int8 plain", "fp8", "16bit")
 FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
 AFTER = "stage 2"
 KEPT_EQUAL = (
-    "loss", "steps", "batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift", "knots", "clips",
+    "loss", "steps", "batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift", "drop_caption", "knots", "clips",
     "validation_clips", "levels", "frames", "height", "width", "heuristic", "arch",
 )  # fmt: skip
 
@@ -268,6 +270,7 @@ class Study:
         args, model = self.args, copy.deepcopy(self.miniature.model).requires_grad_(False)
         copied = (
             "loss", "steps", "batch", "micro_batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift",
+            "drop_caption",
         )  # fmt: skip
         config = Stage2Config(
             output=str(args.out / job.folder), sparsity=job.sparsity, precision=precision_of(job.trained),
@@ -276,6 +279,7 @@ class Study:
             **{name: getattr(args, name) for name in copied},
         )  # fmt: skip
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+        model.run_block = block_call(args.compile)
         router = with_knots(self.router_of(job.outliers)[1], args.knots)
 
         def run_with_gains(model, noisy, t, context, attend):
@@ -325,6 +329,20 @@ class Study:
             router = self.router_of(job.outliers)[0]
             self.keep({**facts, "evaluated": form, "router": router, **found, "dense_flow": held.dense_flow})
         trainer.student.precision = precision_of(job.trained)
+
+
+def block_call(compiled):
+    """How WanModel calls a block in training; compiled: with the parts before and after self-attention compiled."""
+    before, after = WanBlock.before_attention, WanBlock.after_attention
+    if compiled:
+        before, after = (torch.compile(part, dynamic=False) for part in (before, after))
+
+    def call(block, x, modulation, rope, context, layer, attention):
+        modulation = block.modulation + modulation
+        q, k, v = before(block, x, modulation, rope)
+        return after(block, x, modulation, attention(layer, q, k, v), context)
+
+    return call
 
 
 def with_knots(router, knots):
@@ -415,13 +433,15 @@ def parse(argv=None):
     parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--loss", choices=("distill", "flow"), default="distill")
+    parser.add_argument("--loss", choices=LOSSES, default="distill")
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--knots", type=int, default=1, help="ratios along the query axis, where the router has one")
     parser.add_argument("--optimiser", choices=OPTIMISERS, default="adamw", help="of the LoRA")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ratio-learning-rate", type=float, default=2e-2)
     parser.add_argument("--shift", type=float, default=5.0, help="of the noise levels that are trained on")
+    parser.add_argument("--drop-caption", type=float, default=0.1, help="share of clips trained without their caption")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--clips", type=int, default=96, help="training clips, encoded at the start")
     parser.add_argument("--validation-clips", type=int, default=8, help="of held-out captions")
     parser.add_argument("--levels", type=int, default=6, help="noise levels that each of them is judged at")
@@ -442,6 +462,7 @@ def parse(argv=None):
     args.evaluated = args.evaluated or args.trained
     if args.arch and torch.device(args.device).type != "cuda":
         parser.error(f"--arch {args.arch} compiles for an H100 or H200 at hand, and the device is {args.device}")
+    args.compile = args.compile and not args.arch  # which would compile the blocks' kernels for that card too
     return args
 
 

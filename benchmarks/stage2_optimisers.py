@@ -25,7 +25,7 @@ from miniature.lora import add_lora
 from miniature.optim import Average, Muon
 from miniature.sample import WEIGHTS
 from miniature.train_long import attention_backend
-from miniature.wan import WanBlock, dense_attention
+from miniature.wan import dense_attention
 from sla2_kernels import identity_router, load_router
 from sla2_training.draws import drawn, noise_like
 from sla2_training.stage2 import Student
@@ -34,7 +34,7 @@ from . import quality_variants as names
 from . import results
 from .measure import environment, is_gpu, use_device
 from .miniature_model import Miniature
-from .stage2_miniature import Held, Outliers, run, tokens, videos
+from .stage2_miniature import Held, Outliers, block_call, run, tokens, videos
 
 RATIO_LEARNING_RATE = 2e-2
 WARMUP, UNTIMED = 30, 5  # steps
@@ -72,21 +72,6 @@ class Draw:
     drop_caption: float = 0.1
 
 
-def compiled_block(compile_):
-    """A WanBlock's call whose parts before and after self-attention are compiled, for WanModel.run_block."""
-
-    before, after = WanBlock.before_attention, WanBlock.after_attention
-    if compile_:
-        before, after = (torch.compile(part, dynamic=False) for part in (before, after))
-
-    def block_call(block, x, modulation, rope, context, layer, attention):
-        modulation = block.modulation + modulation
-        q, k, v = before(block, x, modulation, rope)
-        return after(block, x, modulation, attention(layer, q, k, v), context)
-
-    return block_call
-
-
 class Run:
     """One trial's model, its optimisers, and a step."""
 
@@ -95,7 +80,7 @@ class Run:
         self.model = copy.deepcopy(miniature.model).requires_grad_(False)
         if trial.rank:
             add_lora(self.model, trial.rank)
-        self.model.run_block = compiled_block(args.compile)
+        self.model.run_block = block_call(args.compile)
         self.student = Student(self.model, run, router, sparsity=args.sparsity, precision="int8").to(miniature.device)
         wanted = ".lora_" if trial.rank else "model.blocks."
         for name, parameter in self.student.named_parameters():

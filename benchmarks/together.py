@@ -24,8 +24,11 @@ def slowest_ms(function, device, calls=20, warmup=WARMUP):
     return each_slowest_ms([function], device, calls, warmup)[0]
 
 
-def each_slowest_ms(functions, device, calls=20, warmup=WARMUP):
-    """slowest_ms() of each function: they take turns, all are warmed up before the first is timed."""
+def each_slowest_ms(functions, device, calls=20, warmup=WARMUP, in_a_row=1):
+    """slowest_ms() of each function: they take turns, all are warmed up before the first is timed.
+
+    in_a_row: so many calls follow each other without a wait, as in a model, where the host runs ahead; the time is that of one.
+    """
     times = [[] for _ in functions]
     for call in range(warmup + (calls if is_gpu(device) else 1)):
         for function, found in zip(functions, times, strict=True):
@@ -33,10 +36,11 @@ def each_slowest_ms(functions, device, calls=20, warmup=WARMUP):
             if is_gpu(device):
                 torch.cuda.synchronize()
             begin = time.perf_counter()
-            function()
+            for _ in range(in_a_row):
+                function()
             if is_gpu(device):
                 torch.cuda.synchronize()
-            taken = largest(1000 * (time.perf_counter() - begin), device)
+            taken = largest(1000 * (time.perf_counter() - begin) / in_a_row, device)
             if call >= warmup:
                 found.append(taken)
     return [statistics.median(found) for found in times]

@@ -22,6 +22,7 @@ from ..errors import TrainingError
 from ..optimisers import optimisers, take_step
 from ..ratios import with_trained_ratios
 from . import checkpoint
+from .config import FLOW_BELOW
 from .lora import save_lora
 from .report import Report, Validation
 from .student import LORA, RATIOS, freeze_all_but
@@ -153,10 +154,23 @@ class Stage2Trainer:
         return noisy, t, context, noise - clean
 
     def _loss(self, noisy, t, context, velocity):
+        wanted = self._wanted(noisy, t, context, velocity)
+        return (self._velocity(noisy, t, context) - wanted).square().mean()
+
+    @torch.no_grad()
+    def _wanted(self, noisy, t, context, velocity):
+        """What the model is trained towards: the video's velocity, or that of the model run dense."""
+        if self.config.loss == "flow":
+            return velocity
         if self.config.loss == "distill":
-            with torch.no_grad():
-                velocity = self._velocity(noisy, t, context, dense=True)
-        return (self._velocity(noisy, t, context) - velocity).square().mean()
+            return self._velocity(noisy, t, context, dense=True)
+        follows = t >= FLOW_BELOW
+        # processes must call the model equally often
+        rows = follows if self.accelerator.num_processes == 1 else torch.ones_like(follows)
+        dense = velocity.clone()
+        if rows.any():
+            dense[rows] = self._velocity(noisy[rows], t[rows], context[rows], dense=True)
+        return torch.where(follows.view(-1, 1, 1, 1, 1), dense, velocity)
 
     def _velocity(self, noisy, t, context, dense=False):
         with self.accelerator.autocast():

@@ -204,6 +204,20 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path):
     assert losses[1] == pytest.approx(losses[4], rel=1e-4)
 
 
+def test_mixed_follows_the_video_below_half_the_noise_and_the_dense_model_above(tmp_path):
+    made = trainer(tmp_path, replace(CONFIG, loss="mixed"))
+    generator = torch.Generator().manual_seed(3)
+    noisy, velocity = (torch.randn(3, 16, 3, 12, 16, generator=generator) for _ in range(2))
+    context = torch.randn(3, 6, 32, generator=generator)
+    wanted = made._wanted(noisy, torch.tensor([0.7, 0.49, 0.5]), context, velocity)
+    dense = made._velocity(noisy, torch.tensor([0.7, 0.49, 0.5]), context, dense=True).detach()
+    assert torch.equal(wanted[1], velocity[1])
+    torch.testing.assert_close(wanted[[0, 2]], dense[[0, 2]], rtol=1e-4, atol=1e-5)
+    # no call of the dense model where none is needed
+    made._velocity = None
+    assert torch.equal(made._wanted(noisy, torch.tensor([0.1, 0.2, 0.3]), context, velocity), velocity)
+
+
 def test_the_ratio_of_other_sparsities_stays(tmp_path):
     logits = torch.randn(2, HEADS, 3)
     layer = RouterLayer(torch.eye(HEAD_DIM), torch.eye(HEAD_DIM), logits)
@@ -226,7 +240,7 @@ def test_the_ratio_of_other_sparsities_stays(tmp_path):
         ({"data": ""}, "must set 'data'"),
         ({"steps": "many"}, "steps must be like 500"),
         ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
-        ({"loss": "l1"}, "loss must be one of distill, flow"),
+        ({"loss": "l1"}, "loss must be one of distill, flow, mixed"),
         ({"optimiser": "muon", "fsdp": True}, 'optimiser is "muon": Muon needs whole matrices'),
         ({"lora_targets": ["head"]}, "lora_targets must be some of"),
     ],
