@@ -14,7 +14,7 @@ from ..router import block_count
 from .launch import launch
 
 TILE, STEP = 64, 128
-INT8_STEP = 64  # cards with mma.sync have less shared memory
+INT8_TILE, INT8_STEP = 16, 64  # a program is little but waiting for memory, so that many small ones take half the time of a few
 EXPONENTS = 1024  # read at a time
 LARGEST_WEIGHT_LOG2 = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
 INT8_LARGEST_LOG2 = tl.constexpr(6.0)  # 2^6 is INT8's
@@ -129,11 +129,11 @@ def int8_weighted_mask(unselected, work, group, *, register_order):
     """
     rows, blocks = unselected.shape[1:]
     launch(
-        _int8_weighted_mask, (block_count(rows, TILE), group.stop - group.start),
+        _int8_weighted_mask, (block_count(rows, INT8_TILE), group.stop - group.start),
         unselected, work.sums_exponent, work.norms, work.weights, work.weights_scale, work.bands, work.query_norms,
         unselected.stride(0), unselected.stride(1), group.start, rows, blocks, work.weights.shape[3], work.query_norms.stride(1),
-        D=work.norms.shape[2], TILE=TILE, STEP=INT8_STEP, EXPONENTS=EXPONENTS, REGISTER_ORDER=register_order,
-        options={"num_warps": 8, "num_stages": 3},
+        D=work.norms.shape[2], TILE=INT8_TILE, STEP=INT8_STEP, EXPONENTS=EXPONENTS, REGISTER_ORDER=register_order,
+        options={"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
 
 
