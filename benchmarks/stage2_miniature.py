@@ -42,9 +42,9 @@ from miniature.train_long import attention_backend
 from miniature.wan import WanBlock
 from sla2_kernels import identity_router, load_router
 from sla2_training.draws import noise_like
+from sla2_training.losses import LOSSES
 from sla2_training.optimisers import OPTIMISERS
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
-from sla2_training.stage2.config import LOSSES
 
 from . import quality_variants as names
 from . import results

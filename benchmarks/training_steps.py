@@ -163,7 +163,7 @@ def in_comfyui(name, layers, attention, args):
         learning_rate=1e-4,
         optimiser="adamw",
         seed=0,
-        distill=args.loss == "distill",
+        loss=args.loss,
         drop_caption=0.0,
     )
     times = []

@@ -28,8 +28,13 @@ from .training.loss_plot import plot_losses
 
 logger = logging.getLogger("sla2")
 
-DISTILL, FLOW = "match the dense model", "flow matching on latents"
-DISTANCE = "distance to the dense model's velocity"
+DISTILL, FLOW, MIXED = "match the dense model", "flow matching on latents", "both, by noise level"
+# option -> (loss of losses.py, what its curve shows)
+LOSSES = {
+    DISTILL: ("distill", "distance to the dense model's velocity"),
+    FLOW: ("flow", "flow-matching loss"),
+    MIXED: ("mixed", "distance to the true velocity at low noise, to the dense model's at high noise"),
+}
 NEW = "none (new LoRA)"
 OPTIMIZERS = {"AdamW": "adamw", "Muon": "muon"}  # spelled as core's Train LoRA does
 # guidance weighs the prompt's and the negative prompt's velocity about equally
@@ -80,9 +85,10 @@ class SLA2TrainLora(io.ComfyNode):
                     tooltip="Precision inside the attention, as in SLA2 Apply Attention. Gradients are computed in 16 bit.",
                 ),
                 io.Combo.Input(
-                    "loss", options=[DISTILL, FLOW], default=DISTILL,
+                    "loss", options=list(LOSSES), default=DISTILL,
                     tooltip=f"{DISTILL}: the distance to the output of the same model run dense, on its own videos or on your "
-                    f"latents. {FLOW}: as the model itself was trained, on your own videos.",
+                    f"latents. {FLOW}: as the model itself was trained, on your own videos. {MIXED}: your videos at low noise, "
+                    "the dense model at high noise, which came nearest to dense videos at the least loss.",
                 ),
                 io.Int.Input(
                     "videos", default=4, min=1, max=1000,
@@ -140,12 +146,12 @@ class SLA2TrainLora(io.ComfyNode):
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
         if reason is not None:
             raise ValueError(f"SLA2 Train LoRA: {reason}.")
-        if loss == FLOW and latents is None:
+        if loss != DISTILL and latents is None:
             raise ValueError(
-                f'SLA2 Train LoRA: "{FLOW}" needs videos of yours: connect latents, or choose "{DISTILL}".'
+                f'SLA2 Train LoRA: "{loss}" needs videos of yours: connect latents, or choose "{DISTILL}".'
             )
         check_makes_no_sound(model, (latent_image if latents is None else latents)["samples"])
-        distill = loss == DISTILL
+        kind, measure = LOSSES[loss]
         plan = LoraPlan(
             sparsity=sparsity,
             precision=resolve_precision(bit_width, model.load_device),
@@ -156,11 +162,11 @@ class SLA2TrainLora(io.ComfyNode):
                 learning_rate=learning_rate,
                 optimiser=OPTIMIZERS[optimizer],
                 seed=seed,
-                distill=distill,
-                drop_caption=NEGATIVE_SHARE if distill and cfg > 1 else 0.0,
+                loss=kind,
+                drop_caption=NEGATIVE_SHARE if loss != FLOW and cfg > 1 else 0.0,
             ),
         )
-        node, measure = cls.hidden.unique_id, DISTANCE if distill else "flow-matching loss"
+        node = cls.hidden.unique_id
         bar = comfy.utils.ProgressBar(training_steps * batch_size + (videos * steps if latents is None else 0))
 
         def say(headline, losses):

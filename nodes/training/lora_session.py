@@ -21,6 +21,13 @@ from .lora_attention import LoraAttention
 from .lora_copy import training_copy
 from .lora_training import LoraSettings, LoraTraining
 
+# loss -> whose velocity the error is against
+TARGETS = {
+    "distill": "the dense model's",
+    "flow": "the true one",
+    "mixed": "the true one at low noise, the dense model's at high noise",
+}
+
 
 @dataclass(frozen=True)
 class LoraPlan:
@@ -133,7 +140,7 @@ class LoraSession:
         before, after = self.training.errors
         moved = [(now - then).abs().max() for now, then in zip(self.ratios(), self.training.start_ratios, strict=True)]
         size = sum(parameter.numel() for parameter in self.adapters.parameters())
-        target = "the dense model's" if self.plan.settings.distill else "the true one"
+        target = TARGETS[self.plan.settings.loss]
         lines = [
             f"velocity error against {target}, on new noise ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
             f"loss: {self.losses[0]:.4g} in the first step, {self.losses[-1]:.4g} in the last of {self.done}",

@@ -14,6 +14,7 @@ from comfy_extras.nodes_train import find_modules_at_depth, patch, process_cond_
 from ...sla2_kernels.support import on_device
 from ...sla2_training import FineTuning, TrainingError
 from ...sla2_training.draws import drawn, noise_like
+from ...sla2_training.losses import DENSE_FROM
 from .router_training import training_mode
 
 LEVELS = 4  # noise levels that the error is measured at
@@ -27,7 +28,7 @@ NO_GRADIENTS = ("modified by an inplace operation", "torch.utils.checkpoint:", "
 class LoraSettings:
     """steps, batch: optimisation steps, videos per step. learning_rate, optimiser: of the LoRA. seed: of what is drawn.
 
-    distill: the loss is the distance to the dense model's velocity, else to the true one (flow matching).
+    loss: "distill", the distance to the dense model's velocity, "flow", that to the true one, or "mixed", by noise level (losses.py).
     drop_caption: share of videos trained with the negative prompt. shift: 1, for levels come from the model's own schedule.
     """
 
@@ -36,7 +37,7 @@ class LoraSettings:
     learning_rate: float
     optimiser: str
     seed: int
-    distill: bool
+    loss: str
     drop_caption: float
     shift: float = 1.0
 
@@ -138,7 +139,8 @@ class LoraTraining(comfy.samplers.Sampler):
             noisy, sigma, truth = self._noisy(int(index), float(level), int(seed))
             conds = self.conds["negative" if dropped else "positive"]
             cond = conds[int(index) % len(conds)]
-            target = self._velocity(noisy, sigma, cond, dense=True) if settings.distill else truth
+            # a negative prompt is no description of the video
+            target = self._target(noisy, sigma, cond, truth, dropped)
             with training_mode(), torch.enable_grad():
                 loss = (self._velocity(noisy, sigma, cond) - target).square().mean() / settings.batch
                 backward(loss, self.model.diffusion_model)
@@ -157,6 +159,11 @@ class LoraTraining(comfy.samplers.Sampler):
         all_noise = sampling.noise_scaling(torch.ones_like(sigma), noise, clean)
         return noisy, sigma, all_noise - clean
 
+    def _target(self, noisy, sigma, cond, truth, dense=False):
+        """The velocity to come near to. dense: the dense model's at any noise level."""
+        dense = dense or float(sigma) >= DENSE_FROM[self.settings.loss]
+        return self._velocity(noisy, sigma, cond, dense=True) if dense else truth
+
     def _velocity(self, noisy, sigma, cond, dense=False):
         """The model's velocity (float32), which denoised = noisy - sigma * velocity holds. dense: as the model was."""
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -172,7 +179,7 @@ class LoraTraining(comfy.samplers.Sampler):
         gap, energy, cond = 0.0, 0.0, self.conds["positive"][0]
         for number in range(LEVELS):
             noisy, sigma, truth = self._noisy(0, (number + 0.5) / LEVELS, HELD_OUT + number)
-            target = self._velocity(noisy, sigma, cond, dense=True) if self.settings.distill else truth
+            target = self._target(noisy, sigma, cond, truth)
             own = self._velocity(noisy, sigma, cond)
             gap, energy = gap + float((own - target).square().sum()), energy + float(target.square().sum())
         return (gap / energy) ** 0.5 if energy else float("nan")

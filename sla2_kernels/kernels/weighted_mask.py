@@ -14,7 +14,10 @@ from ..router import block_count
 from .launch import launch
 
 TILE, STEP = 64, 128
-INT8_TILE, INT8_STEP = 16, 64  # a program is little but waiting for memory, so that many small ones take half the time of a few
+INT8_TILE, INT8_STEP = (
+    16,
+    64,
+)  # a program is little but waiting for memory, so that many small ones take half the time of a few
 EXPONENTS = 1024  # read at a time
 LARGEST_WEIGHT_LOG2 = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
 INT8_LARGEST_LOG2 = tl.constexpr(6.0)  # 2^6 is INT8's

@@ -3,11 +3,10 @@
 import json
 from dataclasses import dataclass, fields
 
+from ..losses import LOSSES
 from ..optimisers import OPTIMISERS, missing_optimiser
 
 PRECISIONS = ("auto", "16bit", "int8", "fp8")
-LOSSES = ("distill", "flow", "mixed")
-FLOW_BELOW = 0.5  # noise level
 TARGETS = ("self_attn", "cross_attn", "ffn")
 
 
@@ -18,8 +17,8 @@ class Stage2Config:
     model: folder or name of a diffusers Wan transformer. subfolder: of it. router: stage 1's file, None for the untrained
     router. data, validation_data: files of load_latents(). output: folder for checkpoints, log and exports.
     sparsity, precision, backend: as in sla2_attention; precision "auto" takes what inference takes on the card.
-    loss: "distill", the distance to the velocity of the same model run dense, "flow", flow matching on the videos, or "mixed":
-        flow matching at noise levels below FLOW_BELOW, where a video tells its velocity nearly alone, distillation above.
+    loss: "distill", the distance to the velocity of the same model run dense, "flow", flow matching on the videos, or "mixed",
+        flow matching at noise levels below a half and distillation above (losses.py).
     steps, batch: optimisation steps, videos per step over all processes; micro_batch: videos at a time on one device.
     lora_rank, lora_alpha, lora_targets: of the adapters; learning_rate: theirs, ratio_learning_rate: the mixing ratios'.
     optimiser: of the adapters, "adamw" or "muon", which needs PyTorch 2.9 and whole matrices: not with fsdp.

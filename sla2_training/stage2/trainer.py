@@ -19,10 +19,10 @@ from sla2_kernels.support import resolve_precision
 
 from ..draws import drawn, learning_rate_factor, noise_like
 from ..errors import TrainingError
+from ..losses import DENSE_FROM
 from ..optimisers import optimisers, take_step
 from ..ratios import with_trained_ratios
 from . import checkpoint
-from .config import FLOW_BELOW
 from .lora import save_lora
 from .report import Report, Validation
 from .student import LORA, RATIOS, freeze_all_but
@@ -164,7 +164,7 @@ class Stage2Trainer:
             return velocity
         if self.config.loss == "distill":
             return self._velocity(noisy, t, context, dense=True)
-        follows = t >= FLOW_BELOW
+        follows = t >= DENSE_FROM[self.config.loss]
         # processes must call the model equally often
         rows = follows if self.accelerator.num_processes == 1 else torch.ones_like(follows)
         dense = velocity.clone()

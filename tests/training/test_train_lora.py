@@ -21,7 +21,7 @@ TRAIN = {
     "bit_width": "16bit", "loss": "match the dense model", "videos": 1, "rank": 4, "training_steps": 2, "batch_size": 1,
     "learning_rate": 0.001,
 }  # fmt: skip
-FLOW = "flow matching on latents"
+FLOW, MIXED = "flow matching on latents", "both, by noise level"
 LINEAR = [f"{part}_attn.{name}" for part in ("self", "cross") for name in "qkvo"] + ["ffn.0", "ffn.2"]
 
 
@@ -153,7 +153,8 @@ def test_a_seed_decides_the_files_and_a_lora_is_gone_on_from(comfy, new_prompt, 
         assert (tensor - lora(comfy, "taught")[name]).abs().max() <= 1e-6, name
 
 
-def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
+@pytest.mark.parametrize(("loss", "name", "rate"), [(FLOW, "flow", 0.01), (MIXED, "mixed", 0.002)])
+def test_videos_of_the_users_own_train_by_flow_matching_too(comfy, prompt, loss, name, rate):
     """With a router whose own training was cancelled before it met every layer."""
     learned = torch.tensor([[[2.0], [-1.0]]])
     layers = (RouterLayer(), RouterLayer(alpha_logits=learned), RouterLayer())
@@ -163,17 +164,19 @@ def test_videos_of_the_users_own_train_by_flow_matching(comfy, prompt):
     node = train_and_save(
         prompt,
         model,
-        "flow",
-        loss=FLOW,
+        name,
+        loss=loss,
         router=router,
         latents=prompt.sample(model, size=128, steps=2),
         training_steps=8,
-        learning_rate=0.01,
+        learning_rate=rate,
         optimizer="Muon",
     )
-    before, after = errors(comfy.run(prompt)[node]["text"][0])
+    text = comfy.run(prompt)[node]["text"][0]
+    before, after = errors(text)
     assert 0 < after < before
-    made = load_router(comfy.base / "models/sla2/flow_00001_.safetensors")
+    assert ("the dense model's at high noise" in text) == (loss == MIXED)
+    made = load_router(comfy.base / f"models/sla2/{name}_00001_.safetensors")
     assert made.sparsities == (SPARSITY, 0.9) and all(layer.alpha_logits is not None for layer in made.layers)
     assert 0 < (made.layers[1].alpha_logits[0] - learned[0]).abs().max() < 0.5, "trained from where it was"
     torch.testing.assert_close(made.ratio(1, 0.9), torch.sigmoid(learned[0]))
@@ -246,6 +249,7 @@ WRONG = {
     "sound beside the video": (video_and_sound, "models that make sound along with the video cannot be trained yet"),
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
     "no videos for flow matching": (lambda *_: {"loss": FLOW}, f'"{FLOW}" needs videos of yours: connect latents'),
+    "no videos for half of it": (lambda *_: {"loss": MIXED}, f'"{MIXED}" needs videos of yours: connect latents'),
     "too short": (
         lambda *_: {"size": 64},
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
