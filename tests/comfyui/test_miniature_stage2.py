@@ -18,13 +18,12 @@ from tooling.comparison import read_video
 from tooling.paths import ROOT
 
 LAYERS, STEPS = 9, 2
-# The LoRA is for 97% of 32,760 tokens: at 2,184 it no longer comes nearer to dense at every noise level.
-SPARSITY = 0.95
+SPARSITY = 0.97
 SIDE = 128  # of the workflow's videos: three are decoded
-# a size that the miniature was trained at: 8,736 tokens
+# a size that the miniature was trained at: 8,736 tokens. The LoRA was not: it is for 32,760, and at lower noise no nearer to dense
 SMALL = {"frames": 81, "height": 256, "width": 416}
-# of a KSampler with one step: the noise level 0.47
-DENOISE = (0.1,)
+# of a KSampler with one step: the noise level 0.89
+DENOISE = (0.5,)
 pytestmark = pytest.mark.skipif(
     not all(weight_file(name).exists() for name in (DIT, VAE, ROUTER, LORA, LORA_ROUTER)),
     reason="the miniature's weights are not in miniature/weights",
