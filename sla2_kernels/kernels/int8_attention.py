@@ -24,7 +24,7 @@ from ..router import K_BLOCK, block_count
 from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
-from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE
+from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE, add_up
 from .planes import KEY_BLOCK, LINE, ask_for, plane_of, tile_at, tile_rows
 from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
@@ -141,11 +141,6 @@ def _fma(x, y, z):
 
 
 @triton.jit
-def _add(x, y):
-    return x + y
-
-
-@triton.jit
 def _probabilities(scores, slope, offset, factor):
     """P in INT8, its keys in the order of the matrix instruction's registers, and sums of P over ``factor``, float32 [rows, COLUMNS].
 
@@ -155,7 +150,7 @@ def _probabilities(scores, slope, offset, factor):
     KEYS: tl.constexpr = scores.shape[1]
     p = tl.exp2(_fma(scores, slope, offset[:, None])).to(tl.float16)
     # over what lies in one column of the tiles, and so in one register, as all sums do: the columns are added up behind the loop
-    sums = tl.reduce(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), 1, _add).to(tl.float32)
+    sums = add_up(p.reshape([ROWS, KEYS // COLUMNS, COLUMNS]), 1).to(tl.float32)
     biased = half_biased(p, factor.to(tl.float16)[:, None])
     ordered = biased.reshape([ROWS, KEYS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
     return bytes_of_halves(ordered.reshape([ROWS, KEYS])), sums

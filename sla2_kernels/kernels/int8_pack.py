@@ -15,7 +15,7 @@ from ..support import interpreting
 from . import configs
 from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
-from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE
+from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE, largest_or_nan
 from .pack import register_order_of_keys
 from .planes import KEY_BLOCK, LINE, ask_for, tile_at
 from .product_order import GROUP, halves, place_of, row_at
@@ -65,11 +65,6 @@ def _power_of_two(log2):
 
 
 @triton.jit
-def _larger_or_nan(x, y):
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _largest(magnitudes):
     """The largest of float32 magnitudes, or NaN: as integers, for which a warp has an instruction, NaN is the largest."""
     return tl.max(_bits(magnitudes)).to(tl.float32, bitcast=True)
@@ -79,14 +74,14 @@ def _largest(magnitudes):
 def _largest_of_rows(x, APART: tl.constexpr):
     """Largest magnitudes over rows that lie APART, which one thread has, or NaN; float32 [APART, columns]."""
     ROWS: tl.constexpr = x.shape[0] // APART
-    return tl.reduce(tl.abs(x.to(tl.float32)).reshape([ROWS, APART, x.shape[1]]), 0, _larger_or_nan)
+    return largest_or_nan(tl.abs(x.to(tl.float32)).reshape([ROWS, APART, x.shape[1]]), 0)
 
 
 @triton.jit
 def _largest_half(x):
     """The largest magnitude of float16 x [D, D], float32: first over columns of one thread, two numbers at a time."""
     D: tl.constexpr = x.shape[0]
-    larger = tl.reduce(tl.abs(x).reshape([D, D // 8, 8]), 1, _larger_or_nan)
+    larger = largest_or_nan(tl.abs(x).reshape([D, D // 8, 8]), 1)
     return _largest(larger.to(tl.float32))
 
 

@@ -36,6 +36,38 @@ INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def _larger_or_nan(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_up(x, AXIS: tl.constexpr):
+    """Sums along an axis in x's dtype."""
+    if INTERPRETED:
+        # tl.reduce calls Python for every number there
+        found = tl.sum(x, axis=AXIS)
+    else:
+        found = tl.reduce(x, AXIS, _add)
+    return found
+
+
+@triton.jit
+def largest_or_nan(x, AXIS: tl.constexpr):
+    """The largest along an axis, or NaN where one is."""
+    if INTERPRETED:
+        # tl.max leaves NaN out there
+        found = tl.max(x, axis=AXIS) + tl.sum(tl.where(x == x, 0.0, x), axis=AXIS).to(x.dtype)
+    else:
+        found = tl.reduce(x, AXIS, _larger_or_nan)
+    return found
+
+
+@triton.jit
 def to_fp8(x):
     """float32 within +-448 -> E4M3 (float8e4nv), to the nearest, ties to even."""
     if INTERPRETED:
