@@ -17,7 +17,9 @@ FP8 on Hopper; --arch 89 runs what an RTX 40 would, where P V is in INT8.
 Writes results.json and table.md after each run, and per run a LoRA and a router file in a folder of its own. --minutes ends
 a call of this script: the run at work is saved, and the same command goes on with it.
 
-On one H200 a step of 4 clips with distillation takes 0.34 s and 19.6 GiB, one of 2 clips 0.205 s.
+--start begins with the LoRA and the ratios of an earlier run, in its folder.
+
+On one H200 a step of 2 clips by Muon and the mixed loss takes 0.174 s and 10.4 GiB with compiled blocks.
 """
 
 import argparse

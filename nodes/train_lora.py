@@ -88,7 +88,7 @@ class SLA2TrainLora(io.ComfyNode):
                     "loss", options=list(LOSSES), default=DISTILL,
                     tooltip=f"{DISTILL}: the distance to the output of the same model run dense, on its own videos or on your "
                     f"latents. {FLOW}: as the model itself was trained, on your own videos. {MIXED}: your videos at low noise, "
-                    "the dense model at high noise, which came nearest to dense videos at the least loss.",
+                    "the dense model at high noise. Less loss than the first, with videos as close to the dense model's.",
                 ),
                 io.Int.Input(
                     "videos", default=4, min=1, max=1000,

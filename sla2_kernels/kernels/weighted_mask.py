@@ -4,7 +4,7 @@ In 8 bit h_j is over a power of two per key block, which the mask gives back, re
 (hopper_masked_sum.py): the largest counts as 2^8, and blocks down to 2^-17 of it count at all. INT8 (mma_masked_sum.py): a
 weight has seven octaves, so there are two bands of weights, the second for the blocks 2^-7 to 2^-13 of the largest; most
 heads need the first alone. z_j is in 16 bit: Z_i, its masked sum, is taken here.
-One program per (TILE query blocks, head).
+One program per (TILE or INT8_TILE query blocks, head).
 """
 
 import triton
@@ -14,10 +14,8 @@ from ..router import block_count
 from .launch import launch
 
 TILE, STEP = 64, 128
-INT8_TILE, INT8_STEP = (
-    16,
-    64,
-)  # a program is little but waiting for memory, so that many small ones take half the time of a few
+# a program does little but wait for memory: many small ones take half the time of a few, and the cards have less shared memory
+INT8_TILE, INT8_STEP = 16, 64
 EXPONENTS = 1024  # read at a time
 LARGEST_WEIGHT_LOG2 = tl.constexpr(8.0)  # 2^8 is E4M3's largest power of two
 INT8_LARGEST_LOG2 = tl.constexpr(6.0)  # 2^6 is INT8's

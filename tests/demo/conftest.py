@@ -9,7 +9,6 @@ import pytest
 
 from tooling.paths import ROOT
 
-
 STEPS = 8  # of the demo's 20: its videos are right with so few, in half of the time
 
 

@@ -16,6 +16,8 @@ from benchmarks import stage2_miniature
 from benchmarks.miniature_model import Miniature
 from benchmarks.stage2_miniature import AFTER, BEFORE, FITTED, Outliers, TimedTrainer, videos
 from sla2_kernels import load_router, sla2_attention
+from sla2_training.optimisers import optimisers, take_step
+from sla2_training.stage2 import add_lora, save_lora
 
 TINY = ["--tiny", "--device", "cpu", "--sparsities", "0.6"]
 
@@ -30,7 +32,7 @@ def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatc
     monkeypatch.setattr(Miniature, "tiny", lambda device: tiny)
     clips = functools.cache(lambda count, split: videos(tiny, count, split))
     monkeypatch.setattr(stage2_miniature, "videos", lambda miniature, count, split: clips(count, split))
-    words = [*TINY, "--steps", "2", "--trained", "int8", "--evaluated", "int8", "16bit"]
+    words = [*TINY, "--steps", "2", "--optimiser", "muon", "--trained", "int8", "--evaluated", "int8", "16bit"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stage2_miniature.main([*words, "--out", str(whole)])
     assert [(row["run"], row["trained"], row["evaluated"]) for row in rows_in(whole)] == [
@@ -59,6 +61,39 @@ def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatc
         )
     with pytest.raises(ValueError, match="has rows with steps 2"):
         stage2_miniature.main([*words, "--out", str(cut), "--steps", "3"])
+
+
+def test_a_run_begins_with_the_lora_of_another(tmp_path):
+    made, begun = (add_lora(Miniature.tiny("cpu").model, 4, 4.0, ("self_attn", "ffn"), seed) for seed in (1, 2))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    save_lora(tmp_path / "lora.safetensors", made.state_dict(), 4.0, "a test")
+    stage2_miniature.put_lora(begun, tmp_path / "lora.safetensors")
+    found, wanted = begun.state_dict(), made.state_dict()
+    for name in found:
+        if "lora_" in name:
+            torch.testing.assert_close(found[name], wanted[name], rtol=2**-8, atol=0)
+    other = add_lora(Miniature.tiny("cpu").model, 8, 8.0, ("self_attn", "ffn"))
+    with pytest.raises(ValueError, match="give the --lora-rank of that run"):
+        stage2_miniature.put_lora(other, tmp_path / "lora.safetensors")
+
+
+def test_all_matrices_at_once_take_the_steps_of_torchs_muon():
+    torch.manual_seed(0)
+    one, other = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 32), (32, 16), (16, 32))] for _ in range(2))
+    muon, adamw = optimisers("muon", one, [torch.nn.Parameter(torch.zeros(2))], 0.02, 0.1)
+    batched, same = stage2_miniature.at_once(*optimisers("muon", other, [], 0.02, 0.1)[:1], adamw)
+    assert same is adamw and batched.param_groups[0]["base"] == 0.02
+    for _ in range(3):
+        for a, b in zip(one, other, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimiser in (muon, batched):
+            take_step((optimiser,), 0.5)
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).norm() < 0.02 * (a - 1).norm()  # torch's is in bfloat16
 
 
 def test_the_share_of_the_gap_between_fitted_and_dense():
