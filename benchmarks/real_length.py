@@ -95,7 +95,7 @@ def plan(sparsities, steps, few_steps, videos, few_videos):
     jobs.append(Job(names.SOL_TAU, None, None, steps, videos))
     jobs += of(main, videos, (names.ROUTER_FITTED, names.UNTRAINED), rivals[1:])
     fine = names.STAGE_1 + names.FINE, names.STAGE_2 + names.FINE
-    jobs += of(main, few_videos, fine, ())
+    jobs += of(main, few_videos, (*fine, names.ROUTER_FITTED + names.FINE), ())
     for sparsity in others[:2]:
         jobs += of(sparsity, videos, trained, ())
     for count in few_steps:
@@ -297,8 +297,9 @@ class Bench:
             return names.sla2(job.variant, sparsity, bits, None, False, query_block=block)
         if job.variant.startswith((names.STAGE_1, names.ROUTER_FITTED)) and self.router is None:
             raise Absent("no --router")
-        if job.variant == names.ROUTER_FITTED:
-            return names.fitted(sparsity, bits, job.variant, router=self.router)
+        if job.variant.startswith(names.ROUTER_FITTED):
+            router = replace(self.router, q_block=block or self.router.q_block)
+            return names.fitted(sparsity, bits, job.variant, router=router)
         if job.variant.startswith((names.STAGE_1, names.STAGE_2)):
             router = self.router if job.variant.startswith(names.STAGE_1) else self.stage2_routers[sparsity]
             return names.sla2(job.variant, sparsity, bits, router, True, query_block=block)

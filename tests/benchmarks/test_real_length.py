@@ -57,7 +57,7 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
     assert content["rows"][: len(first)] == first
     more = {(row["variant"], row["steps"]): row for row in content["rows"][len(first) :]}
     both = {(name, steps) for name in (names.STAGE_2, names.ROUTER_FITTED) for steps in (1, 2)}
-    assert set(more) == {*both, (names.STAGE_2 + names.FINE, 2)}
+    assert set(more) == {*both, *((name + names.FINE, 2) for name in (names.STAGE_2, names.ROUTER_FITTED))}
     assert {"1 steps, sol_attn, tau 1.3", "2 steps, skips 60% sol_attn, as many blocks in all"} <= set(
         content["absent"]
     )
