@@ -164,11 +164,11 @@ class Suite:
 def suites(old_triton, page=None):
     """Triton's interpreter, another Triton and another page need processes of their own; the longest suites come first."""
     others = [str(ROOT / "tests"), *(f"--ignore={folder}" for folder in (INTERPRETER, COMPILE, WEB))]
-    yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield Suite("What needs ComfyUI", [*others, "-m", "comfyui"])
-    yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
     yield kernel_suite(COMPILE, "compiled with the installed Triton")
+    yield Suite("Pages of ComfyUI", [str(WEB)] if WEB.is_dir() else [])
     yield Suite("Everything else", [*others, "-m", "not comfyui"])
+    yield kernel_suite(INTERPRETER, "in Triton's interpreter", TRITON_INTERPRET="1")
     if old_triton is not None:
         path = os.pathsep.join(filter(None, (str(old_triton), os.environ.get("PYTHONPATH"))))
         # of the dtypes, the one that video models have; without sm_86, which has the formats of sm_80 and the memory of

@@ -97,8 +97,8 @@ def test_lost_kernel_tests_are_loud_and_no_success(repository):
     counts = run_tests.Counts()
     assert run_tests.run_all(Environment(None), counts) == [
         "!! Kernels were NOT compiled with Triton 3.2.0: --here installs nothing.",
-        "!! Kernels were NOT run in Triton's interpreter: there are no tests of them.",
         "!! Kernels were NOT run compiled with the installed Triton: there are no tests of them.",
+        "!! Kernels were NOT run in Triton's interpreter: there are no tests of them.",
         "audited",
     ]
     assert counts.broken
