@@ -47,6 +47,7 @@ from sla2_training.draws import noise_like
 from sla2_training.losses import LOSSES
 from sla2_training.optimisers import OPTIMISERS
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
+from sla2_training.stage2.lora import place_in_file
 
 from . import quality_variants as names
 from . import results
@@ -283,7 +284,8 @@ class Study:
             **{name: getattr(args, name) for name in copied},
         )  # fmt: skip
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
-        model.run_block = block_call(args.compile)
+        if args.compile:
+            model.run_block = compiled_block()
         if args.start:
             put_lora(model, Path(args.start) / "lora.safetensors")
             router = load_router(Path(args.start) / "router.safetensors")
@@ -341,11 +343,11 @@ class Study:
         trainer.student.precision = precision_of(job.trained)
 
 
-def block_call(compiled):
-    """How WanModel calls a block in training; compiled: with the parts before and after self-attention compiled."""
-    before, after = WanBlock.before_attention, WanBlock.after_attention
-    if compiled:
-        before, after = (torch.compile(part, dynamic=False) for part in (before, after))
+def compiled_block():
+    """A WanBlock's call whose parts before and after self-attention are compiled, for WanModel.run_block."""
+    before, after = (
+        torch.compile(part, dynamic=False) for part in (WanBlock.before_attention, WanBlock.after_attention)
+    )
 
     def call(block, x, modulation, rope, context, layer, attention):
         modulation = block.modulation + modulation
@@ -355,16 +357,14 @@ def block_call(compiled):
     return call
 
 
+@torch.no_grad()
 def put_lora(model, path):
     """Gives the adapters of ``model`` the values of a file that save_lora() wrote; ValueError where they are others."""
     tensors = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            layer, dot, rest = name.partition(".lora_")
-            if not dot:
-                continue
-            kind = "lora_down" if rest.startswith("A") else "lora_up"
-            value = tensors.get(f"diffusion_model.{layer}.{kind}.weight")
+    for name, parameter in model.named_parameters():
+        if place := place_in_file(name):
+            layer, kind = place
+            value = tensors.get(f"{layer}.{kind}.weight")
             if value is None or value.shape != parameter.shape:
                 got = "none" if value is None else tuple(value.shape)
                 raise ValueError(
@@ -375,10 +375,7 @@ def put_lora(model, path):
 
 def at_once(muon, *others):
     """The optimisers with miniature/optim.py's Muon in the place of torch's, which takes matrices one by one: 0.1 s a step more."""
-    (group,) = muon.param_groups
-    batched = Muon(group["params"], lr=group["lr"], weight_decay=0.0)
-    batched.param_groups[0]["base"] = group["base"]
-    return batched, *others
+    return Muon(muon.param_groups), *others
 
 
 def with_knots(router, knots):

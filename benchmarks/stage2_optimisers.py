@@ -34,7 +34,7 @@ from . import quality_variants as names
 from . import results
 from .measure import environment, is_gpu, use_device
 from .miniature_model import Miniature
-from .stage2_miniature import Held, Outliers, block_call, run, tokens, videos
+from .stage2_miniature import Held, Outliers, compiled_block, run, tokens, videos
 
 RATIO_LEARNING_RATE = 2e-2
 WARMUP, UNTIMED = 30, 5  # steps
@@ -80,7 +80,8 @@ class Run:
         self.model = copy.deepcopy(miniature.model).requires_grad_(False)
         if trial.rank:
             add_lora(self.model, trial.rank)
-        self.model.run_block = block_call(args.compile)
+        if args.compile:
+            self.model.run_block = compiled_block()
         self.student = Student(self.model, run, router, sparsity=args.sparsity, precision="int8").to(miniature.device)
         wanted = ".lora_" if trial.rank else "model.blocks."
         for name, parameter in self.student.named_parameters():

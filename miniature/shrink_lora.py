@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from .lora import save_lora
+from .lora import load_lora, save_lora
 
 
 def shrink(lora: dict[str, torch.Tensor], size: float) -> tuple[dict[str, torch.Tensor], float]:
@@ -28,16 +27,13 @@ def shrink(lora: dict[str, torch.Tensor], size: float) -> tuple[dict[str, torch.
     """
     layers = sorted(key.removesuffix(".lora_up.weight") for key in lora if key.endswith(".lora_up.weight"))
     found = {layer: _singular(lora[f"{layer}.lora_up.weight"], lora[f"{layer}.lora_down.weight"]) for layer in layers}
-    # (square of the value per byte, layer, which), the largest of a layer apart: it stays
+    # (square of the value per byte, layer); the first of a layer, its largest, stays
     values = sorted(
-        (value.item() ** 2 / _bytes(found[layer]), layer, place)
-        for layer in layers
-        for place, value in enumerate(found[layer][1])
-        if place
+        (value.item() ** 2 / _bytes(found[layer]), layer) for layer in layers for value in found[layer][1][1:]
     )
     kept = {layer: len(found[layer][1]) for layer in layers}
     total, left_out = sum(kept[layer] * _bytes(found[layer]) for layer in layers), 0.0
-    for worth, layer, _ in values:
+    for worth, layer in values:
         if total <= size:
             break
         kept[layer] -= 1
@@ -73,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--megabytes", type=float, required=True, help="of its tensors, in 10^6 bytes")
     args = parser.parse_args(argv)
-    lora = load_file(args.lora)
+    lora = load_lora(args.lora)
     for key, down in lora.items():
         if key.endswith(".lora_down.weight") and lora[key.replace("lora_down.weight", "alpha")] != len(down):
             parser.error(f"{args.lora}: {key} has another alpha than its rank")

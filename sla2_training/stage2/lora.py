@@ -50,6 +50,14 @@ def set_lora_scale(model, scale):
             module.set_scale("default", scale)
 
 
+def place_in_file(name):
+    """(layer, "lora_down" or "lora_up") of an adapter's weight as ComfyUI's files name them; None for any other weight."""
+    layer, dot, rest = name.partition(".lora_")
+    if not dot:
+        return None
+    return f"diffusion_model.{wan_name(layer.split('model.')[-1])}", "lora_down" if rest.startswith("A") else "lora_up"
+
+
 def comfyui_lora(state, alpha):
     """ComfyUI's LoRA of PEFT's tensors: {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": ...}, 16 bit.
 
@@ -57,10 +65,8 @@ def comfyui_lora(state, alpha):
     """
     found = {}
     for name, tensor in state.items():
-        layer, dot, rest = name.partition(".lora_")
-        if dot:
-            layer = f"diffusion_model.{wan_name(layer.split('model.')[-1])}"
-            kind = "lora_down" if rest.startswith("A") else "lora_up"
+        if place := place_in_file(name):
+            layer, kind = place
             found[f"{layer}.{kind}.weight"] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
             found[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return found
