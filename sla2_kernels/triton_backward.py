@@ -90,7 +90,6 @@ def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q
     size = groups[0].stop
     sums = torch.empty(size, blocks, columns, dtype=dtype, device=q.device)
     query_sums = torch.empty(size, q_blocks, columns, dtype=dtype, device=q.device)
-    work = Workspace(sums=sums, norms=sums[..., q.shape[3] ** 2 :])
     row_product = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     on_hopper = takes_hopper_linear(capability(q.device), q, k, v, grad_out, grad_q, grad_k, grad_v)
     tiles = block_count(k.shape[2], K_BLOCK if on_hopper else config.keys)
@@ -98,19 +97,26 @@ def _linear_branch(q, k, v, grad_out, selected, ratio, row_delta, k_mean, grad_q
     if on_hopper:
         from .kernels.hopper_linear import hopper_linear_keys as of_keys
         from .kernels.hopper_linear import hopper_linear_queries as of_queries
+        from .kernels.hopper_linear import hopper_linear_sums as key_sums
         from .kernels.hopper_product import hopper_product as product
     else:
         of_queries, of_keys = partial(linear_queries, config=config), partial(linear_keys, config=config)
         product = partial(masked_sum, config=product_config(capability(q.device), dtype.itemsize))
-    # pack() divides h_j by the block's tokens, and each masked sum by the number of its terms: this undoes the second
+        key_sums = _key_sums
+    # h_j is divided by the block's tokens, and each masked sum by the number of its terms: this undoes the second
     factor = q_blocks / (blocks * K_BLOCK)
     for group in groups:
-        pack(k, v, k_mean, work, group, "16bit", "16bit")
+        key_sums(k, v, k_mean, sums, group)
         product(unselected, sums, query_sums, group)
         of_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_product, group, query_block=query_block)
         product(transposed, query_sums, sums, group)
         of_keys(k, v, k_mean, grad_k, grad_v, sums, tile_totals, group, factor=factor)
     return tile_totals.sum(dim=1) / k.shape[2], row_product
+
+
+def _key_sums(k, v, k_mean, sums, group):
+    work = Workspace(sums=sums, norms=sums[..., k.shape[3] ** 2 :])
+    pack(k, v, k_mean, work, group, "16bit", "16bit")
 
 
 def _masks(selected, blocks, dtype):

@@ -1,6 +1,7 @@
-"""Gradients of the linear branch for Hopper (sm_90) in Gluon, where its sums are in bfloat16: what backward_linear.py computes.
+"""Gradients of the linear branch for Hopper (sm_90) in Gluon, where its sums are in bfloat16: what backward_linear.py
+computes, and what pack.py does for it.
 
-Both kernels only move memory: tiles come and go by TMA, and each program makes all that its tiles are needed for, in one go.
+The kernels only move memory: tiles come and go by TMA, and each program makes all that its tiles are needed for, in one go.
 rowsum(dO O_l) needs no product of its own: sum over e of dO_e (phi H)_e is the sum over d of phi_d (dO H^T)_d.
 """
 
@@ -36,6 +37,47 @@ def _phi(x):
     """softmax over the features of (rows, D)."""
     exponentials = gl.exp2(x * LOG2_E - (gl.max(x, 1) * LOG2_E)[:, None])
     return exponentials * (1.0 / gl.sum(exponentials, 1))[:, None]
+
+
+@gluon.jit(do_not_specialize=["heads", "first_head", "tokens"])
+def _hopper_linear_sums(k_desc, v_desc, sums_desc, k_mean, sums, heads, first_head, tokens):
+    block = gl.program_id(0)
+    slot = gl.program_id(1)
+    bh = first_head + slot
+    b = bh // heads
+    h = bh % heads
+    ACC: gl.constexpr = _sums(KEYS)
+    kv_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, KEYS, D], k_desc.layout)
+    h_smem = reinterpret(kv_smem, sums_desc.dtype, [1, 1, D, D], sums_desc.layout)
+    bar = new_barriers(1, 1)
+    fence_async_shared()
+    at = slot * gl.num_programs(0) + block
+    mbarrier.expect(bar.index(0), 2 * 2 * KEYS * D)
+    load_async(k_desc, [b, h, block * KEYS, 0], bar.index(0), kv_smem.index(0))
+    load_async(v_desc, [b, h, block * KEYS, 0], bar.index(0), kv_smem.index(1))
+    d = gl.arange(0, D, gl.SliceLayout(0, ACC))
+    mean = gl.load(k_mean + bh * D + d)
+    inside = block * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, ACC)) < tokens
+    mbarrier.wait(bar.index(0), 0)
+
+    k_tile = kv_smem.index(0).reshape([KEYS, D])
+    v_tile = kv_smem.index(1).reshape([KEYS, D])
+    phi = _phi(k_tile.load(ACC).to(gl.float32) - mean[None, :]) * (1.0 / KEYS)
+    phi = gl.where(inside[:, None], phi, 0.0)
+    k_tile.store(phi.to(k_desc.dtype))
+    gl.store(sums + at.to(gl.int64) * ((D + 1) * D) + D * D + d, gl.sum(phi, 0).to(sums_desc.dtype))
+    fence_async_shared()
+    barrier()
+    zeros = gl.zeros([D, D], gl.float32, ACC)
+    h_t = warpgroup_mma(k_tile.permute([1, 0]), v_tile, zeros, use_acc=False, is_async=True)
+    h_sum = warpgroup_mma_wait(0, [h_t])
+    # every warp's products have read what is written now
+    barrier()
+    h_smem.reshape([D, D]).store(h_sum.to(sums_desc.dtype))
+    fence_async_shared()
+    store_async(sums_desc, [0, at, 0, 0], h_smem)
+    mbarrier.invalidate(bar.index(0))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -99,6 +141,7 @@ def _hopper_linear_queries(
     mbarrier.wait(bar.index(0), 1)
     dq = (dq + sparse_smem.reshape([ROWS, D]).load(ACC).to(gl.float32)).to(q_desc.dtype)
     fence_async_shared()
+    barrier()
     zeros = gl.zeros([D, D], gl.float32, ACC)
     dh_t = warpgroup_mma(q_tile.permute([1, 0]), g_tile, zeros, use_acc=False, is_async=True)
     dh = warpgroup_mma_wait(0, [dh_t])
@@ -171,6 +214,16 @@ def _descriptor(tensor, rows):
 def _squares(sums):
     """TMA descriptor of the D x D part of (G, T, (D + 1) * D) sums."""
     return _descriptor(sums[:, :, : HEAD_DIM * HEAD_DIM].view(1, -1, HEAD_DIM, HEAD_DIM), HEAD_DIM)
+
+
+def hopper_linear_sums(k, v, k_mean, sums, group):
+    """Fills sums (G, T_n, (D + 1) * D) with h_j and z_j as pack() of pack.py does, for bfloat16 tensors that TMA can copy."""
+    heads, tokens = k.shape[1:3]
+    launch(
+        _hopper_linear_sums, (block_count(tokens, K_BLOCK), group.stop - group.start),
+        *(_descriptor(x, K_BLOCK) for x in (k, v)), _squares(sums), k_mean, sums, heads, group.start, tokens,
+        options={"num_warps": 4},
+    )  # fmt: skip
 
 
 def hopper_linear_queries(q, grad_out, grad_q, query_sums, ratio, row_delta, row_product, group, *, query_block):

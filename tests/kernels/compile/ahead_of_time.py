@@ -21,6 +21,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 HEADS, TOKENS = 2, 256  # of the calls that are recorded
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 ACCESS = re.compile(r"(?:ld|st)\.global\S*")
+FENCE, BARRIER = re.compile(r"fence\.proxy\.async"), re.compile(r"\b(?:bar|barrier)(?:\.cta)?\.sync")
+# matrix instructions and copies by TMA, which read shared memory through the other proxy
+READ = re.compile(r"\b(?:wgmma\.mma_async|cp\.async\.bulk\.tensor\S*\.global\.shared)\S*")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Compiled:
     """One launched kernel. shared: bytes per block. registers: of 32 bits, per thread.
 
     spilled: bytes of stack per thread, that is of what did not fit the registers: the kernels use it for nothing else. accesses:
-    the kinds of PTX instructions that read or write global memory.
+    the kinds of PTX instructions that read or write global memory. too_early: those that read shared memory behind a thread's
+    own fence before a barrier tells that the other threads have passed theirs.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Compiled:
     registers: int
     spilled: int
     accesses: frozenset
+    too_early: tuple
 
     def __str__(self):
         constants = " ".join(f"{key}={value}" for key, value in self.constants)
@@ -122,7 +127,20 @@ def _described(kernel, launch):
         registers,
         spilled,
         frozenset(ACCESS.findall(kernel.asm["ptx"])),
+        _too_early(kernel.asm["ptx"]),
     )
+
+
+def _too_early(ptx):
+    found, fenced = [], False
+    for line in ptx.splitlines():
+        if FENCE.search(line):
+            fenced = True
+        elif BARRIER.search(line):
+            fenced = False
+        elif fenced and (read := READ.search(line)):
+            found.append(read.group())
+    return tuple(found)
 
 
 def _usage(cubin):

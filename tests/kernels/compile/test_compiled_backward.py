@@ -10,7 +10,7 @@ from sla2_kernels.kernels.gluon_releases import GLUON_RELEASES
 
 BACKWARD = {"_linear_queries", "_linear_sums", "_linear_keys", "_query_gradient", "_key_gradient"}
 WALKS = {"_query_gradient": "_hopper_query_gradient", "_key_gradient": "_hopper_key_gradient"}
-LINEAR = {"_hopper_linear_queries", "_hopper_linear_keys", "_hopper_product"}
+LINEAR = {"_hopper_linear_sums", "_hopper_linear_queries", "_hopper_linear_keys", "_hopper_product"}
 
 SPILL = {torch.bfloat16: 256, torch.float16: 512, torch.float32: float("inf")}
 # float16 sums in float32; that and float32 itself are compiled for fewer cards, to save minutes
