@@ -67,7 +67,6 @@ def _hopper_linear_sums(k_desc, v_desc, sums_desc, k_mean, sums, heads, first_he
     k_tile.store(phi.to(k_desc.dtype))
     gl.store(sums + at.to(gl.int64) * ((D + 1) * D) + D * D + d, gl.sum(phi, 0).to(sums_desc.dtype))
     fence_async_shared()
-    barrier()
     zeros = gl.zeros([D, D], gl.float32, ACC)
     h_t = warpgroup_mma(k_tile.permute([1, 0]), v_tile, zeros, use_acc=False, is_async=True)
     h_sum = warpgroup_mma_wait(0, [h_t])
@@ -76,6 +75,7 @@ def _hopper_linear_sums(k_desc, v_desc, sums_desc, k_mean, sums, heads, first_he
     h_smem.reshape([D, D]).store(h_sum.to(sums_desc.dtype))
     fence_async_shared()
     store_async(sums_desc, [0, at, 0, 0], h_smem)
+    # until here nothing else lies in its place: there z_j's first number was lost while another process had the GPU
     mbarrier.invalidate(bar.index(0))
     tma.store_wait(0)
 
@@ -141,7 +141,6 @@ def _hopper_linear_queries(
     mbarrier.wait(bar.index(0), 1)
     dq = (dq + sparse_smem.reshape([ROWS, D]).load(ACC).to(gl.float32)).to(q_desc.dtype)
     fence_async_shared()
-    barrier()
     zeros = gl.zeros([D, D], gl.float32, ACC)
     dh_t = warpgroup_mma(q_tile.permute([1, 0]), g_tile, zeros, use_acc=False, is_async=True)
     dh = warpgroup_mma_wait(0, [dh_t])

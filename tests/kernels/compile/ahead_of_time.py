@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from barrier_memory import reused_barriers
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -21,9 +22,6 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 HEADS, TOKENS = 2, 256  # of the calls that are recorded
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 ACCESS = re.compile(r"(?:ld|st)\.global\S*")
-FENCE, BARRIER = re.compile(r"fence\.proxy\.async"), re.compile(r"\b(?:bar|barrier)(?:\.cta)?\.sync")
-# matrix instructions and copies by TMA, which read shared memory through the other proxy
-READ = re.compile(r"\b(?:wgmma\.mma_async|cp\.async\.bulk\.tensor\S*\.global\.shared)\S*")
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Compiled:
     """One launched kernel. shared: bytes per block. registers: of 32 bits, per thread.
 
     spilled: bytes of stack per thread, that is of what did not fit the registers: the kernels use it for nothing else. accesses:
-    the kinds of PTX instructions that read or write global memory. too_early: those that read shared memory behind a thread's
-    own fence before a barrier tells that the other threads have passed theirs.
+    the kinds of PTX instructions that read or write global memory. reused: shared memory (begin, end) where a barrier of
+    copies lies, and at another time something else.
     """
 
     name: str
@@ -44,7 +42,7 @@ class Compiled:
     registers: int
     spilled: int
     accesses: frozenset
-    too_early: tuple
+    reused: tuple
 
     def __str__(self):
         constants = " ".join(f"{key}={value}" for key, value in self.constants)
@@ -127,20 +125,8 @@ def _described(kernel, launch):
         registers,
         spilled,
         frozenset(ACCESS.findall(kernel.asm["ptx"])),
-        _too_early(kernel.asm["ptx"]),
+        reused_barriers(kernel),
     )
-
-
-def _too_early(ptx):
-    found, fenced = [], False
-    for line in ptx.splitlines():
-        if FENCE.search(line):
-            fenced = True
-        elif BARRIER.search(line):
-            fenced = False
-        elif fenced and (read := READ.search(line)):
-            found.append(read.group())
-    return tuple(found)
 
 
 def _usage(cubin):

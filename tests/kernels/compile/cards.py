@@ -33,11 +33,11 @@ CARDS = (
 
 
 def assert_fits(kernel, card, spill):
-    """The card can start the kernel, at most ``spill`` bytes per thread did not fit its registers, and nothing reads too early.
+    """The card can start the kernel, at most ``spill`` bytes per thread did not fit its registers, and barriers keep their places.
 
     Kernels of float32 tensors alone must only start: each of their products is three TF32 ones, and few calls have them.
     """
     assert kernel.shared <= card.shared_kb * 1024, kernel
     assert kernel.num_warps * 32 * kernel.registers <= REGISTERS, kernel
     assert kernel.spilled <= spill or set(kernel.dtypes) <= {"float32", "int32"}, kernel
-    assert not kernel.too_early, f"{kernel}: {kernel.too_early}"
+    assert not kernel.reused, f"{kernel}: barriers at {kernel.reused} share their memory"
