@@ -25,11 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from miniature.captions import split_captions
 from miniature.captures import Recorder, by_layer
 from miniature.lora import load_lora, merge_lora
 from miniature.objects import examine
+from miniature.optim import replace_file
 from miniature.sample import GUIDANCE, SHIFT, WEIGHTS
 from miniature.train_long import attention_backend
 from miniature.vae import denormalise_latents, psnr
@@ -145,9 +147,10 @@ def kept_calls(calls, per_video, caption, guided):
 class Run:
     """The model in so many steps with these LoRAs merged, and what was made of it: dense videos and recorded calls."""
 
-    def __init__(self, miniature, captions, recorded, per_video, seed=3 * SEED):
+    def __init__(self, miniature, captions, recorded, per_video, seed=3 * SEED, kept=None):
+        """kept: path of a file with dense videos, which is read where it exists and written with more."""
         self.miniature, self.captions, self.recorded = miniature, captions, recorded
-        self.per_video, self.seed = per_video, seed
+        self.per_video, self.seed, self.kept = per_video, seed, kept
         self.videos, self.calls = {}, []
         self.done = set()
 
@@ -165,13 +168,21 @@ class Run:
 
     def dense(self, numbers, decode=True):
         """Samples these captions densely, where that was not done yet; records calls of the first ``recorded``."""
+        if decode and self.kept and self.kept.exists() and not self.videos:
+            found = load_file(self.kept, device=str(self.miniature.device))
+            self.videos = {int(number): video for number, video in found.items()}
+        before = len(self.videos)
         for number in numbers:
-            if number in self.done and (number in self.videos or not decode):
+            if number in (self.videos if decode else self.done):
                 continue
             latents = self._record(number) if number < self.recorded else self.sample(number, names.dense)
             self.done.add(number)
             if decode:
                 self.videos[number] = self.decode(latents).half()
+        if self.kept and len(self.videos) > before:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            videos = {str(number): video.contiguous() for number, video in self.videos.items()}
+            replace_file(self.kept, lambda draft: save_file(videos, draft))
 
     def _record(self, number):
         model = self.miniature.model
@@ -267,7 +278,19 @@ class Bench:
         paths = (*((few,) if few else ()), *loras)
         model = with_loras(self.start.model, paths) if paths else self.start.model
         miniature = replace(self.start, model=model, steps=steps, cfg=cfg)
-        return Run(miniature, self.captions, self.args.recorded, self.args.calls_per_video)
+        return Run(
+            miniature, self.captions, self.args.recorded, self.args.calls_per_video, kept=self._kept(steps, loras)
+        )
+
+    def _kept(self, steps, loras):
+        """Where the dense videos of a run are: a file's name tells the weights, settings and captions that they are of."""
+        if loras or not self.args.dense_videos:
+            return None
+        files = {
+            name: digest for name, digest in files_of(self.args).items() if name in (*KINDS, f"--few-lora {steps}")
+        }
+        facts = repr((files, settings_of(self.args), steps, [str(caption) for caption in self.captions]))
+        return self.args.dense_videos / f"{steps}_steps_{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
 
     @functools.cache  # noqa: B019
     def train_captures(self):
@@ -441,6 +464,11 @@ def parse(argv=None):
     parser.add_argument("--few-lora", nargs="+", type=numbered, default=[], help="STEPS=FILE: distilled LoRAs")
     parser.add_argument("--peers", help="folder with comfy-kitchen, for sol_attn")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/real-length-<card>.json")
+    parser.add_argument(
+        "--dense-videos",
+        type=Path,
+        help="folder that keeps dense videos, so that the next run need not sample them (0.2 GB each)",
+    )
     parser.add_argument("--minutes", type=float, help="no row is begun after so many")
     parser.add_argument("--sparsities", type=lambda text: [float(s) for s in text.split(",")], default=[0.97, 0.99, 0.9, 0.95],
                         help="the main one first")  # fmt: skip

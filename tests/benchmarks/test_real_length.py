@@ -84,6 +84,31 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
         real_length.main(words)
 
 
+def test_dense_videos_are_kept_for_the_next_run_of_the_same_model(words, tmp_path, monkeypatch):
+    words = [*words, "--dense-videos", str(tmp_path / "dense")]
+    real_length.main([*words, "--only", "2 steps, skips 60% SLA2 stage 2 (with its LoRA and ratios) int8"])
+    (first, second), kept = (
+        json.loads((tmp_path / "out.json").read_text())["rows"][:2],
+        sorted((tmp_path / "dense").iterdir()),
+    )
+    assert [path.name.partition("_steps_")[0] for path in kept] == ["1", "2"]  # of a model each
+    (tmp_path / "out.json").unlink()
+    sample, sampled = real_length.Run.sample, []
+
+    def count(self, number, attention):
+        sampled.append(attention)
+        return sample(self, number, attention)
+
+    monkeypatch.setattr(real_length.Run, "sample", count)
+    real_length.main([*words, "--only", "2 steps, skips 60% SLA2 stage 2 (with its LoRA and ratios) int8"])
+    again = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row | {"seconds": 0} for row in again[:2]] == [row | {"seconds": 0} for row in (first, second)]
+    # dense ones are sampled to record calls alone: of both numbers of steps, and with the LoRA
+    assert len(sampled) == 4 and sorted((tmp_path / "dense").iterdir()) == kept
+    real_length.main([*words, "--height", "64", "--out", str(tmp_path / "other.json"), "--only", "nothing"])
+    assert len(list((tmp_path / "dense").iterdir())) == 4
+
+
 def test_sol_attn_runs_on_the_models_own_layout_at_an_equal_number_of_blocks(words, tmp_path, monkeypatch):
     seen = []
 
