@@ -1,7 +1,7 @@
 """The training loop of stage 2, on one device or on many through Hugging Face accelerate.
 
-A step is decided by its number and the seed alone: which way to sample it trains, which videos, noise and levels. Processes share it out, so one
-process and many compute the same loss, and a resumed run goes on as if it had never stopped.
+A step is decided by its number and the seed alone: which way to sample it trains, which videos, which noise, which levels.
+Processes share it out, so one process and many compute the same loss, and a resumed run goes on as if it had never stopped.
 """
 
 import hashlib

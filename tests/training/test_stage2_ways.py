@@ -23,6 +23,7 @@ from sla2_training.stage2 import add_lora
 from sla2_training.stage2.__main__ import main
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.lora import Addition, plain_weights, read_lora, wan_name
+from sla2_training.stage2.report import Report, Validation
 from sla2_training.stage2.wan import run
 from sla2_training.stage2.ways import schedule
 
@@ -169,6 +170,13 @@ def test_a_run_in_turns_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, i
     assert report.losses == {step: whole.report.losses[step] for step in (3, 4, 5)}
     for a, b in zip(whole.parameters, resumed.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_tables_training_loss_is_that_of_the_configured_loss():
+    losses = {step: 1.0 if step % 3 == 0 else 9.0 for step in range(90)}
+    report = Report("distill", 0.6, 3, validations=[Validation(90, 0.5, 0.1)], losses=losses | {0: 5.0, 33: 2.0})
+    # of steps 30, 33, ... 87
+    assert "| 90 | 1.05000 | 0.50000 | 0.100000 |" in report.table()
 
 
 def test_guidance_needs_an_empty_caption(tmp_path):
