@@ -19,9 +19,8 @@ a call of this script: the run at work is saved, and the same command goes on wi
 
 --start begins with the LoRA and the ratios of an earlier run, in its folder.
 
---guided and --few-lora train the model as it is sampled too: steps take turns, one by --loss, one for --guided, one for each
---few-lora. Those follow the dense model at noise levels of sampling with --sampling-shift: guided, the velocity that guidance
-makes of one with the caption and one without; with a distilled LoRA merged into the weights, that model's velocity.
+--guided and --few-lora train the model as it is sampled too, in turns with --loss (sla2_training/stage2/ways.py), at noise levels
+of sampling with --sampling-shift.
 
 On one H200 a step of 2 clips by Muon and the mixed loss takes 0.174 s and 10.4 GiB with compiled blocks.
 """
@@ -41,10 +40,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from miniature.captions import embed, split_captions
-from miniature.lora import load_lora, merge_lora
 from miniature.optim import Muon
 from miniature.pool import fill_pool
-from miniature.sample import SHIFT, WEIGHTS, noise_schedule
+from miniature.sample import SHIFT, WEIGHTS
 from miniature.train_long import attention_backend
 from miniature.wan import WanBlock
 from sla2_kernels import identity_router, load_router
@@ -116,77 +114,16 @@ class TimeIsUp(Exception):
     """The minutes are over; the run was saved."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to sample. levels: the noise levels of its steps. guidance: its scale. lora: merged, as load_lora() has it."""
-
-    levels: torch.Tensor
-    guidance: float = 1.0
-    lora: dict | None = None
-
-    @property
-    def guided(self):
-        return self.guidance != 1
-
-
 class TimedTrainer(Stage2Trainer):
-    """Stops before a step when ``until`` (time.monotonic()) has passed, and saves what it has.
-
-    ways: what its steps train in turns, a Way or None, by the configuration's loss.
-    """
+    """Stops before a step when ``until`` (time.monotonic()) has passed, and saves what it has."""
 
     until = float("inf")
-    ways = (None,)
-    way = None
-
-    def train(self, resume=None):
-        report = super().train(resume)
-        self.take(None)
-        return report
-
-    def take(self, way):
-        """The model's weights become those of a way."""
-        if way is self.way:
-            return
-        own = {name.replace(".base_layer", ""): weight for name, weight in self.student.model.named_parameters()}
-        if not hasattr(self, "own"):
-            self.own = {name: weight.detach().clone() for name, weight in own.items() if ".lora_" not in name}
-        wanted = self.own if way is None or way.lora is None else merge_lora(self.own, way.lora)
-        with torch.no_grad():
-            for name, weight in wanted.items():
-                own[name].copy_(weight)
-        self.way = way
 
     def _forward_backward(self):
         if time.monotonic() > self.until:
             self._save()
             raise TimeIsUp
-        self.take(self.ways[self.step % len(self.ways)])
         return super()._forward_backward()
-
-    def _batch(self, draw, part, data):
-        if self.way is None:
-            return super()._batch(draw, part, data)
-        indices, levels, dropped, seeds = (x[part] for x in draw)
-        levels, dropped = self.way.levels[seeds % len(self.way.levels)], torch.zeros_like(dropped)
-        if self.way.guided:
-            # pairs: with the caption, and without
-            half = -(-len(indices) // 2)
-            indices, levels, seeds = (x[:half].repeat_interleave(2) for x in (indices, levels, seeds))
-            dropped = torch.arange(2 * half) % 2 == 1
-        return super()._batch((indices, levels, dropped, seeds), slice(None), data)
-
-    def _loss(self, noisy, t, context, velocity):
-        if self.way is None:
-            return super()._loss(noisy, t, context, velocity)
-        with torch.no_grad():
-            dense = self._velocity(noisy, t, context, dense=True)
-        error = self._velocity(noisy, t, context) - dense
-        if self.way.guided:
-            scale = self.way.guidance
-            # as large as the mean square of both, where they are independent
-            error = (scale * error[::2] - (scale - 1) * error[1::2]) / (scale**2 + (scale - 1) ** 2) ** 0.5
-        return error.square().mean()
 
 
 @contextmanager
@@ -342,12 +279,13 @@ class Study:
         args, model = self.args, copy.deepcopy(self.miniature.model).requires_grad_(False)
         copied = (
             "loss", "steps", "batch", "micro_batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift",
-            "drop_caption",
+            "drop_caption", "sampling_steps", "sampling_shift",
         )  # fmt: skip
         config = Stage2Config(
             output=str(args.out / job.folder), sparsity=job.sparsity, precision=precision_of(job.trained),
             lora_alpha=args.lora_rank, warmup=min(20, args.steps), checkpoint_every=200, validate_every=10**9,
             mixed_precision="bf16" if self.device.type == "cuda" else "no", gradient_checkpointing=False,
+            guidance=args.guided or 1.0, few_step_loras=dict(args.few_lora),
             **{name: getattr(args, name) for name in copied},
         )  # fmt: skip
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -364,22 +302,10 @@ class Study:
 
         student = Student(model, run_with_gains, router, sparsity=job.sparsity, precision=config.precision)
         trainer = TimedTrainer(config, student, self.train, model_name=NAME, say=self.say)
-        trainer.until, trainer.ways = self.until, (None, *self.ways())
+        trainer.until = self.until
         if args.optimiser == "muon":
             trainer.optimisers = at_once(*trainer.optimisers)
         return trainer
-
-    def ways(self):
-        """Ways beside the loss, as --guided and --few-lora ask for them."""
-
-        def levels(steps):
-            return noise_schedule(steps, self.args.sampling_shift)[:-1]
-
-        if self.args.guided:
-            yield Way(levels(self.args.sampling_steps), self.args.guided)
-        for steps, path in self.args.few_lora:
-            lora = {name: factor.to(self.device) for name, factor in load_lora(Path(path)).items()}
-            yield Way(levels(int(steps)), lora=lora)
 
     def run(self, job):
         """Trains and judges a job, or goes on with it. Raises TimeIsUp."""
@@ -531,6 +457,13 @@ def table(rows):
     return "\n".join(lines)
 
 
+def steps_and_file(text):
+    steps, _, path = text.partition("=")
+    if not (steps.isdecimal() and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not STEPS=FILE, such as 8=lora.safetensors")
+    return [steps, path]
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the table, LoRAs and routers")
@@ -558,8 +491,8 @@ def parse(argv=None):
     parser.add_argument("--start", help="folder of an earlier run whose LoRA and ratios this one begins with")
     parser.add_argument("--guided", type=float, metavar="SCALE", help="train the velocity that guidance makes, too")
     parser.add_argument(
-        "--few-lora", nargs="+", default=[], metavar="STEPS=FILE", type=lambda text: text.split("=", 1),
-        help="train with distilled LoRAs merged, too",
+        "--few-lora", nargs="+", default=[], metavar="STEPS=FILE", type=steps_and_file,
+        help="train with distilled LoRAs merged, too, one for each number of steps",
     )  # fmt: skip
     parser.add_argument("--sampling-steps", type=int, default=20, help="of --guided")
     parser.add_argument("--sampling-shift", type=float, default=SHIFT, help="of the levels of --guided and --few-lora")
@@ -590,6 +523,8 @@ def parse(argv=None):
     args.evaluated = args.evaluated or args.trained
     if args.arch and torch.device(args.device).type != "cuda":
         parser.error(f"--arch {args.arch} compiles for an H100 or H200 at hand, and the device is {args.device}")
+    if len(dict(args.few_lora)) < len(args.few_lora):
+        parser.error("--few-lora names two files for the same number of steps")
     args.compile = args.compile and not args.arch  # which would compile the blocks' kernels for that card too
     return args
 

@@ -1,7 +1,9 @@
 """The one configuration file of stage 2: JSON, every setting checked before a model is loaded."""
 
 import json
-from dataclasses import dataclass, fields
+import math
+import re
+from dataclasses import dataclass, field, fields
 
 from ..losses import LOSSES
 from ..optimisers import OPTIMISERS, missing_optimiser
@@ -24,6 +26,11 @@ class Stage2Config:
     optimiser: of the adapters, "adamw" or "muon", which needs PyTorch 2.9 and whole matrices: not with fsdp.
     warmup: steps until the full learning rate, which falls to zero over the last quarter. clip: largest gradient norm.
     drop_caption: share of videos trained with the empty caption. shift: of the noise levels, as in sampling.
+    guidance: scale of classifier-free guidance that steps train in turns with the loss, 1 for none; needs "empty_context".
+        Videos take two rows each in those steps: micro_batch / 2 of them at a time, and one in two rows where it is 1.
+    few_step_loras: number of steps -> file of the distilled LoRA, {"8": "lora.safetensors"}: steps train the model with each
+        merged, in turns; not with fsdp, which splits the weights.
+    sampling_steps, sampling_shift: of sampling: steps with guidance, and the shift of all those noise levels.
     mixed_precision: "bf16" or "no". gradient_checkpointing: recompute blocks, less memory. fsdp: shard the weights.
     checkpoint_every, keep: steps between checkpoints, and how many stay. validate_every, validation_levels.
     """
@@ -51,6 +58,10 @@ class Stage2Config:
     clip: float = 1.0
     drop_caption: float = 0.1
     shift: float = 5.0
+    guidance: float = 1.0
+    few_step_loras: dict[str, str] = field(default_factory=dict)
+    sampling_steps: int = 20
+    sampling_shift: float = 5.0
     seed: int = 0
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = True
@@ -75,12 +86,30 @@ class Stage2Config:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}.")
         if not 0 <= self.drop_caption <= 1:
             raise ValueError(f"drop_caption must be 0 to 1, got {self.drop_caption}.")
-        for name in ("steps", "batch", "micro_batch", "lora_rank", "keep", "checkpoint_every", "validate_every"):
+        at_least_1 = (
+            "steps", "batch", "micro_batch", "lora_rank", "keep", "checkpoint_every", "validate_every", "sampling_steps",
+        )  # fmt: skip
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self._check_ways()
         unknown = sorted(set(self.lora_targets) - set(TARGETS))
         if unknown or not self.lora_targets:
             raise ValueError(f"lora_targets must be some of {', '.join(TARGETS)}, got {list(self.lora_targets)}.")
+
+    def _check_ways(self):
+        if not 1 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be at least 1, which is none, got {self.guidance}.")
+        if not 0 < self.sampling_shift < math.inf:
+            raise ValueError(f"sampling_shift must be above 0, got {self.sampling_shift}.")
+        for steps, path in self.few_step_loras.items():
+            if not (re.fullmatch("[1-9][0-9]*", str(steps)) and isinstance(path, str) and path):
+                raise ValueError(
+                    f'few_step_loras must name a file for each number of steps, as {{"8": "lora.safetensors"}}, '
+                    f"got {json.dumps({steps: path})}."
+                )
+        if self.few_step_loras and self.fsdp:
+            raise ValueError("few_step_loras cannot be merged into weights that fsdp splits: leave out one of them.")
 
     def rounds(self, processes):
         """Micro batches per step on each of ``processes`` devices; raises ValueError where the batch does not divide."""
@@ -112,7 +141,8 @@ def load_config(path):
     if missing:
         raise ValueError(f"Configuration {path} must set {missing[0]!r}.")
     for name, value in values.items():
-        _check_type(path, name, value, known[name].default)
+        default = {} if name == "few_step_loras" else known[name].default
+        _check_type(path, name, value, default)
     return Stage2Config(**values)
 
 

@@ -1,22 +1,45 @@
-"""LoRA by PEFT on a Wan model of either naming, and the file that ComfyUI's LoRA loaders take."""
+"""LoRA by PEFT on a Wan model of either naming, the file that ComfyUI's LoRA loaders take, and files by others, merged."""
 
 import os
 import re
+from dataclasses import dataclass
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-# Wan's own names, as ComfyUI has them, and diffusers' names for the same layers
-DIFFUSERS_PARTS = (("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"), ("to_q", "q"), ("to_k", "k"),
-                   ("to_v", "v"), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"))  # fmt: skip
+# diffusers' names and Wan's own, which ComfyUI has, of the same layers
+DIFFUSERS_PARTS = {
+    "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+    "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
+    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3", "norm3": "norm2", "proj_out": "head.head",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+}  # fmt: skip
+DIFFUSERS_PART = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, DIFFUSERS_PARTS))})(?![^.])")
 WAN_LAYER = re.compile(r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])")
+# ending of a key in a LoRA file -> field of Addition
+ENDINGS = {
+    "lora_down.weight": "down", "lora_A.weight": "down", "lora_up.weight": "up", "lora_B.weight": "up", "alpha": "alpha",
+    "diff": "diff", "diff_b": "diff",
+}  # fmt: skip
+FILE_KEY = re.compile(rf"(?:diffusion_model\.|transformer\.)?(.+)\.({'|'.join(map(re.escape, ENDINGS))})")
 
 
 def wan_name(name):
-    """A module's name as Wan and ComfyUI spell it: "blocks.0.attn1.to_q" -> "blocks.0.self_attn.q"."""
-    for theirs, ours in DIFFUSERS_PARTS:
-        name = name.replace(theirs, ours)
-    return name
+    """A module's name in diffusers as Wan and ComfyUI spell it: "blocks.0.attn1.to_q" -> "blocks.0.self_attn.q".
+
+    Wan's own names stay, but for a block's norms, which the two number differently.
+    """
+    return DIFFUSERS_PART.sub(lambda part: DIFFUSERS_PARTS[part[0]], name)
 
 
 def add_lora(model, rank, alpha, targets, seed=0):
@@ -82,3 +105,103 @@ def replace_file(path, write):
     draft = f"{path}.part"
     write(draft)
     os.replace(draft, path)
+
+
+@dataclass
+class Addition:
+    """What a LoRA adds to one weight: alpha / rank * up @ down, up @ down without an alpha, and diff.
+
+    down: (rank, in). up: (out, rank). alpha: one number. diff: as the weight. None: the file has none.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    alpha: Tensor | None = None
+    diff: Tensor | None = None
+
+    def added_to(self, weight):
+        """``weight`` with it, a new tensor of its dtype; summed in float32."""
+        total = weight.float()
+        if self.down is not None:
+            scale = 1.0 if self.alpha is None else float(self.alpha) / len(self.down)
+            total = total + scale * (self.up.to(total) @ self.down.to(total))
+        if self.diff is not None:
+            total = total + self.diff.to(total)
+        return total.to(weight.dtype)
+
+
+def plain_weights(model):
+    """{name: parameter} of a model as it is named without PEFT's adapters, which are left out."""
+    return {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if ".lora_" not in n}
+
+
+def read_lora(path, weights):
+    """What a LoRA file adds to a Wan model: {weight's name: Addition}, the tensors on the weights' device.
+
+    Layers are named as Wan, ComfyUI or diffusers do, after "diffusion_model.", "transformer." or nothing. Beside the factors
+    (lora_down and lora_up, or lora_A and lora_B) and alpha, distilled LoRAs hold what they add to a weight itself, ".diff", and
+    to a bias, ".diff_b".
+
+    Args:
+        path: a safetensors file. weights: of plain_weights().
+
+    Raises:
+        ValueError: one sentence with the file and the key that is unknown, or for a layer or shape that the model has not.
+    """
+    read = {}
+    for key, tensor in _tensors_of(path).items():
+        found = FILE_KEY.fullmatch(key)
+        if not found:
+            raise ValueError(f"LoRA {path} cannot be merged: {key} ends in none of {', '.join(ENDINGS)}.")
+        read[key] = found[1], found[2], tensor
+    own = {in_wan: name for name, in_wan in _in_wan(weights).items()}
+    layers = _in_wan({layer for layer, _, _ in read.values()})
+    additions, keys = {}, {}
+    for key, (layer, ending, tensor) in read.items():
+        name = own.get(f"{layers[layer]}.{'bias' if ending == 'diff_b' else 'weight'}")
+        kind, told = ENDINGS[ending], f"LoRA {path} is not this model's: {key}"
+        if name is None:
+            raise ValueError(f"{told} is for a layer that it has not.")
+        if not _fits(kind, tensor, weights[name]):
+            raise ValueError(f"{told} has shape {tuple(tensor.shape)}, for a weight of {tuple(weights[name].shape)}.")
+        addition = additions.setdefault(name, Addition())
+        if getattr(addition, kind) is not None:
+            raise ValueError(f"LoRA {path} cannot be merged: {key} is there twice, by another name.")
+        setattr(addition, kind, tensor.to(weights[name].device) if kind != "alpha" else tensor)
+        keys[name] = key
+    for name, addition in additions.items():
+        if not _whole(addition):
+            raise ValueError(f"LoRA {path} cannot be merged: {keys[name]} has no other factor of its rank beside it.")
+    return additions
+
+
+def _tensors_of(path):
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"LoRA {path} cannot be read: {error}.") from error
+    if not tensors:
+        raise ValueError(f"LoRA {path} holds no tensors.")
+    return tensors
+
+
+def _in_wan(names):
+    """{name: as Wan spells it} of names that are all diffusers' or all Wan's."""
+    theirs = any(wan_name(name) != name for name in names if "norm" not in name)
+    return {name: wan_name(name) if theirs else name for name in names}
+
+
+def _fits(kind, tensor, weight):
+    if kind == "alpha":
+        return tensor.numel() == 1
+    if kind == "diff":
+        return tensor.shape == weight.shape
+    side = int(kind == "down")
+    return tensor.dim() == weight.dim() == 2 and tensor.shape[side] == weight.shape[side]
+
+
+def _whole(addition):
+    down, up = addition.down, addition.up
+    if down is None or up is None:
+        return down is None and up is None and addition.alpha is None
+    return down.shape[0] == up.shape[1] > 0

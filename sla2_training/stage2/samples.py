@@ -17,6 +17,7 @@ from ..draws import noise_like
 from .config import load_config
 from .data import VideoLatents
 from .lora import replace_file
+from .ways import schedule
 
 
 @torch.no_grad()
@@ -27,8 +28,7 @@ def own_samples(student, context, empty, shape, *, steps=30, guidance=5.0, shift
         student: Student. context: (K, L, D). empty: (1, L, D). shape: (C, T, h, w) of the latents.
     """
     device = next(student.parameters()).device
-    u = torch.linspace(1, 0, steps + 1)
-    levels = (shift * u / (1 + (shift - 1) * u)).tolist()
+    levels = schedule(steps, shift).tolist()
     made = []
     for number, row in enumerate(context):
         x = noise_like(torch.empty(1, *shape, device=device), [seed + number])

@@ -1,7 +1,7 @@
 """The training loop of stage 2, on one device or on many through Hugging Face accelerate.
 
-A step is decided by its number and the seed alone: which videos, which noise, which levels. Processes share it out, so one
-process and many compute the same loss, and a resumed run goes on as if it had never stopped.
+A step is decided by its number and the seed alone: which way to sample it trains, which videos, which noise, which levels.
+Processes share it out, so one process and many compute the same loss, and a resumed run goes on as if it had never stopped.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from . import checkpoint
 from .lora import save_lora
 from .report import Report, Validation
 from .student import LORA, RATIOS, freeze_all_but
+from .ways import Turns
 
 FULL = {"full_state_dict": True, "cpu_offload": True}
 
@@ -55,6 +56,9 @@ class Stage2Trainer:
         config: Stage2Config. student: Student, on any device. data, validation: VideoLatents; validation may be None.
         model_name: how messages and checkpoints call the model. accelerator: accelerate.Accelerator, None makes one.
         say: called with each line of progress.
+
+    Raises:
+        ValueError: guidance without an empty caption, or a few-step LoRA that is not this model's.
     """
 
     def __init__(self, config, student, data, *, validation=None, model_name, accelerator=None, say=print):
@@ -67,6 +71,11 @@ class Stage2Trainer:
             student.to(self.device)
         self.student = student
         freeze_all_but(student)
+        if config.guidance != 1 and data.empty is None:
+            raise ValueError(
+                f'guidance is {config.guidance:g}, and the training data has no "empty_context" to guide away from.'
+            )
+        self.turns = Turns(config, student.model)
         self.facts = {
             "model": {"name": model_name, **_facts_of(student)},
             "adapter": {"rank": config.lora_rank, "sparsity": config.sparsity, "targets": list(config.lora_targets)},
@@ -82,7 +91,7 @@ class Stage2Trainer:
         self.parameters = [p for _, p in named]
         parts = ([p for n, p in named if kind in n] for kind in (LORA, RATIOS))
         self.optimisers = optimisers(config.optimiser, *parts, config.learning_rate, config.ratio_learning_rate)
-        self.report = Report(config.loss, config.sparsity)
+        self.report = Report(config.loss, config.sparsity, len(self.turns.ways))
         self.output = Path(config.output)
         self.step = 0
 
@@ -100,6 +109,17 @@ class Stage2Trainer:
                 self._load(path)
         self.wrapped.train()
         self._say(f"{self.accelerator.num_processes} process(es), {'sharded' if self.sharded else 'whole'} weights")
+        try:
+            self._steps()
+        finally:
+            self.turns.end()
+        self._guarded(self._final_loss)
+        self.validate()
+        self._save()
+        self.export()
+        return self.report
+
+    def _steps(self):
         first = self.step
         while self.step < self.config.steps:
             if (self.step - first) % self.config.validate_every == 0:
@@ -112,12 +132,12 @@ class Stage2Trainer:
             self.report.losses[self.step] = loss
             self.step += 1
             if self.step % 10 == 0 or self.step == self.config.steps:
-                self._say(f"step {self.step} of {self.config.steps}: {self.config.loss} loss {loss:.5f}")
-        self._guarded(self._final_loss)
-        self.validate()
-        self._save()
-        self.export()
-        return self.report
+                self._say(f"step {self.step} of {self.config.steps}: {self._newest_losses()}")
+
+    def _newest_losses(self):
+        steps = range(max(0, self.step - len(self.turns.ways)), self.step)
+        pairs = ((self.turns.of(step).name, self.report.losses.get(step)) for step in steps)
+        return ", ".join(f"{name} loss {loss:.5f}" for name, loss in pairs if loss is not None)
 
     def export(self):
         """Writes lora.safetensors (for ComfyUI's LoRA loaders), router.safetensors and log.json into the output folder."""
@@ -146,8 +166,8 @@ class Stage2Trainer:
                 self.student.start_ratios(*batch[:3])
 
     def _batch(self, draw, part, data):
-        """(noisy, t, context, velocity) of some positions of a draw."""
-        indices, levels, dropped, seeds = (x[part] for x in draw)
+        """(noisy, t, context, velocity) of some positions of a draw, as the way that trains has them."""
+        indices, levels, dropped, seeds = self.turns.now.rows(*(x[part] for x in draw))
         clean, context = data.batch(indices, dropped, self.device)
         noise, t = noise_like(clean, seeds), levels.to(self.device)
         noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))
@@ -155,16 +175,17 @@ class Stage2Trainer:
 
     def _loss(self, noisy, t, context, velocity):
         wanted = self._wanted(noisy, t, context, velocity)
-        return (self._velocity(noisy, t, context) - wanted).square().mean()
+        return self.turns.now.error(self._velocity(noisy, t, context) - wanted).square().mean()
 
     @torch.no_grad()
     def _wanted(self, noisy, t, context, velocity):
-        """What the model is trained towards: the video's velocity, or that of the model run dense."""
-        if self.config.loss == "flow":
+        """What the model is trained towards: the video's velocity, or that of the model of the same weights run dense."""
+        loss = self.config.loss if self.turns.now.by_loss else "distill"
+        if loss == "flow":
             return velocity
-        if self.config.loss == "distill":
+        if loss == "distill":
             return self._velocity(noisy, t, context, dense=True)
-        follows = t >= DENSE_FROM[self.config.loss]
+        follows = t >= DENSE_FROM[loss]
         # processes must call the model equally often
         rows = follows if self.accelerator.num_processes == 1 else torch.ones_like(follows)
         dense = velocity.clone()
@@ -183,6 +204,7 @@ class Stage2Trainer:
 
     def _forward_backward(self):
         """The step's loss over all processes; its gradients stay in the parameters."""
+        self.turns.take(self.turns.of(self.step))
         draw, parts, total = drawn(self.config, self.step, len(self.data)), self._parts(), 0.0
         for number, part in enumerate(parts):
             batch = self._batch(draw, part, self.data)
@@ -237,9 +259,13 @@ class Stage2Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """Adds both losses on the validation videos, at even noise levels, to the report; processes share the work out."""
+        """Adds both losses on the validation videos, at even noise levels, to the report; processes share the work out.
+
+        Of the model with no few-step LoRA, whichever way was trained last.
+        """
         if self.validation is None:
             return
+        self.turns.end()
         self.wrapped.eval()
         levels, count = self.config.validation_levels, len(self.validation)
         pairs = [(video, level) for video in range(count) for level in range(levels)]

@@ -13,50 +13,14 @@ pytest.importorskip("diffusers.models")  # tests/diffusers alone would pass for 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from diffusers import WanTransformer3DModel
 from process_scripts import run_script
+from tiny_stage2 import CONFIG, HEAD_DIM, HEADS, LAYERS, tiny_model, trainer, videos
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
-from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, load_config, load_latents, samples
+from sla2_training.stage2 import Student, load_config, load_latents, samples
 from sla2_training.stage2.checkpoint import checkpoints
 from sla2_training.stage2.wan import run, wan_student
-
-LAYERS, HEADS, HEAD_DIM = 2, 2, 32
-CONFIG = Stage2Config(
-    model="tiny", output="", data="", sparsity=0.6, precision="16bit", steps=4, batch=2, lora_rank=4, lora_alpha=8.0,
-    warmup=1, mixed_precision="no", gradient_checkpointing=False, checkpoint_every=2, validate_every=4,
-    validation_levels=2, learning_rate=2e-3, ratio_learning_rate=0.05,
-)  # fmt: skip
-
-
-def tiny_model(layers=LAYERS, seed=0):
-    """Random, with self-attention that is sharp and weighs something."""
-    torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=layers
-    )
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn1.norm_q.weight.fill_(2.0)
-            block.attn1.norm_k.weight.fill_(2.0)
-            block.attn1.to_out[0].weight.mul_(4)
-            block.scale_shift_table[:, 2] += 1
-    return model
-
-
-def videos(count=4, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(count, 16, 3, 12, 16, generator=generator)  # 144 tokens: 2 query blocks, 3 key blocks
-    context = torch.randn(count, 6, 32, generator=generator)
-    return VideoLatents(latents, context, torch.arange(count), torch.zeros(1, 6, 32))
-
-
-def trainer(tmp_path, config=CONFIG, *, model=None, data=None, name="tiny", **options):
-    config = replace(config, output=str(tmp_path))
-    student = wan_student(tiny_model() if model is None else model, config)
-    options.setdefault("say", lambda text: None)
-    return Stage2Trainer(config, student, videos() if data is None else data, model_name=name, **options)
 
 
 def merged(model, lora):
@@ -243,6 +207,14 @@ def test_the_ratio_of_other_sparsities_stays(tmp_path):
         ({"loss": "l1"}, "loss must be one of distill, flow, mixed"),
         ({"optimiser": "muon", "fsdp": True}, 'optimiser is "muon": Muon needs whole matrices'),
         ({"lora_targets": ["head"]}, "lora_targets must be some of"),
+        ({"guidance": 0.5}, "guidance must be at least 1, which is none, got 0.5"),
+        ({"guidance": float("nan")}, "guidance must be at least 1"),
+        ({"sampling_steps": 0}, "sampling_steps must be at least 1, got 0"),
+        ({"sampling_shift": 0}, "sampling_shift must be above 0, got 0"),
+        ({"few_step_loras": ["a"]}, "few_step_loras must be like {}"),
+        ({"few_step_loras": {"eight": "a"}}, 'few_step_loras must name a file .*got {"eight": "a"}'),
+        ({"few_step_loras": {"8": None}}, 'few_step_loras must name a file .*got {"8": null}'),
+        ({"few_step_loras": {"8": "a"}, "fsdp": True}, "few_step_loras cannot be merged into weights that fsdp splits"),
     ],
 )
 def test_a_bad_configuration_is_told_in_one_sentence(tmp_path, change, told):
@@ -319,21 +291,27 @@ def together(tmp_path_factory):
     values |= {"gradient_checkpointing": False, "steps": 3, "batch": 4, "checkpoint_every": 2, "warmup": 1}
     values |= {"learning_rate": 1e-3, "model": str(folder / "model"), "data": file, "validation_data": file}
 
-    def arguments(name, fsdp, *resume):
+    lora, query = str(folder / "few.safetensors"), "diffusion_model.blocks.0.self_attn.q"
+    factors = {"lora_down": torch.randn(2, 64), "lora_up": torch.randn(64, 2)}
+    safetensors.torch.save_file({f"{query}.{name}.weight": factor for name, factor in factors.items()}, lora)
+
+    def arguments(name, fsdp, *resume, **more):
         config = folder / f"{name}.json"
-        config.write_text(json.dumps({**values, "output": str(folder / name), "fsdp": fsdp}))
+        config.write_text(json.dumps({**values, "output": str(folder / name), "fsdp": fsdp, **more}))
         return ["--config", str(config), *resume]
+
+    turns = {"guidance": 4.0, "few_step_loras": {"8": lora}}
 
     resume = ("--resume", str(folder / "alone" / "step-000002"))
     runs = [
-        (1, [arguments("alone", False)]),
-        (2, [arguments("two", False), arguments("two split", True)]),
+        (1, [arguments("alone", False), arguments("alone in turns", False, **turns)]),
+        (2, [arguments("two", False), arguments("two split", True), arguments("two in turns", False, **turns)]),
         (4, [arguments("four split", True), arguments("gone on in four", True, *resume)]),
     ]
     script = Path(__file__).with_name("stage2_processes.py")
     printed = run_script(script, json.dumps(runs), ACCELERATE_USE_CPU="true")
-    assert printed.count("| dense |") == 5
-    weights = [("1", "whole"), ("2", "whole"), ("2", "sharded"), ("4", "sharded"), ("4", "sharded")]
+    assert printed.count("| dense |") == 7
+    weights = [("1", "whole")] * 2 + [("2", "whole"), ("2", "sharded"), ("2", "whole")] + [("4", "sharded")] * 2
     assert re.findall(r"(\d+) process\(es\), (\w+) weights", printed) == weights
     return folder
 
@@ -351,12 +329,15 @@ def assert_same_weights(folder, a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two", "two split", "four split"])
-def test_several_processes_have_the_losses_of_one(together, name):
-    expected, end = losses(together, "alone")
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("two", "alone"), ("two split", "alone"), ("four split", "alone"), ("two in turns", "alone in turns")],
+)
+def test_several_processes_have_the_losses_of_one(together, name, alone):
+    expected, end = losses(together, alone)
     shared, shared_end = losses(together, name)
     assert shared == pytest.approx(expected, rel=1e-4) and shared_end == pytest.approx(end, rel=1e-4)
-    assert_same_weights(together, "alone", name)
+    assert_same_weights(together, alone, name)
 
 
 @pytest.mark.slow

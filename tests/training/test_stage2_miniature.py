@@ -3,9 +3,11 @@
 import argparse
 import functools
 import json
+import re
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +34,10 @@ def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatc
     monkeypatch.setattr(Miniature, "tiny", lambda device: tiny)
     clips = functools.cache(lambda count, split: videos(tiny, count, split))
     monkeypatch.setattr(stage2_miniature, "videos", lambda miniature, count, split: clips(count, split))
-    words = [*TINY, "--steps", "2", "--optimiser", "muon", "--trained", "int8", "--evaluated", "int8", "16bit"]
+    few = tmp_path / "few.safetensors"
+    safetensors.torch.save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(tiny.model.config.dim)}, few)
+    words = [*TINY, "--steps", "3", "--optimiser", "muon", "--trained", "int8", "--evaluated", "int8", "16bit"]
+    words += ["--guided", "5", "--few-lora", f"8={few}"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stage2_miniature.main([*words, "--out", str(whole)])
     assert [(row["run"], row["trained"], row["evaluated"]) for row in rows_in(whole)] == [
@@ -40,7 +45,9 @@ def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatc
         (AFTER, "int8", "int8"), (AFTER, "int8", "16bit"),
     ]  # fmt: skip
     assert load_router(whole / "60-int8-none" / "router.safetensors").ratio(0, 0.6) is not None
-    assert (whole / "table.md").read_text() in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (whole / "table.md").read_text() in told
+    assert re.search(r"step 3 of 3: distill loss [\d.]+, guidance 5 loss [\d.]+, 8 steps loss", told)
 
     step = TimedTrainer._forward_backward
 
@@ -59,8 +66,24 @@ def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatc
         assert ours["flow"] == pytest.approx(theirs["flow"]) and ours["distance"] == pytest.approx(
             theirs["distance"], rel=1e-4
         )
-    with pytest.raises(ValueError, match="has rows with steps 2"):
-        stage2_miniature.main([*words, "--out", str(cut), "--steps", "3"])
+    with pytest.raises(ValueError, match="has rows with steps 3"):
+        stage2_miniature.main([*words, "--out", str(cut), "--steps", "2"])
+    with pytest.raises(ValueError, match="has rows with guided 5.0, and this run has 4.0"):
+        stage2_miniature.main([*words, "--out", str(cut), "--guided", "4"])
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["8"], "'8' is not STEPS=FILE"),
+        (["=a"], "is not STEPS=FILE"),
+        (["8=a", "8=b"], "two files for the same number"),
+    ],
+)
+def test_few_step_loras_that_are_not_one_for_each_number_of_steps(capsys, files, told):
+    with pytest.raises(SystemExit):
+        stage2_miniature.parse(["--out", "folder", "--few-lora", *files])
+    assert told in capsys.readouterr().err
 
 
 def test_a_run_begins_with_the_lora_of_another(tmp_path):
@@ -75,9 +98,14 @@ def test_a_run_begins_with_the_lora_of_another(tmp_path):
     for name in found:
         if "lora_" in name:
             torch.testing.assert_close(found[name], wanted[name], rtol=2**-8, atol=0)
-    other = add_lora(Miniature.tiny("cpu").model, 8, 8.0, ("self_attn", "ffn"))
+    larger, smaller = (add_lora(Miniature.tiny("cpu").model, rank, rank, ("self_attn", "ffn")) for rank in (8, 2))
+    stage2_miniature.put_lora(larger, tmp_path / "lora.safetensors")
+    for module, theirs in zip(larger.modules(), made.modules(), strict=True):
+        if hasattr(module, "get_delta_weight"):
+            delta, wanted = (layer.get_delta_weight("default") for layer in (module, theirs))
+            torch.testing.assert_close(delta, wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
     with pytest.raises(ValueError, match="give the --lora-rank of that run"):
-        stage2_miniature.put_lora(other, tmp_path / "lora.safetensors")
+        stage2_miniature.put_lora(smaller, tmp_path / "lora.safetensors")
 
 
 def test_all_matrices_at_once_take_the_steps_of_torchs_muon():
