@@ -1,5 +1,6 @@
 """LoRA by PEFT on a Wan model of either naming, the file that ComfyUI's LoRA loaders take, and files by others, merged."""
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 # diffusers' names and Wan's own, which ComfyUI has, of the same layers
 DIFFUSERS_PARTS = {
     "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
     "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
     "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3", "norm3": "norm2", "proj_out": "head.head",
+    "scale_shift_table": "modulation",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -29,8 +33,12 @@ WAN_LAYER = re.compile(r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])
 # ending of a key in a LoRA file -> field of Addition
 ENDINGS = {
     "lora_down.weight": "down", "lora_A.weight": "down", "lora_up.weight": "up", "lora_B.weight": "up", "alpha": "alpha",
-    "diff": "diff", "diff_b": "diff",
+    "diff": "diff", "diff_b": "diff", "diff_m": "diff",
 }  # fmt: skip
+# where what an ending adds goes, but for the layer's weight
+PARAMETERS = {"diff_b": "bias", "diff_m": "modulation"}
+# of Wan 2.1's models from images: distilled LoRAs for Wan 2.2 still have them, whose models do not
+IMAGE_LAYER = re.compile(r"(?:^|.*\.)(?:k_img|v_img|norm_k_img|img_emb)(?:\..*|$)")
 FILE_KEY = re.compile(rf"(?:diffusion_model\.|transformer\.)?(.+)\.({'|'.join(map(re.escape, ENDINGS))})")
 
 
@@ -39,7 +47,8 @@ def wan_name(name):
 
     Wan's own names stay, but for a block's norms, which the two number differently.
     """
-    return DIFFUSERS_PART.sub(lambda part: DIFFUSERS_PARTS[part[0]], name)
+    found = DIFFUSERS_PART.sub(lambda part: DIFFUSERS_PARTS[part[0]], name)
+    return "head.modulation" if found == "modulation" else found
 
 
 def add_lora(model, rank, alpha, targets, seed=0):
@@ -139,8 +148,9 @@ def read_lora(path, weights):
     """What a LoRA file adds to a Wan model: {weight's name: Addition}, the tensors on the weights' device.
 
     Layers are named as Wan, ComfyUI or diffusers do, after "diffusion_model.", "transformer." or nothing. Beside the factors
-    (lora_down and lora_up, or lora_A and lora_B) and alpha, distilled LoRAs hold what they add to a weight itself, ".diff", and
-    to a bias, ".diff_b".
+    (lora_down and lora_up, or lora_A and lora_B) and alpha, distilled LoRAs hold what they add to a weight itself, ".diff", to
+    a bias, ".diff_b", and to a modulation, ".diff_m". Tensors for layers that only models from images have are left out, with a
+    warning, where this model has no such layer.
 
     Args:
         path: a safetensors file. weights: of plain_weights().
@@ -156,9 +166,15 @@ def read_lora(path, weights):
         read[key] = found[1], found[2], tensor
     own = {in_wan: name for name, in_wan in _in_wan(weights).items()}
     layers = _in_wan({layer for layer, _, _ in read.values()})
-    additions, keys = {}, {}
+    additions, keys, left_out = {}, {}, []
+    from_images = any(map(IMAGE_LAYER.fullmatch, own))
     for key, (layer, ending, tensor) in read.items():
-        name = own.get(f"{layers[layer]}.{'bias' if ending == 'diff_b' else 'weight'}")
+        if not from_images and IMAGE_LAYER.fullmatch(layers[layer]):
+            left_out.append(key)
+            continue
+        name = own.get(f"{layers[layer]}.{PARAMETERS.get(ending, 'weight')}")
+        if name is None and ending == "diff":
+            name = own.get(layers[layer])  # a parameter of its own, such as a modulation
         kind, told = ENDINGS[ending], f"LoRA {path} is not this model's: {key}"
         if name is None:
             raise ValueError(f"{told} is for a layer that it has not.")
@@ -172,6 +188,11 @@ def read_lora(path, weights):
     for name, addition in additions.items():
         if not _whole(addition):
             raise ValueError(f"LoRA {path} cannot be merged: {keys[name]} has no other factor of its rank beside it.")
+    if left_out:
+        logger.warning(
+            "LoRA %s: %d tensors are for image layers that this model has not, such as %s, and are left out.",
+            path, len(left_out), left_out[0],
+        )  # fmt: skip
     return additions
 
 

@@ -222,7 +222,7 @@ def image_model():
 
 
 def test_names_of_layers_are_those_that_diffusers_converts():
-    named = [name for name, _ in image_model().named_parameters() if "scale_shift_table" not in name]
+    named = [name for name, _ in image_model().named_parameters()]
     in_wan = {wan_name(name): name for name in named}
     assert len(in_wan) == len(named) and "blocks.0.norm3.weight" in in_wan and "head.head.bias" in in_wan
     converted = convert_wan_transformer_to_diffusers({name: name for name in in_wan})
@@ -287,6 +287,44 @@ def test_a_weight_may_have_factors_and_a_difference():
     assert merged.dtype == torch.bfloat16 and torch.equal(merged.float(), 2 * ones) and not weight.any()
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("block", "head"),
+    [
+        ("diffusion_model.blocks.0.diff_m", "diffusion_model.head.diff_m"),
+        ("blocks.0.modulation.diff", "head.modulation.diff"),
+    ],
+)
+def test_modulations_are_merged_as_lightx2v_and_comfyui_name_them(tmp_path, model, block, head):
+    own = plain_weights(MODELS[model]())
+    names = ["blocks.0.modulation", "head.modulation"]
+    if model == "diffusers":
+        names = ["blocks.0.scale_shift_table", "scale_shift_table"]
+    tensors = {key: torch.randn(own[name].shape) for key, name in zip((block, head), names, strict=True)}
+    safetensors.torch.save_file(tensors, tmp_path / "few.safetensors")
+    found = read_lora(tmp_path / "few.safetensors", own)
+    assert list(found) == names
+    for name, added in zip(names, tensors.values(), strict=True):
+        torch.testing.assert_close(found[name].added_to(own[name].detach()), own[name].detach() + added)
+
+
+def test_image_layers_that_the_model_has_not_are_left_out_and_told(tmp_path, caplog):
+    path = tmp_path / "few.safetensors"
+    image = {
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(2, 128),
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_up.weight": torch.ones(128, 2),
+        "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": torch.ones(128),
+        "diffusion_model.img_emb.proj.1.diff_b": torch.ones(16),
+    }
+    safetensors.torch.save_file({**PAIR, **image}, path)
+    assert list(read_lora(path, plain_weights(wan_model()))) == ["blocks.0.self_attn.q.weight"]
+    assert "4 tensors are for image layers" in caplog.text and str(path) in caplog.text
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"k_img.lora_down.weight has shape \(2, 128\)"):
+        read_lora(path, plain_weights(image_model()))
+    assert not caplog.text
+
+
 QUERY = "diffusion_model.blocks.0.self_attn.q"
 PAIR = {f"{QUERY}.lora_down.weight": torch.ones(2, 128), f"{QUERY}.lora_up.weight": torch.ones(128, 2)}
 
@@ -296,12 +334,13 @@ PAIR = {f"{QUERY}.lora_down.weight": torch.ones(2, 128), f"{QUERY}.lora_up.weigh
     [
         ({}, "", "holds no tensors"),
         ({**PAIR, f"{QUERY}.dora_scale": torch.ones(128)}, f"{QUERY}.dora_scale", "ends in none of lora_down.weight"),
-        ({"diffusion_model.blocks.0.diff_m": torch.ones(1)}, "diffusion_model.blocks.0.diff_m", "ends in none of"),
+        ({"diffusion_model.blocks.0.diff_m": torch.ones(1)}, "blocks.0.diff_m", r"has shape \(1,\), for a weight of"),
+        ({"blocks.0.self_attn.q.diff_m": torch.ones(1)}, "self_attn.q.diff_m", "is for a layer that it has not"),
         ({f"{QUERY}.lora_B.bias": torch.ones(128)}, f"{QUERY}.lora_B.bias", "ends in none of"),
         ({"blocks.7.norm3.diff": torch.ones(128)}, "blocks.7.norm3.diff", "is for a layer that it has not"),
         ({"blocks.0.norm2.diff": torch.ones(128)}, "blocks.0.norm2.diff", "is for a layer that it has not"),
         ({"blocks.0.self_attn.norm_q.diff_b": torch.ones(128)}, "norm_q.diff_b", "is for a layer that it has not"),
-        ({"blocks.0.modulation.diff": torch.ones(1, 6, 128)}, "blocks.0.modulation.diff", "a layer that it has not"),
+        ({"blocks.7.modulation.diff": torch.ones(1, 6, 128)}, "blocks.7.modulation.diff", "a layer that it has not"),
         ({"lora_unet_blocks_0_q.alpha": torch.ones(1)}, "lora_unet_blocks_0_q.alpha", "a layer that it has not"),
         ({f"{QUERY}.diff": torch.ones(128)}, f"{QUERY}.diff", r"has shape \(128,\), for a weight of \(128, 128\)"),
         ({**PAIR, f"{QUERY}.lora_down.weight": torch.ones(2, 64)}, "lora_down.weight", r"has shape \(2, 64\)"),
