@@ -19,10 +19,12 @@ BITS = re.compile(r"\d+")  # of bf16, f8E4M3FN, i64: the first number
 
 def reused_barriers(kernel):
     """((begin, end), ...) of barriers in shared memory, in bytes, whose place something else has too. kernel: as Triton compiled it."""
-    if "mbarrier.init" not in kernel.asm["ptx"]:
+    ttgir = kernel.asm["ttgir"]
+    # where the hardware is told of each end, as in what Triton makes of tl.dot for sm_100, the allocator has the same ends
+    if ttgir.count("ttng.init_barrier") <= ttgir.count("ttng.inval_barrier"):
         return ()
     barriers, others = [], []
-    for line in _allocated(kernel.asm["ttgir"]).splitlines():
+    for line in _allocated(ttgir).splitlines():
         begin, size, memory = OFFSET.search(line), SIZE.search(line), MEMORY.search(line)
         if not begin or "tt.func" in line:  # the kernel's own line has the end of all
             continue
