@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from miniature.captions import split_captions
@@ -148,7 +149,7 @@ class Run:
     """The model in so many steps with these LoRAs merged, and what was made of it: dense videos and recorded calls."""
 
     def __init__(self, miniature, captions, recorded, per_video, seed=3 * SEED, kept=None):
-        """kept: path of a file with dense videos, which is read where it exists and written with more."""
+        """kept: None, or called with a number: the path of a file that has that dense video, or gets it."""
         self.miniature, self.captions, self.recorded = miniature, captions, recorded
         self.per_video, self.seed, self.kept = per_video, seed, kept
         self.videos, self.calls = {}, []
@@ -168,21 +169,32 @@ class Run:
 
     def dense(self, numbers, decode=True):
         """Samples these captions densely, where that was not done yet; records calls of the first ``recorded``."""
-        if decode and self.kept and self.kept.exists() and not self.videos:
-            found = load_file(self.kept, device=str(self.miniature.device))
-            self.videos = {int(number): video for number, video in found.items()}
-        before = len(self.videos)
         for number in numbers:
             if number in (self.videos if decode else self.done):
+                continue
+            if decode and (video := self._kept_video(number)) is not None:
+                self.videos[number] = video
                 continue
             latents = self._record(number) if number < self.recorded else self.sample(number, names.dense)
             self.done.add(number)
             if decode:
-                self.videos[number] = self.decode(latents).half()
-        if self.kept and len(self.videos) > before:
-            self.kept.parent.mkdir(parents=True, exist_ok=True)
-            videos = {str(number): video.contiguous() for number, video in self.videos.items()}
-            replace_file(self.kept, lambda draft: save_file(videos, draft))
+                self.videos[number] = video = self.decode(latents).half().contiguous()
+                if self.kept:
+                    replace_file(self.kept(number), functools.partial(save_file, {"video": video}))
+
+    def _kept_video(self, number):
+        """None where no file has it; a damaged file is told and will be written again."""
+        path = self.kept and self.kept(number)
+        if not path or not path.exists():
+            return None
+        try:
+            video = load_file(path, device=str(self.miniature.device))["video"]
+            if video.shape != (3, *self.miniature.size):
+                raise ValueError(f"its shape is {tuple(video.shape)}")
+        except (SafetensorError, KeyError, ValueError) as error:
+            print(f"{path} is no dense video ({error}): it is sampled again", flush=True)
+            return None
+        return video
 
     def _record(self, number):
         model = self.miniature.model
@@ -278,19 +290,20 @@ class Bench:
         paths = (*((few,) if few else ()), *loras)
         model = with_loras(self.start.model, paths) if paths else self.start.model
         miniature = replace(self.start, model=model, steps=steps, cfg=cfg)
-        return Run(
-            miniature, self.captions, self.args.recorded, self.args.calls_per_video, kept=self._kept(steps, loras)
-        )
+        kept = functools.partial(self._kept, miniature) if self.args.dense_videos and not loras else None
+        return Run(miniature, self.captions, self.args.recorded, self.args.calls_per_video, kept=kept)
 
-    def _kept(self, steps, loras):
-        """Where the dense videos of a run are: a file's name tells the weights, settings and captions that they are of."""
-        if loras or not self.args.dense_videos:
-            return None
-        files = {
-            name: digest for name, digest in files_of(self.args).items() if name in (*KINDS, f"--few-lora {steps}")
-        }
-        facts = repr((files, settings_of(self.args), steps, [str(caption) for caption in self.captions]))
-        return self.args.dense_videos / f"{steps}_steps_{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+    def _kept(self, miniature, number):
+        """Path of a dense video: its name tells weights, sampling, size, caption, noise and card."""
+        weights = (*KINDS, f"--few-lora {miniature.steps}")
+        files = {name: digest for name, digest in files_of(self.args).items() if name in weights}
+        sampling = miniature.steps, miniature.cfg, miniature.shift, miniature.size
+        card = environment(self.args.device)
+        facts = repr((files, sampling, str(self.captions[number]), number, card["card"], card["torch"]))
+        return (
+            self.args.dense_videos
+            / f"{miniature.steps}_steps_{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+        )
 
     @functools.cache  # noqa: B019
     def train_captures(self):
@@ -467,7 +480,7 @@ def parse(argv=None):
     parser.add_argument(
         "--dense-videos",
         type=Path,
-        help="folder that keeps dense videos, so that the next run need not sample them (0.2 GB each)",
+        help="folder that keeps dense videos, 0.2 GB each: the next run of the same model does not sample them",
     )
     parser.add_argument("--minutes", type=float, help="no row is begun after so many")
     parser.add_argument("--sparsities", type=lambda text: [float(s) for s in text.split(",")], default=[0.97, 0.99, 0.9, 0.95],
@@ -506,6 +519,11 @@ def parse(argv=None):
     if args.sampling_steps in args.few_lora:
         parser.error(f"--few-lora {args.sampling_steps}: the full run has as many steps, so its rows would be the same")
     args.recorded = min(args.recorded, args.prompts)
+    if args.dense_videos:
+        try:
+            args.dense_videos.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--dense-videos {args.dense_videos} is no folder: {error.strerror}")
     if args.out is None:
         args.out = results.RESULTS / f"real-length-{results.card_file(environment(args.device)['card']).name}"
     return args

@@ -50,7 +50,7 @@ from sla2_training.draws import noise_like
 from sla2_training.losses import LOSSES
 from sla2_training.optimisers import OPTIMISERS
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
-from sla2_training.stage2.lora import place_in_file
+from sla2_training.stage2.lora import check_lora_file, place_in_file
 
 from . import quality_variants as names
 from . import results
@@ -279,14 +279,13 @@ class Study:
         args, model = self.args, copy.deepcopy(self.miniature.model).requires_grad_(False)
         copied = (
             "loss", "steps", "batch", "micro_batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift",
-            "drop_caption", "sampling_steps", "sampling_shift",
+            "drop_caption",
         )  # fmt: skip
         config = Stage2Config(
             output=str(args.out / job.folder), sparsity=job.sparsity, precision=precision_of(job.trained),
             lora_alpha=args.lora_rank, warmup=min(20, args.steps), checkpoint_every=200, validate_every=10**9,
             mixed_precision="bf16" if self.device.type == "cuda" else "no", gradient_checkpointing=False,
-            guidance=args.guided or 1.0, few_step_loras=dict(args.few_lora),
-            **{name: getattr(args, name) for name in copied},
+            **of_sampling(args), **{name: getattr(args, name) for name in copied},
         )  # fmt: skip
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
         if args.compile:
@@ -366,9 +365,15 @@ def compiled_block():
 def put_lora(model, path):
     """Gives the adapters of ``model`` the values of a file that save_lora() wrote; ValueError where they are others.
 
-    A file of a smaller rank takes the first ones, at the strength that it has with an alpha of its rank.
+    A file of a smaller rank takes the first ones.
     """
     tensors = load_file(path)
+    for layer in {key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}:
+        up, down, alpha = (tensors.get(f"{layer}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+        if up is None or down is None or up.shape[1] != len(down):
+            raise ValueError(f"{path} has factors of unlike ranks for {layer}.")
+        if alpha is not None:
+            tensors[f"{layer}.lora_up.weight"] = up.float() * (float(alpha) / len(down))
     for name, parameter in model.named_parameters():
         if place := place_in_file(name):
             layer, kind = place
@@ -457,6 +462,14 @@ def table(rows):
     return "\n".join(lines)
 
 
+def of_sampling(args):
+    """Settings of Stage2Config that say how the model is sampled."""
+    return {
+        "guidance": args.guided, "few_step_loras": dict(args.few_lora), "sampling_steps": args.sampling_steps,
+        "sampling_shift": args.sampling_shift,
+    }  # fmt: skip
+
+
 def steps_and_file(text):
     steps, _, path = text.partition("=")
     if not (steps.isdecimal() and path):
@@ -489,7 +502,13 @@ def parse(argv=None):
     parser.add_argument("--loss", choices=LOSSES, default="distill")
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--start", help="folder of an earlier run whose LoRA and ratios this one begins with")
-    parser.add_argument("--guided", type=float, metavar="SCALE", help="train the velocity that guidance makes, too")
+    parser.add_argument(
+        "--guided",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="train the velocity that guidance makes, too; 1: none",
+    )
     parser.add_argument(
         "--few-lora", nargs="+", default=[], metavar="STEPS=FILE", type=steps_and_file,
         help="train with distilled LoRAs merged, too, one for each number of steps",
@@ -525,6 +544,12 @@ def parse(argv=None):
         parser.error(f"--arch {args.arch} compiles for an H100 or H200 at hand, and the device is {args.device}")
     if len(dict(args.few_lora)) < len(args.few_lora):
         parser.error("--few-lora names two files for the same number of steps")
+    try:
+        Stage2Config(**of_sampling(args))
+        for _, path in args.few_lora:
+            check_lora_file(path)
+    except ValueError as error:
+        parser.error(str(error))
     args.compile = args.compile and not args.arch  # which would compile the blocks' kernels for that card too
     return args
 

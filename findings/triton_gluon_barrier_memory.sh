@@ -3,7 +3,7 @@
 # program shows, so that what comes later, such as the scratch of a sum over warps, gets its place, and no mbarrier.inval is made in
 # between, which PTX asks for before that memory serves anything else. mbarrier.invalidate() at the kernel's end keeps the place.
 # It matters: in a kernel of ours whose sum over keys lay there, on an H200 that other processes shared, the first number of
-# that sum was lost in 1% to 7% of the calls, and in none of 1,900 with the place kept. Alone on the GPU nothing was ever lost.
+# that sum was lost in 2% to 7% of the calls, and in none of 2,310 with the place kept. Alone on the GPU nothing was ever lost.
 # What runs here only compiles, for want of a GPU.
 set -euo pipefail
 folder=$(mktemp -d)

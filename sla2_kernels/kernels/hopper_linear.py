@@ -75,7 +75,7 @@ def _hopper_linear_sums(k_desc, v_desc, sums_desc, k_mean, sums, heads, first_he
     h_smem.reshape([D, D]).store(h_sum.to(sums_desc.dtype))
     fence_async_shared()
     store_async(sums_desc, [0, at, 0, 0], h_smem)
-    # until here nothing else lies in its place: there z_j's first number was lost while another process had the GPU
+    # keeps the barrier's memory for itself: the first number of z_j, which lay there, was lost beside another process
     mbarrier.invalidate(bar.index(0))
     tma.store_wait(0)
 

@@ -16,6 +16,7 @@ from sla2_kernels import RouterFileError
 from ..errors import TrainingError
 from .config import load_config
 from .data import load_latents
+from .lora import check_lora_file
 from .trainer import Stage2Trainer, make_accelerator
 
 
@@ -28,6 +29,9 @@ def main(argv=None):
     try:
         config = load_config(args.config)
         data = load_latents(config.data)
+        config.check_data(data)
+        for path in config.few_step_loras.values():
+            check_lora_file(path)
         validation = load_latents(config.validation_data) if config.validation_data else None
         options = {"validation": validation, "model_name": config.model, "accelerator": make_accelerator(config)}
         trainer = Stage2Trainer(config, load_student(config), data, **options)

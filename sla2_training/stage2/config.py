@@ -1,7 +1,6 @@
 """The one configuration file of stage 2: JSON, every setting checked before a model is loaded."""
 
 import json
-import math
 import re
 from dataclasses import dataclass, field, fields
 
@@ -27,7 +26,7 @@ class Stage2Config:
     warmup: steps until the full learning rate, which falls to zero over the last quarter. clip: largest gradient norm.
     drop_caption: share of videos trained with the empty caption. shift: of the noise levels, as in sampling.
     guidance: scale of classifier-free guidance that steps train in turns with the loss, 1 for none; needs "empty_context".
-        Videos take two rows each in those steps: micro_batch / 2 of them at a time, and one in two rows where it is 1.
+        Videos take two rows each in those steps, so of a micro batch the first half are trained, rounded up.
     few_step_loras: number of steps -> file of the distilled LoRA, {"8": "lora.safetensors"}: steps train the model with each
         merged, in turns; not with fsdp, which splits the weights.
     sampling_steps, sampling_shift: of sampling: steps with guidance, and the shift of all those noise levels.
@@ -98,18 +97,28 @@ class Stage2Config:
             raise ValueError(f"lora_targets must be some of {', '.join(TARGETS)}, got {list(self.lora_targets)}.")
 
     def _check_ways(self):
-        if not 1 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be at least 1, which is none, got {self.guidance}.")
-        if not 0 < self.sampling_shift < math.inf:
-            raise ValueError(f"sampling_shift must be above 0, got {self.sampling_shift}.")
+        if not 1 <= self.guidance <= 100:
+            raise ValueError(f"guidance must be 1, which is none, to 100, got {self.guidance}.")
+        if not 0.01 <= self.sampling_shift <= 1000:
+            raise ValueError(f"sampling_shift must be 0.01 to 1000, got {self.sampling_shift}.")
+        if self.sampling_steps > 1000:
+            raise ValueError(f"sampling_steps must be 1 to 1000, got {self.sampling_steps}.")
         for steps, path in self.few_step_loras.items():
-            if not (re.fullmatch("[1-9][0-9]*", str(steps)) and isinstance(path, str) and path):
+            if not (re.fullmatch("[1-9][0-9]{0,2}", str(steps)) and isinstance(path, str) and path):
                 raise ValueError(
-                    f'few_step_loras must name a file for each number of steps, as {{"8": "lora.safetensors"}}, '
+                    f'few_step_loras must name a file for each number of steps, 1 to 999, as {{"8": "lora.safetensors"}}, '
                     f"got {json.dumps({steps: path})}."
                 )
         if self.few_step_loras and self.fsdp:
             raise ValueError("few_step_loras cannot be merged into weights that fsdp splits: leave out one of them.")
+
+    def check_data(self, data):
+        """Raises ValueError where these VideoLatents lack what the settings need."""
+        if self.guidance != 1 and data.empty is None:
+            raise ValueError(
+                f'guidance is {self.guidance:g}, and the training data has no "empty_context" to guide away from: add it, or '
+                "leave guidance out."
+            )
 
     def rounds(self, processes):
         """Micro batches per step on each of ``processes`` devices; raises ValueError where the batch does not divide."""
@@ -158,5 +167,6 @@ def _check_type(path, name, value, default):
     else:
         fits = isinstance(value, type(default)) and not isinstance(value, bool)
     if not fits:
-        kind = "text or null" if default is None else f"like {json.dumps(default)}"
+        example = {"8": "lora.safetensors"} if default == {} else default
+        kind = "text or null" if default is None else f"like {json.dumps(example)}"
         raise ValueError(f"Configuration {path}: {name} must be {kind}, got {json.dumps(value)}.")

@@ -162,7 +162,12 @@ def read_lora(path, weights):
     for key, tensor in _tensors_of(path).items():
         found = FILE_KEY.fullmatch(key)
         if not found:
-            raise ValueError(f"LoRA {path} cannot be merged: {key} ends in none of {', '.join(ENDINGS)}.")
+            raise ValueError(
+                f"LoRA {path} cannot be merged: {key} ends in none of {', '.join(ENDINGS)}. Merge it with a tool that knows it "
+                "and train that model, or leave it out."
+            )
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(f"LoRA {path} cannot be merged: {key} holds NaN or infinity.")
         read[key] = found[1], found[2], tensor
     own = {in_wan: name for name, in_wan in _in_wan(weights).items()}
     layers = _in_wan({layer for layer, _, _ in read.values()})
@@ -177,7 +182,14 @@ def read_lora(path, weights):
             name = own.get(layers[layer])  # a parameter of its own, such as a modulation
         kind, told = ENDINGS[ending], f"LoRA {path} is not this model's: {key}"
         if name is None:
-            raise ValueError(f"{told} is for a layer that it has not.")
+            raise ValueError(
+                f"{told} is for a layer that it has not; layers are named blocks.0.self_attn.q or blocks.0.attn1.to_q, after "
+                '"diffusion_model.", "transformer." or nothing.'
+            )
+        if kind == "alpha" and tensor.numel() != 1:
+            raise ValueError(
+                f"LoRA {path} cannot be merged: {key} must be one number, got shape {tuple(tensor.shape)}."
+            )
         if not _fits(kind, tensor, weights[name]):
             raise ValueError(f"{told} has shape {tuple(tensor.shape)}, for a weight of {tuple(weights[name].shape)}.")
         addition = additions.setdefault(name, Addition())
@@ -187,7 +199,11 @@ def read_lora(path, weights):
         keys[name] = key
     for name, addition in additions.items():
         if not _whole(addition):
-            raise ValueError(f"LoRA {path} cannot be merged: {keys[name]} has no other factor of its rank beside it.")
+            raise ValueError(
+                f"LoRA {path} cannot be merged: {keys[name]} has no other factor of its rank, 1 or more, beside it."
+            )
+    if not additions:
+        raise ValueError(f"LoRA {path} changes nothing in this model: all its tensors are for layers that it has not.")
     if left_out:
         logger.warning(
             "LoRA %s: %d tensors are for image layers that this model has not, such as %s, and are left out.",
@@ -196,14 +212,20 @@ def read_lora(path, weights):
     return additions
 
 
-def _tensors_of(path):
+def check_lora_file(path):
+    """Raises ValueError where ``path`` is no safetensors file with tensors; reads its header alone."""
     try:
-        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            empty = not file.keys()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"LoRA {path} cannot be read: {error}.") from error
-    if not tensors:
+    if empty:
         raise ValueError(f"LoRA {path} holds no tensors.")
-    return tensors
+
+
+def _tensors_of(path):
+    check_lora_file(path)
+    return safetensors.torch.load_file(path)
 
 
 def _in_wan(names):
@@ -214,7 +236,7 @@ def _in_wan(names):
 
 def _fits(kind, tensor, weight):
     if kind == "alpha":
-        return tensor.numel() == 1
+        return True
     if kind == "diff":
         return tensor.shape == weight.shape
     side = int(kind == "down")

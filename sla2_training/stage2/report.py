@@ -18,12 +18,12 @@ class Validation:
 
 @dataclass
 class Report:
-    """dense_flow: the flow-matching loss of the model run dense. losses: training loss per step, which every ``ways``-th step
-    takes by ``loss``."""
+    """ways: names of what steps train in turns, ``loss`` first. dense_flow: the flow-matching loss of the model run dense.
+    losses: training loss per step."""
 
     loss: str
     sparsity: float
-    ways: int = 1
+    ways: list[str] = field(default_factory=list)
     dense_flow: float | None = None
     validations: list[Validation] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
@@ -35,8 +35,9 @@ class Report:
             "|---|---|---|---|",
         ]
         for row in self.validations:
-            steps = range(max(0, row.step - 20 * self.ways), row.step)
-            recent = [self.losses[step] for step in steps if step % self.ways == 0 and step in self.losses]
+            turns = len(self.ways) or 1
+            steps = range(max(0, row.step - 20 * turns), row.step)
+            recent = [self.losses[step] for step in steps if step % turns == 0 and step in self.losses]
             mean = f"{sum(recent) / len(recent):.5f}" if recent else ""
             lines.append(f"| {row.step} | {mean} | {row.flow:.5f} | {row.distance:.6f} |")
         if self.dense_flow is not None:

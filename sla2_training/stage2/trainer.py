@@ -71,11 +71,9 @@ class Stage2Trainer:
             student.to(self.device)
         self.student = student
         freeze_all_but(student)
-        if config.guidance != 1 and data.empty is None:
-            raise ValueError(
-                f'guidance is {config.guidance:g}, and the training data has no "empty_context" to guide away from.'
-            )
-        self.turns = Turns(config, student.model)
+        config.check_data(data)
+        self.output, self.step = Path(config.output), 0
+        self.turns = self._guarded(lambda: Turns(config, student.model))
         self.facts = {
             "model": {"name": model_name, **_facts_of(student)},
             "adapter": {"rank": config.lora_rank, "sparsity": config.sparsity, "targets": list(config.lora_targets)},
@@ -91,9 +89,7 @@ class Stage2Trainer:
         self.parameters = [p for _, p in named]
         parts = ([p for n, p in named if kind in n] for kind in (LORA, RATIOS))
         self.optimisers = optimisers(config.optimiser, *parts, config.learning_rate, config.ratio_learning_rate)
-        self.report = Report(config.loss, config.sparsity, len(self.turns.ways))
-        self.output = Path(config.output)
-        self.step = 0
+        self.report = Report(config.loss, config.sparsity, [way.name for way in self.turns.ways])
 
     def train(self, resume=None):
         """Trains to the end and exports; returns the Report.
@@ -234,7 +230,7 @@ class Stage2Trainer:
             return loss
         what = "the loss" if not math.isfinite(loss) else "the gradient"
         raise TrainingError(
-            f"Stage 2 stopped at step {self.step}: {what} is not finite (loss {loss}). {self._last_good()} "
+            f"Stage 2 stopped at step {self.step} ({self.turns.now.name}): {what} is not finite (loss {loss}). {self._last_good()} "
             "Lower learning_rate, or leave out the video that causes it."
         )
 
@@ -248,7 +244,12 @@ class Stage2Trainer:
         except torch.OutOfMemoryError as error:
             hints = ["lower micro_batch"] if self.config.micro_batch > 1 else []
             hints += [] if self.config.gradient_checkpointing else ["set gradient_checkpointing to true"]
-            hints += [] if self.config.fsdp else ["set fsdp to true and use more GPUs"]
+            if self.config.few_step_loras:
+                hints.append("leave few_step_loras out, which need a copy of the weights")
+            elif not self.config.fsdp:
+                hints.append("set fsdp to true and use more GPUs")
+            if self.config.guidance != 1 and self.config.micro_batch == 1:
+                hints.append("leave guidance out, whose steps run a video twice")
             raise TrainingError(
                 f"Stage 2 ran out of memory at step {self.step}: {', or '.join([*hints, 'train on shorter videos'])}. "
                 f"{self._last_good()}"

@@ -38,7 +38,7 @@ class Way:
     def rows(self, indices, levels, dropped, seeds):
         """What drawn() returned for some videos, each (n,), as this way trains them: always with their caption.
 
-        Guided, half of the videos, two rows each: with the caption, and without.
+        Guided, the first half of the videos, rounded up, two rows each: with the caption, and without.
         """
         if self.by_loss:
             return indices, levels, dropped, seeds

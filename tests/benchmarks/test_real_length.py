@@ -84,7 +84,7 @@ def test_a_run_goes_on_where_it_ended_and_refuses_other_files(words, tmp_path, c
         real_length.main(words)
 
 
-def test_dense_videos_are_kept_for_the_next_run_of_the_same_model(words, tmp_path, monkeypatch):
+def test_dense_videos_are_kept_for_the_next_run_of_the_same_model(words, tmp_path, monkeypatch, capsys):
     words = [*words, "--dense-videos", str(tmp_path / "dense")]
     real_length.main([*words, "--only", "2 steps, skips 60% SLA2 stage 2 (with its LoRA and ratios) int8"])
     (first, second), kept = (
@@ -105,8 +105,18 @@ def test_dense_videos_are_kept_for_the_next_run_of_the_same_model(words, tmp_pat
     assert [row | {"seconds": 0} for row in again[:2]] == [row | {"seconds": 0} for row in (first, second)]
     # dense ones are sampled to record calls alone: of both numbers of steps, and with the LoRA
     assert len(sampled) == 4 and sorted((tmp_path / "dense").iterdir()) == kept
-    real_length.main([*words, "--height", "64", "--out", str(tmp_path / "other.json"), "--only", "nothing"])
-    assert len(list((tmp_path / "dense").iterdir())) == 4
+    whole = [path.read_bytes() for path in kept]
+    kept[0].write_bytes(whole[0][:100])
+    real_length.main([*words, "--shift", "3", "--out", str(tmp_path / "other.json"), "--only", "nothing"])
+    assert len(list((tmp_path / "dense").iterdir())) == 4  # other noise levels, other videos
+    assert "is no dense video" not in capsys.readouterr().out
+    (tmp_path / "out.json").unlink()
+    real_length.main([*words, "--only", "nothing"])
+    assert f"{kept[0]} is no dense video" in capsys.readouterr().out
+    assert [path.read_bytes() for path in kept] == whole
+    with pytest.raises(SystemExit):
+        real_length.main([*words[:-1], str(kept[0]), "--only", "nothing"])
+    assert f"--dense-videos {kept[0]} is no folder" in capsys.readouterr().err
 
 
 def test_sol_attn_runs_on_the_models_own_layout_at_an_equal_number_of_blocks(words, tmp_path, monkeypatch):

@@ -78,6 +78,8 @@ def test_a_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, monkeypatc
         (["8"], "'8' is not STEPS=FILE"),
         (["=a"], "is not STEPS=FILE"),
         (["8=a", "8=b"], "two files for the same number"),
+        (["8=absent.safetensors"], "LoRA absent.safetensors cannot be read"),
+        (["0=a"], "few_step_loras must name a file for each number of steps"),
     ],
 )
 def test_few_step_loras_that_are_not_one_for_each_number_of_steps(capsys, files, told):
@@ -106,6 +108,12 @@ def test_a_run_begins_with_the_lora_of_another(tmp_path):
             torch.testing.assert_close(delta, wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
     with pytest.raises(ValueError, match="give the --lora-rank of that run"):
         stage2_miniature.put_lora(smaller, tmp_path / "lora.safetensors")
+    save_lora(tmp_path / "twice.safetensors", made.state_dict(), 8.0, "alpha is twice the rank")
+    stage2_miniature.put_lora(begun, tmp_path / "twice.safetensors")
+    for name, tensor in begun.state_dict().items():
+        if "lora_" in name:
+            factor = 2 if "lora_B" in name else 1
+            torch.testing.assert_close(tensor, factor * made.state_dict()[name], rtol=2**-8, atol=0)
 
 
 def test_all_matrices_at_once_take_the_steps_of_torchs_muon():

@@ -88,7 +88,7 @@ def test_steps_take_turns_and_the_weights_are_put_back(tmp_path, in_turns):
     assert len(validated) == 3
     for weights in [*validated, changed_weights(made)]:
         assert all(torch.equal(weights[name], before[name]) for name in CHANGED)
-    assert made.report.ways == 4
+    assert made.report.ways == ["distill", "guidance 4", "8 steps", "4 steps"]
 
 
 def test_weights_are_put_back_when_a_step_fails(tmp_path, in_turns):
@@ -174,7 +174,13 @@ def test_a_run_in_turns_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, i
 
 def test_the_tables_training_loss_is_that_of_the_configured_loss():
     losses = {step: 1.0 if step % 3 == 0 else 9.0 for step in range(90)}
-    report = Report("distill", 0.6, 3, validations=[Validation(90, 0.5, 0.1)], losses=losses | {0: 5.0, 33: 2.0})
+    report = Report(
+        "distill",
+        0.6,
+        ["distill", "guidance 4", "8 steps"],
+        validations=[Validation(90, 0.5, 0.1)],
+        losses=losses | {0: 5.0, 33: 2.0},
+    )
     # of steps 30, 33, ... 87
     assert "| 90 | 1.05000 | 0.50000 | 0.100000 |" in report.table()
 
@@ -210,6 +216,10 @@ def test_the_command_trains_in_turns(tmp_path, in_turns, capsys):
     assert main(["--config", str(path)]) == 1
     error = capsys.readouterr().err
     assert "8.safetensors" in error and "lora_unet_q.alpha.weight" in error and error.count("\n") == 1
+    (tmp_path / "8.safetensors").unlink()
+    path.write_text(json.dumps(values | {"model": "a model that is not looked for"}))
+    assert main(["--config", str(path)]) == 1
+    assert re.search("LoRA .*8.safetensors cannot be read", capsys.readouterr().err)
 
 
 def image_model():
@@ -345,7 +355,10 @@ PAIR = {f"{QUERY}.lora_down.weight": torch.ones(2, 128), f"{QUERY}.lora_up.weigh
         ({f"{QUERY}.diff": torch.ones(128)}, f"{QUERY}.diff", r"has shape \(128,\), for a weight of \(128, 128\)"),
         ({**PAIR, f"{QUERY}.lora_down.weight": torch.ones(2, 64)}, "lora_down.weight", r"has shape \(2, 64\)"),
         ({**PAIR, f"{QUERY}.lora_up.weight": torch.ones(64, 2)}, "lora_up.weight", r"has shape \(64, 2\)"),
-        ({**PAIR, f"{QUERY}.alpha": torch.ones(2)}, f"{QUERY}.alpha", r"has shape \(2,\)"),
+        ({**PAIR, f"{QUERY}.alpha": torch.ones(2)}, f"{QUERY}.alpha", r"must be one number, got shape \(2,\)"),
+        ({**PAIR, f"{QUERY}.alpha": torch.tensor(torch.nan)}, f"{QUERY}.alpha", "holds NaN or infinity"),
+        ({"img_emb.proj.1.diff_b": torch.ones(4)}, "", "changes nothing in this model"),
+        ({f"{QUERY}.lora_down.weight": torch.ones(0, 128), f"{QUERY}.lora_up.weight": torch.ones(128, 0)}, QUERY, "rank, 1 or more"),
         ({"patch_embedding.lora_down.weight": torch.ones(2, 16)}, "patch_embedding.lora_down.weight", "has shape"),
         ({**PAIR, f"{QUERY}.lora_up.weight": torch.ones(128, 3)}, QUERY, "has no other factor of its rank"),
         ({f"{QUERY}.lora_up.weight": torch.ones(128, 3)}, f"{QUERY}.lora_up.weight", "has no other factor"),

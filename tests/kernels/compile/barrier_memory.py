@@ -1,4 +1,4 @@
-"""Whether a kernel uses the shared memory of a barrier for anything else.
+"""Whether a kernel in Gluon uses the shared memory of a barrier for anything else.
 
 To Triton's allocator a barrier of copies ends with the last wait for it, so that a sum over warps may take its place. On an H200
 numbers that were written there were lost while another process had its share of the GPU. mbarrier.invalidate() at the
@@ -11,6 +11,7 @@ import tempfile
 
 from triton._C.libtriton import ir, nvidia, passes
 
+GLUON = "_hopper_"  # how the names of kernels in Gluon begin
 OFFSET, SIZE = re.compile(r"allocation\.offset = (\d+)"), re.compile(r"allocation\.size = (\d+)")
 MEMORY = re.compile(r"memdesc<((?:\d+x)+)(\w+)")
 BARRIER = "i64"  # no tile holds such numbers
@@ -19,12 +20,11 @@ BITS = re.compile(r"\d+")  # of bf16, f8E4M3FN, i64: the first number
 
 def reused_barriers(kernel):
     """((begin, end), ...) of barriers in shared memory, in bytes, whose place something else has too. kernel: as Triton compiled it."""
-    ttgir = kernel.asm["ttgir"]
-    # where the hardware is told of each end, as in what Triton makes of tl.dot for sm_100, the allocator has the same ends
-    if ttgir.count("ttng.init_barrier") <= ttgir.count("ttng.inval_barrier"):
+    # what Triton makes of tl.dot for sm_100 ends each of its barriers with mbarrier.inval before it gives the place on
+    if "mbarrier.init" not in kernel.asm["ptx"] or not kernel.name.startswith(GLUON):
         return ()
     barriers, others = [], []
-    for line in _allocated(ttgir).splitlines():
+    for line in _allocated(kernel.asm["ttgir"]).splitlines():
         begin, size, memory = OFFSET.search(line), SIZE.search(line), MEMORY.search(line)
         if not begin or "tt.func" in line:  # the kernel's own line has the end of all
             continue
