@@ -290,20 +290,22 @@ class Bench:
         paths = (*((few,) if few else ()), *loras)
         model = with_loras(self.start.model, paths) if paths else self.start.model
         miniature = replace(self.start, model=model, steps=steps, cfg=cfg)
-        kept = functools.partial(self._kept, miniature) if self.args.dense_videos and not loras else None
+        kept = self._kept(miniature) if self.args.dense_videos and not loras else None
         return Run(miniature, self.captions, self.args.recorded, self.args.calls_per_video, kept=kept)
 
-    def _kept(self, miniature, number):
-        """Path of a dense video: its name tells weights, sampling, size, caption, noise and card."""
+    def _kept(self, miniature):
+        """A function of a dense video's number that returns its path: the name tells weights, sampling, size, caption, noise and card."""
         weights = (*KINDS, f"--few-lora {miniature.steps}")
         files = {name: digest for name, digest in files_of(self.args).items() if name in weights}
         sampling = miniature.steps, miniature.cfg, miniature.shift, miniature.size
         card = environment(self.args.device)
-        facts = repr((files, sampling, str(self.captions[number]), number, card["card"], card["torch"]))
-        return (
-            self.args.dense_videos
-            / f"{miniature.steps}_steps_{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
-        )
+
+        def path(number):
+            facts = repr((files, sampling, str(self.captions[number]), number, card["card"], card["torch"]))
+            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+            return self.args.dense_videos / f"{miniature.steps}_steps_{digest}.safetensors"
+
+        return path
 
     @functools.cache  # noqa: B019
     def train_captures(self):

@@ -378,7 +378,7 @@ def put_lora(model, path):
         if place := place_in_file(name):
             layer, kind = place
             value = tensors.get(f"{layer}.{kind}.weight")
-            side = int(place[1] == "lora_up")  # the dimension of the rank
+            side = int(kind == "lora_up")  # the dimension of the rank
             if value is not None and value.shape[side] < parameter.shape[side]:
                 # what goes up begins with zeros: the others add nothing yet
                 rest = parameter.split([value.shape[side], parameter.shape[side] - value.shape[side]], side)[1]

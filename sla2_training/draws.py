@@ -16,10 +16,15 @@ def drawn(config, step, count):
         torch.randperm(config.batch, generator=generator) + torch.rand(config.batch, generator=generator)
     ) / config.batch
     u = u.clamp(1e-4, 1 - 1e-4)
-    levels = config.shift * u / (1 + (config.shift - 1) * u)
+    levels = shifted(u, config.shift)
     dropped = torch.rand(config.batch, generator=generator) < config.drop_caption
     seeds = torch.randint(2**62, (config.batch,), generator=generator)
     return indices, levels, dropped, seeds
+
+
+def shifted(levels, shift):
+    """Noise levels (0 to 1, any shape) moved towards noise, as sampling does; a shift of 1 leaves them."""
+    return shift * levels / (1 + (shift - 1) * levels)
 
 
 def noise_like(latents, seeds):

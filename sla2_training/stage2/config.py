@@ -142,16 +142,16 @@ def load_config(path):
         raise ValueError(f"Configuration {path} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"Configuration {path} must be one JSON object of settings.")
-    known = {f.name: f for f in fields(Stage2Config)}
+    known = [f.name for f in fields(Stage2Config)]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"Configuration {path} has the unknown setting {unknown[0]!r}; known are {', '.join(known)}.")
     missing = [name for name in ("model", "output", "data") if not values.get(name)]
     if missing:
         raise ValueError(f"Configuration {path} must set {missing[0]!r}.")
+    defaults = Stage2Config()
     for name, value in values.items():
-        default = {} if name == "few_step_loras" else known[name].default
-        _check_type(path, name, value, default)
+        _check_type(path, name, value, getattr(defaults, name))
     return Stage2Config(**values)
 
 

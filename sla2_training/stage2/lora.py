@@ -190,7 +190,7 @@ def read_lora(path, weights):
             raise ValueError(
                 f"LoRA {path} cannot be merged: {key} must be one number, got shape {tuple(tensor.shape)}."
             )
-        if not _fits(kind, tensor, weights[name]):
+        if kind != "alpha" and not _fits(kind, tensor, weights[name]):
             raise ValueError(f"{told} has shape {tuple(tensor.shape)}, for a weight of {tuple(weights[name].shape)}.")
         addition = additions.setdefault(name, Addition())
         if getattr(addition, kind) is not None:
@@ -235,8 +235,6 @@ def _in_wan(names):
 
 
 def _fits(kind, tensor, weight):
-    if kind == "alpha":
-        return True
     if kind == "diff":
         return tensor.shape == weight.shape
     side = int(kind == "down")

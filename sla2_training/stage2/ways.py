@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..draws import shifted
 from .lora import plain_weights, read_lora
 
 
 def schedule(steps, shift):
     """(steps + 1,) noise levels of sampling, float32, from 1 to 0, evenly spaced before the shift towards noise."""
-    u = torch.linspace(1, 0, steps + 1)
-    return shift * u / (1 + (shift - 1) * u)
+    return shifted(torch.linspace(1, 0, steps + 1), shift)
 
 
 @dataclass(frozen=True, eq=False)
