@@ -93,18 +93,25 @@ def warm_up(transformer, vae, device):
     vae.decode(latents)
 
 
+def euler_scheduler(steps, shift, device):
+    """diffusers' Euler scheduler at the noise levels of miniature.sample, which are those of ComfyUI's "simple"."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    # by the number of steps alone its last step begins next to zero: findings/diffusers_flow_euler_ends_early.sh
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
+    return scheduler
+
+
 @torch.no_grad()
 def sample(transformer, plan, name):
     """(latents (1, 16, T, h, w), seconds): Euler steps along the flow with classifier-free guidance."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     start = time.monotonic()
     shape = (1, 16, (plan.frames - 1) // 4 + 1, plan.height // 8, plan.width // 8)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)).to(plan.device)
     context = embed(CAPTION).to(plan.device)
     contexts = torch.cat([context, torch.zeros_like(context)])
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=plan.shift)
-    scheduler.set_timesteps(plan.steps, device=plan.device)
+    scheduler = euler_scheduler(plan.steps, plan.shift, plan.device)
     autocast = torch.autocast(plan.device, torch.bfloat16, enabled=plan.device != "cpu")
     for step, timestep in enumerate(scheduler.timesteps, 1):
         with autocast:

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers.models")  # tests/diffusers alone would pass for 
 pytest.importorskip("PIL")
 
 from miniature.captions import embed
-from miniature.sample import load_models
+from miniature.sample import load_models, noise_schedule
 from miniature.vae import denormalise_latents
 from tooling import diffusers_demo
 from tooling.checkpoint import find_or_make
@@ -48,6 +48,13 @@ def test_converted_vae_decodes_what_the_checkpoint_means(checkpoint, ours):
     expected = ours[1].decode(denormalise_latents(latents))[0]
     assert found.shape == (3, 5, 32, 48) and seconds > 0
     assert (found - expected.clamp(-1, 1)).abs().max().item() < 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_the_scheduler_has_the_noise_levels_of_the_miniature(steps):
+    scheduler = diffusers_demo.euler_scheduler(steps, 12.0, "cpu")
+    assert torch.allclose(scheduler.sigmas, noise_schedule(steps, 12.0), atol=1e-6)
+    assert torch.allclose(scheduler.timesteps, 1000 * noise_schedule(steps, 12.0)[:-1], atol=1e-3)
 
 
 def test_random_weights_are_the_same_every_time_and_made_once(checkpoint, tmp_path):
