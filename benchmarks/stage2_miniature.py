@@ -50,6 +50,7 @@ from sla2_training.draws import noise_like
 from sla2_training.losses import LOSSES
 from sla2_training.optimisers import OPTIMISERS
 from sla2_training.stage2 import Stage2Config, Stage2Trainer, Student, VideoLatents, add_lora
+from sla2_training.stage2.config import STATES
 from sla2_training.stage2.lora import check_lora_file, place_in_file
 
 from . import quality_variants as names
@@ -465,8 +466,8 @@ def table(rows):
 def of_sampling(args):
     """Settings of Stage2Config that say how the model is sampled."""
     return {
-        "guidance": args.guided, "few_step_loras": dict(args.few_lora), "sampling_steps": args.sampling_steps,
-        "sampling_shift": args.sampling_shift,
+        "guidance": args.guided, "few_step_loras": dict(args.few_lora), "few_step_states": args.few_states,
+        "sampling_steps": args.sampling_steps, "sampling_shift": args.sampling_shift,
     }  # fmt: skip
 
 
@@ -513,6 +514,9 @@ def parse(argv=None):
         "--few-lora", nargs="+", default=[], metavar="STEPS=FILE", type=steps_and_file,
         help="train with distilled LoRAs merged, too, one for each number of steps",
     )  # fmt: skip
+    parser.add_argument(
+        "--few-states", choices=STATES, default="noised", help="of --few-lora: clips with noise, or the model's own way"
+    )
     parser.add_argument("--sampling-steps", type=int, default=20, help="of --guided")
     parser.add_argument("--sampling-shift", type=float, default=SHIFT, help="of the levels of --guided and --few-lora")
     parser.add_argument("--knots", type=int, default=1, help="ratios along the query axis, where the router has one")

@@ -37,14 +37,14 @@ def checkpoints(folder):
 
 
 def load(path, facts):
-    """(tensors, optimiser, step) of a checkpoint; raises TrainingError where it is damaged or another model's.
+    """(tensors, optimiser, facts with its step) of a checkpoint; raises TrainingError where it is damaged or another model's.
 
     facts: {"model": {...}, "adapter": {...}} of the run that wants it; the first difference is named.
     """
     path = Path(path)
     try:
         stored = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        name, step = stored["model"]["name"], stored["step"]
+        name, _ = stored["model"]["name"], stored["step"]
         tensors = safetensors.torch.load_file(path / TENSORS)
         optimiser = torch.load(path / OPTIMISER, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
@@ -57,4 +57,4 @@ def load(path, facts):
                     f"Checkpoint {path} was made for {name} and this run trains {facts['model']['name']}: "
                     f"its {what} is {got}, this run's is {wanted}."
                 )
-    return tensors, optimiser, step
+    return tensors, optimiser, stored

@@ -9,6 +9,7 @@ from ..optimisers import OPTIMISERS, missing_optimiser
 
 PRECISIONS = ("auto", "16bit", "int8", "fp8")
 TARGETS = ("self_attn", "cross_attn", "ffn")
+STATES = ("noised", "sampled")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Stage2Config:
         Videos take two rows each in those steps, so of a micro batch the first half are trained, rounded up.
     few_step_loras: number of steps -> file of the distilled LoRA, {"8": "lora.safetensors"}: steps train the model with each
         merged, in turns; not with fsdp, which splits the weights.
+    few_step_states: what these steps start from, "noised", videos with noise, or "sampled", where the model's own steps, sparse,
+        lead from noise: half of the number of steps in calls more, and no video is looked at.
     sampling_steps, sampling_shift: of sampling: steps with guidance, and the shift of all those noise levels.
     mixed_precision: "bf16" or "no". gradient_checkpointing: recompute blocks, less memory. fsdp: shard the weights.
     checkpoint_every, keep: steps between checkpoints, and how many stay. validate_every, validation_levels.
@@ -59,6 +62,7 @@ class Stage2Config:
     shift: float = 5.0
     guidance: float = 1.0
     few_step_loras: dict[str, str] = field(default_factory=dict)
+    few_step_states: str = "noised"
     sampling_steps: int = 20
     sampling_shift: float = 5.0
     seed: int = 0
@@ -72,7 +76,10 @@ class Stage2Config:
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        choices = {"precision": PRECISIONS, "loss": LOSSES, "mixed_precision": ("bf16", "no"), "optimiser": OPTIMISERS}
+        choices = {
+            "precision": PRECISIONS, "loss": LOSSES, "mixed_precision": ("bf16", "no"), "optimiser": OPTIMISERS,
+            "few_step_states": STATES,
+        }  # fmt: skip
         for name, options in choices.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}.")

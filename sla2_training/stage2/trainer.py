@@ -5,6 +5,7 @@ Processes share it out, so one process and many compute the same loss, and a res
 """
 
 import hashlib
+import itertools
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,6 +78,7 @@ class Stage2Trainer:
         self.facts = {
             "model": {"name": model_name, **_facts_of(student)},
             "adapter": {"rank": config.lora_rank, "sparsity": config.sparsity, "targets": list(config.lora_targets)},
+            "training": {"steps in turns": [way.name for way in self.turns.ways], "states": config.few_step_states},
         }
         if self.sharded:
             self.wrapped = shard(student, self.device)
@@ -163,11 +165,23 @@ class Stage2Trainer:
 
     def _batch(self, draw, part, data):
         """(noisy, t, context, velocity) of some positions of a draw, as the way that trains has them."""
-        indices, levels, dropped, seeds = self.turns.now.rows(*(x[part] for x in draw))
+        way, turn = self.turns.now, self.turns.number(self.step)
+        indices, levels, dropped, seeds = way.rows(*(x[part] for x in draw), turn)
         clean, context = data.batch(indices, dropped, self.device)
         noise, t = noise_like(clean, seeds), levels.to(self.device)
-        noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))
+        if way.sampled:
+            noisy = self._sampled(noise, context, way.levels_to(turn))
+        else:
+            noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))
         return noisy, t, context, noise - clean
+
+    @torch.no_grad()
+    def _sampled(self, x, context, levels):
+        """Where the model's own Euler steps, sparse as it is trained, lead from noise x through these noise levels."""
+        for level, following in itertools.pairwise(levels):
+            t = torch.full((len(x),), level, device=x.device)
+            x = x + (following - level) * self._velocity(x, t, context)
+        return x
 
     def _loss(self, noisy, t, context, velocity):
         wanted = self._wanted(noisy, t, context, velocity)
@@ -305,7 +319,8 @@ class Stage2Trainer:
         self.accelerator.wait_for_everyone()
 
     def _load(self, path):
-        tensors, optimiser, self.step = checkpoint.load(path, self.facts)
+        tensors, optimiser, stored = checkpoint.load(path, self.facts)
+        self.step = stored["step"]
         sharded.set_model_state_dict(
             self.wrapped, tensors, options=sharded.StateDictOptions(full_state_dict=True, strict=False)
         )
@@ -313,10 +328,18 @@ class Stage2Trainer:
             self.wrapped, self.optimisers, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
         )
         self._say(f"resumed {path} at step {self.step}")
+        for what, wanted in self.facts["training"].items():
+            before = stored.get("training", {}).get(what, wanted)
+            if before != wanted:
+                self._say(f"it was trained with other {what}: {_listed(before)}; from here on {_listed(wanted)}")
 
     def _say(self, text):
         if self.accelerator.is_main_process:
             self.say(text)
+
+
+def _listed(names):
+    return names if isinstance(names, str) else ", ".join(names)
 
 
 def _facts_of(student):

@@ -23,6 +23,7 @@ class Way:
     """A way to sample. name: for messages.
 
     levels: (n,) float32, the noise levels of its steps; None: by the configured loss, at the levels that are drawn for it.
+    sampled: trains on what the model's own steps make of noise, instead of videos with noise.
     guidance: its scale, 1 is none. lora: what read_lora() returns, merged while it trains, or None.
     """
 
@@ -30,24 +31,31 @@ class Way:
     levels: Tensor | None = None
     guidance: float = 1.0
     lora: dict | None = None
+    sampled: bool = False
 
     @property
     def by_loss(self):
         return self.levels is None
 
-    def rows(self, indices, levels, dropped, seeds):
+    def rows(self, indices, levels, dropped, seeds, turn):
         """What drawn() returned for some videos, each (n,), as this way trains them: always with their caption.
 
         Guided, the first half of the videos, rounded up, two rows each: with the caption, and without.
+        Sampled, all at the level of this turn of the way: the model takes them there in as many calls.
         """
         if self.by_loss:
             return indices, levels, dropped, seeds
-        levels, dropped = self.levels[seeds % len(self.levels)], torch.zeros_like(dropped)
+        level = torch.full_like(seeds, turn) if self.sampled else seeds
+        levels, dropped = self.levels[level % len(self.levels)], torch.zeros_like(dropped)
         if self.guidance != 1:
             half = -(-len(indices) // 2)
             indices, levels, seeds = (x[:half].repeat_interleave(2) for x in (indices, levels, seeds))
             dropped = torch.arange(2 * half) % 2 == 1
         return indices, levels, dropped, seeds
+
+    def levels_to(self, turn):
+        """The noise levels from the first to that of rows() in this turn."""
+        return self.levels[: turn % len(self.levels) + 1].tolist()
 
     def error(self, error):
         """What errors of the velocities of rows() (n, ...) become in sampling: (n, ...), guided (n / 2, ...)."""
@@ -81,6 +89,10 @@ class Turns:
     def of(self, step):
         return self.ways[step % len(self.ways)]
 
+    def number(self, step):
+        """How many steps of its way a step has before it."""
+        return step // len(self.ways)
+
     def take(self, way):
         """Makes the weights those of ``way``."""
         if way.lora is not self.merged:
@@ -107,4 +119,4 @@ def _ways_of(config, weights):
         yield Way(f"guidance {config.guidance:g}", levels, config.guidance)
     for steps, path in config.few_step_loras.items():
         levels = schedule(int(steps), config.sampling_shift)[:-1]
-        yield Way(f"{steps} steps", levels, lora=read_lora(path, weights))
+        yield Way(f"{steps} steps", levels, lora=read_lora(path, weights), sampled=config.few_step_states == "sampled")

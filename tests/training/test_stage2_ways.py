@@ -1,5 +1,6 @@
 """Stage 2 in turns: by the loss, with guidance, with distilled few-step LoRAs merged; and which LoRA files can be merged."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -18,10 +19,11 @@ from tiny_stage2 import CONFIG, tiny_model, trainer, videos
 
 from miniature.wan import WanConfig, WanModel
 from sla2_training import TrainingError
-from sla2_training.draws import drawn
+from sla2_training.draws import drawn, noise_like
 from sla2_training.stage2 import add_lora
 from sla2_training.stage2.__main__ import main
 from sla2_training.stage2.checkpoint import checkpoints
+from sla2_training.stage2.config import STATES
 from sla2_training.stage2.lora import Addition, plain_weights, read_lora, wan_name
 from sla2_training.stage2.report import Report, Validation
 from sla2_training.stage2.wan import run
@@ -110,15 +112,45 @@ def test_what_a_way_draws(tmp_path, in_turns):
     _, guided, _, four = trainer(tmp_path, config).turns.ways
     seeds = torch.tensor([5, 11, 20])
     draw = torch.tensor([2, 0, 1]), torch.rand(3), torch.tensor([True, False, True]), seeds
-    indices, levels, dropped, same = four.rows(*draw)
+    indices, levels, dropped, same = four.rows(*draw, 0)
     torch.testing.assert_close(levels, torch.tensor([0.9, 0.5, 1.0]))  # 5, 11 and 20 mod 4
     assert torch.equal(indices, draw[0]) and torch.equal(same, seeds) and not dropped.any()
-    indices, levels, dropped, same = guided.rows(*draw)
+    indices, levels, dropped, same = guided.rows(*draw, 0)
     assert indices.tolist() == [2, 2, 0, 0] and same.tolist() == [5, 5, 11, 11]
     assert dropped.tolist() == [False, True, False, True]
     torch.testing.assert_close(levels, schedule(10, 3.0)[[5, 5, 1, 1]])
     # one video at a time is a pair too
-    assert guided.rows(*(x[:1] for x in draw))[0].tolist() == [2, 2]
+    assert guided.rows(*(x[:1] for x in draw), 0)[0].tolist() == [2, 2]
+
+
+def test_sampled_states_are_where_the_models_own_steps_lead(tmp_path, in_turns):
+    config, expected = in_turns
+    made = trainer(tmp_path, replace(config, few_step_states="sampled", batch=2, micro_batch=2))
+    with torch.no_grad():
+        for name, parameter in made.student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    levels = schedule(4, 3.0)
+    for turn in range(5):
+        made.step = 3 + 4 * turn  # the fourth of four ways
+        way = made.turns.of(made.step)
+        made.turns.take(way)
+        draw = drawn(config, made.step, 4)
+        noisy, t, context, _ = made._batch(draw, slice(0, 2), made.data)
+        assert (t == levels[turn % 4]).all() and context.any(dim=(1, 2)).all()
+        x = noise_like(noisy, draw[3])
+        for level, following in itertools.pairwise(levels[: turn % 4 + 1]):
+            with torch.no_grad():
+                x = x + (following - level) * made.student(x, level.expand(2), context)
+        torch.testing.assert_close(noisy, x)
+    for name, weight in changed_weights(made).items():
+        torch.testing.assert_close(weight, expected[4][name])
+    # the other ways have videos with noise
+    made.step, draw = 1, drawn(config, 1, 4)
+    made.turns.take(made.turns.of(1))
+    noisy, t, *_ = made._batch(draw, slice(0, 2), made.data)
+    clean, noise = made.data.latents[draw[0][:1]].float(), noise_like(noisy[:1], draw[3][:1])
+    torch.testing.assert_close(noisy[:1], torch.lerp(clean, noise, t[:1].view(-1, 1, 1, 1, 1)))
 
 
 def test_the_guided_loss_is_that_of_the_velocity_that_guidance_makes(tmp_path):
@@ -158,9 +190,10 @@ def test_a_few_step_loras_teacher_is_the_dense_model_with_it(tmp_path, in_turns)
     torch.testing.assert_close(made._wanted(noisy, t, context, velocity), teacher, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_in_turns_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, in_turns):
+@pytest.mark.parametrize("states", STATES)
+def test_a_run_in_turns_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, in_turns, states):
     config, _ = in_turns
-    config = replace(config, steps=6, checkpoint_every=1, keep=9)
+    config = replace(config, steps=6, checkpoint_every=1, keep=9, few_step_states=states)
     whole = trainer(tmp_path / "whole", config)
     whole.train()
     saved = safetensors.torch.load_file(tmp_path / "whole" / "step-000003" / "trained.safetensors")
@@ -170,6 +203,21 @@ def test_a_run_in_turns_that_was_cut_off_ends_where_a_whole_one_does(tmp_path, i
     assert report.losses == {step: whole.report.losses[step] for step in (3, 4, 5)}
     for a, b in zip(whole.parameters, resumed.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_that_goes_on_in_other_ways_says_so(tmp_path, in_turns):
+    config, _ = in_turns
+    trainer(tmp_path, replace(config, steps=1)).train()
+    said = []
+    trainer(tmp_path, replace(config, steps=1), say=said.append).train(resume=True)
+    assert not any("other" in line for line in said)
+    others = replace(config, steps=1, loss="flow", few_step_loras={}, few_step_states="sampled")
+    trainer(tmp_path, others, say=said.append).train(resume=True)
+    told = [line for line in said if "trained with other" in line]
+    assert told == [
+        "it was trained with other steps in turns: distill, guidance 4, 8 steps, 4 steps; from here on flow, guidance 4",
+        "it was trained with other states: noised; from here on sampled",
+    ]
 
 
 def test_the_tables_training_loss_is_that_of_the_configured_loss():
