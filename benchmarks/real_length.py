@@ -11,7 +11,7 @@ Attention error: ||out - dense|| / ||dense|| of the same q, k and v, dense in fl
 run dense, all layers, steps spread over the run. Stage 2 is measured on calls of the model with its LoRA, run dense. A fitted
 ratio is fitted in each of these calls; in a video as the node does it, in every fourth step of a run of more than 8.
 Validation loss: flow matching, held-out captions, levels and noise equal for all rows. PSNR, and SSIM of every fourth frame:
-against the dense video of the same noise and number of steps. Frames right: of --test's image test (miniature/objects.py),
+against the dense video of the same noise and number of steps. Frames right: by the image test of miniature/objects.py,
 every check; a video is right with 95% of its frames. The main rows have --prompts videos, the others --few-prompts or none.
 """
 
