@@ -1,7 +1,7 @@
 """What each method costs in quality at real length: the miniature at 81 frames of 832 x 480, 32,760 tokens.
 
     python -m benchmarks.real_length --weights FOLDER --router FILE --lora 0.97=FILE 0.99=FILE --few-lora 4=FILE 8=FILE --peers FOLDER --minutes 6
-    python -m benchmarks.real_length --table --docs docs/QUALITY.md      the table of --out, nothing is measured
+    python -m benchmarks.real_length --table --out FILE --docs docs/QUALITY.md      the table of FILE, nothing is measured
     python -m benchmarks.real_length --tiny --device cpu         a random miniature of a few tokens: tries the script
 
 Rows are measured in the order of their value and written at once; what the file has already is not measured again, so a run
