@@ -3,7 +3,7 @@ an H100 or H200, because no such card is at hand.
 
     python -m benchmarks.consumer --peers FOLDER         all shapes in sm_89's instructions, 97% also in sm_80's and 86's
     python -m benchmarks.consumer --archs 89 --shapes LTX-2
-    python -m benchmarks.consumer --table                the table of the results file, nothing is measured
+    python -m benchmarks.consumer --table --out FILE     the table of a results file, nothing is measured
     python -m benchmarks.consumer --roofline             by data sheet, on any machine
 
 What it is: see consumer_imitation.py. Each setting is first checked against float64. A time is the GPU's, by CUDA graph; the

@@ -1,7 +1,7 @@
 """What each method costs in quality at real length: the miniature at 81 frames of 832 x 480, 32,760 tokens.
 
     python -m benchmarks.real_length --weights FOLDER --router FILE --lora 0.97=FILE 0.99=FILE --few-lora 4=FILE 8=FILE --peers FOLDER --minutes 6
-    python -m benchmarks.real_length --table --docs docs/QUALITY.md      the table of --out, nothing is measured
+    python -m benchmarks.real_length --table --out FILE --docs docs/QUALITY.md      the table of FILE, nothing is measured
     python -m benchmarks.real_length --tiny --device cpu         a random miniature of a few tokens: tries the script
 
 Rows are measured in the order of their value and written at once; what the file has already is not measured again, so a run
@@ -11,7 +11,7 @@ Attention error: ||out - dense|| / ||dense|| of the same q, k and v, dense in fl
 run dense, all layers, steps spread over the run. Stage 2 is measured on calls of the model with its LoRA, run dense. A fitted
 ratio is fitted in each of these calls; in a video as the node does it, in every fourth step of a run of more than 8.
 Validation loss: flow matching, held-out captions, levels and noise equal for all rows. PSNR, and SSIM of every fourth frame:
-against the dense video of the same noise and number of steps. Frames right: of --test's image test (miniature/objects.py),
+against the dense video of the same noise and number of steps. Frames right: by the image test of miniature/objects.py,
 every check; a video is right with 95% of its frames. The main rows have --prompts videos, the others --few-prompts or none.
 """
 

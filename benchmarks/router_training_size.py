@@ -5,7 +5,7 @@
     python -m benchmarks.router_training_size --tiny --device cpu  tries the script
     python -m benchmarks.router_training_size --against FOLDER     another working tree first, then this one
 
-The trainer keeps projections and Adam's two moments of every layer on the device; a step's working memory is bounded by
+The trainer keeps projections, their averages and Adam's two moments of every layer on the device; a step's working memory is bounded by
 TrainerOptions.memory_bytes, or by what one head with one query block needs where that is more.
 """
 

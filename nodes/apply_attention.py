@@ -61,7 +61,7 @@ class SLA2ApplyAttention(io.ComfyNode):
                 io.Combo.Input(
                     "ratio_mode", options=list(RATIO_MODES), default="learned", advanced=True,
                     tooltip="How the exact and the linear branch are mixed. learned: from the router file (without one: "
-                    "fitted). fitted: to a few rows computed exactly during the run. estimated: from the attention mass. "
+                    "fitted). fitted: to a few rows computed exactly during the run. estimated: from an estimate of the attention that falls on the exact blocks. "
                     "fixed: the value below.",
                 ),
                 io.Float.Input(

@@ -82,8 +82,12 @@ def default_precision(device):
 
 
 def resolve_precision(precision, device):
-    """A precision of sla2_attention for "auto" too: what is fastest on ``device``."""
-    return default_precision(device) if precision == "auto" else precision
+    """A precision of sla2_attention; for "auto" what is fastest on ``device``. Raises ValueError for any other name."""
+    if precision == "auto":
+        return default_precision(device)
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be "auto", "16bit", "int8" or "fp8", got {precision!r}.')
+    return precision
 
 
 def triton_install_command():

@@ -50,6 +50,7 @@ def video_attention(
     Args:
         q, k, v: (B, H, N, D), or (B, N, H, D) with layout "BNHD"; equally many tokens.
         proj_q, proj_k, alpha: a layer of a router: ``layer.proj_q``, ``layer.proj_k``, ``weights.ratio(layer, sparsity)``.
+            alpha is ignored by the methods other than "sla2".
         front, back: number of tokens before and after the video's: text, references, poses. All queries attend them, and
             their queries attend all keys.
         sparsity: share of the video's key blocks that is skipped, 0 to below 1.

@@ -8,6 +8,7 @@ from ..losses import LOSSES
 from ..optimisers import OPTIMISERS, missing_optimiser
 
 PRECISIONS = ("auto", "16bit", "int8", "fp8")
+BACKENDS = ("auto", "triton", "torch")
 TARGETS = ("self_attn", "cross_attn", "ffn")
 STATES = ("noised", "sampled")
 
@@ -30,8 +31,8 @@ class Stage2Config:
         Videos take two rows each in those steps, so of a micro batch the first half are trained, rounded up.
     few_step_loras: number of steps -> file of the distilled LoRA, {"8": "lora.safetensors"}: steps train the model with each
         merged, in turns; not with fsdp, which splits the weights.
-    few_step_states: what these steps start from, "noised", videos with noise, or "sampled", where the model's own steps, sparse,
-        lead from noise: half of the number of steps in calls more, and no video is looked at.
+    few_step_states: what these steps start from: "noised", videos with noise, or "sampled", what the model's own sparse steps make
+        of pure noise. A LoRA of n steps then takes (n - 1) / 2 more model calls on average, and no videos.
     sampling_steps, sampling_shift: of sampling: steps with guidance, and the shift of all those noise levels.
     mixed_precision: "bf16" or "no". gradient_checkpointing: recompute blocks, less memory. fsdp: shard the weights.
     checkpoint_every, keep: steps between checkpoints, and how many stay. validate_every, validation_levels.
@@ -78,7 +79,7 @@ class Stage2Config:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         choices = {
             "precision": PRECISIONS, "loss": LOSSES, "mixed_precision": ("bf16", "no"), "optimiser": OPTIMISERS,
-            "few_step_states": STATES,
+            "few_step_states": STATES, "backend": BACKENDS,
         }  # fmt: skip
         for name, options in choices.items():
             if getattr(self, name) not in options:
@@ -93,7 +94,8 @@ class Stage2Config:
         if not 0 <= self.drop_caption <= 1:
             raise ValueError(f"drop_caption must be 0 to 1, got {self.drop_caption}.")
         at_least_1 = (
-            "steps", "batch", "micro_batch", "lora_rank", "keep", "checkpoint_every", "validate_every", "sampling_steps",
+            "steps", "batch", "micro_batch", "lora_rank", "keep", "checkpoint_every", "validate_every", "validation_levels",
+            "sampling_steps",
         )  # fmt: skip
         for name in at_least_1:
             if getattr(self, name) < 1:

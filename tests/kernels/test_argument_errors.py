@@ -259,6 +259,7 @@ VIDEO = {
             "q of 3 dimensions",
         )
     },
+    "precision": ({"precision": "int4"}, 'precision must be "auto", "16bit", "int8" or "fp8", got \'int4\'.'),
     "k None": ({"k": None}, "k must be a tensor of 4 dimensions (BHND), got None."),
     "v without tokens": ({"v": torch.ones(2, 3, 0, 16)}, "v is empty: shape (2, 3, 0, 16)."),
     "proj_l a tensor": (

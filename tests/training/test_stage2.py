@@ -205,6 +205,8 @@ def test_the_ratio_of_other_sparsities_stays(tmp_path):
         ({"steps": "many"}, "steps must be like 500"),
         ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1"),
         ({"loss": "l1"}, "loss must be one of distill, flow, mixed"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
+        ({"validation_levels": 0}, "validation_levels must be at least 1, got 0"),
         ({"optimiser": "muon", "fsdp": True}, 'optimiser is "muon": Muon needs whole matrices'),
         ({"lora_targets": ["head"]}, "lora_targets must be some of"),
         ({"guidance": 0.5}, "guidance must be 1, which is none, to 100, got 0.5"),
