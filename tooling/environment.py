@@ -61,8 +61,8 @@ class Environment:
         return self.folder is not None
 
     def create(self):
-        """Makes the environment, or makes it anew where it is broken or of another Python."""
-        if not self.installs:
+        """Makes the environment, or makes it anew where it is broken or of another Python; not the one that runs this."""
+        if not self.installs or Path(sys.prefix).resolve() == self.folder:
             return
         wanted = [sys.version_info.major, sys.version_info.minor, sys.prefix]
         if self._read().get("python") == wanted and Path(self.python).exists():

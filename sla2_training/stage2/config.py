@@ -4,11 +4,12 @@ import json
 import re
 from dataclasses import dataclass, field, fields
 
+from sla2_kernels.support import BACKENDS
+
 from ..losses import LOSSES
 from ..optimisers import OPTIMISERS, missing_optimiser
 
 PRECISIONS = ("auto", "16bit", "int8", "fp8")
-BACKENDS = ("auto", "triton", "torch")
 TARGETS = ("self_attn", "cross_attn", "ffn")
 STATES = ("noised", "sampled")
 

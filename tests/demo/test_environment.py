@@ -73,6 +73,14 @@ def test_a_second_run_installs_nothing(environment):
     assert Path(again.python).stat().st_ino == kept
 
 
+def test_the_environment_that_runs_this_is_not_made_anew(environment, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(environment.folder))
+    environment._record.write_text("{}")
+    kept = Path(environment.python).stat().st_ino
+    Environment(environment.folder).create()
+    assert Path(environment.python).stat().st_ino == kept
+
+
 def test_two_that_install_at_a_time_are_both_remembered(environment):
     names = [f"package {number}" for number in range(200)]
     with ThreadPoolExecutor(4) as pool:
