@@ -97,13 +97,16 @@ class SLA2WanProcessor:
         self.counts = LayerCounts()
         self._on_device = {}
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, *others, **kwargs
+    ):
         def dense(reason):
             self.counts.add_dense(reason)
-            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, *others, **kwargs)
 
         precision = self.settings.precision_on(hidden_states.device)
-        reason = self._dense_reason(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs, precision)
+        reason = self._dense_reason(attn, hidden_states, encoder_hidden_states, attention_mask, precision)
+        reason = reason or _unknown_argument(rotary_emb, others, kwargs)
         if reason:
             return dense(reason)
         q, k, v = project_qkv(attn, hidden_states)
@@ -209,7 +212,7 @@ class SLA2WanProcessor:
         self.counts.add_squares(squared_error(found.out.transpose(1, 2), *judging))
         return found.out
 
-    def _dense_reason(self, attn, x, context, mask, kwargs, precision):
+    def _dense_reason(self, attn, x, context, mask, precision):
         """None, or one sentence why this call runs through the processor that was there before."""
         settings, tokens = self.settings, x.shape[1]
         if self.undone:
@@ -220,8 +223,6 @@ class SLA2WanProcessor:
             return "the call is cross-attention"
         if mask is not None:
             return "the call has an attention mask"
-        if kwargs:
-            return f"the call has the unknown keyword {sorted(kwargs)[0]}"
         if self._parallel_config is not None:
             parallel = self._parallel_config.context_parallel_config
             if parallel.ring_degree > 1 or getattr(parallel, "ulysses_anything", False):
@@ -253,6 +254,17 @@ class SLA2WanProcessor:
             tokens, heads = tokens * processes, heads // processes
         rows = batch * heads * tokens
         self.counts.add_sparse(rows * attended_keys(tokens, self.settings.sparsity), rows * tokens)
+
+
+def _unknown_argument(rotary_emb, others, kwargs):
+    """None, or one sentence what a call has that Wan's attention does not know: AnyFlow and Helios have models much like it."""
+    if kwargs:
+        return f"the call has the unknown keyword {sorted(kwargs)[0]}"
+    if others:
+        return "the call has more arguments than Wan's attention takes"
+    if rotary_emb is not None and not (isinstance(rotary_emb, (tuple, list)) and len(rotary_emb) == 2):
+        return "the call's rotary embedding is not Wan's pair of cosines and sines"
+    return None
 
 
 def _of_heads(heads, proj_q, proj_k, ratio):

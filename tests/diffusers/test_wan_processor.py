@@ -205,6 +205,22 @@ def test_a_mask_is_honoured_by_running_dense(transformer, inputs):
     assert handle.dense_reasons() == {"the call has an attention mask": 1}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((None, None, {"query": None, "key": None}), "the call's rotary embedding is not Wan's"),  # AnyFlow
+        ((None, None, torch.ones(1, 130, 64)), "the call's rotary embedding is not Wan's"),
+        ((None, None, None, 100), "the call has more arguments than Wan's attention takes"),  # Helios
+    ],
+)
+def test_a_call_of_a_model_much_like_wan_runs_dense_with_its_arguments(transformer, arguments, reason):
+    called, attention = [], transformer.blocks[0].attn1
+    attention.set_processor(lambda attn, x, *rest: called.append(rest) or x)
+    handle = apply_sla2(transformer, sparsity=0.5)
+    attention.processor(attention, torch.randn(1, 130, HEADS * HEAD_DIM), *arguments)
+    assert called[0][: len(arguments)] == arguments and reason in handle.summary()
+
+
 def test_gradients_reach_the_projections(transformer, inputs):
     apply_sla2(transformer, sparsity=0.5, precision="16bit")
     transformer(**inputs)[0].square().mean().backward()
