@@ -1,7 +1,6 @@
 """LoRA by PEFT on a Wan model of either naming, the file that ComfyUI's LoRA loaders take, and files by others, merged."""
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 
@@ -9,6 +8,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from sla2_kernels.whole_file import write_whole
+
+from ..errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +113,11 @@ def save_lora(path, state, alpha, about):
 
 
 def replace_file(path, write):
-    """Writes beside the file, then renames over it: a run that is cut off leaves a whole file."""
-    draft = f"{path}.part"
-    write(draft)
-    os.replace(draft, path)
+    """Writes the file whole or not at all. Raises TrainingError where that fails, such as on a full disk."""
+    try:
+        write_whole(path, write)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be written: {error}.") from error
 
 
 @dataclass

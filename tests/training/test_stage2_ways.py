@@ -261,6 +261,8 @@ def test_the_command_trains_in_turns(tmp_path, in_turns, capsys):
     told = r"step 4 of 4: distill loss [\d.]+, guidance 4 loss [\d.]+, 8 steps loss [\d.]+, 4 steps loss [\d.]+\n"
     assert re.search(told, capsys.readouterr().out) and len(checkpoints(tmp_path / "out")) == 1
     safetensors.torch.save_file({"lora_unet_q.alpha.weight": torch.ones(1)}, tmp_path / "8.safetensors")
+    values["output"] = str(tmp_path / "second")
+    path.write_text(json.dumps(values))
     assert main(["--config", str(path)]) == 1
     error = capsys.readouterr().err
     assert "8.safetensors" in error and "lora_unet_q.alpha.weight" in error and error.count("\n") == 1
