@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from ..errors import TrainingError
 
 STEP = re.compile(r"step-(\d{6,})")  # a copy under another name is its owner's, and is never removed
+# what json, safetensors and torch raise for files that are cut short, overwritten or not theirs
+DAMAGED = OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError
 TENSORS, OPTIMISER, FACTS = "trained.safetensors", "optimiser.pt", "checkpoint.json"
 
 
@@ -78,10 +81,12 @@ def load(path, facts):
         raise TrainingError(f"{path} is no checkpoint: name a folder such as step-000050 in the output folder.")
     try:
         stored = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        name, _ = stored["model"]["name"], stored["step"]
+        name, step = stored["model"]["name"], stored["step"]
         tensors = safetensors.torch.load_file(path / TENSORS)
         optimiser = torch.load(path / OPTIMISER, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+        if not isinstance(step, int):
+            raise TypeError(f"its step is {step!r}")
+    except DAMAGED as error:
         raise TrainingError(f"Checkpoint {path} is damaged ({type(error).__name__}: {error}).") from error
     for part in ("model", "adapter"):
         for what, wanted in facts[part].items():

@@ -170,6 +170,11 @@ def read_lora(path, weights):
                 f"LoRA {path} cannot be merged: {key} ends in none of {', '.join(ENDINGS)}. Merge it with a tool that knows it "
                 "and train that model, or leave it out."
             )
+        if not (tensor.is_floating_point() or (found[2] == "alpha" and not tensor.is_complex())):
+            raise ValueError(
+                f"LoRA {path} cannot be merged: {key} must hold floating-point numbers, got {str(tensor.dtype)[6:]}, as quantised "
+                "files have; take the file of 16 bits."
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(f"LoRA {path} cannot be merged: {key} holds NaN or infinity.")
         read[key] = found[1], found[2], tensor

@@ -327,12 +327,21 @@ class Stage2Trainer:
             raise TrainingError(
                 f"Checkpoint {path} has {self.step} steps, and steps is {self.config.steps}: set it higher, or resume another one."
             )
+        own = {name: tensor.shape for name, tensor in self._state().items()}
+        # with split weights only the main process has them
+        if own and own != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise TrainingError(f"Checkpoint {path} is damaged: it holds other weights than those that train.")
         sharded.set_model_state_dict(
             self.wrapped, tensors, options=sharded.StateDictOptions(full_state_dict=True, strict=False)
         )
-        sharded.set_optimizer_state_dict(
-            self.wrapped, self.optimisers, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
-        )
+        try:
+            sharded.set_optimizer_state_dict(
+                self.wrapped, self.optimisers, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
+            )
+        except KeyError as error:
+            raise TrainingError(
+                f'Checkpoint {path} has no state of the optimiser "{self.config.optimiser}": set the one that it was made with.'
+            ) from error
         self._say(f"resumed {path} at step {self.step}")
         for what, wanted in self.facts["training"].items():
             before = stored.get("training", {}).get(what, wanted)

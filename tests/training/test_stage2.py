@@ -116,11 +116,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, model, name, told):
         trainer(tmp_path, model=model(), name=name).train(resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trained.safetensors", b"\0" * 20),
+        ("optimiser.pt", b""),
+        ("optimiser.pt", b"no pickle at all"),
+        ("checkpoint.json", b"[]"),
+        ("checkpoint.json", b"\xff\xfe"),
+        ("checkpoint.json", b'{"model": {"name": "tiny"}, "step": "two"}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
     trainer(tmp_path, replace(CONFIG, steps=1)).train()
     path = checkpoints(tmp_path)[-1]
-    (path / "trained.safetensors").write_bytes(b"\0" * 20)
+    (path / file).write_bytes(content)
     with pytest.raises(TrainingError, match=f"Checkpoint {path} is damaged"):
+        trainer(tmp_path).train(resume=True)
+
+
+def test_a_checkpoint_of_another_optimiser_or_without_some_weights_is_told(tmp_path):
+    trainer(tmp_path, replace(CONFIG, steps=1)).train()
+    with pytest.raises(TrainingError, match='no state of the optimiser "muon": set the one'):
+        trainer(tmp_path, replace(CONFIG, optimiser="muon")).train(resume=True)
+    path = checkpoints(tmp_path)[-1] / "trained.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(dict(list(tensors.items())[:-1]), path)
+    with pytest.raises(TrainingError, match="is damaged: it holds other weights"):
         trainer(tmp_path).train(resume=True)
 
 
