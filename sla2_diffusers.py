@@ -35,6 +35,7 @@ HEAD_GROUPS = (1, 3, 1)
 class LayerCounts:
     """Calls of one layer since the last reset. dense: sentence why -> number of calls.
 
+    compiled: what the layer did last in code of torch.compile, which counts no calls: "sparse", or the sentence why it was dense.
     squares: per device float32 (2,), squared norms of the error in query rows that were computed exactly, and of these.
     """
 
@@ -43,6 +44,7 @@ class LayerCounts:
     kept_pairs: int = 0  # of query and key tokens
     all_pairs: int = 0
     squares: dict = field(default_factory=dict)
+    compiled: str | None = None
 
     @property
     def attention_error(self):
@@ -52,8 +54,25 @@ class LayerCounts:
 
     def add_squares(self, squares):
         """Adds those of one call."""
-        known = self.squares.setdefault(squares.device, torch.zeros_like(squares))
-        known.add_(squares)
+        # a new tensor each time: one of inference mode must not be changed outside it
+        self.squares[squares.device] = self.squares.get(squares.device, 0) + squares
+
+    def add_dense(self, reason):
+        """Counts a call that runs dense."""
+        # compiled code that reads a count is compiled again for the next one: it may only write
+        if torch.compiler.is_compiling():
+            self.compiled = reason
+        else:
+            self.dense[reason] += 1
+
+    def add_sparse(self, kept_pairs, all_pairs):
+        """Counts a sparse call, and its pairs of query and key tokens."""
+        if torch.compiler.is_compiling():
+            self.compiled = "sparse"
+            return
+        self.sparse += 1
+        self.kept_pairs += kept_pairs
+        self.all_pairs += all_pairs
 
 
 class SLA2WanProcessor:
@@ -61,6 +80,7 @@ class SLA2WanProcessor:
 
     query_block: that of the layer's router, None for an untrained one, where default_query_block() decides.
     failures: list that all layers share; holds the sentence why kernels cannot run here, once that is known.
+    undone: set by the handle's undo(); who still calls this processor, such as one that was put around it, then gets ``dense``.
     """
 
     def __init__(self, dense, settings, layer, weights, keep_diagonal, query_block, failures):
@@ -71,16 +91,22 @@ class SLA2WanProcessor:
         self.keep_diagonal = keep_diagonal
         self.query_block = query_block
         self.failures = failures
+        self.undone = False
+        # not asked for in each call: code compiled for a block would hold its number, and not serve the others
+        self.stays_dense = layer in settings.dense_layers
         self.counts = LayerCounts()
         self._on_device = {}
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, *others, **kwargs
+    ):
         def dense(reason):
-            self.counts.dense[reason] += 1
-            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+            self.counts.add_dense(reason)
+            return self.dense(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, *others, **kwargs)
 
         precision = self.settings.precision_on(hidden_states.device)
-        reason = self._dense_reason(attn, hidden_states, encoder_hidden_states, attention_mask, kwargs, precision)
+        reason = self._dense_reason(attn, hidden_states, encoder_hidden_states, attention_mask, precision)
+        reason = reason or _unknown_argument(rotary_emb, others, kwargs)
         if reason:
             return dense(reason)
         q, k, v = project_qkv(attn, hidden_states)
@@ -186,17 +212,17 @@ class SLA2WanProcessor:
         self.counts.add_squares(squared_error(found.out.transpose(1, 2), *judging))
         return found.out
 
-    def _dense_reason(self, attn, x, context, mask, kwargs, precision):
+    def _dense_reason(self, attn, x, context, mask, precision):
         """None, or one sentence why this call runs through the processor that was there before."""
         settings, tokens = self.settings, x.shape[1]
-        if self.layer in settings.dense_layers:
+        if self.undone:
+            return "undo() was called, and another processor still calls this one"
+        if self.stays_dense:
             return "dense_layers keeps this layer dense"
         if context is not None:
             return "the call is cross-attention"
         if mask is not None:
             return "the call has an attention mask"
-        if kwargs:
-            return f"the call has the unknown keyword {sorted(kwargs)[0]}"
         if self._parallel_config is not None:
             parallel = self._parallel_config.context_parallel_config
             if parallel.ring_degree > 1 or getattr(parallel, "ulysses_anything", False):
@@ -214,7 +240,8 @@ class SLA2WanProcessor:
     def _weights_on(self, device):
         placed = self._on_device.get(device)
         if placed is None:
-            placed = tuple(None if t is None else t.to(device) for t in self.weights)
+            with torch.inference_mode(False):  # training can use them too
+                placed = tuple(None if t is None else t.to(device) for t in self.weights)
             # replaced, not updated: frees the former device's tensors, and a thread of another device keeps those it holds
             self._on_device = {device: placed}
         return placed
@@ -225,9 +252,19 @@ class SLA2WanProcessor:
         if self._parallel_config is not None:
             processes = self._parallel_config.context_parallel_config.ulysses_degree
             tokens, heads = tokens * processes, heads // processes
-        self.counts.sparse += 1
-        self.counts.kept_pairs += batch * heads * tokens * attended_keys(tokens, self.settings.sparsity)
-        self.counts.all_pairs += batch * heads * tokens * tokens
+        rows = batch * heads * tokens
+        self.counts.add_sparse(rows * attended_keys(tokens, self.settings.sparsity), rows * tokens)
+
+
+def _unknown_argument(rotary_emb, others, kwargs):
+    """None, or one sentence what a call has that Wan's attention does not know: AnyFlow and Helios have models much like it."""
+    if kwargs:
+        return f"the call has the unknown keyword {sorted(kwargs)[0]}"
+    if others:
+        return "the call has more arguments than Wan's attention takes"
+    if rotary_emb is not None and not (isinstance(rotary_emb, (tuple, list)) and len(rotary_emb) == 2):
+        return "the call's rotary embedding is not Wan's pair of cosines and sines"
+    return None
 
 
 def _of_heads(heads, proj_q, proj_k, ratio):
@@ -293,7 +330,7 @@ class SLA2Handle:
         return sum((layer.dense for layer in self.layers), Counter())
 
     def summary(self):
-        """A few readable lines: calls, achieved sparsity, measured error, and why calls ran dense."""
+        """A few readable lines: calls, achieved sparsity, measured error, why calls ran dense, and what is not counted."""
         total = self.sparse_calls + self.dense_calls
         lines = [f"{self.sparse_calls} of {total} self-attention calls ran sparse"]
         if self.sparsity is not None:
@@ -303,6 +340,10 @@ class SLA2Handle:
         if errors:
             lines.append(f"attention error {self.attention_error:.2f} (layers {min(errors):.2f} to {max(errors):.2f})")
         lines += [f"  {count} dense: {reason}" for reason, count in self.dense_reasons().most_common()]
+        compiled = Counter(layer.compiled for layer in self.layers if layer.compiled)
+        for what, count in compiled.most_common():
+            how = what if what == "sparse" else f"dense: {what}"
+            lines.append(f"  {count} layers in compiled code, where calls are not counted, {how}")
         return "\n".join(lines)
 
     def reset(self):
@@ -311,8 +352,9 @@ class SLA2Handle:
             processor.counts = LayerCounts()
 
     def undo(self):
-        """Puts the former processors back, wherever ours is still in place. May be called twice."""
+        """Puts the former processors back, wherever ours is still in place; elsewhere ours runs dense. May be called twice."""
         for attention, processor in self._layers:
+            processor.undone = True
             if attention.processor is processor:
                 attention.set_processor(processor.dense)
 
@@ -329,6 +371,8 @@ def apply_sla2(
     exchange="16bit",
 ):
     """Puts SLA2 attention into the self-attention of a Wan transformer; returns an SLA2Handle.
+
+    torch.compile may follow, of the whole or of its blocks; the handle then says what the layers do, and counts no calls.
 
     Args:
         transformer: diffusers' WanTransformer3DModel (Wan 2.1 and 2.2, text and image to video), or
@@ -387,7 +431,9 @@ def _weights(router, layer, sparsity):
     if router is None or layer >= router.num_layers:
         return (None, None, None), True, None
     row = router.layers[layer]
-    return (row.proj_q, row.proj_k, router.ratio(layer, sparsity)), router.keep_diagonal, router.q_block
+    with torch.inference_mode(False):
+        ratio = router.ratio(layer, sparsity)
+    return (row.proj_q, row.proj_k, ratio), router.keep_diagonal, router.q_block
 
 
 def _checked(sparsity, precision, minimum_tokens, dense_layers, backend, exchange, count):

@@ -178,12 +178,19 @@ def check_key_blocks(key_blocks, rows, key_block_count, device):
             raise ValueError("key_blocks must not name a key block twice for one query block.")
 
 
-def refuse_forward_mode(*tensors):
-    """Raises NotImplementedError, as dense attention does, where a tensor carries a tangent of forward-mode AD."""
+def refuse_transforms(*tensors):
+    """Raises NotImplementedError where a tensor carries a tangent of forward-mode AD, as dense attention does, or is
+    differentiated by torch.func, which takes no operator that Python code defines."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "sla2_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
             "use reverse mode, backward() or torch.autograd.grad."
+        )
+    if not torch.compiler.is_compiling() and any(
+        x is not None and x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x) for x in tensors
+    ):
+        raise NotImplementedError(
+            "sla2_attention cannot be differentiated by torch.func (grad, vjp, jacrev): use backward() or torch.autograd.grad."
         )
 
 

@@ -15,7 +15,7 @@ from .arguments import (
     checked_pair,
     checked_scale,
     checked_sparsity,
-    refuse_forward_mode,
+    refuse_transforms,
 )
 from .router import Q_BLOCK
 from .selection import checked_blocks, select_blocks
@@ -81,7 +81,7 @@ def sla2_attention(
 
     Raises:
         ValueError: an argument does not fit; the sentence says which and what is expected.
-        NotImplementedError: q, k, v or alpha carries a tangent of forward-mode differentiation.
+        NotImplementedError: q, k, v or alpha carries a tangent of forward-mode differentiation, or is differentiated by torch.func.
     """
     check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
@@ -94,7 +94,7 @@ def sla2_attention(
         key_blocks, q, k, layout, keep_diagonal, query_block, exact_keys, sparsity
     )
     before, behind = checked_pair("room", room)
-    refuse_forward_mode(q, k, v, alpha)
+    refuse_transforms(q, k, v, alpha)
     out, row_ratio, _ = operators.attention(
         q,
         k,

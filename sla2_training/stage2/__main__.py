@@ -14,10 +14,12 @@ import torch
 from sla2_kernels import RouterFileError
 
 from ..errors import TrainingError
+from .checkpoint import prepare
 from .config import load_config
 from .data import load_latents
 from .lora import check_lora_file
 from .trainer import Stage2Trainer, make_accelerator
+from .wan import check_fits, wan_student
 
 
 def main(argv=None):
@@ -32,9 +34,15 @@ def main(argv=None):
         config.check_data(data)
         for path in config.few_step_loras.values():
             check_lora_file(path)
+        prepare(config.output, args.resume)
         validation = load_latents(config.validation_data) if config.validation_data else None
         options = {"validation": validation, "model_name": config.model, "accelerator": make_accelerator(config)}
-        trainer = Stage2Trainer(config, load_student(config), data, **options)
+        student = load_student(config)
+        for path, videos in ((config.data, data), (config.validation_data, validation)):
+            if videos is not None:
+                shapes = videos.latents.shape[1:], videos.context.shape[1:]
+                check_fits(student.model, f"Training data {path}", *shapes)
+        trainer = Stage2Trainer(config, student, data, **options)
         report = trainer.train(args.resume)
     except (TrainingError, RouterFileError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -47,8 +55,6 @@ def main(argv=None):
 def load_student(config):
     """The Student of the configured model, on the CPU. Raises RouterFileError, ValueError, OSError for what is not there."""
     from diffusers import WanTransformer3DModel
-
-    from .wan import wan_student
 
     # sharded weights share one dtype with the float32 LoRA
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and not config.fsdp else torch.float32

@@ -101,6 +101,14 @@ class Stage2Config:
         for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "ratio_learning_rate", "warmup"):
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be 0 to 1000000, got {getattr(self, name)}.")
+        for name in ("lora_alpha", "clip"):
+            if not 0 < getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be above 0 and at most 1000000, got {getattr(self, name)}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer of 64 bits, got {self.seed}.")
         self._check_ways()
         unknown = sorted(set(self.lora_targets) - set(TARGETS))
         if unknown or not self.lora_targets:
@@ -109,8 +117,9 @@ class Stage2Config:
     def _check_ways(self):
         if not 1 <= self.guidance <= 100:
             raise ValueError(f"guidance must be 1, which is none, to 100, got {self.guidance}.")
-        if not 0.01 <= self.sampling_shift <= 1000:
-            raise ValueError(f"sampling_shift must be 0.01 to 1000, got {self.sampling_shift}.")
+        for name in ("shift", "sampling_shift"):
+            if not 0.01 <= getattr(self, name) <= 1000:
+                raise ValueError(f"{name} must be 0.01 to 1000, got {getattr(self, name)}.")
         if self.sampling_steps > 1000:
             raise ValueError(f"sampling_steps must be 1 to 1000, got {self.sampling_steps}.")
         for steps, path in self.few_step_loras.items():
@@ -148,7 +157,7 @@ def load_config(path):
             values = json.load(file)
     except OSError as error:
         raise ValueError(f"Configuration {path} cannot be read: {error.strerror or error}.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of text that is not UTF-8
         raise ValueError(f"Configuration {path} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"Configuration {path} must be one JSON object of settings.")

@@ -1,7 +1,6 @@
 """LoRA by PEFT on a Wan model of either naming, the file that ComfyUI's LoRA loaders take, and files by others, merged."""
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 
@@ -9,6 +8,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from sla2_kernels.whole_file import write_whole
+
+from ..errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +113,11 @@ def save_lora(path, state, alpha, about):
 
 
 def replace_file(path, write):
-    """Writes beside the file, then renames over it: a run that is cut off leaves a whole file."""
-    draft = f"{path}.part"
-    write(draft)
-    os.replace(draft, path)
+    """Writes the file whole or not at all. Raises TrainingError where that fails, such as on a full disk."""
+    try:
+        write_whole(path, write)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be written: {error}.") from error
 
 
 @dataclass
@@ -165,6 +169,11 @@ def read_lora(path, weights):
             raise ValueError(
                 f"LoRA {path} cannot be merged: {key} ends in none of {', '.join(ENDINGS)}. Merge it with a tool that knows it "
                 "and train that model, or leave it out."
+            )
+        if not (tensor.is_floating_point() or (found[2] == "alpha" and not tensor.is_complex())):
+            raise ValueError(
+                f"LoRA {path} cannot be merged: {key} must hold floating-point numbers, got {str(tensor.dtype)[6:]}, as quantised "
+                "files have; take the file of 16 bits."
             )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(f"LoRA {path} cannot be merged: {key} holds NaN or infinity.")

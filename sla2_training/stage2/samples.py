@@ -8,21 +8,26 @@ the empty (or negative) prompt. Writes the file that the configuration names as 
 
 import argparse
 import itertools
+import os
 import sys
 
 import safetensors.torch
 import torch
 
 from ..draws import noise_like
+from ..errors import TrainingError
 from .config import load_config
-from .data import VideoLatents
+from .data import VideoLatents, check_empty, check_tensor
 from .lora import replace_file
+from .wan import check_fits
 from .ways import schedule
 
 
 @torch.no_grad()
 def own_samples(student, context, empty, shape, *, steps=30, guidance=5.0, shift=5.0, seed=0, say=print):
     """VideoLatents of one sample per row of context, by Euler steps along the dense model's flow with guidance.
+
+    Raises TrainingError for one with NaN or infinity.
 
     Args:
         student: Student. context: (K, L, D). empty: (1, L, D). shape: (C, T, h, w) of the latents.
@@ -37,6 +42,10 @@ def own_samples(student, context, empty, shape, *, steps=30, guidance=5.0, shift
             t = torch.full((1,), level, device=device)
             with_text, without = (student(x, t, c[None], dense=True).float() for c in both)
             x = x + (following - level) * (without + guidance * (with_text - without))
+        if not bool(torch.isfinite(x).all()):
+            raise TrainingError(
+                f"Video {number + 1} came out as NaN or infinity: lower the guidance, or leave that text out."
+            )
         made.append(x.cpu())
         say(f"{number + 1} of {len(context)} videos")
     return VideoLatents(torch.cat(made), context, torch.arange(len(context)), empty)
@@ -74,18 +83,46 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         config, shape = load_config(args.config), latent_shape(args.size)
-        texts = safetensors.torch.load_file(args.texts)
-        missing = [name for name in ("context", "empty_context") if name not in texts]
-        if missing:
-            raise ValueError(f"{args.texts} must hold {missing[0]!r}.")
-        student = load_student(config).to(args.device).eval()
-    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        _check_arguments(args, config)
+        context, empty = load_texts(args.texts)
+        student = load_student(config)
+        check_fits(student.model, f"--size {args.size} or {args.texts}", shape, context.shape[1:])
+        options = {"steps": args.steps, "guidance": args.guidance, "shift": config.shift, "seed": args.seed}
+        data = own_samples(student.to(args.device).eval(), context, empty, shape, **options)
+        save_latents(config.data, data)
+    except (ValueError, OSError, TrainingError) as error:
         print(error, file=sys.stderr)
         return 1
-    options = {"steps": args.steps, "guidance": args.guidance, "shift": config.shift, "seed": args.seed}
-    data = own_samples(student, texts["context"], texts["empty_context"], shape, **options)
-    save_latents(config.data, data)
     return 0
+
+
+def _check_arguments(args, config):
+    """Raises ValueError for what would stop the run, or lose what it made, only later."""
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
+    if not 1 <= args.guidance <= 100:
+        raise ValueError(f"--guidance must be 1, which is none, to 100, got {args.guidance}.")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed must be at least 0 and below 2**62, got {args.seed}.")
+    folder = os.path.dirname(os.path.abspath(config.data))
+    if os.path.isdir(config.data) or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"data names {config.data}, which cannot be written: make its folder, or name another file.")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built without CUDA
+        raise ValueError(f"--device {args.device} is not there ({str(error).splitlines()[0]}).") from error
+
+
+def load_texts(path):
+    """(context, empty_context) of a file of texts. Raises ValueError: one sentence with the file."""
+    try:
+        texts = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"Texts {path} cannot be read: {error}.") from error
+    context, empty = (texts.get(name) for name in ("context", "empty_context"))
+    check_tensor(f"Texts {path}", "context", context, 3)
+    check_empty(f"Texts {path}", empty, context)
+    return context, empty
 
 
 if __name__ == "__main__":

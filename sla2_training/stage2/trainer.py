@@ -99,8 +99,10 @@ class Stage2Trainer:
         resume: a checkpoint's path, or True for the newest one in the output folder (none there: starts anew).
 
         Raises:
-            TrainingError: the loss or its gradient is not finite, memory ran out, or the checkpoint is another model's.
+            TrainingError: the loss or its gradient is not finite, memory ran out, the checkpoint is another model's, a file cannot
+                be written, or the output folder holds checkpoints and ``resume`` is not set.
         """
+        checkpoint.prepare(self.output, resume)
         if resume:
             found = checkpoint.checkpoints(self.output)[-1:] if resume is True else [resume]
             for path in found:
@@ -249,7 +251,7 @@ class Stage2Trainer:
         )
 
     def _last_good(self):
-        saved = checkpoint.checkpoints(self.output)
+        saved = checkpoint.checkpoints(self.output, self.step)
         return f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint had been written yet."
 
     def _guarded(self, work):
@@ -321,12 +323,25 @@ class Stage2Trainer:
     def _load(self, path):
         tensors, optimiser, stored = checkpoint.load(path, self.facts)
         self.step = stored["step"]
+        if self.step > self.config.steps:
+            raise TrainingError(
+                f"Checkpoint {path} has {self.step} steps, and steps is {self.config.steps}: set it higher, or resume another one."
+            )
+        own = {name: tensor.shape for name, tensor in self._state().items()}
+        # with split weights only the main process has them
+        if own and own != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise TrainingError(f"Checkpoint {path} is damaged: it holds other weights than those that train.")
         sharded.set_model_state_dict(
             self.wrapped, tensors, options=sharded.StateDictOptions(full_state_dict=True, strict=False)
         )
-        sharded.set_optimizer_state_dict(
-            self.wrapped, self.optimisers, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
-        )
+        try:
+            sharded.set_optimizer_state_dict(
+                self.wrapped, self.optimisers, optimiser, options=sharded.StateDictOptions(full_state_dict=True)
+            )
+        except KeyError as error:
+            raise TrainingError(
+                f'Checkpoint {path} has no state of the optimiser "{self.config.optimiser}": set the one that it was made with.'
+            ) from error
         self._say(f"resumed {path} at step {self.step}")
         for what, wanted in self.facts["training"].items():
             before = stored.get("training", {}).get(what, wanted)

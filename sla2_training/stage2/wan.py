@@ -29,6 +29,29 @@ def run(model, noisy, t, context, attend):
     return model(noisy.to(dtype), timestep=t * 1000, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
 
 
+def check_fits(model, where, latents, context):
+    """Raises ValueError where a WanTransformer3DModel does not take latents (C, T, h, w) and context (L, D) of these shapes.
+
+    where: the file that they are from.
+    """
+    facts = model.config
+    if facts.in_channels != facts.out_channels:
+        raise ValueError(
+            f"This model takes {facts.in_channels} channels and gives {facts.out_channels}, as those from images do: stage 2 "
+            "trains models from text alone."
+        )
+    (channels, *sides), width = latents, context[1]
+    if channels != facts.in_channels or width != facts.text_dim:
+        raise ValueError(
+            f"{where} has latents of {channels} channels and context of {width} features, and this model takes "
+            f"{facts.in_channels} and {facts.text_dim}."
+        )
+    if any(side % patch for side, patch in zip(sides, facts.patch_size, strict=True)):
+        raise ValueError(
+            f"{where} has latents of {tuple(sides)}, which patches of {tuple(facts.patch_size)} do not fill."
+        )
+
+
 def wan_student(model, config):
     """The Student of a WanTransformer3DModel; raises RouterFileError where the router file is another model's."""
     attention = model.blocks[0].attn1

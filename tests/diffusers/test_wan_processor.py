@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("diffusers.models")  # this folder alone would pass for the package
 
@@ -88,6 +89,18 @@ def test_undo_leaves_a_later_processor_alone(transformer):
     handle.undo()
     assert transformer.blocks[0].attn1.processor is later
     assert not isinstance(transformer.blocks[1].attn1.processor, SLA2WanProcessor)
+
+
+def test_undo_reaches_a_processor_that_another_one_was_put_around(transformer, inputs):
+    dense = run(transformer, inputs)
+    handle = apply_sla2(transformer, sparsity=0.75)
+    for block in transformer.blocks:
+        block.attn1.set_processor(lambda *args, inner=block.attn1.processor, **kwargs: inner(*args, **kwargs))
+    assert not torch.equal(run(transformer, inputs), dense)
+    handle.undo()
+    handle.reset()
+    assert torch.equal(run(transformer, inputs), dense)
+    assert (handle.sparse_calls, handle.dense_calls) == (0, LAYERS) and "undo() was called" in handle.summary()
 
 
 @pytest.mark.parametrize("trained_with", [None, {"keep_diagonal": True, "q_block": 64}, {"keep_diagonal": False}])
@@ -190,6 +203,22 @@ def test_a_mask_is_honoured_by_running_dense(transformer, inputs):
         handle = apply_sla2(transformer, sparsity=0.5)
         assert torch.equal(attention(x, attention_mask=mask), expected)
     assert handle.dense_reasons() == {"the call has an attention mask": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((None, None, {"query": None, "key": None}), "the call's rotary embedding is not Wan's"),  # AnyFlow
+        ((None, None, torch.ones(1, 130, 64)), "the call's rotary embedding is not Wan's"),
+        ((None, None, None, 100), "the call has more arguments than Wan's attention takes"),  # Helios
+    ],
+)
+def test_a_call_of_a_model_much_like_wan_runs_dense_with_its_arguments(transformer, arguments, reason):
+    called, attention = [], transformer.blocks[0].attn1
+    attention.set_processor(lambda attn, x, *rest: called.append(rest) or x)
+    handle = apply_sla2(transformer, sparsity=0.5)
+    attention.processor(attention, torch.randn(1, 130, HEADS * HEAD_DIM), *arguments)
+    assert called[0][: len(arguments)] == arguments and reason in handle.summary()
 
 
 def test_gradients_reach_the_projections(transformer, inputs):
@@ -496,3 +525,46 @@ def test_what_is_not_fitted(transformer, inputs, monkeypatch, how):
     with torch.set_grad_enabled(how == "autograd"):
         transformer(**inputs)
     assert handle.sparse_calls == LAYERS and handle.attention_error is None
+
+
+def test_a_run_in_inference_mode_is_followed_by_one_outside_and_by_training(transformer, inputs):
+    with torch.inference_mode():
+        handle = apply_sla2(transformer, sparsity=0.75, precision="16bit")
+        transformer(**inputs)
+    run(transformer, inputs)
+    assert handle.sparse_calls == 2 * LAYERS and handle.attention_error < 1
+    handle.undo()
+    with torch.inference_mode():
+        apply_sla2(transformer, router(), sparsity=0.75, precision="16bit")
+        transformer(**inputs)
+    transformer(**inputs)[0].mean().backward()
+    assert transformer.blocks[0].attn1.to_q.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_code_is_compiled_once_for_all_calls_and_layers(inputs, whole):
+    torch.manual_seed(0)
+    sizes = {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+    }
+    model = WanTransformer3DModel(num_layers=4, **sizes).eval()
+    handle = apply_sla2(model, sparsity=0.75, precision="16bit", dense_layers=[0])
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for module in [model] if whole else model.blocks:
+        module.compile(backend=counter, fullgraph=True)
+    run(model, inputs)
+    run(model, inputs)
+    # the first call has no weights on its device yet
+    first = counter.frame_count
+    for _ in range(3):
+        run(model, inputs)
+    assert counter.frame_count == first <= (2 if whole else 3)
+    assert handle.summary().splitlines()[1:] == [
+        "  3 layers in compiled code, where calls are not counted, sparse",
+        "  1 layers in compiled code, where calls are not counted, dense: dense_layers keeps this layer dense",
+    ]

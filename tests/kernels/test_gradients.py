@@ -186,6 +186,20 @@ def compiled_jvp(function, *tensors):
 OWN_SENTENCE = pytest.mark.skipif(torch.__version__ < "2.9", reason="torch.compile has a sentence of its own here")
 
 
+def test_torch_func_is_refused_in_one_sentence(generator):
+    q, k, v = attention_inputs(generator, tokens=130, head_dim=16).tensors()[:3]
+
+    def total(q, factor):
+        return (half_sparse(q, k, v) * factor).sum()
+
+    for derive in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(
+            NotImplementedError, match=r"cannot be differentiated by torch.func \(grad, vjp, jacrev\): use"
+        ):
+            derive(total)(q, torch.tensor(2.0))
+    assert torch.func.grad(total, argnums=1)(q, torch.tensor(2.0)).isfinite()
+
+
 @pytest.mark.parametrize("derive", [jvp, forward_dual, with_gradient, pytest.param(compiled_jvp, marks=OWN_SENTENCE)])
 @pytest.mark.parametrize("function", [half_sparse, through_alpha, top_k_of_a_video])
 def test_forward_mode_is_refused_as_dense_attention_refuses_it(generator, derive, function):

@@ -135,10 +135,11 @@ def test_a_benchmark_makes_the_device_that_is_named_by_number_current(cards, nam
 
 
 def test_a_diffusers_processor_gives_each_device_its_own_weights():
-    from sla2_diffusers import SLA2WanProcessor
+    from sla2_diffusers import Settings, SLA2WanProcessor
 
     weights = torch.eye(4), None, torch.ones(2)
-    processor = SLA2WanProcessor(None, None, 0, weights, True, None, [])
+    settings = Settings(0.9, "16bit", 0, frozenset(), "torch", "16bit")
+    processor = SLA2WanProcessor(None, settings, 0, weights, True, None, [])
     here, there = processor._weights_on(CPU), processor._weights_on(torch.device("meta"))
     assert [w.device.type for w in here if w is not None] == ["cpu", "cpu"]
     assert [w.device.type for w in there if w is not None] == ["meta", "meta"]

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,13 +16,14 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from process_scripts import run_script
+from safetensors import SafetensorError
 from tiny_stage2 import CONFIG, HEAD_DIM, HEADS, LAYERS, tiny_model, trainer, videos
 
 from sla2_kernels import RouterLayer, RouterWeights, load_router
 from sla2_training import TrainingError
 from sla2_training.stage2 import Student, load_config, load_latents, samples
 from sla2_training.stage2.checkpoint import checkpoints
-from sla2_training.stage2.wan import run, wan_student
+from sla2_training.stage2.wan import check_fits, run, wan_student
 
 
 def merged(model, lora):
@@ -113,11 +116,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, model, name, told):
         trainer(tmp_path, model=model(), name=name).train(resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trained.safetensors", b"\0" * 20),
+        ("optimiser.pt", b""),
+        ("optimiser.pt", b"no pickle at all"),
+        ("checkpoint.json", b"[]"),
+        ("checkpoint.json", b"\xff\xfe"),
+        ("checkpoint.json", b'{"model": {"name": "tiny"}, "step": "two"}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
     trainer(tmp_path, replace(CONFIG, steps=1)).train()
     path = checkpoints(tmp_path)[-1]
-    (path / "trained.safetensors").write_bytes(b"\0" * 20)
+    (path / file).write_bytes(content)
     with pytest.raises(TrainingError, match=f"Checkpoint {path} is damaged"):
+        trainer(tmp_path).train(resume=True)
+
+
+def test_a_checkpoint_of_another_optimiser_or_without_some_weights_is_told(tmp_path):
+    trainer(tmp_path, replace(CONFIG, steps=1)).train()
+    with pytest.raises(TrainingError, match='no state of the optimiser "muon": set the one'):
+        trainer(tmp_path, replace(CONFIG, optimiser="muon")).train(resume=True)
+    path = checkpoints(tmp_path)[-1] / "trained.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(dict(list(tensors.items())[:-1]), path)
+    with pytest.raises(TrainingError, match="is damaged: it holds other weights"):
         trainer(tmp_path).train(resume=True)
 
 
@@ -215,6 +240,13 @@ def test_the_ratio_of_other_sparsities_stays(tmp_path):
         ({"sampling_steps": 10**30}, "sampling_steps must be 1 to 1000"),
         ({"sampling_steps": 0}, "sampling_steps must be at least 1, got 0"),
         ({"sampling_shift": 0}, "sampling_shift must be 0.01 to 1000, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be 0 to 1000000, got -1"),
+        ({"ratio_learning_rate": float("nan")}, "ratio_learning_rate must be 0 to 1000000, got nan"),
+        ({"warmup": -5}, "warmup must be 0 to 1000000, got -5"),
+        ({"lora_alpha": 0}, "lora_alpha must be above 0 and at most 1000000, got 0"),
+        ({"clip": -1.0}, "clip must be above 0 and at most 1000000, got -1"),
+        ({"shift": 0.0}, "shift must be 0.01 to 1000, got 0"),
+        ({"seed": 2**70}, "seed must be an integer of 64 bits"),
         ({"few_step_loras": ["a"]}, 'few_step_loras must be like {"8": "lora.safetensors"}'),
         ({"few_step_loras": {"eight": "a"}}, 'few_step_loras must name a file .*got {"eight": "a"}'),
         ({"few_step_loras": {"8": None}}, 'few_step_loras must name a file .*got {"8": null}'),
@@ -226,6 +258,105 @@ def test_a_bad_configuration_is_told_in_one_sentence(tmp_path, change, told):
     path.write_text(json.dumps({"model": "m", "output": "o", "data": "d"} | change))
     with pytest.raises(ValueError, match=told):
         load_config(path)
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "stage2.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"stage2.json is not JSON: 'utf-8' codec"):
+        load_config(tmp_path / "stage2.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"latents": torch.zeros(4, 16, 3, 12, 16).to(torch.float8_e4m3fn)},
+            "'latents' must be float32.*got float8_e4m3fn",
+        ),
+        ({"latents": torch.zeros(4, 16, 0, 12, 16)}, "'latents' with 5 dimensions, got .4, 16, 0, 12, 16."),
+        ({"context": torch.zeros(4, 6, 32, dtype=torch.int32)}, "'context' must be float32.*got int32"),
+        ({"caption": torch.zeros(4)}, "'caption' must hold integers, got float32"),
+        ({"empty_context": torch.zeros(1, 7, 32)}, "'empty_context' must be one row as long .*got .1, 7, 32."),
+        ({"empty_context": torch.zeros(2, 6, 32)}, "'empty_context' must be one row"),
+        ({"empty_context": torch.full((1, 6, 32), torch.nan)}, "'empty_context' holds NaN"),
+    ],
+)
+def test_training_data_that_would_stop_inside_or_train_something_else_is_told(tmp_path, change, told):
+    data = videos()
+    tensors = {"latents": data.latents, "context": data.context, "empty_context": data.empty}
+    tensors["caption"] = torch.arange(4).to(torch.uint16)
+    path = tmp_path / "data.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    assert load_latents(path).caption.tolist() == [0, 1, 2, 3]
+    safetensors.torch.save_file(tensors | change, path)
+    with pytest.raises(ValueError, match=f"Training data .*data.safetensors.* {told}"):
+        load_latents(path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "latents", "told"),
+    [
+        ({}, (8, 3, 12, 16), "latents of 8 channels and context of 32 features, and this model takes 16 and 32"),
+        ({"text_dim": 48}, (16, 3, 12, 16), "this model takes 16 and 48"),
+        ({}, (16, 3, 11, 16), "latents of .3, 11, 16., which patches of .1, 2, 2. do not fill"),
+        ({"in_channels": 36}, (36, 3, 12, 16), "takes 36 channels and gives 16, as those from images do"),
+    ],
+)
+def test_videos_that_the_model_does_not_take_are_told_before_training(sizes, latents, told):
+    sizes = {"text_dim": 32, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2)} | sizes
+    with pytest.raises(ValueError, match=told):
+        check_fits(SimpleNamespace(config=SimpleNamespace(**sizes)), "Training data x", latents, (6, 32))
+
+
+def written(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_output_folder_with_a_former_runs_checkpoints_is_not_started_in_anew(tmp_path):
+    trainer(tmp_path, replace(CONFIG, steps=1)).train()
+    with pytest.raises(
+        TrainingError, match=r"holds checkpoints of a former run, step-000001 the newest: go on .*--resume"
+    ):
+        trainer(tmp_path).train()
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="Output folder .*file cannot be made: File exists"):
+        trainer(tmp_path / "file").train()
+
+
+def test_only_older_checkpoints_of_the_same_way_of_naming_are_removed(tmp_path):
+    trainer(tmp_path).train()
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000000-mine")
+    shutil.copytree(tmp_path / "step-000004", tmp_path / "step-000900")
+    config = replace(CONFIG, keep=1, steps=5, checkpoint_every=1)
+    trainer(tmp_path, config).train(tmp_path / "step-000002")
+    steps = ["step-000000-mine", "step-000005", "step-000900"]
+    assert [name for name in written(tmp_path) if name.startswith("step")] == steps
+    with pytest.raises(TrainingError, match=r"step-000900 has .* steps, and steps is 3: set it higher"):
+        facts = tmp_path / "step-000900" / "checkpoint.json"
+        facts.write_text(facts.read_text().replace('"step": 4', '"step": 900'))
+        trainer(tmp_path, replace(CONFIG, steps=3)).train(resume=True)
+    with pytest.raises(TrainingError, match=r"absent is no checkpoint: name a folder such as step-000050"):
+        trainer(tmp_path).train(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("fails", ["safetensors.torch.save_file", "torch.save"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, monkeypatch, fails):
+    def full(*args, **kwargs):
+        raise {"torch.save": RuntimeError, "safetensors.torch.save_file": SafetensorError}[fails]("No space left\nat x")
+
+    made = trainer(tmp_path)
+    made.train()
+    before = written(tmp_path)
+    monkeypatch.setattr(fails, full)
+    with pytest.raises(
+        TrainingError, match=r"000005 cannot be written \(No space left\): make room, .*step-000004 with"
+    ):
+        trainer(tmp_path, replace(CONFIG, steps=5)).train(resume=True)
+    assert written(tmp_path) == before
+    if fails == "safetensors.torch.save_file":
+        with pytest.raises(TrainingError, match="lora.safetensors cannot be written: No space left"):
+            made.export()
+        assert written(tmp_path) == before
 
 
 def test_bad_training_data_is_told(tmp_path):
@@ -267,6 +398,21 @@ def test_the_models_own_samples_are_training_data(tmp_path, capsys):
         expected = noise - run(tiny_model(), noise, torch.ones(1), data.context[:1], None)
     torch.testing.assert_close(one.latents, expected)
     assert samples.main([*command, "--size", "8x96x128"]) == 1 and "4n + 1 frames" in capsys.readouterr().err
+
+    def told(*more):
+        assert samples.main([*command, "--size", "9x96x128", "--device", "cpu", *more]) == 1
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.count("\n") == 1
+        return output.err
+
+    assert "--steps must be at least 1" in told("--steps", "0") and "--guidance must" in told("--guidance", "nan")
+    assert "--device quantum is not there" in told("--device", "quantum")
+    safetensors.torch.save_file(texts | {"empty_context": torch.zeros(1, 7, 32)}, tmp_path / "texts.safetensors")
+    assert "texts.safetensors: 'empty_context' must be one row" in told()
+    (tmp_path / "stage2.json").write_text(
+        json.dumps(settings | {"data": str(tmp_path / "absent" / "data.safetensors")})
+    )
+    assert "which cannot be written: make its folder" in told()
 
 
 def test_weights_that_are_split_are_not_moved_whole_before(tmp_path, monkeypatch):

@@ -261,6 +261,8 @@ def test_the_command_trains_in_turns(tmp_path, in_turns, capsys):
     told = r"step 4 of 4: distill loss [\d.]+, guidance 4 loss [\d.]+, 8 steps loss [\d.]+, 4 steps loss [\d.]+\n"
     assert re.search(told, capsys.readouterr().out) and len(checkpoints(tmp_path / "out")) == 1
     safetensors.torch.save_file({"lora_unet_q.alpha.weight": torch.ones(1)}, tmp_path / "8.safetensors")
+    values["output"] = str(tmp_path / "second")
+    path.write_text(json.dumps(values))
     assert main(["--config", str(path)]) == 1
     error = capsys.readouterr().err
     assert "8.safetensors" in error and "lora_unet_q.alpha.weight" in error and error.count("\n") == 1
@@ -405,6 +407,7 @@ PAIR = {f"{QUERY}.lora_down.weight": torch.ones(2, 128), f"{QUERY}.lora_up.weigh
         ({**PAIR, f"{QUERY}.lora_up.weight": torch.ones(64, 2)}, "lora_up.weight", r"has shape \(64, 2\)"),
         ({**PAIR, f"{QUERY}.alpha": torch.ones(2)}, f"{QUERY}.alpha", r"must be one number, got shape \(2,\)"),
         ({**PAIR, f"{QUERY}.alpha": torch.tensor(torch.nan)}, f"{QUERY}.alpha", "holds NaN or infinity"),
+        ({**PAIR, f"{QUERY}.lora_up.weight": torch.ones(128, 2).to(torch.int8)}, QUERY, "floating-point numbers, got int8"),
         ({"img_emb.proj.1.diff_b": torch.ones(4)}, "", "changes nothing in this model"),
         ({f"{QUERY}.lora_down.weight": torch.ones(0, 128), f"{QUERY}.lora_up.weight": torch.ones(128, 0)}, QUERY, "rank, 1 or more"),
         ({"patch_embedding.lora_down.weight": torch.ones(2, 16)}, "patch_embedding.lora_down.weight", "has shape"),
