@@ -27,28 +27,40 @@ from .ways import schedule
 def own_samples(student, context, empty, shape, *, steps=30, guidance=5.0, shift=5.0, seed=0, say=print):
     """VideoLatents of one sample per row of context, by Euler steps along the dense model's flow with guidance.
 
-    Raises TrainingError for one with NaN or infinity.
+    A video with NaN or infinity is left out and told; Ctrl-C ends with the videos that there are. Raises TrainingError where
+    none came out.
 
     Args:
         student: Student. context: (K, L, D). empty: (1, L, D). shape: (C, T, h, w) of the latents.
     """
     device = next(student.parameters()).device
     levels = schedule(steps, shift).tolist()
-    made = []
-    for number, row in enumerate(context):
+
+    def sample(number):
         x = noise_like(torch.empty(1, *shape, device=device), [seed + number])
-        both = torch.cat([row[None], empty]).to(device)
+        both = torch.cat([context[number : number + 1], empty]).to(device)
         for level, following in itertools.pairwise(levels):
             t = torch.full((1,), level, device=device)
             with_text, without = (student(x, t, c[None], dense=True).float() for c in both)
             x = x + (following - level) * (without + guidance * (with_text - without))
-        if not bool(torch.isfinite(x).all()):
-            raise TrainingError(
-                f"Video {number + 1} came out as NaN or infinity: lower the guidance, or leave that text out."
-            )
-        made.append(x.cpu())
-        say(f"{number + 1} of {len(context)} videos")
-    return VideoLatents(torch.cat(made), context, torch.arange(len(context)), empty)
+        return x.cpu()
+
+    made = {}
+    try:
+        for number in range(len(context)):
+            video = sample(number)
+            if bool(torch.isfinite(video).all()):
+                made[number] = video
+                say(f"{number + 1} of {len(context)} videos")
+            else:
+                say(f"video {number + 1} is left out: NaN or infinity; a lower guidance may help")
+    except KeyboardInterrupt:
+        if not made:
+            raise
+        say(f"stopped: {len(made)} of {len(context)} videos are kept")
+    if not made:
+        raise TrainingError("Every video came out as NaN or infinity: lower the guidance, or look at the texts.")
+    return VideoLatents(torch.cat(list(made.values())), context, torch.tensor(list(made)), empty)
 
 
 def save_latents(path, data):

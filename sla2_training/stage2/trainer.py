@@ -73,11 +73,18 @@ class Stage2Trainer:
         self.student = student
         freeze_all_but(student)
         config.check_data(data)
+        if config.drop_caption > 0 and data.empty is None:
+            self._say('the data has no "empty_context": no captions are dropped')
         self.output, self.step = Path(config.output), 0
         self.turns = self._guarded(lambda: Turns(config, student.model))
         self.facts = {
             "model": {"name": model_name, **_facts_of(student)},
-            "adapter": {"rank": config.lora_rank, "sparsity": config.sparsity, "targets": list(config.lora_targets)},
+            "adapter": {
+                "rank": config.lora_rank,
+                "lora_alpha": config.lora_alpha,
+                "sparsity": config.sparsity,
+                "targets": list(config.lora_targets),
+            },
             "training": {"steps in turns": [way.name for way in self.turns.ways], "states": config.few_step_states},
         }
         if self.sharded:

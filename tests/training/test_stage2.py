@@ -137,6 +137,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
 
 def test_a_checkpoint_of_another_optimiser_or_without_some_weights_is_told(tmp_path):
     trainer(tmp_path, replace(CONFIG, steps=1)).train()
+    with pytest.raises(TrainingError, match=r"its lora_alpha is 8.0, this run's is 2.0"):
+        trainer(tmp_path, replace(CONFIG, lora_alpha=2.0)).train(resume=True)
     with pytest.raises(TrainingError, match='no state of the optimiser "muon": set the one'):
         trainer(tmp_path, replace(CONFIG, optimiser="muon")).train(resume=True)
     path = checkpoints(tmp_path)[-1] / "trained.safetensors"
@@ -413,6 +415,51 @@ def test_the_models_own_samples_are_training_data(tmp_path, capsys):
         json.dumps(settings | {"data": str(tmp_path / "absent" / "data.safetensors")})
     )
     assert "which cannot be written: make its folder" in told()
+
+
+def own_samples(outcomes, say):
+    """samples.own_samples() of a text for each outcome: the velocity of its video, or what is raised instead."""
+    outcomes = iter(outcomes)
+
+    def student(x, t, context, dense):
+        if not context.any():
+            return x
+        outcome = next(outcomes)
+        if isinstance(outcome, float):
+            return torch.full_like(x, outcome)
+        raise outcome
+
+    student.parameters = lambda: iter([torch.zeros(1)])
+    texts, empty = torch.ones(3, 6, 32), torch.zeros(1, 6, 32)
+    return samples.own_samples(student, texts, empty, (16, 1, 4, 4), steps=1, guidance=1.0, say=say)
+
+
+def test_a_sample_that_is_not_finite_is_left_out_and_ctrl_c_keeps_the_others():
+    said = []
+    data = own_samples([0.0, torch.nan, 1.0], said.append)
+    assert data.caption.tolist() == [0, 2] and len(data.context) == 3
+    noise = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(data.latents[1], noise - 1.0)
+    assert said == [
+        "1 of 3 videos",
+        "video 2 is left out: NaN or infinity; a lower guidance may help",
+        "3 of 3 videos",
+    ]
+    data = own_samples([0.0, 1.0, KeyboardInterrupt()], said.append)
+    assert data.caption.tolist() == [0, 1] and said[-1] == "stopped: 2 of 3 videos are kept"
+    with pytest.raises(KeyboardInterrupt):
+        own_samples([KeyboardInterrupt()], said.append)
+    with pytest.raises(TrainingError, match="Every video came out as NaN or infinity"):
+        own_samples([torch.nan] * 3, said.append)
+
+
+def test_data_without_an_empty_caption_says_that_none_is_dropped(tmp_path):
+    said = []
+    trainer(tmp_path, data=replace(videos(), empty=None), say=said.append)
+    assert said == ['the data has no "empty_context": no captions are dropped']
+    trainer(tmp_path, replace(CONFIG, drop_caption=0.0), data=replace(videos(), empty=None), say=said.append)
+    trainer(tmp_path, say=said.append)
+    assert len(said) == 1
 
 
 def test_weights_that_are_split_are_not_moved_whole_before(tmp_path, monkeypatch):
