@@ -121,8 +121,8 @@ def check_linear_projection(proj_l, head_dim):
         return
     if not isinstance(proj_l, (tuple, list)) or len(proj_l) != 2:
         raise ValueError(f"proj_l must be a pair (weight, bias) of tensors, got {_shown(proj_l)}.")
-    for name, tensor, shape in zip(("weight", "bias"), proj_l, ((head_dim, head_dim), (head_dim,)), strict=True):
-        _check_weight(f"proj_l's {name}", tensor, (shape,), str(shape))
+    _check_weight("proj_l's weight", proj_l[0], ((head_dim, head_dim),), f"({head_dim}, {head_dim})")
+    _check_weight("proj_l's bias", proj_l[1], ((head_dim,),), f"({head_dim},)")
 
 
 def check_alpha(alpha, heads):
@@ -223,7 +223,8 @@ def _check_tensor(name, value, expected):
 
 def _check_weight(name, tensor, shapes, expected):
     _check_tensor(name, tensor, expected)
-    if tuple(tensor.shape) not in shapes:
+    # not "in": while torch.compile traces symbolic sizes, it finds no tuple in any other
+    if not any(tensor.shape == shape for shape in shapes):
         raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}.")
     if tensor.is_complex():
         raise ValueError(f"{name} must hold real numbers, got {tensor.dtype}.")

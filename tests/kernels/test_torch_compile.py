@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla2_kernels import gradients, operators, select_key_blocks, sla2_attention
+from sla2_kernels.sla_v1 import sla_attention
 
 HOW = {"fullgraph": True, "backend": "aot_eager"}
 
@@ -128,6 +129,20 @@ def test_lengths_share_their_graphs(generator):
         expected = sla2_attention(*inputs.tensors()[:3], sparsity=0.5)
         assert torch.equal(compiled(*inputs.tensors()[:3], sparsity=0.5), expected)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("proj", ["shared", "per head"])
+def test_weights_beside_symbolic_sizes(generator, proj):
+    """Every size of q is symbolic, and so are the sizes that weights must have."""
+    inputs = attention_inputs(generator, heads=2, tokens=150, keys=150, head_dim=16, proj=proj, knots=3)
+    proj_l = torch.eye(16) / 2, torch.ones(16)
+    for function, arguments in (
+        (sla2_attention, inputs.tensors()),
+        (sla_attention, (*inputs.tensors()[:3], proj_l)),
+        (select_key_blocks, (inputs.q, inputs.k, inputs.proj_q, inputs.proj_k)),
+    ):
+        compiled = torch.compile(function, dynamic=True, **HOW)
+        assert torch.equal(compiled(*arguments, sparsity=0.5), function(*arguments, sparsity=0.5))
 
 
 LENGTHS = [(1, 1), (2, 2), (64, 64), (65, 65), (129, 129), (640, 640), (1, 300), (100, 1), (200, 64), (300, 1000)]

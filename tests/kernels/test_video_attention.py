@@ -136,6 +136,17 @@ def test_shapes_alone_and_compiled():
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*qkv), call(*qkv))
 
 
+def test_references_compiled_at_several_lengths():
+    def call(q, k, v):
+        return video_attention(q, k, v, front=300, sparsity=0.7, precision="16bit", references=[(150, 280), (0, 130)])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for length in (640, 701, 900):
+        qkv = tensors(tokens=length)
+        assert torch.equal(compiled(*qkv), call(*qkv))
+
+
 def test_why_dense():
     q, *_ = tensors()
     assert why_dense(q) == "the sequence has 640 tokens, minimum_tokens is 8192"
