@@ -15,6 +15,7 @@ from .support import BACKENDS, PRECISIONS
 LAYOUTS = ("BHND", "BNHD")
 HEADS_DIM = {"BHND": 1, "BNHD": 2}
 TOKENS_DIM = {"BHND": 2, "BNHD": 1}
+_TRACING = torch._C._TorchDispatchModeKey
 
 
 def check_options(layout, backend="auto", precision="16bit", query_block=QUERY_BLOCKS[0]):
@@ -50,10 +51,11 @@ def checked_scale(scale, head_dim):
 
 def checked_count(name, value):
     """value as an integer; raises ValueError for anything else."""
-    if isinstance(value, int):
+    is_flag = isinstance(value, bool)  # an int to Python, and refused by torch as a length
+    if isinstance(value, int) and not is_flag:
         return value
     try:
-        return operator.index(value)
+        return operator.index(None if is_flag else value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
 
@@ -146,17 +148,36 @@ def check_selection(q, k, proj_q, proj_k, layout, backend, query_block):
     check_options(layout, backend, query_block=query_block)
     check_inputs(layout, q=q, k=k)
     check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], q.shape[3])
+    check_have_values(q, proj_q=proj_q, proj_k=proj_k)
 
 
-def check_sample(rows, fitted):
-    """Raises ValueError unless rows are int32 (R,), R a power of two from 16, and ``fitted`` of them can decide a ratio."""
+def check_have_values(q, **weights):
+    """Raises ValueError for weights, or None, on the meta device where q is not: torch would return memory that nobody wrote."""
+    for name, weight in weights.items():
+        if weight is not None and weight.device.type == "meta" and q.device.type != "meta":
+            raise ValueError(f"{name} must hold values, but lies on the meta device: load it first.")
+
+
+def check_sample(rows, fitted, q, tokens):
+    """Raises ValueError unless rows are int32 (R,) on q's device, R a power of two from 16, each one of q's ``tokens``, and
+    ``fitted`` of them can decide a ratio. Returns ``fitted`` as an integer."""
     _check_tensor("rows", rows, "of int32, (R,)")
     if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] < 16 or rows.shape[0] & (rows.shape[0] - 1):
         raise ValueError(
             f"rows must be int32 (R,), R a power of two from 16, got {str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape)}."
         )
+    if rows.device != q.device:
+        raise ValueError(f"rows must lie on q's device {q.device}, got {rows.device}.")
+    fitted = checked_count("fitted", fitted)
     if not 1 <= fitted <= rows.shape[0]:
         raise ValueError(f"fitted must lie between 1 and the {rows.shape[0]} rows, got {fitted}.")
+    if _may_read(rows):
+        lowest, highest = (bound.item() for bound in rows.aminmax())
+        if lowest < 0 or highest >= tokens:
+            raise ValueError(
+                f"rows must lie in 0 to {tokens - 1}, but {lowest if lowest < 0 else highest} is among them."
+            )
+    return fitted
 
 
 def check_key_blocks(key_blocks, rows, key_block_count, device):
@@ -200,7 +221,7 @@ def _number(value):
         return value
     if isinstance(value, (str, bytes, bytearray)):
         return None
-    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
+    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex() or value.device.type == "meta"):
         return None
     try:
         return float(value)
@@ -219,6 +240,9 @@ def _shown(value):
 def _check_tensor(name, value, expected):
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor {expected}, got {_shown(value)}.")
+    if not torch.compiler.is_compiling() and (value.layout != torch.strided or value.is_nested):
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {kind}: call to_dense() or pad it.")
 
 
 def _check_weight(name, tensor, shapes, expected):
@@ -233,13 +257,13 @@ def _check_weight(name, tensor, shapes, expected):
 
 
 def _may_read(tensor):
-    """Whether a check may read the contents: not on a GPU, and not of a fake tensor, under vmap or while tracing."""
+    """Whether a check may read the contents: not on a GPU, and not of a fake tensor or beside one, under vmap or while tracing."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_batchedtensor(tensor)
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and all(torch._C._get_dispatch_mode(mode) is None for mode in (_TRACING.PROXY, _TRACING.FAKE))
     )
 
 

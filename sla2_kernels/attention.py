@@ -8,6 +8,7 @@ from .arguments import (
     HEADS_DIM,
     check_alpha,
     check_diagonal,
+    check_have_values,
     check_inputs,
     check_options,
     check_projections,
@@ -88,6 +89,7 @@ def sla2_attention(
     heads, head_dim = q.shape[HEADS_DIM[layout]], q.shape[3]
     check_projections(proj_q, proj_k, heads, head_dim)
     check_alpha(alpha, heads)
+    check_have_values(q, proj_q=proj_q, proj_k=proj_k, alpha=alpha)
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
     key_blocks, is_routed, forced, diagonal = checked_blocks(
