@@ -72,6 +72,15 @@ def checked_pair(name, pair):
     return first, last
 
 
+def checked_ranges(name, ranges):
+    """Ranges as a tuple of (start, stop) in integers, none for None; raises ValueError for anything else."""
+    try:
+        pairs = [(start, stop) for start, stop in (() if ranges is None else ranges)]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be pairs (start, stop), got {_shown(ranges)}.") from None
+    return tuple((checked_count(name, start), checked_count(name, stop)) for start, stop in pairs)
+
+
 def check_dimensions(name, tensor, layout):
     """Raises ValueError unless tensor is one of four dimensions."""
     _check_tensor(name, tensor, f"of 4 dimensions ({layout})")
