@@ -3,6 +3,8 @@
 They check their arguments (arguments.py) and call one torch operator (operators.py), so torch.compile sees no graph break.
 """
 
+import torch
+
 from . import operators
 from .arguments import (
     HEADS_DIM,
@@ -18,6 +20,7 @@ from .arguments import (
     checked_sparsity,
     refuse_transforms,
 )
+from .forced_blocks import select_with_forced_blocks
 from .router import Q_BLOCK
 from .selection import checked_blocks, select_blocks
 
@@ -140,6 +143,10 @@ def select_key_blocks(
     check_selection(q, k, proj_q, proj_k, layout, backend, query_block)
     if keep_diagonal:
         check_diagonal(q, k)
+    if torch.compiler.is_compiling():
+        # the same as one operator
+        options = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
+        return select_with_forced_blocks(q, k, proj_q, proj_k, **options, query_block=query_block)
     if layout == "BNHD":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     diagonal = 0 if keep_diagonal else None

@@ -68,6 +68,7 @@ def linear_over_all_keys(q, k, v):
     at a time.
     """
     outputs, step = [], max(1, CHUNK_BYTES // (4 * k.shape[0] * max(q.shape[2], k.shape[2]) * k.shape[3]))
+    step = min(step, q.shape[1])  # while torch.compile traces, a step depends on the length only where that matters
     for start in range(0, q.shape[1], step):
         heads = slice(start, start + step)
         phi_q, phi_k = (_phi(t[:, heads]) for t in (q, k))

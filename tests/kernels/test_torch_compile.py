@@ -131,6 +131,18 @@ def test_lengths_share_their_graphs(generator):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("function", [select_key_blocks, sla_attention])
+def test_lengths_share_the_graphs_of_what_is_built_on_it(generator, function):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    proj_l = torch.eye(16) / 2, torch.ones(16)
+    for tokens in (130, 256, 300, 511, 640, 1100):
+        q, k, v = attention_inputs(generator, tokens=tokens, head_dim=16).tensors()[:3]
+        arguments = (q, k) if function is select_key_blocks else (q, k, v, proj_l)
+        assert torch.equal(compiled(*arguments, sparsity=0.5), function(*arguments, sparsity=0.5))
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("proj", ["shared", "per head"])
 def test_weights_beside_symbolic_sizes(generator, proj):
     """Every size of q is symbolic, and so are the sizes that weights must have."""
