@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sla2_kernels import arguments, select_key_blocks, sla2_attention
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.forced_blocks import select_with_forced_blocks
+from sla2_kernels.pool_routing import PoolRouting
 from sla2_kernels.sequence_parallel import sequence_parallel_attention
 from sla2_kernels.sla_v1 import sla_attention
 from sla2_kernels.video_attention import video_attention, why_dense
@@ -345,6 +346,10 @@ PARALLEL = {
         {"k": torch.ones(2, 9, 130, 16), "v": torch.ones(2, 9, 130, 16)},
         "q, k and v must have one shape, got (2, 3, 130, 16), (2, 9, 130, 16), (2, 9, 130, 16).",
     ),
+    "a projection of another width": (
+        {"routing": PoolRouting(0.5, torch.eye(8))},
+        "proj_q must be (16, 16) or (130, 16, 16), got (8, 8).",
+    ),
 }
 
 
@@ -353,6 +358,25 @@ def test_attention_of_several_processes_refuses(change, sentence):
     """Before anything is sent: the other processes would wait for ever."""
     with pytest.raises(ValueError) as caught:
         sequence_parallel_attention(**{**tensors(keys=130), **change}, attend=None)
+    assert str(caught.value) == sentence
+
+
+def test_attention_of_several_processes_refuses_what_attend_returns(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(
+            ValueError, match=r"^attend\(\) must return its q's shape \(2, 3, 130, 16\), got \(2, 130, 3, 16\)"
+        ):
+            sequence_parallel_attention(**tensors(keys=130), attend=lambda q, k, v, heads: q.transpose(1, 2))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", ["sparsity 97", "backend", "query_block 32"])
+def test_a_routing_of_several_processes_refuses_the_same(change):
+    arguments, sentence = {**CASES, "sparsity 97": CASES["sparsity in percent"]}[change]
+    with pytest.raises(ValueError) as caught:
+        PoolRouting(**{"sparsity": 0.5, **arguments})
     assert str(caught.value) == sentence
 
 
