@@ -15,6 +15,7 @@ from .support import BACKENDS, PRECISIONS
 LAYOUTS = ("BHND", "BNHD")
 HEADS_DIM = {"BHND": 1, "BNHD": 2}
 TOKENS_DIM = {"BHND": 2, "BNHD": 1}
+_TRACING = torch._C._TorchDispatchModeKey
 
 
 def check_options(layout, backend="auto", precision="16bit", query_block=QUERY_BLOCKS[0]):
@@ -50,10 +51,11 @@ def checked_scale(scale, head_dim):
 
 def checked_count(name, value):
     """value as an integer; raises ValueError for anything else."""
-    if isinstance(value, int):
+    is_flag = isinstance(value, bool)  # an int to Python, and refused by torch as a length
+    if isinstance(value, int) and not is_flag:
         return value
     try:
-        return operator.index(value)
+        return operator.index(None if is_flag else value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {_shown(value)}.") from None
 
@@ -68,6 +70,15 @@ def checked_pair(name, pair):
     if first < 0 or last < 0:
         raise ValueError(f"{name} must be two integers of at least 0, got {first} and {last}.")
     return first, last
+
+
+def checked_ranges(name, ranges):
+    """Ranges as a tuple of (start, stop) in integers, none for None; raises ValueError for anything else."""
+    try:
+        pairs = [(start, stop) for start, stop in (() if ranges is None else ranges)]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be pairs (start, stop), got {_shown(ranges)}.") from None
+    return tuple((checked_count(name, start), checked_count(name, stop)) for start, stop in pairs)
 
 
 def check_dimensions(name, tensor, layout):
@@ -121,8 +132,8 @@ def check_linear_projection(proj_l, head_dim):
         return
     if not isinstance(proj_l, (tuple, list)) or len(proj_l) != 2:
         raise ValueError(f"proj_l must be a pair (weight, bias) of tensors, got {_shown(proj_l)}.")
-    for name, tensor, shape in zip(("weight", "bias"), proj_l, ((head_dim, head_dim), (head_dim,)), strict=True):
-        _check_weight(f"proj_l's {name}", tensor, (shape,), str(shape))
+    _check_weight("proj_l's weight", proj_l[0], ((head_dim, head_dim),), f"({head_dim}, {head_dim})")
+    _check_weight("proj_l's bias", proj_l[1], ((head_dim,),), f"({head_dim},)")
 
 
 def check_alpha(alpha, heads):
@@ -146,17 +157,36 @@ def check_selection(q, k, proj_q, proj_k, layout, backend, query_block):
     check_options(layout, backend, query_block=query_block)
     check_inputs(layout, q=q, k=k)
     check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], q.shape[3])
+    check_have_values(q, proj_q=proj_q, proj_k=proj_k)
 
 
-def check_sample(rows, fitted):
-    """Raises ValueError unless rows are int32 (R,), R a power of two from 16, and ``fitted`` of them can decide a ratio."""
+def check_have_values(q, **weights):
+    """Raises ValueError for weights, or None, on the meta device where q is not: torch would return memory that nobody wrote."""
+    for name, weight in weights.items():
+        if weight is not None and weight.device.type == "meta" and q.device.type != "meta":
+            raise ValueError(f"{name} must hold values, but lies on the meta device: load it first.")
+
+
+def check_sample(rows, fitted, q, tokens):
+    """Raises ValueError unless rows are int32 (R,) on q's device, R a power of two from 16, each one of q's ``tokens``, and
+    ``fitted`` of them can decide a ratio. Returns ``fitted`` as an integer."""
     _check_tensor("rows", rows, "of int32, (R,)")
     if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] < 16 or rows.shape[0] & (rows.shape[0] - 1):
         raise ValueError(
             f"rows must be int32 (R,), R a power of two from 16, got {str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape)}."
         )
+    if rows.device != q.device:
+        raise ValueError(f"rows must lie on q's device {q.device}, got {rows.device}.")
+    fitted = checked_count("fitted", fitted)
     if not 1 <= fitted <= rows.shape[0]:
         raise ValueError(f"fitted must lie between 1 and the {rows.shape[0]} rows, got {fitted}.")
+    if _may_read(rows):
+        lowest, highest = (bound.item() for bound in rows.aminmax())
+        if lowest < 0 or highest >= tokens:
+            raise ValueError(
+                f"rows must lie in 0 to {tokens - 1}, but {lowest if lowest < 0 else highest} is among them."
+            )
+    return fitted
 
 
 def check_key_blocks(key_blocks, rows, key_block_count, device):
@@ -200,7 +230,7 @@ def _number(value):
         return value
     if isinstance(value, (str, bytes, bytearray)):
         return None
-    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
+    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex() or value.device.type == "meta"):
         return None
     try:
         return float(value)
@@ -219,11 +249,15 @@ def _shown(value):
 def _check_tensor(name, value, expected):
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor {expected}, got {_shown(value)}.")
+    if not torch.compiler.is_compiling() and (value.layout != torch.strided or value.is_nested):
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {kind}: call to_dense() or pad it.")
 
 
 def _check_weight(name, tensor, shapes, expected):
     _check_tensor(name, tensor, expected)
-    if tuple(tensor.shape) not in shapes:
+    # not "in": while torch.compile traces symbolic sizes, it finds no tuple in any other
+    if not any(tensor.shape == shape for shape in shapes):
         raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}.")
     if tensor.is_complex():
         raise ValueError(f"{name} must hold real numbers, got {tensor.dtype}.")
@@ -232,13 +266,13 @@ def _check_weight(name, tensor, shapes, expected):
 
 
 def _may_read(tensor):
-    """Whether a check may read the contents: not on a GPU, and not of a fake tensor, under vmap or while tracing."""
+    """Whether a check may read the contents: not on a GPU, and not of a fake tensor or beside one, under vmap or while tracing."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_batchedtensor(tensor)
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and all(torch._C._get_dispatch_mode(mode) is None for mode in (_TRACING.PROXY, _TRACING.FAKE))
     )
 
 

@@ -3,11 +3,14 @@
 They check their arguments (arguments.py) and call one torch operator (operators.py), so torch.compile sees no graph break.
 """
 
+import torch
+
 from . import operators
 from .arguments import (
     HEADS_DIM,
     check_alpha,
     check_diagonal,
+    check_have_values,
     check_inputs,
     check_options,
     check_projections,
@@ -17,6 +20,7 @@ from .arguments import (
     checked_sparsity,
     refuse_transforms,
 )
+from .forced_blocks import select_with_forced_blocks
 from .router import Q_BLOCK
 from .selection import checked_blocks, select_blocks
 
@@ -88,6 +92,7 @@ def sla2_attention(
     heads, head_dim = q.shape[HEADS_DIM[layout]], q.shape[3]
     check_projections(proj_q, proj_k, heads, head_dim)
     check_alpha(alpha, heads)
+    check_have_values(q, proj_q=proj_q, proj_k=proj_k, alpha=alpha)
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
     key_blocks, is_routed, forced, diagonal = checked_blocks(
@@ -138,6 +143,10 @@ def select_key_blocks(
     check_selection(q, k, proj_q, proj_k, layout, backend, query_block)
     if keep_diagonal:
         check_diagonal(q, k)
+    if torch.compiler.is_compiling():
+        # the same as one operator
+        options = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
+        return select_with_forced_blocks(q, k, proj_q, proj_k, **options, query_block=query_block)
     if layout == "BNHD":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     diagonal = 0 if keep_diagonal else None

@@ -4,7 +4,7 @@ The keys of those tokens are attended by every query, and their own queries atte
 the sequence: before the video's tokens (prefix) or after them (suffix).
 """
 
-from .arguments import TOKENS_DIM
+from .arguments import TOKENS_DIM, checked_sparsity
 from .forced_blocks import select_with_forced_blocks
 from .router import Q_BLOCK
 from .selection import RoutedBlocks, forced_block_counts
@@ -36,6 +36,7 @@ def attend_video(
         sparsity: share of the video's key blocks that is skipped, 0 to below 1.
         options: for ``attend``, ``room`` among them; the rest as in :func:`sla2_kernels.forced_blocks.select_with_forced_blocks`.
     """
+    sparsity = checked_sparsity(sparsity)
     routing = {"sparsity": sparsity, "layout": layout, "backend": backend, "keep_diagonal": keep_diagonal}
     routing["query_block"] = query_block
     forced = forced_block_counts(k.shape[TOKENS_DIM[layout]], key_prefix, key_suffix)

@@ -14,6 +14,7 @@ from . import operators
 from .arguments import (
     HEADS_DIM,
     TOKENS_DIM,
+    check_have_values,
     check_inputs,
     check_options,
     check_projections,
@@ -127,6 +128,7 @@ def fitted_attention(
     check_inputs(layout, q=q, k=k, v=v)
     head_dim = q.shape[3]
     check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], head_dim)
+    check_have_values(q, proj_q=proj_q, proj_k=proj_k)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise ValueError(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."
@@ -138,7 +140,7 @@ def fitted_attention(
     count = selected_beside(forced, sparsity, blocks) if key_blocks is None else key_blocks.shape[-1]
     if count >= blocks:
         raise ValueError(f"a fitted ratio needs a key block that is left out, and {count} of {blocks} are selected.")
-    check_sample(rows, fitted)
+    fitted = check_sample(rows, fitted, q, q.shape[TOKENS_DIM[layout]])
     before, behind = checked_pair("room", room)
     return Fitted(
         *operators.fitted_attention(

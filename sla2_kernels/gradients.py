@@ -77,8 +77,13 @@ def _attention_backward(
     grad_ratio = grad_ratio.sum(dim=0)
     # where every key block is selected, or the linear branch has no weight, the returned ratio is 1 whatever alpha says
     if grad_row_ratio is not None and key_blocks.shape[-1] < block_count(k.shape[2], K_BLOCK):
-        rows = F.pad(grad_row_ratio.where(row_ratio < 1, 0.0), (0, -row_ratio.shape[-1] % query_block))
-        grad_ratio = grad_ratio + rows.unflatten(-1, (-1, query_block)).sum(dim=(0, -1))
+        rest = -row_ratio.shape[-1] % query_block
+        grads_of_rows, used = (
+            F.pad(x, (0, rest)).unflatten(-1, (-1, query_block)) for x in (grad_row_ratio, row_ratio)
+        )
+        # a 1 that alpha says looks the same: the linear branch is taken to have weight there
+        is_alphas = (used < 1) | (ratio_per_block(alpha, q, query_block).float() >= 1)[..., None]
+        grad_ratio = grad_ratio + grads_of_rows.where(is_alphas, 0.0).sum(dim=(0, -1))
     return *grads, resample_ratio_gradient(grad_ratio, alpha.shape).to(alpha)
 
 

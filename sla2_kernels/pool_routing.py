@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import router
+from .arguments import check_options, checked_sparsity
 from .router import K_BLOCK, Q_BLOCK, block_count, selected_block_count
 from .selection import RoutedBlocks
 from .support import on_device, resolve_backend
@@ -15,7 +16,7 @@ class PoolRouting:
     """What select_key_blocks() does in two steps: block means of stretches of tokens, then the selection from all of them.
 
     proj_q, proj_k: of all heads, and the rest as in :func:`sla2_kernels.select_key_blocks`. Where each mean is taken of a
-    whole block, the selection is that of select_key_blocks() bit by bit.
+    whole block, the selection is that of select_key_blocks() bit by bit. Raises ValueError as that does.
     """
 
     sparsity: float
@@ -24,6 +25,10 @@ class PoolRouting:
     keep_diagonal: bool = False
     backend: str = "auto"
     query_block: int = Q_BLOCK
+
+    def __post_init__(self):
+        checked_sparsity(self.sparsity)
+        check_options("BHND", self.backend, query_block=self.query_block)
 
     def pools(self, x, block):
         """Means over blocks of ``block`` tokens, (B, H, N, D), any stride -> (B, H, T, D) float32 (float64 for float64)."""

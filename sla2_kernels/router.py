@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .support import without_autocast
+
 Q_BLOCK = 128  # the paper's; query blocks of a call are one of QUERY_BLOCKS
 QUERY_BLOCKS = (Q_BLOCK, 64)
 K_BLOCK = 64
@@ -94,14 +96,14 @@ def project(pooled, proj):
 
 def router_scores(q, k, proj_q=None, proj_k=None, scale=None, query_block=Q_BLOCK):
     """Router logits P_c, (B, H, T_m, T_n), of q (B, H, N, D) and the unsmoothed k (B, H, M, D); None scale is D ** -0.5."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return pool_scores(pool_blocks(q, query_block), pool_blocks(k, K_BLOCK), k.shape[2], proj_q, proj_k, scale)
 
 
 def pool_scores(q_pooled, k_pooled, tokens, proj_q=None, proj_k=None, scale=None):
     """Router logits of block means (B, H, T, D), those of the unsmoothed k with its number of tokens."""
     scale = q_pooled.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q_pooled.device.type, enabled=False):
+    with without_autocast(q_pooled.device):
         k_pooled = k_pooled - mean_from_pools(k_pooled, tokens, K_BLOCK)
         return project(q_pooled, proj_q) @ project(k_pooled, proj_k).transpose(-1, -2) * scale
 

@@ -11,7 +11,7 @@ collectives (peer_copies.py).
 import torch
 import torch.distributed as dist
 
-from .arguments import check_inputs, checked_count
+from .arguments import check_have_values, check_inputs, check_projections, checked_count
 from .eight_bit_exchange import EightBitExchange
 from .peer_copies import CannotCopy, attention_by_copies, peers_for
 
@@ -40,8 +40,8 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
         (B, N / P, H, D): the output of this process's tokens.
 
     Raises:
-        ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, transfer is
-            unknown, or gradients are asked for with a routing or, by grad mode being on, with copies: these have none.
+        ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, attend returns
+            another shape, a projection of the routing does not fit, transfer is unknown, or gradients are asked for with a routing or, by grad mode being on, with copies: these have none.
         CannotCopy: a RuntimeError; transfer is "copies", and the processes cannot.
     """
     check_inputs("BNHD", q=q, k=k, v=v)
@@ -59,6 +59,9 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
         raise ValueError(f'transfer must be "auto", "collective" or "copies", got {transfer!r}.')
     if transfer == "copies" and (routing is not None or torch.is_grad_enabled()):
         raise ValueError('transfer "copies" has neither a routing nor gradients: run under torch.no_grad().')
+    if routing is not None:
+        check_projections(routing.proj_q, routing.proj_k, *q.shape[2:])
+        check_have_values(q, proj_q=routing.proj_q, proj_k=routing.proj_k)
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
     if q.shape[2] % processes:
         raise ValueError(
@@ -87,7 +90,10 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
     leaving = []
     for part in parts:
         heads = slice(rank * share + part.start, rank * share + part.stop)
-        out = attend(*exchange.opened(arriving.pop(0).wait(), heads))
+        arguments = exchange.opened(arriving.pop(0).wait(), heads)
+        out = attend(*arguments)
+        if out.shape != arguments[0].shape:
+            raise ValueError(f"attend() must return its q's shape {tuple(arguments[0].shape)}, got {tuple(out.shape)}.")
         leaving.append(_Transfer(out.transpose(0, 1).contiguous().unflatten(0, (processes, -1)), group, overlaps))
     # (P, N / P, B, G, D) each
     returned = [transfer.wait().permute(2, 1, 0, 3, 4) for transfer in leaving]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import TOKENS_DIM, check_dimensions, check_linear_projection, check_options
+from .arguments import TOKENS_DIM, check_dimensions, check_have_values, check_linear_projection, check_options
 from .attention import sla2_attention
 from .support import without_autocast
 
@@ -68,6 +68,7 @@ def linear_over_all_keys(q, k, v):
     at a time.
     """
     outputs, step = [], max(1, CHUNK_BYTES // (4 * k.shape[0] * max(q.shape[2], k.shape[2]) * k.shape[3]))
+    step = min(step, q.shape[1])  # while torch.compile traces, a step depends on the length only where that matters
     for start in range(0, q.shape[1], step):
         heads = slice(start, start + step)
         phi_q, phi_k = (_phi(t[:, heads]) for t in (q, k))
@@ -99,6 +100,8 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     check_options(layout)
     check_dimensions("q", q, layout)
     check_linear_projection(proj_l, q.shape[3])
+    if proj_l is not None:
+        check_have_values(q, **{"proj_l's weight": proj_l[0], "proj_l's bias": proj_l[1]})
     out, share = sla2_attention(
         q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, room=room, **options
     )

@@ -40,7 +40,11 @@ class Stretches:
     @property
     def ordered(self):
         """All stretches as they follow each other."""
-        return sorted((self.video, *self.references))
+        found = []
+        for stretch in (self.video, *self.references):
+            # not sorted(): torch.compile does not sort symbolic lengths
+            found.insert(len([other for other in found if other[0] < stretch[0]]), stretch)
+        return found
 
     @property
     def exact(self):
@@ -85,8 +89,10 @@ class Stretches:
     @property
     def _first_row(self):
         """The token in whose place the first row of gathered_queries() stands; below 0 where that is before all tokens."""
-        start, row, _ = max(self.pieces(), key=lambda piece: piece[2])
-        return start - row
+        longest, *others = self.pieces()
+        for piece in others:
+            longest = piece if piece[2] > longest[2] else longest
+        return longest[0] - longest[1]
 
     def query_ranges(self, query_block=Q_BLOCK):
         """(first token, end) of each query block of gathered_queries(), a block that repeats its stretch being all of it."""

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count
+from .arguments import TOKENS_DIM, check_dimensions, check_inputs, check_options, checked_count, checked_ranges
 from .attention import sla2_attention
 from .exact_ends import attend_video, with_exact_rows
 from .exact_rows import exact_rows
@@ -56,7 +56,7 @@ def video_attention(
         sparsity: share of the video's key blocks that is skipped, 0 to below 1.
         precision: "16bit", "int8", "fp8", or "auto": the fastest of the device.
         method: "sla2", "top-k only" (no linear part), or "sla" (SLA v1) with ``proj_l`` = (weight, bias) of the layer.
-        dense: dense(q, k, v) in the same layout, for the exact rows; None is :func:`sla2_kernels.exact_rows.exact_rows`.
+        dense: dense(q, k, v), in the same layout and of q's shape, for the exact rows; None is :func:`sla2_kernels.exact_rows.exact_rows`.
         backend: as in :func:`sla2_kernels.sla2_attention`.
         keep_diagonal: each query block always takes the key blocks of its own tokens: right for an untrained router, or
             ``weights.keep_diagonal`` of a trained one.
@@ -101,21 +101,30 @@ def video_attention(
         "keep_diagonal": keep_diagonal,
         "query_block": query_block,
     }
-    exact = dense or functools.partial(exact_rows, layout=layout, scale=scale, backend=backend)
+    dense = dense or functools.partial(exact_rows, layout=layout, scale=scale, backend=backend)
+
+    def exact(rows):
+        found = dense(rows, k, v)
+        check_dimensions("what dense() returns", found, layout)
+        if found.shape != rows.shape:  # of fewer rows or heads it would be repeated
+            raise ValueError(f"dense() must return q's shape {tuple(rows.shape)}, got {tuple(found.shape)}.")
+        return found
+
+    references = checked_ranges("references", references)
     if references:
-        stretches = Stretches(tokens, (prefix, tokens - suffix), tuple(tuple(reference) for reference in references))
+        stretches = Stretches(tokens, (prefix, tokens - suffix), references)
         routing["room"] = stretches.room
         out = attend_with_references(attend, q, k, v, stretches, reference_keys=reference_keys, **routing)
 
         def dense_ranges(ranges):
-            return exact(torch.cat([q.narrow(axis, start, stop - start) for start, stop in ranges], dim=axis), k, v)
+            return exact(torch.cat([q.narrow(axis, start, stop - start) for start, stop in ranges], dim=axis))
 
         return whole_output(out, dense_ranges, stretches, axis)
     video = q.narrow(axis, prefix, tokens - prefix - suffix)
     out = attend_video(attend, video, k, v, key_prefix=prefix, key_suffix=suffix, room=(prefix, suffix), **routing)
 
     def dense_rows(rows):
-        return exact(q.narrow(axis, rows.start, rows.stop - rows.start), k, v)
+        return exact(q.narrow(axis, rows.start, rows.stop - rows.start))
 
     return with_exact_rows(out, dense_rows, tokens=tokens, prefix=prefix, suffix=suffix, axis=axis)
 
@@ -124,7 +133,7 @@ def why_dense(q, *, layout="BHND", precision="auto", minimum_tokens=MINIMUM_TOKE
     """None, or one sentence why this call should run dense: too short to gain, or nothing fast can take it."""
     check_options(layout)
     check_dimensions("q", q, layout)
-    tokens = q.shape[TOKENS_DIM[layout]]
+    tokens, minimum_tokens = q.shape[TOKENS_DIM[layout]], checked_count("minimum_tokens", minimum_tokens)
     if tokens < minimum_tokens:
         return f"the sequence has {tokens} tokens, minimum_tokens is {minimum_tokens}"
     return unsupported_reason(q.device, q.dtype, q.shape[-1], resolve_precision(precision, q.device))

@@ -81,8 +81,8 @@ class RouterWeights:
     keep_diagonal: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "sparsities", tuple(float(s) for s in self.sparsities))
+        object.__setattr__(self, "layers", _all_of("layers", "RouterLayers", self.layers, _checked_layer))
+        object.__setattr__(self, "sparsities", _all_of("sparsities", "numbers", self.sparsities, float))
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "source")}
         check_facts({**facts, "num_layers": len(self.layers)})
         for index, layer in enumerate(self.layers):
@@ -90,6 +90,10 @@ class RouterWeights:
                 tensor = getattr(layer, kind)
                 if tensor is not None:
                     name = tensor_name(index, kind)
+                    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                        raise RouterFileError(
+                            f"tensor {name} must be a dense tensor that holds values, got {_kind(tensor)}."
+                        )
                     dtype = str(tensor.dtype).removeprefix("torch.")
                     check_tensor(name, dtype, tensor.shape, self.num_heads, self.head_dim, len(self.sparsities))
                     if not bool(torch.isfinite(tensor).all()):
@@ -146,6 +150,7 @@ class RouterWeights:
         """
         if storage not in STORAGES:
             raise ValueError(f'storage must be "auto", "float32" or "float16", got {storage!r}.')
+        path = _checked_path(path)
         tensors = self._tensors()
         if storage == "float32":
             tensors = {name: tensor.float() for name, tensor in tensors.items()}
@@ -196,6 +201,39 @@ class RouterWeights:
         return metadata
 
 
+def _all_of(name, what, values, convert):
+    """convert(value) of each of ``values``, a tuple; raises RouterFileError where they are not a sequence of ``what``."""
+    try:
+        return tuple(map(convert, values))
+    except (TypeError, ValueError, OverflowError):
+        raise RouterFileError(f"{name} must be a sequence of {what}, got {printable(values)}.") from None
+
+
+def _checked_layer(layer):
+    # not isinstance(): a process may hold several copies of this package
+    if not all(hasattr(layer, kind) for kind in KINDS):
+        raise TypeError
+    return layer
+
+
+def _kind(value):
+    """What a value is that is no dense tensor with values."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return "one on the meta device" if value.is_meta else f"layout {value.layout}"
+
+
+def _checked_path(path):
+    """path as text; raises RouterFileError for what can be no file's name."""
+    try:
+        text = os.fspath(path)
+        if isinstance(text, str) and b"\0" not in os.fsencode(text):
+            return text
+    except (TypeError, UnicodeEncodeError):
+        pass
+    raise RouterFileError(f"A router file is named by its path, got {path!r}.")
+
+
 def _projection_bytes(tensors):
     """What the projections take in float32."""
     return sum(4 * tensor.numel() for name, tensor in tensors.items() if not name.endswith("alpha_logits"))
@@ -211,7 +249,13 @@ def _stored_in_half(name, tensor):
 
 def identity_router(model_family, num_layers, num_heads, head_dim):
     """The untrained router of any model: identity projections, own key blocks kept, ratios estimated from the run."""
-    return RouterWeights((RouterLayer(),) * num_layers, model_family, num_heads, head_dim, keep_diagonal=True)
+    return RouterWeights(
+        (RouterLayer(),) * checked_count("num_layers", num_layers),
+        model_family,
+        num_heads,
+        head_dim,
+        keep_diagonal=True,
+    )
 
 
 def load_router(path):
@@ -219,9 +263,7 @@ def load_router(path):
 
     Raises RouterFileError: one sentence with the file, the tensor and what was expected of it.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise RouterFileError(f"A router file is named by its path, got {path!r}.")
-    path = os.fspath(path)
+    path = _checked_path(path)
     try:
         # opening a named pipe would block until someone writes to it
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sla2_kernels import arguments, select_key_blocks, sla2_attention
 from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 from sla2_kernels.forced_blocks import select_with_forced_blocks
+from sla2_kernels.pool_routing import PoolRouting
 from sla2_kernels.sequence_parallel import sequence_parallel_attention
 from sla2_kernels.sla_v1 import sla_attention
 from sla2_kernels.video_attention import video_attention, why_dense
@@ -47,6 +48,7 @@ CASES = {
     ),
     "room 3": ({"room": 3}, "room must be two integers, at the start and at the end, got 3."),
     "room of halves": ({"room": (0.5, 0)}, "room must be an integer, got 0.5."),
+    "room of a flag": ({"room": (True, 0)}, "room must be an integer, got True."),
     "room below 0": ({"room": (0, -1)}, "room must be two integers of at least 0, got 0 and -1."),
     "more exact keys than keys": (
         {"exact_keys": (150, 51)},
@@ -54,12 +56,24 @@ CASES = {
     ),
     "scale text": ({"scale": "0.5"}, "scale must be a finite number above 0, got '0.5'."),
     "scale of two": ({"scale": torch.ones(2)}, "scale must be a finite number above 0, got a tensor of shape (2,)."),
+    "scale without a value": (
+        {"scale": torch.ones((), device="meta")},
+        "scale must be a finite number above 0, got tensor(..., device='meta', size=()).",
+    ),
     "scale 0": ({"scale": 0.0}, "scale must be a finite number above 0, got 0.0."),
     "scale infinite": ({"scale": float("inf")}, "scale must be a finite number above 0, got inf."),
     "q None": ({"q": None}, "q must be a tensor of 4 dimensions (BHND), got None."),
     "k an array": (
         {"k": numpy.ones((2, 3, 200, 16), "f")},
         "k must be a tensor of 4 dimensions (BHND), got a ndarray.",
+    ),
+    "q sparse": (
+        {"q": torch.ones(2, 3, 130, 16).to_sparse()},
+        "q must be a dense tensor, got layout torch.sparse_coo: call to_dense() or pad it.",
+    ),
+    "q nested": (
+        {"q": torch.nested.nested_tensor([torch.ones(3, 130, 16), torch.ones(3, 90, 16)])},
+        "q must be a dense tensor, got a nested tensor: call to_dense() or pad it.",
     ),
     "q of 3 dimensions": ({"q": torch.ones(3, 130, 16)}, "q must have 4 dimensions (BHND), got shape (3, 130, 16)."),
     "v of 2 dimensions": ({"v": torch.ones(200, 16)}, "v must have 4 dimensions (BHND), got shape (200, 16)."),
@@ -111,6 +125,10 @@ CASES = {
         {"proj_k": torch.full((16, 16), float("nan"))},
         "proj_k must hold finite numbers, but NaN or infinity is among them.",
     ),
+    "proj_q without values": (
+        {"proj_q": torch.eye(16, device="meta")},
+        "proj_q must hold values, but lies on the meta device: load it first.",
+    ),
     "proj_q with infinities that cancel": (
         {"proj_q": torch.eye(16).index_fill(0, torch.tensor(3), -float("inf"))},
         "proj_q must hold finite numbers, but NaN or infinity is among them.",
@@ -119,6 +137,10 @@ CASES = {
     "alpha a list": ({"alpha": [0.5] * 3}, "alpha must be a tensor (3,) or (3, knots), got [0.5, 0.5, 0.5]."),
     "alpha an array": ({"alpha": numpy.full(99, 0.5)}, "alpha must be a tensor (3,) or (3, knots), got a ndarray."),
     "alpha complex": ({"alpha": torch.ones(3) * 0.5j}, "alpha must hold real numbers, got torch.complex64."),
+    "alpha without values": (
+        {"alpha": torch.ones(3, device="meta")},
+        "alpha must hold values, but lies on the meta device: load it first.",
+    ),
     "alpha above 1": ({"alpha": torch.tensor([0.5, 1.5, 0.5])}, "alpha must lie in 0 to 1, but 1.5 is among it."),
     "alpha below 0": ({"alpha": torch.tensor([0.5, 0.5, -2.0])}, "alpha must lie in 0 to 1, but -2 is among it."),
     "alpha NaN": ({"alpha": torch.tensor([0.5, float("nan"), 0])}, "alpha must lie in 0 to 1, but nan is among it."),
@@ -189,8 +211,22 @@ FITTED = {
     ),
     "no row fits": ({"fitted": 0}, "fitted must lie between 1 and the 32 rows, got 0."),
     "more fit than there are": ({"fitted": 33}, "fitted must lie between 1 and the 32 rows, got 33."),
+    "a fraction of a row fits": ({"fitted": 2.5}, "fitted must be an integer, got 2.5."),
+    "a row behind the last one": (
+        {"rows": torch.arange(99, 131, dtype=torch.int32)},
+        "rows must lie in 0 to 129, but 130 is among them.",
+    ),
+    "a row before the first one": (
+        {"rows": torch.arange(-1, 31, dtype=torch.int32)},
+        "rows must lie in 0 to 129, but -1 is among them.",
+    ),
+    "rows on another device": (
+        {"rows": torch.arange(32, dtype=torch.int32, device="meta")},
+        "rows must lie on q's device cpu, got meta.",
+    ),
     "layout": CASES["layout"],
     "precision": CASES["precision"],
+    "proj_q without values": CASES["proj_q without values"],
     "room": CASES["room 3"],
     "query_block 32": CASES["query_block 32"],
 }
@@ -270,6 +306,10 @@ VIDEO = {
         {"method": "sla", "proj_l": (torch.eye(8), torch.ones(8))},
         "proj_l's weight must be (16, 16), got (8, 8).",
     ),
+    "proj_l without values": (
+        {"method": "sla", "proj_l": (torch.eye(16), torch.ones(16, device="meta"))},
+        "proj_l's bias must hold values, but lies on the meta device: load it first.",
+    ),
     "proj_l with NaN": (
         {"method": "sla", "proj_l": (torch.eye(16), torch.full((16,), float("nan")))},
         "proj_l's bias must hold finite numbers, but NaN or infinity is among them.",
@@ -306,6 +346,10 @@ PARALLEL = {
         {"k": torch.ones(2, 9, 130, 16), "v": torch.ones(2, 9, 130, 16)},
         "q, k and v must have one shape, got (2, 3, 130, 16), (2, 9, 130, 16), (2, 9, 130, 16).",
     ),
+    "a projection of another width": (
+        {"routing": PoolRouting(0.5, torch.eye(8))},
+        "proj_q must be (16, 16) or (130, 16, 16), got (8, 8).",
+    ),
 }
 
 
@@ -314,6 +358,25 @@ def test_attention_of_several_processes_refuses(change, sentence):
     """Before anything is sent: the other processes would wait for ever."""
     with pytest.raises(ValueError) as caught:
         sequence_parallel_attention(**{**tensors(keys=130), **change}, attend=None)
+    assert str(caught.value) == sentence
+
+
+def test_attention_of_several_processes_refuses_what_attend_returns(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(
+            ValueError, match=r"^attend\(\) must return its q's shape \(2, 3, 130, 16\), got \(2, 130, 3, 16\)"
+        ):
+            sequence_parallel_attention(**tensors(keys=130), attend=lambda q, k, v, heads: q.transpose(1, 2))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", ["sparsity 97", "backend", "query_block 32"])
+def test_a_routing_of_several_processes_refuses_the_same(change):
+    arguments, sentence = {**CASES, "sparsity 97": CASES["sparsity in percent"]}[change]
+    with pytest.raises(ValueError) as caught:
+        PoolRouting(**{"sparsity": 0.5, **arguments})
     assert str(caught.value) == sentence
 
 
@@ -350,6 +413,8 @@ def test_contents_are_not_read_where_they_are_traced_faked_or_batched():
     assert torch.equal(make_fx(call)(*weights)(*weights), expected)
     with FakeTensorMode():
         assert call(torch.eye(16), torch.full((3,), 0.5)).shape == expected.shape
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert call(*weights).shape == expected.shape
 
 
 def test_a_sum_that_overflows_is_no_infinity():

@@ -130,8 +130,11 @@ def test_only_what_asks_for_a_gradient_gets_one_and_the_router_never_does(genera
     assert all(x.grad is None for x in (inputs.q, inputs.k, inputs.alpha, inputs.proj_q, inputs.proj_k))
 
 
-def test_the_ratio_handed_back_passes_its_gradient_to_alpha(generator):
+@pytest.mark.parametrize("bound", [None, 0.0, 1.0])
+def test_the_ratio_handed_back_passes_its_gradient_to_alpha(generator, bound):
     inputs = attention_inputs(generator, batch=2, tokens=300, keys=200, knots=2)
+    if bound is not None:
+        inputs.alpha[0] = bound
     key_blocks = select_key_blocks(inputs.q, inputs.k, sparsity=0.5)
     weight = normal(generator, 2, 2, 300)
     found, expected = (inputs.alpha.clone().requires_grad_() for _ in range(2))

@@ -76,6 +76,12 @@ def test_select_key_blocks_against_the_definition(generator, dtype, layout, proj
     assert_same_selection(found, expected, scores)
 
 
+def test_a_selection_has_a_shape_without_values():
+    q = torch.empty(1, 2, 300, 32, device="meta")
+    found = select_key_blocks(q, q, torch.eye(32), sparsity=0.5)
+    assert found.device == q.device and found.shape == (1, 2, 3, 2) and found.dtype == torch.int32
+
+
 def test_an_offset_of_all_keys_moves_no_choice(generator):
     inputs = attention_inputs(generator, heads=1, tokens=130, keys=1000)
     moved = inputs.k + 50 * normal(generator, 64)

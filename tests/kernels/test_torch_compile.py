@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla2_kernels import gradients, operators, select_key_blocks, sla2_attention
+from sla2_kernels.sla_v1 import sla_attention
 
 HOW = {"fullgraph": True, "backend": "aot_eager"}
 
@@ -128,6 +129,32 @@ def test_lengths_share_their_graphs(generator):
         expected = sla2_attention(*inputs.tensors()[:3], sparsity=0.5)
         assert torch.equal(compiled(*inputs.tensors()[:3], sparsity=0.5), expected)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("function", [select_key_blocks, sla_attention])
+def test_lengths_share_the_graphs_of_what_is_built_on_it(generator, function):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    proj_l = torch.eye(16) / 2, torch.ones(16)
+    for tokens in (130, 256, 300, 511, 640, 1100):
+        q, k, v = attention_inputs(generator, tokens=tokens, head_dim=16).tensors()[:3]
+        arguments = (q, k) if function is select_key_blocks else (q, k, v, proj_l)
+        assert torch.equal(compiled(*arguments, sparsity=0.5), function(*arguments, sparsity=0.5))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("proj", ["shared", "per head"])
+def test_weights_beside_symbolic_sizes(generator, proj):
+    """Every size of q is symbolic, and so are the sizes that weights must have."""
+    inputs = attention_inputs(generator, heads=2, tokens=150, keys=150, head_dim=16, proj=proj, knots=3)
+    proj_l = torch.eye(16) / 2, torch.ones(16)
+    for function, arguments in (
+        (sla2_attention, inputs.tensors()),
+        (sla_attention, (*inputs.tensors()[:3], proj_l)),
+        (select_key_blocks, (inputs.q, inputs.k, inputs.proj_q, inputs.proj_k)),
+    ):
+        compiled = torch.compile(function, dynamic=True, **HOW)
+        assert torch.equal(compiled(*arguments, sparsity=0.5), function(*arguments, sparsity=0.5))
 
 
 LENGTHS = [(1, 1), (2, 2), (64, 64), (65, 65), (129, 129), (640, 640), (1, 300), (100, 1), (200, 64), (300, 1000)]

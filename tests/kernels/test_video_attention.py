@@ -109,6 +109,15 @@ def test_references_run_sparse_between_rows_that_stay_exact(layout, reference_ke
             {"front": 100, "references": [(30, 90)], "reference_keys": "some"},
             'reference_keys must be "routed" or "exact"',
         ),
+        ({"front": 100, "references": (0, 90)}, r"references must be pairs \(start, stop\), got \(0, 90\)\."),
+        (
+            {"front": 100, "references": torch.zeros(1, 3)},
+            r"references must be pairs .*, got a tensor of shape \(1, 3\)",
+        ),
+        ({"front": 100, "references": [(0, 90.0)]}, "references must be an integer, got 90.0"),
+        ({"front": 9, "dense": lambda q, k, v: q[:, :, :1]}, r"dense\(\) must return q's shape .* got \(1, 2, 1, 32\)"),
+        ({"front": 9, "dense": lambda q, k, v: q.flatten(2)}, r"what dense\(\) returns must have 4 dimensions"),
+        ({"front": 9, "back": 9, "keep_diagonal": True, "sparsity": "0.9"}, "sparsity must be"),
         ({"method": "sla"}, 'or "sla" with proj_l'),
         ({"method": "best"}, "got 'best'"),
         ({"front": 600, "back": 40}, "leave video tokens, got 600 and 40 of 640"),
@@ -136,8 +145,29 @@ def test_shapes_alone_and_compiled():
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*qkv), call(*qkv))
 
 
+def test_references_compiled_at_several_lengths():
+    def call(q, k, v):
+        return video_attention(q, k, v, front=300, sparsity=0.7, precision="16bit", references=[(150, 280), (0, 130)])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for length in (640, 701, 900):
+        qkv = tensors(tokens=length)
+        assert torch.equal(compiled(*qkv), call(*qkv))
+
+
+def test_references_in_an_array_are_those_in_a_list():
+    found, expected = (
+        video_attention(*tensors(), front=300, sparsity=0.7, precision="16bit", references=references)
+        for references in (torch.tensor([(150, 280), (0, 130)]), [(150, 280), (0, 130)])
+    )
+    assert torch.equal(found, expected)
+
+
 def test_why_dense():
     q, *_ = tensors()
+    with pytest.raises(ValueError, match=r"^minimum_tokens must be an integer, got '1'\.$"):
+        why_dense(q, minimum_tokens="1")
     assert why_dense(q) == "the sequence has 640 tokens, minimum_tokens is 8192"
     assert why_dense(q, minimum_tokens=0) is None
     assert why_dense(q.to("meta"), minimum_tokens=0, precision="16bit")

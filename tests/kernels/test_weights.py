@@ -208,10 +208,18 @@ def test_a_ratio_that_is_asked_for_in_a_wrong_way(layer, sparsity, words):
         make_router().ratio(layer, sparsity)
 
 
-@pytest.mark.parametrize("path", [None, 3])
+@pytest.mark.parametrize("path", [None, 3, b"router", "a\0b", "a\ud800b"])
 def test_a_file_without_a_path(path):
-    with pytest.raises(RouterFileError, match=f"named by its path, got {path}"):
-        load_router(path)
+    for use in (load_router, make_router().save):
+        with pytest.raises(RouterFileError, match="named by its path, got ") as caught:
+            use(path)
+        assert str(caught.value).isprintable()
+
+
+def test_an_identity_router_of_no_number_of_layers():
+    for layers in ("3", 3.0, True):
+        with pytest.raises(ValueError, match=f"^num_layers must be an integer, got {layers!r}"):
+            identity_router("wan", layers, 2, 16)
 
 
 def test_require_model_names_the_first_mismatch():
@@ -249,6 +257,14 @@ def test_require_model_names_the_first_mismatch():
             {"layers": (RouterLayer(proj_q=torch.eye(DIM).bfloat16()),)},
             "tensor layers.0.proj_q must be float32 or float16, got bfloat16",
         ),
+        ({"layers": None}, "layers must be a sequence of RouterLayers, got None"),
+        ({"layers": [None]}, r"layers must be a sequence of RouterLayers, got \[None\]"),
+        ({"sparsities": None}, "sparsities must be a sequence of numbers, got None"),
+        ({"sparsities": 0.9}, "sparsities must be a sequence of numbers, got 0.9"),
+        ({"sparsities": ("high", 0.9)}, "sparsities must be a sequence of numbers, got .'high', 0.9"),
+        ({"layers": (RouterLayer([1.0]),)}, "layers.0.proj_q must be a dense tensor that holds values, got a list"),
+        ({"layers": (RouterLayer(torch.eye(DIM, device="meta")),)}, "layers.0.proj_q .* got one on the meta device"),
+        ({"layers": (RouterLayer(torch.eye(DIM).to_sparse()),)}, "layers.0.proj_q .* got layout torch.sparse_coo"),
         ({"layers": (RouterLayer(proj_k=torch.full((DIM, DIM), torch.nan)),)}, "layers.0.proj_k must hold finite"),
     ],
 )
