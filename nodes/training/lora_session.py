@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_train import TrainGuider
 
 from ...sla2_kernels import identity_router
+from ...sla2_kernels.router_format import printable
 from ...sla2_training.ratios import with_trained_ratios
 from ..attention.hook import KEY
 from ..attention.weight_checks import check_router
@@ -79,12 +80,21 @@ class LoraSession:
     def resume(self, name):
         """Goes on from a file in models/loras."""
         path = folder_paths.get_full_path_or_raise("loras", name)
-        self.adapters.load(comfy.utils.load_torch_file(path, safe_load=True), name)
+        try:
+            state = comfy.utils.load_torch_file(path, safe_load=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch and safetensors raise errors of many kinds for a damaged file
+            said = printable(str(error).split("\n")[0])
+            raise ValueError(
+                f"SLA2 Train LoRA cannot go on from {name}: the file cannot be read, it is damaged or no LoRA ({said})."
+            ) from error
+        self.adapters.load(state, name)
 
     def take_videos(self, latents, prompts):
         """Trains on latents of the user's, which ``prompts`` many prompts belong to."""
         channels = self.model.model.latent_format.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels:
+        if latents.ndim != 5 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(
                 f"SLA2 Train LoRA: latents must be videos of this model's VAE, (videos, {channels}, frames, height, width), "
                 f"and these are {tuple(latents.shape)}."

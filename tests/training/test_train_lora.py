@@ -1,5 +1,6 @@
 """SLA2 Train LoRA in a real ComfyUI: what it makes, what it leaves alone, and how it ends where it cannot go on."""
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 from training_events import queue_until
 
 from sla2_kernels.weights import RouterLayer, RouterWeights, load_router
+from tooling.server import PromptFailed
 
 pytestmark = pytest.mark.comfyui
 
@@ -232,6 +234,12 @@ def video_and_sound(comfy, prompt):
     return {"loss": FLOW, "latents": prompt.add("LTXVConcatAVLatent", video_latent=video, audio_latent=sound)}
 
 
+def damaged_lora(comfy, _):
+    (comfy.base / "models/loras").mkdir(exist_ok=True)
+    (comfy.base / "models/loras/damaged.safetensors").write_bytes(b"junk")
+    return {"resume_lora": "damaged.safetensors"}
+
+
 WRONG = {
     "another model's router": (
         lambda _, prompt: {"router": prompt.add("SLA2LoadRouter", router_name="other_layers.safetensors")},
@@ -248,17 +256,31 @@ WRONG = {
     ),
     "sound beside the video": (video_and_sound, "models that make sound along with the video cannot be trained yet"),
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
-    "no videos for flow matching": (lambda *_: {"loss": FLOW}, f'"{FLOW}" needs videos of yours: connect latents'),
-    "no videos for half of it": (lambda *_: {"loss": MIXED}, f'"{MIXED}" needs videos of yours: connect latents'),
     "too short": (
         lambda *_: {"size": 64},
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
     ),
+    "a damaged LoRA": (damaged_lora, "cannot go on from damaged.safetensors: the file cannot be read"),
     "another rank": (
         lambda comfy, _: {"resume_lora": "wan_lora_autosave_00001_.safetensors", "rank": 3},
         "the file has shape (256, 4), and this training shape (256, 3) (rank 3)",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (FLOW, f'"{FLOW}" needs videos of yours: connect latents'),
+        (MIXED, f'"{MIXED}" needs videos'),
+        ("x", "loss must be one of"),
+    ],
+)
+def test_a_loss_without_its_videos_is_refused_before_anything_runs(comfy, prompt, loss, words):
+    train_and_save(prompt, prompt.model(), "wrong", loss=loss)
+    with pytest.raises(PromptFailed) as refused:
+        comfy.server.queue(prompt)
+    assert words in json.loads(json.dumps(str(refused.value))).replace('\\"', '"')
 
 
 @pytest.mark.parametrize("name", WRONG)
