@@ -143,7 +143,7 @@ class SLA2TrainLora(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
         videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW, optimizer="AdamW",
     ) -> io.NodeOutput:  # fmt: skip
-        from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound
+        from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound, check_prompts
         from .training.lora_training import LoraSettings
 
         facts = facts_of(model)
@@ -151,6 +151,7 @@ class SLA2TrainLora(io.ComfyNode):
         if reason is not None:
             raise ValueError(f"SLA2 Train LoRA: {reason}.")
         check_loss(loss, latents is not None)
+        check_prompts(positive=positive, **({"negative": negative} if cfg > 1 and loss != FLOW else {}))
         check_makes_no_sound(model, (latent_image if latents is None else latents)["samples"])
         kind, measure = LOSSES[loss]
         plan = LoraPlan(

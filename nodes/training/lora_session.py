@@ -47,6 +47,20 @@ def check_makes_no_sound(model, latents):
         raise ValueError("SLA2 Train LoRA: models that make sound along with the video cannot be trained yet.")
 
 
+def check_prompts(**prompts):
+    """Raises ValueError where a prompt is for a part of the sampling only: a training draws any noise level for each of them.
+
+    At the others ComfyUI would not call the model at all. prompts: CONDITIONING by the name of its input.
+    """
+    for name, conditioning in prompts.items():
+        for _, options in conditioning:
+            if options.get("start_percent", 0.0) > 0 or options.get("end_percent", 1.0) < 1:
+                raise ValueError(
+                    f"SLA2 Train LoRA: {name} holds a prompt for a part of the sampling (ConditioningSetTimestepRange), and "
+                    "a training needs prompts for all of it: connect them without that node."
+                )
+
+
 class LoraSession:
     """model: a ComfyUI ModelPatcher of a known family, left as it is. facts: its ModelFacts. router: RouterWeights or None.
 

@@ -234,6 +234,11 @@ def video_and_sound(comfy, prompt):
     return {"loss": FLOW, "latents": prompt.add("LTXVConcatAVLatent", video_latent=video, audio_latent=sound)}
 
 
+def for_half(prompt):
+    text = prompt.add("SLA2TestConditioning", number=1, image=False, label="")
+    return prompt.add("ConditioningSetTimestepRange", conditioning=text, start=0.0, end=0.5)
+
+
 def damaged_lora(comfy, _):
     (comfy.base / "models/loras").mkdir(exist_ok=True)
     (comfy.base / "models/loras/damaged.safetensors").write_bytes(b"junk")
@@ -253,6 +258,14 @@ WRONG = {
     "images": (
         lambda _, prompt: {"latents": prompt.add("EmptyLatentImage", width=128, height=128, batch_size=1)},
         "latents must be videos of this model's VAE, (videos, 16, frames, height, width), and these are (1, 4, 16, 16)",
+    ),
+    "a prompt for the first half": (
+        lambda _, prompt: {"positive": for_half(prompt)},
+        "positive holds a prompt for a part of the sampling",
+    ),
+    "a negative prompt for the first half": (
+        lambda _, prompt: {"negative": for_half(prompt)},
+        "negative holds a prompt for a part of the sampling",
     ),
     "sound beside the video": (video_and_sound, "models that make sound along with the video cannot be trained yet"),
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
