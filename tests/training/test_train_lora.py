@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import safetensors.torch
 import torch
+from tiny_wan import wan_state_dict
 from training_events import queue_until
 
 from sla2_kernels.weights import RouterLayer, RouterWeights, load_router
@@ -234,6 +235,13 @@ def video_and_sound(comfy, prompt):
     return {"loss": FLOW, "latents": prompt.add("LTXVConcatAVLatent", video_latent=video, audio_latent=sound)}
 
 
+def model_of_nan(comfy, prompt):
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in wan_state_dict().items()}
+    state["head.head.bias"].fill_(torch.nan)
+    safetensors.torch.save_file(state, comfy.base / "models/diffusion_models/tiny_nan.safetensors")
+    return {"model": prompt.model("tiny_nan.safetensors")}
+
+
 def for_half(prompt):
     text = prompt.add("SLA2TestConditioning", number=1, image=False, label="")
     return prompt.add("ConditioningSetTimestepRange", conditioning=text, start=0.0, end=0.5)
@@ -269,6 +277,7 @@ WRONG = {
     ),
     "sound beside the video": (video_and_sound, "models that make sound along with the video cannot be trained yet"),
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
+    "a model that makes NaN": (model_of_nan, "the model's own output holds NaN before anything is trained"),
     "too short": (
         lambda *_: {"size": 64},
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
