@@ -23,6 +23,8 @@ from .settings.values import (
     check_layers,
     check_method,
     check_percents,
+    check_ratio_mode,
+    check_target,
     parse_layers,
 )
 
@@ -120,8 +122,9 @@ class SLA2ApplyAttention(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, dense_layers=None, start_percent=None, end_percent=None, schedule=None, preset=CUSTOM, method=None
-    ):
+        cls, dense_layers=None, start_percent=None, end_percent=None, schedule=None, preset=CUSTOM, method=None,
+        ratio_mode=None, target_error=None,
+    ):  # fmt: skip
         """Refuses bad settings when the prompt is queued, before a model is loaded. None: a wire, whose value comes later.
 
         The page shows a sentence that is raised at once; one that is returned only in its details, for every input named here.
@@ -132,8 +135,12 @@ class SLA2ApplyAttention(io.ComfyNode):
             check_percents(start_percent, end_percent)
         if method is not None:
             check_method(method)
+        if ratio_mode is not None:
+            check_ratio_mode(ratio_mode)
         if preset is not None:
-            check_preset(preset, method)
+            check_preset(preset, method, ratio_mode)
+        if None not in (target_error, ratio_mode, method):
+            check_target(target_error, ratio_mode, method)
         if preset == CUSTOM and schedule is not None:
             check_schedule(schedule)
         return True

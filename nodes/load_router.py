@@ -20,6 +20,15 @@ def register_router_folder():
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
 
 
+def file_state(name):
+    """What changes when a router file does."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        return name
+    status = os.stat(path)
+    return f"{path}|{status.st_mtime_ns}|{status.st_size}"
+
+
 class SLA2LoadRouter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -44,12 +53,11 @@ class SLA2LoadRouter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, router_name):
-        """A file saved over the one it was loaded from is read again."""
-        path = None if router_name == UNTRAINED else folder_paths.get_full_path(FOLDER, router_name)
-        if path is None:
+        """A file saved over the one it was loaded from is read again. router_name: None where a wire brings it: any file may be it."""
+        if router_name == UNTRAINED:
             return router_name
-        status = os.stat(path)
-        return f"{path}|{status.st_mtime_ns}|{status.st_size}"
+        names = folder_paths.get_filename_list(FOLDER) if router_name is None else [router_name]
+        return "; ".join(map(file_state, names))
 
     @classmethod
     def execute(cls, router_name) -> io.NodeOutput:

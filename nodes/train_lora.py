@@ -36,6 +36,7 @@ LOSSES = {
     MIXED: ("mixed", "distance to the true velocity at low noise, to the dense model's at high noise"),
 }
 NEW = "none (new LoRA)"
+NOT_CONNECTED = "not connected"
 OPTIMIZERS = {"AdamW": "adamw", "Muon": "muon"}  # spelled as core's Train LoRA does
 # guidance weighs the prompt's and the negative prompt's velocity about equally
 NEGATIVE_SHARE = 0.5
@@ -123,12 +124,15 @@ class SLA2TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model, optimizer="AdamW"):
-        """Refuses the prompt on an older ComfyUI or PyTorch before anything of it runs. model: without an input that is
-        always there ComfyUI may not call this. optimizer: None where a link brings it."""
+    def validate_inputs(cls, model, optimizer="AdamW", loss=None, latents=NOT_CONNECTED):
+        """Refuses the prompt on an older ComfyUI or PyTorch, or without the videos that its loss needs, before anything of it
+        runs. model: without an input that is always there ComfyUI may not call this. The others: None where a link brings them.
+        """
         if "force_deepcopy" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
             raise needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
         # ComfyUI leaves the check of an input that is named here to this function
+        if loss is not None:
+            check_loss(loss, latents is not NOT_CONNECTED)
         if optimizer is not None and optimizer not in OPTIMIZERS:
             return f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}."
         reason = missing_optimiser(OPTIMIZERS.get(optimizer))
@@ -139,17 +143,15 @@ class SLA2TrainLora(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
         videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW, optimizer="AdamW",
     ) -> io.NodeOutput:  # fmt: skip
-        from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound
+        from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound, check_prompts
         from .training.lora_training import LoraSettings
 
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
         if reason is not None:
             raise ValueError(f"SLA2 Train LoRA: {reason}.")
-        if loss != DISTILL and latents is None:
-            raise ValueError(
-                f'SLA2 Train LoRA: "{loss}" needs videos of yours: connect latents, or choose "{DISTILL}".'
-            )
+        check_loss(loss, latents is not None)
+        check_prompts(positive=positive, **({"negative": negative} if cfg > 1 and loss != FLOW else {}))
         check_makes_no_sound(model, (latent_image if latents is None else latents)["samples"])
         kind, measure = LOSSES[loss]
         plan = LoraPlan(
@@ -201,6 +203,14 @@ class SLA2TrainLora(io.ComfyNode):
         show_on_node(node, text)
         images = ui.PreviewImage(plot_losses({"loss": losses}, f"SLA2 LoRA training: {measure}"), cls=cls).as_dict()
         return io.NodeOutput(lora, trained, text, len(losses), ui={**images, "text": (text,)})
+
+
+def check_loss(loss, has_latents):
+    """Raises ValueError with one sentence unless it is one of LOSSES, with the videos that it needs."""
+    if loss not in LOSSES:
+        raise ValueError(f"SLA2 Train LoRA: loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
+    if loss != DISTILL and not has_latents:
+        raise ValueError(f'SLA2 Train LoRA: "{loss}" needs videos of yours: connect latents, or choose "{DISTILL}".')
 
 
 def keep_trained(session, node, what):

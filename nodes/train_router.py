@@ -17,7 +17,7 @@ from .page.events import send_event
 from .page.text import plain, show_on_node
 from .training.loss_curves import loss_curves
 from .training.loss_plot import plot_losses
-from .training.router_files import FOLDER, save_router
+from .training.router_files import save_trained
 from .training.router_training import RouterTraining, Schedule, make_trainer, parse_sparsities
 from .training.suggested_schedule import suggested_schedule
 
@@ -143,13 +143,7 @@ def keep_trained(training, facts, node, what):
     """Saves what an ended training reached as models/sla2/<family>_autosave_<number>_; a sentence for the user, or ""."""
     if not training.steps_done:
         return ""
-    try:
-        name = save_router(training.trainer.router(), f"{facts.layout.family}_autosave")
-        sentence = f"What {training.steps_done} optimisation steps trained is saved as {name} in models/{FOLDER}."
-        advice = " Load it and connect it to resume to go on."
-    except ValueError as error:
-        # the error that ended the training comes first
-        sentence, advice = f"What {training.steps_done} optimisation steps trained is lost: {error}", ""
+    sentence, advice = save_trained(training.trainer.router, f"{facts.layout.family}_autosave", training.steps_done)
     logger.info("SLA2 router training %s. %s", what, sentence)
-    show_on_node(node, f"{what}. {sentence}{advice}")
+    show_on_node(node, f"{what}. {sentence} {advice}".strip())
     return f" {sentence}"

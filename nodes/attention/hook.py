@@ -207,7 +207,7 @@ class AttentionHook:
                 self._outermost.never_called(self, run, frame.current)
             return
         if self.facts is not None and not run.aside and not run.has_hidden_calls:
-            count_unmet(self.settings, self.facts, run, frame)
+            count_unmet(self.settings, self.facts, run, frame, self.marked_model())
 
     def enter_layer(self, layer, module, forward, args, kwargs):
         """(args, kwargs) with which a marked self-attention runs, counted; None where they stay as they are."""

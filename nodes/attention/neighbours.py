@@ -115,7 +115,12 @@ def _part(part):
 
 
 def _kind(patch):
-    """LoRA and the like by its name; a plain change of a weight, (kind, values), by ComfyUI's word for it."""
+    """LoRA and the like by its name; a plain change of a weight, (kind, values), by ComfyUI's word for it.
+
+    A list is the weight of another model and the patches on it, as model merging nodes leave it.
+    """
+    if isinstance(patch, list):
+        return "a merged model"
     if isinstance(patch, tuple) and patch and isinstance(patch[0], str):
         return ADAPTERS.get(patch[0], f"the weight patch {patch[0]}")
     return ADAPTERS.get(getattr(patch, "name", None), name_of(patch))

@@ -7,6 +7,10 @@ from .steps import kept_dense_reason
 WITHOUT_OPTIONS = "this self-attention takes no transformer_options, so SLA2 cannot intercept its call"
 PAST = "the model is called past SLA2's wrappers, so that nothing says where the video's tokens lie"
 OTHER_MODEL = "they were calls of a model that SLA2 was not applied to"
+NO_MARKS = (
+    "SLA2's marks are not on its layers: a later node took them off, or loaded the model without them; "
+    "place SLA2 Apply Attention after that node"
+)
 NOT_KNOWN = "the node responsible is not known"
 CACHES = {"easycache", "lazycache"}  # keys of wrappers that answer model calls without the model
 
@@ -27,14 +31,15 @@ def past_reason(facts, model, options):
     return f"{PAST}; {way}" if way else PAST
 
 
-def count_unmet(settings, facts, run, frame):
-    """Counts a model call that reached no marked layer, with the reason if it is known."""
+def count_unmet(settings, facts, run, frame, marked_model):
+    """Counts a model call that reached no marked layer, with the reason if it is known. marked_model: the one that SLA2 was
+    applied to, None if it was freed."""
     met_before = any(record.entered for record in run.layers.values())
     wrappers = (frame.options.get("wrappers") or {}).values()
     if met_before and any(CACHES & by_key.keys() for by_key in wrappers):
         run.count_answered()
     elif not has_layers(facts, frame.diffusion_model):
-        run.count_unmet(OTHER_MODEL)
+        run.count_unmet(NO_MARKS if frame.diffusion_model is marked_model else OTHER_MODEL)
     else:
         reason = in_the_way(facts, frame.diffusion_model, frame.options) or NOT_KNOWN
         run.count_unmet(reason)

@@ -146,6 +146,8 @@ def line_to_paste(card, model, dense, sla2, rival, versions):
         *([("ComfyUI's own", rival.measured)] if rival and rival.measured else []),
         ("SLA2", sla2),
     ]
+    if not sla2.sparse_calls:
+        return joined(card, model, f"none of {sla2.calls} self-attention calls ran sparse", versions)
     steps = ", ".join(f"{name} {one.step_s:.3f}" for name, one in beside)
     parts = [card, model, f"seconds per step: {steps}", f"latent error {relative_error(sla2.latent, dense.latent)}"]
     parts += [f"peak memory {_memory(dense.peak, sla2.peak)}", sla2.error_words, versions]

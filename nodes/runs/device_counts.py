@@ -14,7 +14,7 @@ class DeviceCounts:
         self._layers = layers
         self._bounds = {}  # by device: float32 (layers, 2), lowest and highest ratio
         self._bad = {}  # by device: int32 (layers,), outputs with NaN or infinity
-        self._errors = {}  # by device: float32 (layers, 5), sums of call_errors()
+        self._errors = {}  # by device: float32 (layers, 6), sums of call_errors(), and calls with rows to judge by
         self._measured = 0  # calls in them
 
     def prepare(self, device):
@@ -23,7 +23,7 @@ class DeviceCounts:
             with lasting_tensors():
                 self._bounds[device] = torch.tensor([EMPTY] * self._layers, device=device)
                 self._bad[device] = torch.zeros(self._layers, dtype=torch.int32, device=device)
-                self._errors[device] = torch.zeros(self._layers, 5, device=device)
+                self._errors[device] = torch.zeros(self._layers, 6, device=device)
 
     def add_ratio(self, layer, ratio):
         """ratio: the row ratios of a call, of any shape."""
@@ -41,7 +41,9 @@ class DeviceCounts:
     def add_errors(self, layer, errors):
         """errors: float32 (5,), fitted_attention.call_errors() of one call that fitted its ratio."""
         self.prepare(errors.device)
-        self._errors[errors.device][layer].add_(errors)
+        sums = self._errors[errors.device][layer]
+        sums[:5].add_(errors)
+        sums[5].add_(errors[1] > 0)  # else all of its rows were left out
         self._measured += 1
 
     def fetch(self):
@@ -73,16 +75,18 @@ class DeviceCounts:
         return round(self._totals(layer)[4])
 
     def _totals(self, layer):
-        return sum((totals[layer].double() for totals in self._errors.values()), torch.zeros(5)).tolist()
+        return sum((totals[layer].double() for totals in self._errors.values()), torch.zeros(6)).tolist()
 
     def relative_errors(self, with_fitted=False):
         """(sum of the squared relative errors, number) of the calls that were measured; waits for the devices.
 
-        with_fitted: over the rows that a ratio was fitted on, too, which are more and have a little less error.
+        A call all of whose rows were left out has no part in it. with_fitted: over the rows that a ratio was fitted on, too,
+        which are more and have a little less error; there such a call counts as one without error.
         """
         column = 3 if with_fitted else 2
-        sums = [totals.cpu()[:, column].double().sum().item() for _, totals in sorted(self._errors.items(), key=str)]
-        return sum(sums), self._measured
+        sums = [totals.cpu().double().sum(dim=0).tolist() for _, totals in sorted(self._errors.items(), key=str)]
+        count = self._measured if with_fitted else round(sum(of_device[5] for of_device in sums))
+        return sum(of_device[column] for of_device in sums), count
 
     def clear(self):
         self._bounds.clear()

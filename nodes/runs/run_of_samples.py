@@ -3,10 +3,14 @@
 A latent is recognised by its values; what was made from it, such as an image, by the nodes that it came through.
 """
 
+from .history import KEPT_RUNS
 from .record import difference, sample_of
 
 SAME_LATENT = 0.02  # the intermediate dtype may be 16 bit
 INDIRECT = "these samples are not the direct result of a run of this model"
+NOT_KEPT = (
+    f"these samples are not the direct result of one of the last {KEPT_RUNS} runs of this model, and no other is kept"
+)
 CACHED = "the sampler did not run in this prompt (its result came from the cache)"
 APPLY = "SLA2ApplyAttention"
 
@@ -35,7 +39,8 @@ def find_run(runs, samples, makers, prompt_id, fed=False):
         return None, None
     run, caveat = _made_by(runs, makers, prompt_id)
     if isinstance(samples, dict) and distance != float("inf"):
-        caveat = f"{INDIRECT}: {caveat or 'that of the sampler before them is shown'}"
+        not_its = NOT_KEPT if runs[0].number > 1 else INDIRECT
+        caveat = f"{not_its}: {caveat or 'that of the sampler before them is shown'}"
     return run, caveat
 
 

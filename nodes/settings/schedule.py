@@ -80,7 +80,7 @@ def parse_schedule(text, num_layers, parse_layers):
 
 def check_schedule(text):
     """Raises the sentence of parse_schedule for a text that no model can have, whatever its number of layers."""
-    parse_schedule(text, None, lambda layers, _: check_layers(layers))
+    parse_schedule(text, None, lambda layers, _, where: check_layers(layers, where))
 
 
 def _parse_rule(part, num_layers, parse_layers):
@@ -101,7 +101,7 @@ def _parse_rule(part, num_layers, parse_layers):
         rest = (rest[: found.start()] + rest[found.end() :]).strip(" ,")
     found = LAYERS.fullmatch(rest)
     if found:
-        layers, rest = parse_layers(found[1], num_layers), ""
+        layers, rest = parse_layers(found[1], num_layers, "schedule"), ""
     if rest or not where.strip():
         raise ValueError(f"schedule must look like {FORM}, but {where.strip()!r} is no range of steps or layers.")
     if not 0 <= steps[0] < steps[1] <= 1:

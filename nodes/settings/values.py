@@ -40,19 +40,11 @@ class AttentionSettings:
         check_percents(self.start_percent, self.end_percent)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
-        if self.ratio_mode not in RATIO_MODES:
-            raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {self.ratio_mode!r}.")
-
+        check_ratio_mode(self.ratio_mode)
         check_method(self.method)
         if self.reference_keys not in REFERENCE_KEYS:
             raise ValueError(f"reference_keys must be one of {', '.join(REFERENCE_KEYS)}, got {self.reference_keys!r}.")
-        if not 0 <= self.target_error < 1:
-            raise ValueError(f"target_error must be at least 0 (off) and below 1, got {self.target_error}.")
-        if self.target_error and (self.ratio_mode not in MEASURING_RATIO_MODES or self.method == "top-k only"):
-            raise ValueError(
-                "target_error needs calls that measure their error: set ratio_mode to fitted or learned and method to "
-                f"automatic or sla2 (now {self.ratio_mode} and {self.method}), or target_error to 0."
-            )
+        check_target(self.target_error, self.ratio_mode, self.method)
 
     @property
     def sparsities(self):
@@ -81,46 +73,63 @@ def check_method(method):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
+def check_ratio_mode(mode):
+    """Raises ValueError with one sentence unless it is one of RATIO_MODES."""
+    if mode not in RATIO_MODES:
+        raise ValueError(f"ratio_mode must be one of {', '.join(RATIO_MODES)}, got {mode!r}.")
+
+
+def check_target(target_error, ratio_mode, method):
+    """Raises ValueError with one sentence unless calls of this ratio_mode and method can hold this target_error."""
+    if not 0 <= target_error < 1:
+        raise ValueError(f"target_error must be at least 0 (off) and below 1, got {target_error}.")
+    if target_error and (ratio_mode not in MEASURING_RATIO_MODES or method == "top-k only"):
+        raise ValueError(
+            "target_error needs calls that measure their error: set ratio_mode to fitted or learned and method to "
+            f"automatic or sla2 (now {ratio_mode} and {method}), or target_error to 0."
+        )
+
+
 def check_percents(start, end):
     """Raises ValueError with one sentence unless the range of steps is one."""
     if not 0 <= start < end <= 1:
         raise ValueError(f"start_percent must be below end_percent, both between 0 and 1, got {start} and {end}.")
 
 
-def parse_layers(text, num_layers):
-    """ "0, 1, 28-29" -> {0, 1, 28, 29}; -1 is the last layer. Raises ValueError with one sentence."""
+def parse_layers(text, num_layers, where="dense_layers"):
+    """ "0, 1, 28-29" -> {0, 1, 28, 29}; -1 is the last layer. Raises ValueError with one sentence. where: the input it stands in."""
     layers = set()
-    for part, first, last in _layer_ranges(text):
+    for part, first, last in _layer_ranges(text, where):
         for layer in (first, last):
             if not -num_layers <= layer < num_layers:
-                raise ValueError(f"dense_layers names layer {layer}, but this model has layers 0 to {num_layers - 1}.")
+                raise ValueError(f"{where} names layer {layer}, but this model has layers 0 to {num_layers - 1}.")
         first, last = first % num_layers, last % num_layers
-        _check_order(part, first, last)
+        _check_order(part, first, last, where)
         layers.update(range(first, last + 1))
     return frozenset(layers)
 
 
-def check_layers(text):
+def check_layers(text, where="dense_layers"):
     """Raises the sentence of parse_layers for a text that no model can have, whatever its number of layers."""
-    for part, first, last in _layer_ranges(text):
+    for part, first, last in _layer_ranges(text, where):
         if (first < 0) == (last < 0):  # -1 may be any layer
-            _check_order(part, first, last)
+            _check_order(part, first, last, where)
 
 
-def _layer_ranges(text):
+def _layer_ranges(text, where):
     """(part of the text, first, last layer as written) of each part."""
     for part in filter(None, (part.strip() for part in text.translate(FULL_WIDTH).split(","))):
         match = re.fullmatch(r"(-?[0-9]{1,6})(?:\s*-\s*(-?[0-9]{1,6}))?", part)
         if match is None:
             raise ValueError(
-                f'dense_layers must look like "0, 1, 28-29", but {part[:100]!r} is no layer or range of layers.'
+                f'{where} must name layers like "0, 1, 28-29", but {part[:100]!r} is no layer or range of layers.'
             )
         yield part, int(match[1]), int(match[2] or match[1])
 
 
-def _check_order(part, first, last):
+def _check_order(part, first, last, where):
     if first > last:
-        raise ValueError(f"dense_layers holds the range {part!r}, which ends before it starts.")
+        raise ValueError(f"{where} holds the range {part!r}, which ends before it starts.")
 
 
 def layers_text(layers):

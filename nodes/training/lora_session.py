@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_train import TrainGuider
 
 from ...sla2_kernels import identity_router
+from ...sla2_kernels.router_format import printable
 from ...sla2_training.ratios import with_trained_ratios
 from ..attention.hook import KEY
 from ..attention.weight_checks import check_router
@@ -46,6 +47,20 @@ def check_makes_no_sound(model, latents):
         raise ValueError("SLA2 Train LoRA: models that make sound along with the video cannot be trained yet.")
 
 
+def check_prompts(**prompts):
+    """Raises ValueError where a prompt is for a part of the sampling only: a training draws any noise level for each of them.
+
+    At the others ComfyUI would not call the model at all. prompts: CONDITIONING by the name of its input.
+    """
+    for name, conditioning in prompts.items():
+        for _, options in conditioning:
+            if options.get("start_percent", 0.0) > 0 or options.get("end_percent", 1.0) < 1:
+                raise ValueError(
+                    f"SLA2 Train LoRA: {name} holds a prompt for a part of the sampling (ConditioningSetTimestepRange), and "
+                    "a training needs prompts for all of it: connect them without that node."
+                )
+
+
 class LoraSession:
     """model: a ComfyUI ModelPatcher of a known family, left as it is. facts: its ModelFacts. router: RouterWeights or None.
 
@@ -79,12 +94,21 @@ class LoraSession:
     def resume(self, name):
         """Goes on from a file in models/loras."""
         path = folder_paths.get_full_path_or_raise("loras", name)
-        self.adapters.load(comfy.utils.load_torch_file(path, safe_load=True), name)
+        try:
+            state = comfy.utils.load_torch_file(path, safe_load=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch and safetensors raise errors of many kinds for a damaged file
+            said = printable(str(error).split("\n")[0])
+            raise ValueError(
+                f"SLA2 Train LoRA cannot go on from {name}: the file cannot be read, it is damaged or no LoRA ({said})."
+            ) from error
+        self.adapters.load(state, name)
 
     def take_videos(self, latents, prompts):
         """Trains on latents of the user's, which ``prompts`` many prompts belong to."""
         channels = self.model.model.latent_format.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels:
+        if latents.ndim != 5 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(
                 f"SLA2 Train LoRA: latents must be videos of this model's VAE, (videos, {channels}, frames, height, width), "
                 f"and these are {tuple(latents.shape)}."

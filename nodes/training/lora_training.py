@@ -20,6 +20,9 @@ from .router_training import training_mode
 LEVELS = 4  # noise levels that the error is measured at
 HELD_OUT = 2**62  # seeds from here on are never drawn
 BLOCK_DEPTH = 2  # of a model's blocks, as core's training node counts
+OWN_NAN = (
+    "SLA2 Train LoRA: the model's own output holds NaN before anything is trained; try another precision for the model."
+)
 # what PyTorch says of a model that was written for inference alone
 NO_GRADIENTS = ("modified by an inplace operation", "torch.utils.checkpoint:", "no autograd formula was registered")
 
@@ -103,7 +106,9 @@ class LoraTraining(comfy.samplers.Sampler):
         self.say("measuring")
         if attention.needs_start:
             with torch.no_grad():
-                self._velocity(*self._noisy(0, 0.5, HELD_OUT)[:2], self.conds["positive"][0])
+                first = self._velocity(*self._noisy(0, 0.5, HELD_OUT)[:2], self.conds["positive"][0])
+            if bool(first.isnan().any()):
+                raise TrainingError(OWN_NAN)  # no ratio can start at an estimate of it
             attention.start_ratios()
         self.start_ratios = [torch.sigmoid(logits.detach()) for logits in attention.ratio_logits]
         error = self._measured()
@@ -111,10 +116,7 @@ class LoraTraining(comfy.samplers.Sampler):
             reason = next(iter(attention.untrained), "another node replaced the model's self-attention")
             raise ValueError(f"SLA2 Train LoRA: nothing could be trained: {reason}.")
         if error != error:
-            raise TrainingError(
-                "SLA2 Train LoRA: the model's own output holds NaN before anything is trained; "
-                "try another precision for the model."
-            )
+            raise TrainingError(OWN_NAN)
         self.errors.append(error)
         self.tuning = FineTuning(
             self.adapters.parameters(),

@@ -1,5 +1,6 @@
 """Router files in models/sla2: a new name for every one that is saved."""
 
+import logging
 import os
 import re
 
@@ -8,7 +9,10 @@ import folder_paths
 from ...sla2_kernels.weights import RouterFileError
 from .saved_files import SavedFiles
 
+logger = logging.getLogger("sla2")
+
 FOLDER = "sla2"
+MAX_BYTES = 200  # of the 255 that file systems take, which a number and an ending follow
 
 saved_files = SavedFiles()
 
@@ -32,6 +36,22 @@ def save_router(router, prefix):
     return os.path.relpath(path, folder)
 
 
+def save_trained(router, stem, steps):
+    """Saves what ``steps`` of a training that ended made, as <stem>_<number>_; (sentence that says where, advice) for the user.
+
+    router: function that makes the RouterWeights. Where it cannot be made or saved the sentence says why: the error that
+    ended the training comes first.
+    """
+    try:
+        name = save_router(router(), stem)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not isinstance(error, ValueError):
+            logger.exception("SLA2 Train Router: the router could not be made or saved")
+        return f"What {steps} optimisation steps trained is lost: {str(error).rstrip('.')}.", ""
+    saved = f"What {steps} optimisation steps trained is saved as {name} in models/{FOLDER}."
+    return saved, "Load it and connect it to resume to go on."
+
+
 def save_numbered(directory, stem, save):
     """save(path) with the next free number; the path. ``save`` raises FileExistsError if the name is taken."""
     number = next_number(directory, stem)
@@ -50,6 +70,11 @@ def checked_prefix(prefix, folder):
     parts = prefix.replace("\\", "/").split("/")
     names = all(map(is_file_name, parts))
     target = os.path.join(folder, *parts) if names else folder
+    longest = max(len(part.encode()) for part in parts) if names else 0
+    if longest > MAX_BYTES:
+        raise ValueError(
+            f"SLA2 Save Router: filename_prefix holds a name of {longest} bytes: at most {MAX_BYTES} are allowed."
+        )
     inside = os.path.realpath(folder)
     if not names or not is_inside(os.path.realpath(os.path.dirname(target)), inside):
         raise ValueError(f"SLA2 Save Router: filename_prefix must be a name inside models/{FOLDER}, got {prefix!r}.")

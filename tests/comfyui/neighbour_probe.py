@@ -283,6 +283,10 @@ def model_calls_that_come_to_no_mark():
     both.set_model_unet_function_wrapper(dual)
     run(both)
     results["two models"] = found(both)
+    bare = sla2(wan()).clone()
+    bare.object_patches = {}
+    run(bare)
+    results["marks taken off"] = found(bare)
     return results
 
 

@@ -18,6 +18,13 @@ BAD = [
     ({"method": "best"}, "method must be one of automatic, sla2, top-k only"),
     ({"preset": "automatic", "method": "top-k only"}, "needs the sparsity that its LoRA was distilled with"),
     ({"preset": "constant quality", "method": "top-k only"}, "needs calls that measure their error"),
+    ({"preset": "constant quality", "ratio_mode": "fixed"}, "needs calls that measure their error"),
+    (
+        {"target_error": 0.1, "ratio_mode": "estimated", "method": "sla2"},
+        "target_error needs calls that measure their error",
+    ),
+    ({"target_error": 1.5, "method": "sla2"}, "target_error must be at least 0 (off) and below 1, got 1.5"),
+    ({"ratio_mode": "guessed"}, "ratio_mode must be one of learned, estimated, fixed, fitted"),
 ]
 
 

@@ -122,6 +122,8 @@ def test_a_step_cache_is_only_spoken_of_where_one_is(probe):
     assert "in place of dit blocks" in result["blocks replaced, stop"]
     (note,) = two["notes"]
     assert two["sparse"] == 3 and note.endswith("they were calls of a model that SLA2 was not applied to")
+    (note,) = result["marks taken off"]["notes"]
+    assert "SLA2's marks are not on its layers: a later node took them off" in note
 
 
 def test_another_packs_self_attention_forward_is_marked_as_well(probe):

@@ -76,6 +76,25 @@ def test_a_file_saved_over_the_one_in_use_is_read_again(comfy, prompt):
     assert "number of layers" in message
 
 
+def test_a_name_that_comes_over_a_wire_is_no_reason_to_load_again(comfy, prompt):
+    """ComfyUI does not say what a wire brings when it asks whether an input has changed."""
+    from tiny_wan import save_router
+
+    save_router(comfy.base / "models/sla2/wired.safetensors")
+    patched = with_router(prompt, prompt.add("SLA2TestAnything", text="wired.safetensors"))
+    sampled = prompt.sample(patched)
+    prompt.save(sampled)
+
+    def is_cached():
+        messages = dict(comfy.server.run(prompt)["status"]["messages"])
+        assert "execution_success" in messages
+        return sampled[0] in messages["execution_cached"]["nodes"]
+
+    assert [is_cached(), is_cached()] == [False, True]
+    save_router(comfy.base / "models/sla2/wired.safetensors", precision="16bit")
+    assert not is_cached(), "saved over the one in use"
+
+
 def test_a_saved_file_that_is_gone_is_saved_again_and_one_that_is_there_is_not(comfy, prompt):
     """ComfyUI would say "saved as ..." from its cache."""
     folder = comfy.base / "models/sla2/said"

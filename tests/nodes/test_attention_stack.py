@@ -115,6 +115,7 @@ def test_everything_else_on_the_model(stack, bench):
             "a": [(1.0, lora, 1.0, None, None), (0.5, lora, 1.0, None, None)],
             "b": [(1.0, lora, 1.0, None, None), (1.0, ("diff", (1,)), 1.0, None, None)],
             "c": [(1.0, other, 1.0, None, None)],
+            "d": [(0.5, [(torch.ones(1), None), (1.0, lora, 1.0, None, None)], 0.5, None, None)],
         },
         injections={"bypass_lora": [], "else": []},
         object_patches={
@@ -135,6 +136,7 @@ def test_everything_else_on_the_model(stack, bench):
     assert sorted(also) == sorted(
         [
             "LoRA on 2 weights", "the weight patch diff on 1 weight", "collections.Counter on 1 weight",
+            "a merged model on 1 weight",
             "LoRA in bypass mode", "the injection else", f"{FOREIGN} on 1 part of the model",
             "torch.compile on 2 parts of the model", "EasyCache", "context windows", "torch.compile", FOREIGN,
             f"{FOREIGN} as attn1_patch", f"{FOREIGN} as attn2_patch", f"{FOREIGN} in place of 2 dit blocks",

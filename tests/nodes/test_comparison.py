@@ -79,6 +79,8 @@ def test_where_nothing_ran_sparse_no_speed_is_claimed(comparison):
     for said in (data, found):
         text = comparison.comparison_text(said).lower()
         assert not any(word in text for word in ("faster", "slower", "as fast", "ceiling", "share", "error", "nan"))
+    line = comparison.line_to_paste("card", "WAN21", measured(comparison), measured(comparison), None, "torch 2.11")
+    assert line == "to paste: card | WAN21 | none of 90 self-attention calls ran sparse | torch 2.11"
 
 
 def test_what_was_not_measured_is_said_in_words(comparison):

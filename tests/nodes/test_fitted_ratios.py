@@ -146,6 +146,18 @@ def test_rows_that_are_not_finite_are_left_out_of_the_error(bench, pack_module):
     assert any(note.startswith("sparse outputs with NaN or infinity: 1 in layer 0") for note in run.notes)
 
 
+def test_a_call_all_of_whose_rows_are_left_out_does_not_dilute_the_error(bench):
+    b, qkv = bench(), tensors(0)
+    b.hook.begin_run()
+    b.model_call()
+    b.attend(*qkv, heads=HEADS)
+    b.attend(*(torch.full_like(t, torch.nan) for t in qkv), heads=HEADS)
+    b.hook.end_run()
+    (run,) = b.hook.runs.finished()
+    assert run.layers[0].sparse == 2
+    assert run.attention_error == pytest.approx(run.layers[0].attention_error)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_training_estimates_the_ratio(bench, watched, reentrant):
     b, qkv = bench(), tensors(0, requires_grad=True)

@@ -81,6 +81,15 @@ def test_a_latent_is_known_by_its_values_and_what_was_made_of_it_by_its_nodes(sh
     assert number == 2 and "not the direct result" in caveat and "is not known" in caveat
 
 
+def test_samples_of_a_run_that_is_no_longer_kept_are_not_said_to_be_of_none(shown, pack_module):
+    record = pack_module("nodes.runs.record")
+    runs = [run(number, "2", NOW, torch.randn(1, 16, 3, 8, 8), record) for number in range(3, 11)]
+    number, caveat = shown(runs, "2", {"samples": torch.randn(1, 16, 3, 8, 8)})
+    assert (
+        number == 10 and "not the direct result of one of the last 8 runs of this model, and no other is kept" in caveat
+    )
+
+
 def test_where_nobody_knows_the_graph_one_run_alone_is_certain(pack_module):
     module = pack_module("nodes.runs.run_of_samples")
     assert module.makers_of([], None, "report", "samples") is None

@@ -1,4 +1,4 @@
-"""What an ended LoRA training saves: LoRA and router, each where the other cannot be."""
+"""What an ended training saves: LoRA and router, each where the other cannot be; a router alone."""
 
 import sys
 
@@ -48,3 +48,11 @@ def test_an_interrupt_while_saving_is_one(save_both):
 
     with pytest.raises(Interrupted):
         save_both(failing(Interrupted()), failing(Interrupted()), "wan")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_trained_router_that_cannot_be_made_does_not_hide_why_the_training_ended(file_nodes, pack_module, error):
+    files = pack_module("nodes.training.router_files")
+    said, advice = files.save_trained(failing(error), "wan_autosave", 40)
+    assert (said, advice) == (f"What 40 optimisation steps trained is lost: {error}.", "")
+    assert list(file_nodes.folder.iterdir()) == []

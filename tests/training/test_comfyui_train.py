@@ -130,6 +130,12 @@ def test_another_models_router_is_not_resumed(comfy, prompt):
     assert "number of layers is 4, this model's is 3" in comfy.error(prompt)[1]
 
 
+def test_a_prefix_longer_than_a_file_name_is_refused_before_anything_runs(comfy, prompt):
+    prompt.add("SLA2SaveRouter", router=train(prompt, prompt.model()), filename_prefix="wan/" + "长" * 70)
+    with pytest.raises(PromptFailed, match="filename_prefix holds a name of 210 bytes: at most 200 are allowed"):
+        comfy.server.queue(prompt)
+
+
 @pytest.mark.parametrize("prefix", ["../outside", "/etc/x", "a/../../x", "..\\x", "", "a//b", "C:x", "a\x00b"])
 def test_prefixes_that_lead_elsewhere_are_refused(comfy, new_prompt, prefix):
     prompt = new_prompt()

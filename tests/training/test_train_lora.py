@@ -1,5 +1,6 @@
 """SLA2 Train LoRA in a real ComfyUI: what it makes, what it leaves alone, and how it ends where it cannot go on."""
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -7,9 +8,11 @@ from collections import Counter
 import pytest
 import safetensors.torch
 import torch
+from tiny_wan import wan_state_dict
 from training_events import queue_until
 
 from sla2_kernels.weights import RouterLayer, RouterWeights, load_router
+from tooling.server import PromptFailed
 
 pytestmark = pytest.mark.comfyui
 
@@ -232,6 +235,24 @@ def video_and_sound(comfy, prompt):
     return {"loss": FLOW, "latents": prompt.add("LTXVConcatAVLatent", video_latent=video, audio_latent=sound)}
 
 
+def model_of_nan(comfy, prompt):
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in wan_state_dict().items()}
+    state["head.head.bias"].fill_(torch.nan)
+    safetensors.torch.save_file(state, comfy.base / "models/diffusion_models/tiny_nan.safetensors")
+    return {"model": prompt.model("tiny_nan.safetensors")}
+
+
+def for_half(prompt):
+    text = prompt.add("SLA2TestConditioning", number=1, image=False, label="")
+    return prompt.add("ConditioningSetTimestepRange", conditioning=text, start=0.0, end=0.5)
+
+
+def damaged_lora(comfy, _):
+    (comfy.base / "models/loras").mkdir(exist_ok=True)
+    (comfy.base / "models/loras/damaged.safetensors").write_bytes(b"junk")
+    return {"resume_lora": "damaged.safetensors"}
+
+
 WRONG = {
     "another model's router": (
         lambda _, prompt: {"router": prompt.add("SLA2LoadRouter", router_name="other_layers.safetensors")},
@@ -246,19 +267,42 @@ WRONG = {
         lambda _, prompt: {"latents": prompt.add("EmptyLatentImage", width=128, height=128, batch_size=1)},
         "latents must be videos of this model's VAE, (videos, 16, frames, height, width), and these are (1, 4, 16, 16)",
     ),
+    "a prompt for the first half": (
+        lambda _, prompt: {"positive": for_half(prompt)},
+        "positive holds a prompt for a part of the sampling",
+    ),
+    "a negative prompt for the first half": (
+        lambda _, prompt: {"negative": for_half(prompt)},
+        "negative holds a prompt for a part of the sampling",
+    ),
     "sound beside the video": (video_and_sound, "models that make sound along with the video cannot be trained yet"),
     "prompts": (two_prompts_for_three_videos, "3 latents need as many prompts or a single one, and positive has 2"),
-    "no videos for flow matching": (lambda *_: {"loss": FLOW}, f'"{FLOW}" needs videos of yours: connect latents'),
-    "no videos for half of it": (lambda *_: {"loss": MIXED}, f'"{MIXED}" needs videos of yours: connect latents'),
+    "a model that makes NaN": (model_of_nan, "the model's own output holds NaN before anything is trained"),
     "too short": (
         lambda *_: {"size": 64},
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
     ),
+    "a damaged LoRA": (damaged_lora, "cannot go on from damaged.safetensors: the file cannot be read"),
     "another rank": (
         lambda comfy, _: {"resume_lora": "wan_lora_autosave_00001_.safetensors", "rank": 3},
         "the file has shape (256, 4), and this training shape (256, 3) (rank 3)",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (FLOW, f'"{FLOW}" needs videos of yours: connect latents'),
+        (MIXED, f'"{MIXED}" needs videos'),
+        ("x", "loss must be one of"),
+    ],
+)
+def test_a_loss_without_its_videos_is_refused_before_anything_runs(comfy, prompt, loss, words):
+    train_and_save(prompt, prompt.model(), "wrong", loss=loss)
+    with pytest.raises(PromptFailed) as refused:
+        comfy.server.queue(prompt)
+    assert words in json.loads(json.dumps(str(refused.value))).replace('\\"', '"')
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -151,14 +151,18 @@ def test_every_text_of_the_page_is_translated_with_all_its_values(language):
 def said_by_the_server():
     """Strings of our Python, f-strings with {0}, {1} ... for their values."""
     for file in sorted([*(ROOT / "nodes").rglob("*.py"), *(ROOT / "sla2_kernels").rglob("*.py")]):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-            elif isinstance(node, ast.JoinedStr):
-                values = itertools.count()
-                yield "".join(
-                    part.value if isinstance(part, ast.Constant) else f"{{{next(values)}}}" for part in node.values
-                )
+        yield from strings_in(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def strings_in(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            values = itertools.count()
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else f"{{{next(values)}}}" for part in node.values
+            )
 
 
 @pytest.mark.parametrize("language", TRANSLATED)
@@ -166,6 +170,21 @@ def test_every_translated_sentence_of_the_server_is_still_said(language):
     table = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["sla2Server"]
     assert len(table) > 50 and sorted(set(table) - set(said_by_the_server())) == []
     assert [text for text in table if set(re.findall(r"{\d}", text)) != set(re.findall(r"{\d}", table[text]))] == []
+
+
+def raised_by_the_nodes():
+    """Sentences with which a node's name begins, as they are raised, with {0}, {1} ... for their values."""
+    for file in sorted((ROOT / "nodes").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                yield from (text for text in strings_in(node.exc) if text.startswith("SLA2 ") and text.endswith("."))
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_every_sentence_that_a_node_raises_is_translated(language):
+    table = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["sla2Server"]
+    raised = set(raised_by_the_nodes())
+    assert len(raised) > 20 and sorted(raised - set(table)) == []
 
 
 @pytest.mark.web

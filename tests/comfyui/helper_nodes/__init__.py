@@ -103,6 +103,21 @@ class SLA2TestQuantisedLoader:
         return (comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": operations}),)
 
 
+class SLA2TestAnything:
+    """A text for an input of any kind, such as another pack's node that chooses a file."""
+
+    RETURN_TYPES = ("*",)
+    FUNCTION = "give"
+    CATEGORY = "sla2 tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {})}}
+
+    def give(self, text):
+        return (text,)
+
+
 class SLA2TestOlderComfyUI:
     """Takes away what our training nodes ask a newer ComfyUI for, or gives it back."""
 
@@ -165,6 +180,7 @@ OVERRIDES = {"chains": chaining, "overwrites": overwriting, "keeps but never cal
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
+        SLA2TestAnything,
         SLA2TestConditioning,
         SLA2TestNeighbour,
         SLA2TestOlderComfyUI,
