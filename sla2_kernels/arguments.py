@@ -256,7 +256,7 @@ def _check_tensor(name, value, expected):
 
 def _check_weight(name, tensor, shapes, expected):
     _check_tensor(name, tensor, expected)
-    # not "in": while torch.compile traces symbolic sizes, it finds no tuple in any other
+    # not "in", which torch.compile traces as False after a set of sizes (findings/torch_compile_size_in_set.sh)
     if not any(tensor.shape == shape for shape in shapes):
         raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}.")
     if tensor.is_complex():
