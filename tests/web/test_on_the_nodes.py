@@ -340,7 +340,7 @@ def chinese(server, browser, pictures):
 
 REFUSED = [
     ("2", {"dense_layers": "0\uff0cfirst"}, "而 'first' 不是层或层的范围。"),
-    ("2", {"schedule": "layers 3-1: dense"}, "稠密层（dense_layers）中范围 '3-1' 的终点小于起点。"),
+    ("2", {"schedule": "layers 3-1: dense"}, "时间表（schedule）中范围 '3-1' 的终点小于起点。"),
     ("2", {"schedule": "0%-20% dense"}, "而 '0%-20% dense' 中没有冒号。"),
     ("2", {"schedule": "first half: dense"}, "而 'first half' 不是步骤或层的范围。"),
     ("2", {"schedule": "50%-20%: dense"}, "步骤 '50%-20%' 必须递增，且在 0% 到 100% 之间。"),
