@@ -181,7 +181,7 @@ def check_sample(rows, fitted, q, tokens):
     if not 1 <= fitted <= rows.shape[0]:
         raise ValueError(f"fitted must lie between 1 and the {rows.shape[0]} rows, got {fitted}.")
     if _may_read(rows):
-        lowest, highest = (bound.item() for bound in rows.aminmax())
+        lowest, highest = rows.numpy().min(), rows.numpy().max()
         if lowest < 0 or highest >= tokens:
             raise ValueError(
                 f"rows must lie in 0 to {tokens - 1}, but {lowest if lowest < 0 else highest} is among them."

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +13,6 @@ from safetensors import SafetensorError
 from ..errors import TrainingError
 
 STEP = re.compile(r"step-(\d{6,})")  # a copy under another name is its owner's, and is never removed
-# what json, safetensors and torch raise for files that are cut short, overwritten or not theirs
-DAMAGED = OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError
 TENSORS, OPTIMISER, FACTS = "trained.safetensors", "optimiser.pt", "checkpoint.json"
 
 
@@ -86,7 +83,9 @@ def load(path, facts):
         optimiser = torch.load(path / OPTIMISER, map_location="cpu", weights_only=True)
         if not isinstance(step, int):
             raise TypeError(f"its step is {step!r}")
-    except DAMAGED as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # json, safetensors and torch raise errors of many kinds for a damaged file
         raise TrainingError(f"Checkpoint {path} is damaged ({type(error).__name__}: {error}).") from error
     for part in ("model", "adapter"):
         for what, wanted in facts[part].items():
