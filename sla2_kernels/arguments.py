@@ -117,35 +117,39 @@ def check_diagonal(q, k):
         raise ValueError(f"keep_diagonal needs as many keys as queries, got {tuple(k.shape)} and {tuple(q.shape)}.")
 
 
-def check_projections(proj_q, proj_k, heads, head_dim):
-    """Raises ValueError unless each is None or finite real numbers, (D, D) or (H, D, D)."""
+def check_projections(proj_q, proj_k, q, layout):
+    """Raises ValueError unless each is None or finite real numbers, (D, D) or (H, D, D) for the heads of q."""
+    heads, head_dim = q.shape[HEADS_DIM[layout]], q.shape[3]
     expected = f"({head_dim}, {head_dim}) or ({heads}, {head_dim}, {head_dim})"
     for name, proj in (("proj_q", proj_q), ("proj_k", proj_k)):
         if proj is None:
             continue
-        _check_weight(name, proj, ((head_dim, head_dim), (heads, head_dim, head_dim)), expected)
+        _check_weight(name, proj, ((head_dim, head_dim), (heads, head_dim, head_dim)), expected, q)
 
 
-def check_linear_projection(proj_l, head_dim):
-    """Raises ValueError unless proj_l is None or (weight (D, D), bias (D,)) of finite real numbers."""
+def check_linear_projection(proj_l, q):
+    """Raises ValueError unless proj_l is None or (weight (D, D), bias (D,)) of finite real numbers, D being q's."""
     if proj_l is None:
         return
+    head_dim = q.shape[3]
     if not isinstance(proj_l, (tuple, list)) or len(proj_l) != 2:
         raise ValueError(f"proj_l must be a pair (weight, bias) of tensors, got {_shown(proj_l)}.")
-    _check_weight("proj_l's weight", proj_l[0], ((head_dim, head_dim),), f"({head_dim}, {head_dim})")
-    _check_weight("proj_l's bias", proj_l[1], ((head_dim,),), f"({head_dim},)")
+    _check_weight("proj_l's weight", proj_l[0], ((head_dim, head_dim),), f"({head_dim}, {head_dim})", q)
+    _check_weight("proj_l's bias", proj_l[1], ((head_dim,),), f"({head_dim},)", q)
 
 
-def check_alpha(alpha, heads):
-    """Raises ValueError unless alpha is None or real numbers from 0 to 1, (H,) or (H, knots)."""
+def check_alpha(alpha, q, layout):
+    """Raises ValueError unless alpha is None or real numbers from 0 to 1, (H,) or (H, knots) for the heads of q."""
     if alpha is None:
         return
+    heads = q.shape[HEADS_DIM[layout]]
     expected = f"({heads},) or ({heads}, knots)"
     _check_tensor("alpha", alpha, expected)
     if alpha.dim() not in (1, 2) or alpha.shape[0] != heads or alpha.numel() == 0:
         raise ValueError(f"alpha must be {expected}, got {tuple(alpha.shape)}.")
     if alpha.is_complex():
         raise ValueError(f"alpha must hold real numbers, got {alpha.dtype}.")
+    _check_has_values("alpha", alpha, q)
     if _may_read(alpha):
         lowest, highest = (bound.item() for bound in alpha.detach().float().aminmax())
         if not (lowest >= 0 and highest <= 1):
@@ -156,15 +160,7 @@ def check_selection(q, k, proj_q, proj_k, layout, backend, query_block):
     """What choosing key blocks needs: raises ValueError where q, k or the projections do not fit together."""
     check_options(layout, backend, query_block=query_block)
     check_inputs(layout, q=q, k=k)
-    check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], q.shape[3])
-    check_have_values(q, proj_q=proj_q, proj_k=proj_k)
-
-
-def check_have_values(q, **weights):
-    """Raises ValueError for weights, or None, on the meta device where q is not: torch would return memory that nobody wrote."""
-    for name, weight in weights.items():
-        if weight is not None and weight.device.type == "meta" and q.device.type != "meta":
-            raise ValueError(f"{name} must hold values, but lies on the meta device: load it first.")
+    check_projections(proj_q, proj_k, q, layout)
 
 
 def check_sample(rows, fitted, q, tokens):
@@ -254,13 +250,20 @@ def _check_tensor(name, value, expected):
         raise ValueError(f"{name} must be a dense tensor, got {kind}: call to_dense() or pad it.")
 
 
-def _check_weight(name, tensor, shapes, expected):
+def _check_has_values(name, weight, q):
+    """A weight on the meta device where q is not: torch would return memory that nobody wrote."""
+    if weight.device.type == "meta" and q.device.type != "meta":
+        raise ValueError(f"{name} must hold values, but lies on the meta device: load it first.")
+
+
+def _check_weight(name, tensor, shapes, expected, q):
     _check_tensor(name, tensor, expected)
     # not "in", which torch.compile traces as False after a set of sizes (findings/torch_compile_size_in_set.sh)
     if not any(tensor.shape == shape for shape in shapes):
         raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}.")
     if tensor.is_complex():
         raise ValueError(f"{name} must hold real numbers, got {tensor.dtype}.")
+    _check_has_values(name, tensor, q)
     if _may_read(tensor) and not _is_finite(tensor):
         raise ValueError(f"{name} must hold finite numbers, but NaN or infinity is among them.")
 

@@ -7,10 +7,8 @@ import torch
 
 from . import operators
 from .arguments import (
-    HEADS_DIM,
     check_alpha,
     check_diagonal,
-    check_have_values,
     check_inputs,
     check_options,
     check_projections,
@@ -89,10 +87,8 @@ def sla2_attention(
     """
     check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
-    heads, head_dim = q.shape[HEADS_DIM[layout]], q.shape[3]
-    check_projections(proj_q, proj_k, heads, head_dim)
-    check_alpha(alpha, heads)
-    check_have_values(q, proj_q=proj_q, proj_k=proj_k, alpha=alpha)
+    check_projections(proj_q, proj_k, q, layout)
+    check_alpha(alpha, q, layout)
     if alpha is not None and not linear_branch:
         raise ValueError("alpha mixes the linear branch in: leave it out where linear_branch is False.")
     key_blocks, is_routed, forced, diagonal = checked_blocks(
@@ -111,7 +107,7 @@ def sla2_attention(
         0.0 if key_blocks is not None else checked_sparsity(sparsity),
         precision,
         layout == "BHND",
-        checked_scale(scale, head_dim),
+        checked_scale(scale, q.shape[3]),
         backend,
         diagonal,
         bool(linear_branch),

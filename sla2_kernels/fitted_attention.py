@@ -12,9 +12,7 @@ from torch import Tensor
 
 from . import operators
 from .arguments import (
-    HEADS_DIM,
     TOKENS_DIM,
-    check_have_values,
     check_inputs,
     check_options,
     check_projections,
@@ -127,8 +125,7 @@ def fitted_attention(
     check_options(layout, backend, precision, query_block)
     check_inputs(layout, q=q, k=k, v=v)
     head_dim = q.shape[3]
-    check_projections(proj_q, proj_k, q.shape[HEADS_DIM[layout]], head_dim)
-    check_have_values(q, proj_q=proj_q, proj_k=proj_k)
+    check_projections(proj_q, proj_k, q, layout)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise ValueError(
             "a fitted ratio has no gradients: train with sla2_attention and alpha=None, which estimates it."

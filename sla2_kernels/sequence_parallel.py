@@ -11,7 +11,7 @@ collectives (peer_copies.py).
 import torch
 import torch.distributed as dist
 
-from .arguments import check_have_values, check_inputs, check_projections, checked_count
+from .arguments import check_inputs, check_projections, checked_count
 from .eight_bit_exchange import EightBitExchange
 from .peer_copies import CannotCopy, attention_by_copies, peers_for
 
@@ -41,7 +41,8 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
 
     Raises:
         ValueError: q, k and v differ in shape, dtype or device, P does not divide H, head_groups is below 1, attend returns
-            another shape, a projection of the routing does not fit, transfer is unknown, or gradients are asked for with a routing or, by grad mode being on, with copies: these have none.
+            another shape, a projection of the routing does not fit, transfer is unknown, or gradients are asked for with a
+            routing or, by grad mode being on, with copies: these have none.
         CannotCopy: a RuntimeError; transfer is "copies", and the processes cannot.
     """
     check_inputs("BNHD", q=q, k=k, v=v)
@@ -60,8 +61,7 @@ def sequence_parallel_attention(q, k, v, attend, group=None, *, head_groups=1, r
     if transfer == "copies" and (routing is not None or torch.is_grad_enabled()):
         raise ValueError('transfer "copies" has neither a routing nor gradients: run under torch.no_grad().')
     if routing is not None:
-        check_projections(routing.proj_q, routing.proj_k, *q.shape[2:])
-        check_have_values(q, proj_q=routing.proj_q, proj_k=routing.proj_k)
+        check_projections(routing.proj_q, routing.proj_k, q, "BNHD")
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
     if q.shape[2] % processes:
         raise ValueError(

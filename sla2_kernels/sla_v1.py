@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import TOKENS_DIM, check_dimensions, check_have_values, check_linear_projection, check_options
+from .arguments import TOKENS_DIM, check_dimensions, check_linear_projection, check_options
 from .attention import sla2_attention
 from .support import without_autocast
 
@@ -99,9 +99,7 @@ def sla_attention(q, k, v, proj_l, *, sparsity=0.9, layout="BHND", return_alpha=
     """
     check_options(layout)
     check_dimensions("q", q, layout)
-    check_linear_projection(proj_l, q.shape[3])
-    if proj_l is not None:
-        check_have_values(q, **{"proj_l's weight": proj_l[0], "proj_l's bias": proj_l[1]})
+    check_linear_projection(proj_l, q)
     out, share = sla2_attention(
         q, k, v, linear_branch=False, sparsity=sparsity, layout=layout, return_alpha=True, room=room, **options
     )

@@ -418,7 +418,7 @@ def test_contents_are_not_read_where_they_are_traced_faked_or_batched():
 
 
 def test_a_sum_that_overflows_is_no_infinity():
-    arguments.check_projections(torch.full((16, 16), 3e38), None, 3, 16)
+    arguments.check_projections(torch.full((16, 16), 3e38), None, torch.empty(1, 3, 8, 16), "BHND")
 
 
 def test_an_explicit_triton_never_falls_back(monkeypatch):
