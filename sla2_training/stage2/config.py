@@ -4,12 +4,11 @@ import json
 import re
 from dataclasses import dataclass, field, fields
 
-from sla2_kernels.support import BACKENDS
+from sla2_kernels.support import BACKENDS, PRECISIONS
 
 from ..losses import LOSSES
 from ..optimisers import OPTIMISERS, missing_optimiser
 
-PRECISIONS = ("auto", "16bit", "int8", "fp8")
 TARGETS = ("self_attn", "cross_attn", "ffn")
 STATES = ("noised", "sampled")
 
@@ -79,7 +78,7 @@ class Stage2Config:
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         choices = {
-            "precision": PRECISIONS, "loss": LOSSES, "mixed_precision": ("bf16", "no"), "optimiser": OPTIMISERS,
+            "precision": ("auto", *PRECISIONS), "loss": LOSSES, "mixed_precision": ("bf16", "no"), "optimiser": OPTIMISERS,
             "few_step_states": STATES, "backend": BACKENDS,
         }  # fmt: skip
         for name, options in choices.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 from sla2_kernels.whole_file import write_whole
 
 from ..errors import TrainingError
+from .data import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def read_lora(path, weights):
             )
         if not (tensor.is_floating_point() or (found[2] == "alpha" and not tensor.is_complex())):
             raise ValueError(
-                f"LoRA {path} cannot be merged: {key} must hold floating-point numbers, got {str(tensor.dtype)[6:]}, as quantised "
+                f"LoRA {path} cannot be merged: {key} must hold floating-point numbers, got {dtype_name(tensor)}, as quantised "
                 "files have; take the file of 16 bits."
             )
         if not bool(torch.isfinite(tensor.float()).all()):

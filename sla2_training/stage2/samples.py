@@ -7,7 +7,6 @@ the empty (or negative) prompt. Writes the file that the configuration names as 
 """
 
 import argparse
-import itertools
 import os
 import sys
 
@@ -20,7 +19,7 @@ from .config import load_config
 from .data import VideoLatents, check_empty, check_tensor
 from .lora import replace_file
 from .wan import check_fits
-from .ways import schedule
+from .ways import euler, schedule
 
 
 @torch.no_grad()
@@ -37,13 +36,13 @@ def own_samples(student, context, empty, shape, *, steps=30, guidance=5.0, shift
     levels = schedule(steps, shift).tolist()
 
     def sample(number):
-        x = noise_like(torch.empty(1, *shape, device=device), [seed + number])
         both = torch.cat([context[number : number + 1], empty]).to(device)
-        for level, following in itertools.pairwise(levels):
-            t = torch.full((1,), level, device=device)
+
+        def guided(x, t):
             with_text, without = (student(x, t, c[None], dense=True).float() for c in both)
-            x = x + (following - level) * (without + guidance * (with_text - without))
-        return x.cpu()
+            return without + guidance * (with_text - without)
+
+        return euler(guided, noise_like(torch.empty(1, *shape, device=device), [seed + number]), levels).cpu()
 
     made = {}
     try:

@@ -5,7 +5,6 @@ Processes share it out, so one process and many compute the same loss, and a res
 """
 
 import hashlib
-import itertools
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +26,7 @@ from . import checkpoint
 from .lora import save_lora
 from .report import Report, Validation
 from .student import LORA, RATIOS, freeze_all_but
-from .ways import Turns
+from .ways import Turns, euler
 
 FULL = {"full_state_dict": True, "cpu_offload": True}
 
@@ -85,7 +84,7 @@ class Stage2Trainer:
                 "sparsity": config.sparsity,
                 "targets": list(config.lora_targets),
             },
-            "training": {"steps in turns": [way.name for way in self.turns.ways], "states": config.few_step_states},
+            "training": {"steps in turns": self.turns.names, "states": config.few_step_states},
         }
         if self.sharded:
             self.wrapped = shard(student, self.device)
@@ -98,7 +97,7 @@ class Stage2Trainer:
         self.parameters = [p for _, p in named]
         parts = ([p for n, p in named if kind in n] for kind in (LORA, RATIOS))
         self.optimisers = optimisers(config.optimiser, *parts, config.learning_rate, config.ratio_learning_rate)
-        self.report = Report(config.loss, config.sparsity, [way.name for way in self.turns.ways])
+        self.report = Report(config.loss, config.sparsity, self.turns.names)
 
     def train(self, resume=None):
         """Trains to the end and exports; returns the Report.
@@ -179,18 +178,11 @@ class Stage2Trainer:
         clean, context = data.batch(indices, dropped, self.device)
         noise, t = noise_like(clean, seeds), levels.to(self.device)
         if way.sampled:
-            noisy = self._sampled(noise, context, way.levels_to(turn))
+            with torch.no_grad():
+                noisy = euler(lambda x, t: self._velocity(x, t, context), noise, way.levels_to(turn))
         else:
             noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))
         return noisy, t, context, noise - clean
-
-    @torch.no_grad()
-    def _sampled(self, x, context, levels):
-        """Where the model's own Euler steps, sparse as it is trained, lead from noise x through these noise levels."""
-        for level, following in itertools.pairwise(levels):
-            t = torch.full((len(x),), level, device=x.device)
-            x = x + (following - level) * self._velocity(x, t, context)
-        return x
 
     def _loss(self, noisy, t, context, velocity):
         wanted = self._wanted(noisy, t, context, velocity)

@@ -4,6 +4,7 @@ Guidance multiplies the error that sparse attention adds, and a few-step LoRA mo
 was trained on the plain model alone has seen neither.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,13 @@ from .lora import plain_weights, read_lora
 def schedule(steps, shift):
     """(steps + 1,) noise levels of sampling, float32, from 1 to 0, evenly spaced before the shift towards noise."""
     return shifted(torch.linspace(1, 0, steps + 1), shift)
+
+
+def euler(velocity, x, levels):
+    """x (B, ...) at the last of these noise levels, floats, by a step from each to the next; velocity(x, t), t (B,)."""
+    for level, following in itertools.pairwise(levels):
+        x = x + (following - level) * velocity(x, torch.full((len(x),), level, device=x.device))
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,10 @@ class Turns:
         self.weights = {name: weights[name] for name in changed}
         self.kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.now, self.merged = self.ways[0], None
+
+    @property
+    def names(self):
+        return [way.name for way in self.ways]
 
     def of(self, step):
         return self.ways[step % len(self.ways)]
