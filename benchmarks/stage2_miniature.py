@@ -66,7 +66,7 @@ FITTED, BEFORE = "untrained, fitted ratio", "before stage 2"
 AFTER = "stage 2"
 KEPT_EQUAL = (
     "loss", "steps", "batch", "lora_rank", "optimiser", "learning_rate", "ratio_learning_rate", "shift", "drop_caption", "knots", "clips",
-    "validation_clips", "levels", "frames", "height", "width", "heuristic", "arch", "start", "guided", "few_lora", "sampling_steps",
+    "validation_clips", "levels", "frames", "height", "width", "heuristic", "arch", "start", "guided", "few_lora", "few_states", "sampling_steps",
     "sampling_shift",
 )  # fmt: skip
 
@@ -515,7 +515,10 @@ def parse(argv=None):
         help="train with distilled LoRAs merged, too, one for each number of steps",
     )  # fmt: skip
     parser.add_argument(
-        "--few-states", choices=STATES, default="noised", help="of --few-lora: clips with noise, or the model's own way"
+        "--few-states",
+        choices=STATES,
+        default="sampled",
+        help="of --few-lora: the model's own way, or clips with noise",
     )
     parser.add_argument("--sampling-steps", type=int, default=20, help="of --guided")
     parser.add_argument("--sampling-shift", type=float, default=SHIFT, help="of the levels of --guided and --few-lora")

@@ -10,7 +10,7 @@ from ..losses import LOSSES
 from ..optimisers import OPTIMISERS, missing_optimiser
 
 TARGETS = ("self_attn", "cross_attn", "ffn")
-STATES = ("noised", "sampled")
+STATES = ("sampled", "noised")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Stage2Config:
         Videos take two rows each in those steps, so of a micro batch the first half are trained, rounded up.
     few_step_loras: number of steps -> file of the distilled LoRA, {"8": "lora.safetensors"}: steps train the model with each
         merged, in turns; not with fsdp, which splits the weights.
-    few_step_states: what these steps start from: "noised", videos with noise, or "sampled", what the model's own sparse steps make
-        of pure noise. A LoRA of n steps then takes (n - 1) / 2 more model calls on average, and no videos.
+    few_step_states: what these steps start from: "sampled", what the model's own sparse steps make of pure noise, for which a LoRA
+        of n steps takes (n - 1) / 2 more model calls on average and no videos, or "noised", videos with noise.
     sampling_steps, sampling_shift: of sampling: steps with guidance, and the shift of all those noise levels.
     mixed_precision: "bf16" or "no". gradient_checkpointing: recompute blocks, less memory. fsdp: shard the weights.
     checkpoint_every, keep: steps between checkpoints, and how many stay. validate_every, validation_levels.
@@ -63,7 +63,7 @@ class Stage2Config:
     shift: float = 5.0
     guidance: float = 1.0
     few_step_loras: dict[str, str] = field(default_factory=dict)
-    few_step_states: str = "noised"
+    few_step_states: str = "sampled"
     sampling_steps: int = 20
     sampling_shift: float = 5.0
     seed: int = 0

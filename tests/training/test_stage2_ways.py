@@ -109,7 +109,7 @@ def test_levels_of_sampling():
 
 def test_what_a_way_draws(tmp_path, in_turns):
     config, _ = in_turns
-    _, guided, _, four = trainer(tmp_path, config).turns.ways
+    _, guided, _, four = trainer(tmp_path, replace(config, few_step_states="noised")).turns.ways
     seeds = torch.tensor([5, 11, 20])
     draw = torch.tensor([2, 0, 1]), torch.rand(3), torch.tensor([True, False, True]), seeds
     indices, levels, dropped, same = four.rows(*draw, 0)
@@ -125,7 +125,7 @@ def test_what_a_way_draws(tmp_path, in_turns):
 
 def test_sampled_states_are_where_the_models_own_steps_lead(tmp_path, in_turns):
     config, expected = in_turns
-    made = trainer(tmp_path, replace(config, few_step_states="sampled", batch=2, micro_batch=2))
+    made = trainer(tmp_path, replace(config, batch=2, micro_batch=2))
     with torch.no_grad():
         for name, parameter in made.student.named_parameters():
             if "lora_B" in name:
@@ -211,12 +211,12 @@ def test_a_run_that_goes_on_in_other_ways_says_so(tmp_path, in_turns):
     said = []
     trainer(tmp_path, replace(config, steps=1), say=said.append).train(resume=True)
     assert not any("other" in line for line in said)
-    others = replace(config, steps=1, loss="flow", few_step_loras={}, few_step_states="sampled")
+    others = replace(config, steps=1, loss="flow", few_step_loras={}, few_step_states="noised")
     trainer(tmp_path, others, say=said.append).train(resume=True)
     told = [line for line in said if "trained with other" in line]
     assert told == [
         "it was trained with other steps in turns: distill, guidance 4, 8 steps, 4 steps; from here on flow, guidance 4",
-        "it was trained with other states: noised; from here on sampled",
+        "it was trained with other states: sampled; from here on noised",
     ]
 
 
