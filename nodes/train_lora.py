@@ -29,11 +29,13 @@ from .training.loss_plot import plot_losses
 logger = logging.getLogger("sla2")
 
 DISTILL, FLOW, MIXED = "match the dense model", "flow matching on latents", "both, by noise level"
+STEPS = "match the dense model step by step"
 # option -> (loss of losses.py, what its curve shows)
 LOSSES = {
     DISTILL: ("distill", "distance to the dense model's velocity"),
     FLOW: ("flow", "flow-matching loss"),
     MIXED: ("mixed", "distance to the true velocity at low noise, to the dense model's at high noise"),
+    STEPS: ("distill", "distance to the dense model's velocity"),
 }
 NEW = "none (new LoRA)"
 NOT_CONNECTED = "not connected"
@@ -70,7 +72,7 @@ class SLA2TrainLora(io.ComfyNode):
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                     tooltip="Seed of the first video, the LoRA's initial values and the training.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"{as_sampler} For the videos that the dense model generates first."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"{as_sampler} For the videos that the dense model generates first, or to train step by step."),
                 io.Float.Input(
                     "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
                     tooltip="As in the sampler node: 1 for distilled models, about 6 for others.",
@@ -89,11 +91,12 @@ class SLA2TrainLora(io.ComfyNode):
                     "loss", options=list(LOSSES), default=DISTILL,
                     tooltip=f"{DISTILL}: the distance to the output of the same model run dense, on its own videos or on your "
                     f"latents. {FLOW}: as the model itself was trained, on your own videos. {MIXED}: your videos at low noise, "
-                    "the dense model at high noise. Less loss than the first, with videos as close to the dense model's.",
+                    "the dense model at high noise. Less loss than the first, with videos as close to the dense model's. "
+                    f"{STEPS}: in the steps of its own sampling from pure noise. For models that sample in few steps; makes no videos first.",
                 ),
                 io.Int.Input(
                     "videos", default=4, min=1, max=1000,
-                    tooltip="Training videos that the dense model generates first. Not used if latents are connected.",
+                    tooltip="Training videos that the dense model generates first. Not used if latents are connected, or to train step by step.",
                 ),
                 io.Int.Input("rank", default=16, min=1, max=256, tooltip="Rank of the LoRA: its size, and how much it can learn."),
                 io.Int.Input("training_steps", default=100, min=1, max=100_000, tooltip="Optimisation steps. 20 for a trial, 100 to 500 for use."),
@@ -113,6 +116,11 @@ class SLA2TrainLora(io.ComfyNode):
                 io.Combo.Input(
                     "optimizer", optional=True, options=list(OPTIMIZERS), default="AdamW", advanced=True,
                     tooltip="Muon (PyTorch 2.9 or newer) learns more per step from your own videos, with learning_rate 2 to 4 times as high.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True,
+                    tooltip=f"Only for {STEPS}: the noise levels of your sampling, such as one half of Split Sigmas for a model of Wan 2.2. "
+                    "Not connected: those of steps and scheduler.",
                 ),
             ],
             outputs=[
@@ -142,9 +150,11 @@ class SLA2TrainLora(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, sparsity, bit_width, loss,
         videos, rank, training_steps, batch_size, learning_rate, router=None, latents=None, resume_lora=NEW, optimizer="AdamW",
+        sigmas=None,
     ) -> io.NodeOutput:  # fmt: skip
         from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound, check_prompts
         from .training.lora_training import LoraSettings
+        from .training.training_states import check_sigmas
 
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
@@ -154,6 +164,11 @@ class SLA2TrainLora(io.ComfyNode):
         check_prompts(positive=positive, **({"negative": negative} if cfg > 1 and loss != FLOW else {}))
         check_makes_no_sound(model, (latent_image if latents is None else latents)["samples"])
         kind, measure = LOSSES[loss]
+        sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        if loss == STEPS:
+            sigmas = sigmas_of(model, sampler) if sigmas is None else sigmas
+            check_sigmas(sigmas, has_videos=latents is not None)
+        makes_videos = latents is None and loss != STEPS
         plan = LoraPlan(
             sparsity=sparsity,
             precision=resolve_precision(bit_width, model.load_device),
@@ -166,10 +181,12 @@ class SLA2TrainLora(io.ComfyNode):
                 seed=seed,
                 loss=kind,
                 drop_caption=NEGATIVE_SHARE if loss != FLOW and cfg > 1 else 0.0,
+                sigmas=sigmas if loss == STEPS else None,
+                cfg=max(cfg, 1.0),
             ),
         )
         node = cls.hidden.unique_id
-        bar = comfy.utils.ProgressBar(training_steps * batch_size + (videos * steps if latents is None else 0))
+        bar = comfy.utils.ProgressBar(training_steps * batch_size + (videos * steps if makes_videos else 0))
 
         def say(headline, losses):
             send_event("training", node, {"headline": headline, "curves": loss_curves({0: losses}), "caption": measure})
@@ -180,9 +197,10 @@ class SLA2TrainLora(io.ComfyNode):
             try:
                 if resume_lora != NEW:
                     session.resume(resume_lora)
-                if latents is None:
-                    sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+                if makes_videos:
                     session.make_videos(videos, positive, negative, latent_image, seed, sampler)
+                elif latents is None:
+                    session.take_size(latent_image)
                 else:
                     session.take_videos(latents["samples"], len(positive))
                 session.train(positive, negative)
@@ -209,8 +227,16 @@ def check_loss(loss, has_latents):
     """Raises ValueError with one sentence unless it is one of LOSSES, with the videos that it needs."""
     if loss not in LOSSES:
         raise ValueError(f"SLA2 Train LoRA: loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
-    if loss != DISTILL and not has_latents:
+    if loss in (FLOW, MIXED) and not has_latents:
         raise ValueError(f'SLA2 Train LoRA: "{loss}" needs videos of yours: connect latents, or choose "{DISTILL}".')
+
+
+def sigmas_of(model, sampler):
+    """(n + 1,) noise levels that KSampler takes with these steps, sampler_name and scheduler."""
+    names = {"sampler": sampler["sampler_name"], "scheduler": sampler["scheduler"]}
+    return comfy.samplers.KSampler(
+        model, sampler["steps"], model.load_device, **names, denoise=1.0, model_options=model.model_options
+    ).sigmas.cpu()
 
 
 def keep_trained(session, node, what):

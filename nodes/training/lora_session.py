@@ -122,6 +122,10 @@ class LoraSession:
             )
         self.videos = latents.float().clone()
 
+    def take_size(self, latent_image):
+        """Trains on no videos: on as large ones as this LATENT says, from noise."""
+        self.videos = torch.zeros_like(latent_for(self.model, latent_image)[:1], dtype=torch.float32)
+
     @torch.no_grad()
     def make_videos(self, count, positive, negative, latent_image, seed, sampler):
         """Trains on ``count`` videos that the dense model makes now. sampler: steps, cfg, names."""
@@ -165,8 +169,9 @@ class LoraSession:
         moved = [(now - then).abs().max() for now, then in zip(self.ratios(), self.training.start_ratios, strict=True)]
         size = sum(parameter.numel() for parameter in self.adapters.parameters())
         target = TARGETS[self.plan.settings.loss]
+        where = "on new noise" if self.plan.settings.sigmas is None else "in its own steps from new noise"
         lines = [
-            f"velocity error against {target}, on new noise ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
+            f"velocity error against {target}, {where} ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
             f"loss: {self.losses[0]:.4g} in the first step, {self.losses[-1]:.4g} in the last of {self.done}",
             f"LoRA: rank {self.plan.rank} in {len(self.adapters.adapters)} layers, {size * 2 / 2**20:.1f} MiB in 16 bit",
             f"mixing ratios moved by up to {max(moved):.3f}",

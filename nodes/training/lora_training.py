@@ -13,12 +13,10 @@ from comfy_extras.nodes_train import find_modules_at_depth, patch, process_cond_
 
 from ...sla2_kernels.support import on_device
 from ...sla2_training import FineTuning, TrainingError
-from ...sla2_training.draws import drawn, noise_like
 from ...sla2_training.losses import DENSE_FROM
 from .router_training import training_mode
+from .training_states import NoisedVideos, OwnSteps
 
-LEVELS = 4  # noise levels that the error is measured at
-HELD_OUT = 2**62  # seeds from here on are never drawn
 BLOCK_DEPTH = 2  # of a model's blocks, as core's training node counts
 OWN_NAN = (
     "SLA2 Train LoRA: the model's own output holds NaN before anything is trained; try another precision for the model."
@@ -33,6 +31,7 @@ class LoraSettings:
 
     loss: "distill", the distance to the dense model's velocity, "flow", that to the true one, or "mixed", by noise level (losses.py).
     drop_caption: share of videos trained with the negative prompt. shift: 1, for levels come from the model's own schedule.
+    sigmas: (n + 1,), of the model's own sampling, which training then follows (OwnSteps) with guidance cfg; None: videos with noise.
     """
 
     steps: int
@@ -43,6 +42,8 @@ class LoraSettings:
     loss: str
     drop_caption: float
     shift: float = 1.0
+    sigmas: torch.Tensor | None = None
+    cfg: float = 1.0
 
 
 def backward(loss, model):
@@ -59,7 +60,7 @@ def backward(loss, model):
 
 
 class LoraTraining(comfy.samplers.Sampler):
-    """attention: LoraAttention. adapters: LoraAdapters. videos: latents (N, C, ...) as a VAE makes them.
+    """attention: LoraAttention. adapters: LoraAdapters. videos: latents (N, C, ...) as a VAE makes them; zeros: none.
 
     say(text), advance(), forget(): called after each step, after each of its videos, before each step.
     tuning: FineTuning once it has begun. errors: relative error of the velocity that is
@@ -78,7 +79,14 @@ class LoraTraining(comfy.samplers.Sampler):
         """What core's guider calls with the model loaded: the whole training."""
         self.model, self.options = model_wrap.inner_model, extra_args["model_options"]
         self.conds = process_cond_list(model_wrap.conds)
-        self.clean = self.model.process_latent_in(self.videos.to(noise.device, torch.float32))
+        clean = self.videos.to(noise.device, torch.float32)
+        if self.settings.sigmas is None or bool(clean.any()):  # zeros stay, as in core's sampling
+            clean = self.model.process_latent_in(clean)
+        parts = self.model.model_sampling, clean, self.settings
+        if self.settings.sigmas is None:
+            self.states = NoisedVideos(*parts)
+        else:
+            self.states = OwnSteps(*parts, self.settings.sigmas, self.settings.cfg, self._velocity)
         # unlike its sampling guider, core's training guider does not set the current device
         with on_device(noise.device), self._prepared(model_wrap.model_patcher):
             self._train()
@@ -105,10 +113,7 @@ class LoraTraining(comfy.samplers.Sampler):
         settings, attention = self.settings, self.attention
         self.say("measuring")
         if attention.needs_start:
-            with torch.no_grad():
-                first = self._velocity(*self._noisy(0, 0.5, HELD_OUT)[:2], self.conds["positive"][0])
-            if bool(first.isnan().any()):
-                raise TrainingError(OWN_NAN)  # no ratio can start at an estimate of it
+            self._estimate_ratios()
             attention.start_ratios()
         self.start_ratios = [torch.sigmoid(logits.detach()) for logits in attention.ratio_logits]
         error = self._measured()
@@ -134,54 +139,50 @@ class LoraTraining(comfy.samplers.Sampler):
         self.tuning.require_finite(error, "last measured error")
         self.errors.append(error)
 
+    @torch.no_grad()
+    def _estimate_ratios(self):
+        for state in self.states.first():
+            own = self._velocity(state)
+            if bool(own.isnan().any()):
+                raise TrainingError(OWN_NAN)  # no ratio can start at an estimate of it
+            self.states.follow(state, own)
+
     def _loss_and_gradients(self, step):
         """The step's loss; its gradients stay in the parameters."""
-        settings, total = self.settings, 0.0
-        for index, level, dropped, seed in zip(*drawn(settings, step, len(self.clean)), strict=True):
-            noisy, sigma, truth = self._noisy(int(index), float(level), int(seed))
-            conds = self.conds["negative" if dropped else "positive"]
-            cond = conds[int(index) % len(conds)]
-            # a negative prompt is no description of the video
-            target = self._target(noisy, sigma, cond, truth, dropped)
+        total = 0.0
+        for state in self.states.of(step):
+            target = self._target(state)
             with training_mode(), torch.enable_grad():
-                loss = (self._velocity(noisy, sigma, cond) - target).square().mean() / settings.batch
+                own = self._velocity(state)
+                loss = (own - target).square().mean() / self.settings.batch
                 backward(loss, self.model.diffusion_model)
             total += float(loss)
+            self.states.follow(state, own)
             self.advance()
         return total
 
-    def _noisy(self, index, level, seed):
-        """(noisy, sigma, velocity) of one video; level: share of the way from no noise to all of it, before any shift."""
-        clean = self.clean[index : index + 1]
-        noise = noise_like(clean, [seed])
-        sampling = self.model.model_sampling
-        sigma = torch.tensor([float(sampling.percent_to_sigma(1 - level))], device=clean.device)
-        noisy = sampling.noise_scaling(sigma, noise, clean)
-        # at sigma 1 only (scaled) noise is left
-        all_noise = sampling.noise_scaling(torch.ones_like(sigma), noise, clean)
-        return noisy, sigma, all_noise - clean
+    def _target(self, state):
+        """The velocity to come near to: a negative prompt, which describes no video, has the dense model's at any noise level."""
+        follows = state.truth is None or state.negative or float(state.sigma) >= DENSE_FROM[self.settings.loss]
+        return self._velocity(state, dense=True) if follows else state.truth
 
-    def _target(self, noisy, sigma, cond, truth, dense=False):
-        """The velocity to come near to. dense: the dense model's at any noise level."""
-        dense = dense or float(sigma) >= DENSE_FROM[self.settings.loss]
-        return self._velocity(noisy, sigma, cond, dense=True) if dense else truth
-
-    def _velocity(self, noisy, sigma, cond, dense=False):
+    def _velocity(self, state, dense=False):
         """The model's velocity (float32), which denoised = noisy - sigma * velocity holds. dense: as the model was."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.attention.dense = dense
         self.adapters.switch(not dense)
+        conds = self.conds["negative" if state.negative else "positive"]
+        cond = conds[state.prompt % len(conds)]
         with torch.no_grad() if dense else contextlib.nullcontext():
-            (denoised,) = comfy.samplers.calc_cond_batch(self.model, [[cond]], noisy, sigma, self.options)
-        return (noisy - denoised).float() / sigma
+            (denoised,) = comfy.samplers.calc_cond_batch(self.model, [[cond]], state.noisy, state.sigma, self.options)
+        return (state.noisy - denoised).float() / state.sigma
 
     @torch.no_grad()
     def _measured(self):
-        """|own - target| / |target| over the velocities at a few levels, on noise that no step has."""
-        gap, energy, cond = 0.0, 0.0, self.conds["positive"][0]
-        for number in range(LEVELS):
-            noisy, sigma, truth = self._noisy(0, (number + 0.5) / LEVELS, HELD_OUT + number)
-            target = self._target(noisy, sigma, cond, truth)
-            own = self._velocity(noisy, sigma, cond)
+        """|own - target| / |target| over the velocities of states that no step has."""
+        gap, energy = 0.0, 0.0
+        for state in self.states.held_out():
+            target, own = self._target(state), self._velocity(state)
             gap, energy = gap + float((own - target).square().sum()), energy + float(target.square().sum())
+            self.states.follow(state, own)
         return (gap / energy) ** 0.5 if energy else float("nan")

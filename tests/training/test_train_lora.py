@@ -25,6 +25,7 @@ TRAIN = {
     "learning_rate": 0.001,
 }  # fmt: skip
 FLOW, MIXED = "flow matching on latents", "both, by noise level"
+STEPS = "match the dense model step by step"
 LINEAR = [f"{part}_attn.{name}" for part in ("self", "cross") for name in "qkvo"] + ["ffn.0", "ffn.2"]
 
 
@@ -185,6 +186,31 @@ def test_videos_of_the_users_own_train_by_flow_matching_too(comfy, prompt, loss,
     torch.testing.assert_close(made.ratio(1, 0.9), torch.sigmoid(learned[0]))
 
 
+@pytest.mark.parametrize(("cfg", "calls"), [(1.0, 1), (4.0, 2)])
+def test_step_by_step_needs_no_videos_and_no_calls_of_its_own(comfy, prompt, cfg, calls):
+    router = prompt.add("SLA2LoadRouter", router_name="good.safetensors")
+    settings = {"loss": STEPS, "cfg": cfg, "steps": 3, "videos": 1000, "training_steps": 7, "learning_rate": 0.0005}
+    node = train_and_save(prompt, prompt.model(), f"steps_{calls}", router=router, **settings)
+    text = comfy.run(prompt)[node]["text"][0]
+    before, after = errors(text)
+    assert 0 < after < before and "in its own steps from new noise" in text
+    # of 3 steps each is measured before and after, then 7 are trained; guidance takes the other prompt's call too
+    assert f"{LAYERS * calls * (3 + 3 + 7)} attention calls ran sparse" in text
+
+
+def test_step_by_step_takes_the_noise_levels_of_a_second_model(comfy, prompt):
+    model = prompt.model()
+    levels = prompt.add("BasicScheduler", model=model, scheduler="simple", steps=4, denoise=1.0)
+    low = [prompt.add("SplitSigmas", sigmas=levels, step=2)[0], 1]
+    # no router: the first sampling estimates the ratios
+    settings = {"loss": STEPS, "cfg": 1.0, "sigmas": low, "latents": prompt.sample(model, size=128, steps=2)}
+    node = train_and_save(prompt, model, "steps_low", training_steps=8, learning_rate=0.0005, **settings)
+    text = comfy.run(prompt)[node]["text"][0]
+    before, after = errors(text)
+    assert 0 < after < before
+    assert f"{LAYERS * (2 + 2 + 2 + 8)} attention calls ran sparse" in text
+
+
 def cancelled(comfy, prompt, steps):
     """Queues, cancels after ``steps`` optimisation steps, and waits for the end."""
     number = queue_until(comfy.server, prompt, steps)
@@ -247,6 +273,17 @@ def for_half(prompt):
     return prompt.add("ConditioningSetTimestepRange", conditioning=text, start=0.0, end=0.5)
 
 
+def second_half(comfy, prompt):
+    levels = prompt.add("BasicScheduler", model=prompt.model(), scheduler="simple", steps=4, denoise=1.0)
+    return {"loss": STEPS, "sigmas": [prompt.add("SplitSigmas", sigmas=levels, step=2)[0], 1]}
+
+
+def no_noise_levels(comfy, prompt):
+    # a scheduler with denoise 0 makes none
+    levels = prompt.add("BasicScheduler", model=prompt.model(), scheduler="simple", steps=4, denoise=0.0)
+    return {"loss": STEPS, "sigmas": levels}
+
+
 def damaged_lora(comfy, _):
     (comfy.base / "models/loras").mkdir(exist_ok=True)
     (comfy.base / "models/loras/damaged.safetensors").write_bytes(b"junk")
@@ -282,6 +319,8 @@ WRONG = {
         lambda *_: {"size": 64},
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
     ),
+    "the second half of a schedule without videos": (second_half, "where another model ends: connect latents"),
+    "no noise levels": (no_noise_levels, "sigmas must be a list of two noise levels or more"),
     "a damaged LoRA": (damaged_lora, "cannot go on from damaged.safetensors: the file cannot be read"),
     "another rank": (
         lambda comfy, _: {"resume_lora": "wan_lora_autosave_00001_.safetensors", "rank": 3},
