@@ -1,11 +1,12 @@
 """The pictures of the READMEs: held-out captions at real length, dense and with SLA2 at 97%, frame by frame. Needs Pillow.
 
     python -m miniature.picture --out FOLDER              on a GPU: 81 frames of 832 x 480, 32,760 tokens
+    python -m miniature.picture --out FOLDER --steps 4 --cfg 1 --few-lora wan_miniature_4_steps_lora.safetensors      in few steps
     python -m miniature.picture --out FOLDER --frames 9 --height 64 --width 96 --steps 2 --sparsity 0.5 --device cpu      a trial
 
-Writes picture.jpg: per caption a row of frames dense, one with SLA2 without a trained router (ratio fitted in the run), and
-one with the router, where --router names one (--router none: without). samples.jpg has six captions, dense. picture.json says
-which, and how far the final latents are from the dense ones.
+Writes picture.jpg: per caption a row of frames dense, one with SLA2 without a trained router (ratio fitted in the run), one
+with the router and one with the LoRA of stage 2 and its router (--router none, --lora none: without). samples.jpg has six
+captions, dense. picture.json says which, and how far the final latents are from the dense ones.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
 from . import images
 from .captions import Caption, embed, split_captions
+from .lora import load_lora, merge_lora
 from .sample import WEIGHTS, add_video_arguments, load_models, sample_latents
 from .vae import denormalise_latents
-from .wan import dense_attention
+from .wan import WanModel, dense_attention
 from .weight_files import weight_file
 
 SEED = 5000  # as miniature.measure's: the same videos
@@ -59,21 +61,33 @@ class Routed:
 
 
 class Studio:
-    """Samples and decodes; each caption has its own noise, the same for every way to attend."""
+    """Samples and decodes; each caption has its own noise, the same for every way to attend. few_lora: in the model, or None."""
 
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
-        self.model, self.vae = load_models(args.weights, self.device)
+        self.model, self.vae = load_models(args.weights, self.device, args.few_lora)
+
+    def with_lora(self, path) -> WanModel:
+        """The model with one LoRA file more."""
+        model = WanModel(self.model.config)
+        lora = {name: tensor.to(self.device) for name, tensor in load_lora(Path(path)).items()}
+        model.load_state_dict(merge_lora(self.model.state_dict(), lora))
+        return model.to(self.device).eval()
 
     @torch.no_grad()
-    def film(self, number: int, caption: Caption, attention) -> tuple[torch.Tensor, torch.Tensor]:
-        """(latents, video (3, F, H, W) on the CPU)"""
+    def film(self, number: int, caption: Caption, attention, model=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents, video (3, F, H, W) on the CPU). model: in the place of its own."""
         args = self.args
         shape = (1, 16, (args.frames + 3) // 4, args.height // 8, args.width // 8)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            latents = sample_latents(self.model, embed(str(caption)), shape=shape, seed=SEED + number, steps=args.steps,
+            latents = sample_latents(model or self.model, embed(str(caption)), shape=shape, seed=SEED + number, steps=args.steps,
                                      cfg=args.cfg, shift=args.shift, device=self.device, attention=attention)  # fmt: skip
             return latents, self.vae.decode(denormalise_latents(latents))[0].float().cpu()
+
+
+def few_lora(text: str) -> Path:
+    path = Path(text)
+    return path if path.is_file() else weight_file(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,6 +95,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--router", default=weight_file("wan_miniature_router.safetensors"), help='a file, or "none"')
+    parser.add_argument(
+        "--lora", default=weight_file("wan_miniature_stage2_lora.safetensors"), help='of stage 2, or "none"'
+    )
+    parser.add_argument("--lora-router", default=weight_file("wan_miniature_stage2_router.safetensors"))
+    parser.add_argument(
+        "--few-lora", type=few_lora, help="of few steps, in all rows: a file, or the name of one that is shipped"
+    )
     parser.add_argument("--captions", type=int, nargs="+", default=CAPTIONS, help="numbers of held-out captions")
     parser.add_argument("--samples", type=int, nargs="*", default=SAMPLES, help="those of samples.jpg")
     parser.add_argument("--sparsity", type=float, default=0.97)
@@ -91,16 +112,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     studio, held_out = Studio(args), split_captions()[1]
-    ways = {"dense": dense_attention, "untrained": Untrained(args.sparsity)}
+    ways = {"dense": (dense_attention, None), "untrained": (Untrained(args.sparsity), None)}
     if str(args.router) != "none":
-        ways["router"] = Routed(load_router(args.router), args.sparsity)
+        ways["router"] = Routed(load_router(args.router), args.sparsity), None
+    if str(args.lora) != "none":
+        ways["LoRA and router"] = Routed(load_router(args.lora_router), args.sparsity), studio.with_lora(args.lora)
     device = torch.cuda.get_device_name(studio.device) if studio.device.type == "cuda" else "CPU"
-    report = {"sparsity": args.sparsity, "size": [args.frames, args.height, args.width], "device": device, "rows": []}
+    report = {
+        "sparsity": args.sparsity,
+        "steps": args.steps,
+        "size": [args.frames, args.height, args.width],
+        "device": device,
+        "rows": [],
+    }
     rows = []
     for number in args.captions:
         dense = None
-        for way, attention in ways.items():
-            latents, video = studio.film(number, held_out[number], attention)
+        for way, (attention, model) in ways.items():
+            latents, video = studio.film(number, held_out[number], attention, model)
             dense = latents if dense is None else dense
             error = float((latents - dense).norm() / dense.norm())
             report["rows"].append({"caption": str(held_out[number]), "way": way, "latent_error": error})

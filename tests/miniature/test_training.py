@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from miniature import picture, report, train_dit, train_vae
+from miniature.lora import add_lora, lora_of, save_lora
 from miniature.optim import Budget, Muon, orthogonalise
 from miniature.sample import load_models, main
 from miniature.vae import WanVAE
+from sla2_kernels.weights import RouterLayer, RouterWeights
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +115,29 @@ def test_report_fills_the_readme_from_the_logs(tiny_weights, tmp_path):
 
 def test_the_pictures_show_each_caption_dense_and_sparse(tiny_weights, tmp_path):
     Image = pytest.importorskip("PIL.Image")
-    picture.main(["--out", str(tmp_path), "--weights", str(tiny_weights), "--frames", "9", "--height", "64", "--width", "96", "--steps",
-                  "1", "--sparsity", "0.5", "--device", "cpu", "--router", "none", "--samples", "1"])  # fmt: skip
-    told = json.loads((tmp_path / "picture.json").read_text())
-    assert [row["way"] for row in told["rows"]] == ["dense", "untrained"]
-    assert [row["latent_error"] > 0 for row in told["rows"]] == [False, True]
-    for name, frames, rows in (("picture.jpg", 6, 2), ("samples.jpg", 8, 1)):
+    model = add_lora(load_models(tiny_weights)[0], 2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.1)
+    lora, router = tmp_path / "lora.safetensors", tmp_path / "router.safetensors"
+    save_lora(lora, lora_of(model.state_dict()), torch.float32, "random")
+    layer = RouterLayer(torch.eye(128), torch.eye(128), torch.zeros(1, 2, 1))
+    RouterWeights((layer, layer), "wan", 2, 128, sparsities=(0.5,)).save(router)
+
+    def pictures(*options):
+        picture.main(["--out", str(tmp_path), "--weights", str(tiny_weights), "--frames", "9", "--height", "64", "--width", "96", "--steps",
+                      "1", "--sparsity", "0.5", "--device", "cpu", "--samples", "1", *options])  # fmt: skip
+        return json.loads((tmp_path / "picture.json").read_text())["rows"]
+
+    rows = pictures("--router", str(router), "--lora", str(lora), "--lora-router", str(router))
+    assert [row["way"] for row in rows] == ["dense", "untrained", "router", "LoRA and router"]
+    errors = [row["latent_error"] for row in rows]
+    assert errors[0] == 0 < min(errors[1:]) and errors[3] != errors[2]
+    for name, frames, count in (("picture.jpg", 6, 4), ("samples.jpg", 8, 1)):
         with Image.open(tmp_path / name) as picture_:
-            assert picture_.size == (frames * (96 // 4 + 4), rows * (64 // 4 + 4))
+            assert picture_.size == (frames * (96 // 4 + 4), count * (64 // 4 + 4))
+    # a LoRA of few steps is in every row, the dense one too
+    merged = pictures("--router", str(router), "--lora", "none", "--few-lora", str(lora))
+    assert [row["way"] for row in merged] == ["dense", "untrained", "router"]
+    assert merged[2]["latent_error"] not in (0, errors[2])
