@@ -166,8 +166,7 @@ class SLA2TrainLora(io.ComfyNode):
         kind, measure = LOSSES[loss]
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         if sigmas is not None:
-            # an empty latent holds none
-            check_sigmas(sigmas, has_videos=latents is not None and bool(latents["samples"].any()))
+            check_sigmas(sigmas, has_videos=latents is not None)
         elif loss == STEPS:
             sigmas = sigmas_of(model, sampler)
         makes_videos = latents is None and loss != STEPS

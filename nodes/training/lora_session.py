@@ -120,6 +120,11 @@ class LoraSession:
                 f"SLA2 Train LoRA: {len(latents)} latents need as many prompts or a single one, and positive has {prompts}; "
                 "join prompts with Conditioning (Combine)."
             )
+        if not bool(latents.any()):
+            raise ValueError(
+                "SLA2 Train LoRA: latents are an empty latent, which holds no video: connect videos that the model's VAE "
+                "encoded, or disconnect latents."
+            )
         self.videos = latents.float().clone()
 
     def take_size(self, latent_image):

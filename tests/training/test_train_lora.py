@@ -335,10 +335,7 @@ WRONG = {
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
     ),
     "the second half of a schedule without videos": (second_half, "where another model ends: connect latents"),
-    "the second half of a schedule with an empty latent": (
-        second_half_of_nothing,
-        "begin at 0.889, where another model ends",
-    ),
+    "an empty latent": (second_half_of_nothing, "latents are an empty latent, which holds no video"),
     "a scheduler without noise levels": (
         lambda *_: {"loss": STEPS, "scheduler": "kl_optimal", "steps": 1},
         "with steps 1, scheduler kl_optimal makes noise levels that do not fall from step to step, nan, 0: choose another",
