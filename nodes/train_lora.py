@@ -25,6 +25,7 @@ from .settings.values import PRECISIONS
 from .training.lora_files import save_both
 from .training.loss_curves import loss_curves
 from .training.loss_plot import plot_losses
+from .training.training_states import check_sigmas, fall, listed
 
 logger = logging.getLogger("sla2")
 
@@ -132,15 +133,15 @@ class SLA2TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model, optimizer="AdamW", loss=None, latents=NOT_CONNECTED):
-        """Refuses the prompt on an older ComfyUI or PyTorch, or without the videos that its loss needs, before anything of it
+    def validate_inputs(cls, model, optimizer="AdamW", loss=None, latents=NOT_CONNECTED, sigmas=NOT_CONNECTED):
+        """Refuses the prompt on an older ComfyUI or PyTorch, or with other inputs than its loss takes, before anything of it
         runs. model: without an input that is always there ComfyUI may not call this. The others: None where a link brings them.
         """
         if "force_deepcopy" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
             raise needs_comfyui("SLA2 Train LoRA", "0.25", "whose LoRA training it builds on")
         # ComfyUI leaves the check of an input that is named here to this function
         if loss is not None:
-            check_loss(loss, latents is not NOT_CONNECTED)
+            check_loss(loss, latents is not NOT_CONNECTED, sigmas is not NOT_CONNECTED)
         if optimizer is not None and optimizer not in OPTIMIZERS:
             return f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}."
         reason = missing_optimiser(OPTIMIZERS.get(optimizer))
@@ -154,20 +155,20 @@ class SLA2TrainLora(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         from .training.lora_session import LoraPlan, LoraSession, check_makes_no_sound, check_prompts
         from .training.lora_training import LoraSettings
-        from .training.training_states import check_sigmas
 
         facts = facts_of(model)
         reason = unsupported_reason_of(model) or trained_for_vsa_reason(model, facts)
         if reason is not None:
             raise ValueError(f"SLA2 Train LoRA: {reason}.")
-        check_loss(loss, latents is not None)
+        check_loss(loss, latents is not None, sigmas is not None)
         check_prompts(positive=positive, **({"negative": negative} if cfg > 1 and loss != FLOW else {}))
         check_makes_no_sound(model, (latent_image if latents is None else latents)["samples"])
         kind, measure = LOSSES[loss]
         sampler = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
-        if loss == STEPS:
-            sigmas = sigmas_of(model, sampler) if sigmas is None else sigmas
+        if sigmas is not None:
             check_sigmas(sigmas, has_videos=latents is not None)
+        elif loss == STEPS:
+            sigmas = sigmas_of(model, sampler)
         makes_videos = latents is None and loss != STEPS
         plan = LoraPlan(
             sparsity=sparsity,
@@ -181,7 +182,7 @@ class SLA2TrainLora(io.ComfyNode):
                 seed=seed,
                 loss=kind,
                 drop_caption=NEGATIVE_SHARE if loss != FLOW and cfg > 1 else 0.0,
-                sigmas=sigmas if loss == STEPS else None,
+                sigmas=sigmas,
                 cfg=max(cfg, 1.0),
             ),
         )
@@ -223,20 +224,32 @@ class SLA2TrainLora(io.ComfyNode):
         return io.NodeOutput(lora, trained, text, len(losses), ui={**images, "text": (text,)})
 
 
-def check_loss(loss, has_latents):
-    """Raises ValueError with one sentence unless it is one of LOSSES, with the videos that it needs."""
+def check_loss(loss, has_latents, has_sigmas):
+    """Raises ValueError with one sentence unless it is one of LOSSES, with the videos that it needs and no unused sigmas."""
     if loss not in LOSSES:
         raise ValueError(f"SLA2 Train LoRA: loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
     if loss in (FLOW, MIXED) and not has_latents:
         raise ValueError(f'SLA2 Train LoRA: "{loss}" needs videos of yours: connect latents, or choose "{DISTILL}".')
+    if has_sigmas and loss != STEPS:
+        raise ValueError(f'SLA2 Train LoRA: sigmas are only for "{STEPS}": choose it as loss, or disconnect sigmas.')
 
 
 def sigmas_of(model, sampler):
-    """(n + 1,) noise levels that KSampler takes with these steps, sampler_name and scheduler."""
-    names = {"sampler": sampler["sampler_name"], "scheduler": sampler["scheduler"]}
-    return comfy.samplers.KSampler(
-        model, sampler["steps"], model.load_device, **names, denoise=1.0, model_options=model.model_options
+    """(n + 1,) noise levels that KSampler takes with these steps, sampler_name and scheduler.
+
+    Raises ValueError with one sentence where some are repeated or no numbers.
+    """
+    steps, scheduler = sampler["steps"], sampler["scheduler"]
+    names = {"sampler": sampler["sampler_name"], "scheduler": scheduler}
+    sigmas = comfy.samplers.KSampler(
+        model, steps, model.load_device, **names, denoise=1.0, model_options=model.model_options
     ).sigmas.cpu()
+    if not fall(sigmas):
+        raise ValueError(
+            f"SLA2 Train LoRA: with steps {steps}, scheduler {scheduler} makes noise levels that do not fall from step to step, "
+            f"{listed(sigmas)}: choose another scheduler or other steps."
+        )
+    return sigmas
 
 
 def keep_trained(session, node, what):

@@ -120,6 +120,11 @@ class LoraSession:
                 f"SLA2 Train LoRA: {len(latents)} latents need as many prompts or a single one, and positive has {prompts}; "
                 "join prompts with Conditioning (Combine)."
             )
+        if not bool(latents.any()):
+            raise ValueError(
+                "SLA2 Train LoRA: latents are an empty latent, which holds no video: connect videos that the model's VAE "
+                "encoded, or disconnect latents."
+            )
         self.videos = latents.float().clone()
 
     def take_size(self, latent_image):
@@ -168,8 +173,9 @@ class LoraSession:
         before, after = self.training.errors
         moved = [(now - then).abs().max() for now, then in zip(self.ratios(), self.training.start_ratios, strict=True)]
         size = sum(parameter.numel() for parameter in self.adapters.parameters())
-        target = TARGETS[self.plan.settings.loss]
-        where = "on new noise" if self.plan.settings.sigmas is None else "in its own steps from new noise"
+        settings = self.plan.settings
+        target = TARGETS[settings.loss]
+        where = "on new noise" if settings.sigmas is None else "in its own steps from new noise"
         lines = [
             f"velocity error against {target}, {where} ({skips_keeps(self.plan.sparsity)}): {before:.4g} before, {after:.4g} after",
             f"loss: {self.losses[0]:.4g} in the first step, {self.losses[-1]:.4g} in the last of {self.done}",
@@ -177,6 +183,11 @@ class LoraSession:
             f"mixing ratios moved by up to {max(moved):.3f}",
             f"{self.attention.sparse_calls} attention calls ran sparse",
         ]
+        met, steps = settings.steps * settings.batch, 0 if settings.sigmas is None else len(settings.sigmas) - 1
+        if met < steps:
+            lines.append(
+                f"trained in {met} of the {steps} steps of a sampling: more training_steps reach the later ones"
+            )
         return "\n".join(lines + [f"{count} ran dense: {why}" for why, count in self.attention.untrained.items()])
 
     def ratios(self):

@@ -74,8 +74,8 @@ class OwnSteps:
 
     def __init__(self, sampling, clean, settings, sigmas, cfg, velocity):
         self.sampling, self.clean, self.settings = sampling, clean, settings
-        # a copy: tensors of other nodes are of inference mode
-        self.sigmas = sigmas.to(clean.device, torch.float32, copy=True)
+        # a copy: tensors of other nodes are of inference mode, or have gradients of their own
+        self.sigmas = sigmas.detach().to(clean.device, torch.float32, copy=True)
         self.cfg, self.velocity = cfg, velocity
         self.noisy = None
         self.number = self.samplings = 0
@@ -127,9 +127,9 @@ def check_sigmas(sigmas, has_videos):
     """
     if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError("SLA2 Train LoRA: sigmas must be a list of two noise levels or more.")
-    if not bool(torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all() and 0 <= sigmas[-1] and sigmas[0] <= 1.0001):
+    if not fall(sigmas) or sigmas[0] > 1.0001:
         raise ValueError(
-            f"SLA2 Train LoRA: sigmas must fall from step to step, from 1 or less to 0 or more, and they are {_listed(sigmas)}."
+            f"SLA2 Train LoRA: sigmas must fall from step to step, from 1 or less to 0 or more, and they are {listed(sigmas)}."
         )
     if sigmas[0] < ALL_NOISE and not has_videos:
         raise ValueError(
@@ -138,6 +138,12 @@ def check_sigmas(sigmas, has_videos):
         )
 
 
-def _listed(sigmas):
+def fall(sigmas):
+    """Whether these (n + 1,) noise levels are numbers that fall from step to step, to 0 or more."""
+    return bool(torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all() and sigmas[-1] >= 0)
+
+
+def listed(sigmas):
+    """The first of these noise levels, for a sentence."""
     shown = ", ".join(f"{float(sigma):.4g}" for sigma in sigmas[:6])
     return shown if len(sigmas) <= 6 else f"{shown}, ..."

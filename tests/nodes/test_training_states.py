@@ -85,6 +85,13 @@ def test_measuring_takes_one_sampling_of_the_first_prompt_each_time(states):
     assert all(torch.equal(a.noisy, b.noisy) and a.prompt == 0 for a, b in zip(before, after, strict=True))
 
 
+def test_noise_levels_of_another_node_are_copied_without_their_gradients(states):
+    theirs = SIGMAS.double().requires_grad_()
+    own = states.OwnSteps(Flow, torch.zeros(1, 4, 3, 2, 2), UNGUIDED, theirs, 1.0, velocity)
+    (state, _) = own.of(0)
+    assert not state.noisy.requires_grad and state.noisy.dtype == state.sigma.dtype == torch.float32
+
+
 def test_videos_with_noise_are_at_the_drawn_levels(states):
     clean = torch.randn(3, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     noised = states.NoisedVideos(Flow, clean, SETTINGS)

@@ -211,6 +211,15 @@ def test_step_by_step_takes_the_noise_levels_of_a_second_model(comfy, prompt):
     assert f"{LAYERS * (2 + 2 + 2 + 8)} attention calls ran sparse" in text
 
 
+def test_step_by_step_begins_where_the_scheduler_does_and_says_what_it_did_not_reach(comfy, prompt):
+    """ddim_uniform begins below 1, in a KSampler too."""
+    settings = {"loss": STEPS, "cfg": 1.0, "scheduler": "ddim_uniform", "steps": 3, "training_steps": 2}
+    node = train(prompt, prompt.model(), **settings)
+    prompt.add("SaveLoRA", lora=node, prefix="loras/ddim")
+    text = comfy.run(prompt)[node[0]]["text"][0]
+    assert "trained in 2 of the 3 steps of a sampling: more training_steps reach the later ones" in text
+
+
 def cancelled(comfy, prompt, steps):
     """Queues, cancels after ``steps`` optimisation steps, and waits for the end."""
     number = queue_until(comfy.server, prompt, steps)
@@ -278,6 +287,12 @@ def second_half(comfy, prompt):
     return {"loss": STEPS, "sigmas": [prompt.add("SplitSigmas", sigmas=levels, step=2)[0], 1]}
 
 
+def second_half_of_nothing(comfy, prompt):
+    return second_half(comfy, prompt) | {
+        "latents": prompt.add("EmptyHunyuanLatentVideo", width=128, height=128, length=9, batch_size=1)
+    }
+
+
 def no_noise_levels(comfy, prompt):
     # a scheduler with denoise 0 makes none
     levels = prompt.add("BasicScheduler", model=prompt.model(), scheduler="simple", steps=4, denoise=0.0)
@@ -320,6 +335,11 @@ WRONG = {
         "nothing could be trained: the video is so short (48 tokens) that sparsity 0.6 keeps all",
     ),
     "the second half of a schedule without videos": (second_half, "where another model ends: connect latents"),
+    "an empty latent": (second_half_of_nothing, "latents are an empty latent, which holds no video"),
+    "a scheduler without noise levels": (
+        lambda *_: {"loss": STEPS, "scheduler": "kl_optimal", "steps": 1},
+        "with steps 1, scheduler kl_optimal makes noise levels that do not fall from step to step, nan, 0: choose another",
+    ),
     "no noise levels": (no_noise_levels, "sigmas must be a list of two noise levels or more"),
     "a damaged LoRA": (damaged_lora, "cannot go on from damaged.safetensors: the file cannot be read"),
     "another rank": (
@@ -342,6 +362,14 @@ def test_a_loss_without_its_videos_is_refused_before_anything_runs(comfy, prompt
     with pytest.raises(PromptFailed) as refused:
         comfy.server.queue(prompt)
     assert words in json.loads(json.dumps(str(refused.value))).replace('\\"', '"')
+
+
+@pytest.mark.parametrize("loss", ["match the dense model", MIXED])
+def test_noise_levels_that_a_loss_does_not_take_are_refused_before_anything_runs(comfy, prompt, loss):
+    train_and_save(prompt, prompt.model(), "wrong", **second_half_of_nothing(comfy, prompt) | {"loss": loss})
+    with pytest.raises(PromptFailed) as refused:
+        comfy.server.queue(prompt)
+    assert f'sigmas are only for "{STEPS}": choose it as loss, or disconnect' in str(refused.value).replace('\\"', '"')
 
 
 @pytest.mark.parametrize("name", WRONG)
