@@ -78,7 +78,6 @@ def save_lora(path: Path, lora: dict[str, torch.Tensor], dtype: torch.dtype, abo
         if key.endswith(".lora_down.weight"):
             tensors[key.replace("lora_down.weight", "alpha")] = torch.tensor(float(value.shape[0]))
     replace_file(path, lambda draft: save_file(tensors, draft, metadata={"format": "pt", "about": about}))
-    path.chmod(0o644)
 
 
 def load_lora(path: Path) -> dict[str, torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from sla2_kernels.whole_file import write_whole
 
 
 class Muon(torch.optim.Optimizer):
@@ -151,9 +152,7 @@ class Log:
 
 def replace_file(path: Path, write) -> None:
     """Write beside the file, then rename over it: a run that is cut off leaves a whole file."""
-    draft = path.with_name(path.name + ".part")
-    write(draft)
-    os.replace(draft, path)
+    write_whole(path, lambda draft: write(Path(draft)))
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype, about: str) -> None:
@@ -162,4 +161,3 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype,
 
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     replace_file(path, lambda draft: save_file(tensors, draft, metadata={"format": "pt", "about": about}))
-    path.chmod(0o644)

@@ -159,7 +159,7 @@ class RouterWeights:
         data = safetensors.torch.save(tensors, metadata=self._metadata(tensors))
 
         def write(draft):
-            with open(draft, "xb") as file:
+            with open(draft, "wb") as file:
                 file.write(data)
                 file.flush()
 

@@ -2,12 +2,13 @@
 
 import os
 import secrets
+import stat
 
 RENAMING_KEEPS = os.name == "nt"  # os.rename refuses a name that is taken
 
 
 def write_whole(path, write, *, overwrite=True):
-    """``write(draft)`` makes the file under another name in the same folder; then it gets the name ``path``.
+    """``write(draft)`` fills an empty file of another name in the same folder; then it gets the name ``path``.
 
     Raises OSError; FileExistsError where ``overwrite`` is False and the file exists, which then stays.
     """
@@ -15,7 +16,12 @@ def write_whole(path, write, *, overwrite=True):
     path = os.path.realpath(path) if overwrite else os.fspath(path)
     draft = os.path.join(os.path.dirname(path), f"sla2-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        open(draft, "xb").close()
+        mode = os.stat(draft).st_mode
         write(draft)
+        if os.stat(draft).st_mode != mode:
+            # safetensors 0.8 replaces the draft by a file that its owner alone may read
+            os.chmod(draft, stat.S_IMODE(mode))
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         (os.replace if overwrite else _take_name)(draft, path)

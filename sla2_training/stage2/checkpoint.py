@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from sla2_kernels.whole_file import write_whole
+
 from ..errors import TrainingError
 
 STEP = re.compile(r"step-(\d{6,})")  # a copy under another name is its owner's, and is never removed
@@ -44,7 +46,8 @@ def save(folder, step, tensors, optimiser, facts, keep):
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, draft / TENSORS)
+        whole = {n: t.contiguous() for n, t in tensors.items()}
+        write_whole(draft / TENSORS, lambda path: safetensors.torch.save_file(whole, path))
         torch.save(optimiser, draft / OPTIMISER)
         (draft / FACTS).write_text(json.dumps({**facts, "step": step}, indent=1), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from router_bytes import WAYS, good_router, joined, parts
 from sla2_kernels import weights, whole_file
 from sla2_kernels.router_format import MAX_FILE_BYTES, RouterFileError
 from sla2_kernels.weights import load_router
+from sla2_training.stage2.lora import save_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = 300  # per way of breaking a file
@@ -336,6 +338,26 @@ def test_a_new_lora_has_no_name_before_it_is_whole(file_nodes, pack_module, monk
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_others_may_read_what_they_may_read_of_any_new_file(file_nodes, pack_module, tmp_path, umask):
+    """safetensors 0.8 makes files that only their owner may read: a ComfyUI that another user runs could not load a LoRA."""
+    lora_files = pack_module("nodes.training.lora_files")
+    sys.modules.pop(lora_files.__name__)  # it holds the stand-ins
+    before = os.umask(umask)
+    try:
+        stage2, router = tmp_path / "stage2.safetensors", tmp_path / "router.safetensors"
+        stage2.touch(0o600)
+        adapters = {"blocks.0.ffn.0.lora_A.default.weight": torch.ones(2, 8)}
+        save_lora(stage2, adapters, 2.0, "a test")
+        good_router().save(router)
+        node = file_nodes.folder / lora_files.save_lora({"a": torch.zeros(3)}, "wan")
+    finally:
+        os.umask(before)
+    for path in (stage2, router, node):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
+
+
 def test_a_process_killed_while_saving_never_leaves_half_a_file(tmp_path):
     path = tmp_path / "r.safetensors"
     code = (
