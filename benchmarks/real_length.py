@@ -30,15 +30,13 @@ from safetensors.torch import load_file, save_file
 
 from miniature.captions import split_captions
 from miniature.captures import Recorder, by_layer
-from miniature.lora import load_lora, merge_lora
 from miniature.objects import examine
-from miniature.optim import replace_file
-from miniature.sample import GUIDANCE, SHIFT, WEIGHTS
+from miniature.sample import GUIDANCE, SHIFT, WEIGHTS, with_loras
 from miniature.train_long import attention_backend
 from miniature.vae import denormalise_latents, psnr
-from miniature.wan import WanModel
 from miniature.weight_files import KINDS, weight_file
 from sla2_kernels import load_router
+from sla2_kernels.whole_file import write_whole
 
 from . import quality_variants as names
 from . import results
@@ -180,7 +178,7 @@ class Run:
             if decode:
                 self.videos[number] = video = self.decode(latents).half().contiguous()
                 if self.kept:
-                    replace_file(self.kept(number), functools.partial(save_file, {"video": video}))
+                    write_whole(self.kept(number), functools.partial(save_file, {"video": video}))
 
     def _kept_video(self, number):
         """None where no file has it; a damaged file is told and will be written again."""
@@ -235,21 +233,6 @@ def output_errors(variant, calls):
     found = {f"error_by_{name}": by(name) for name in ("caption", "layer", "step")}
     mean = None if None in kept else sum(kept) / len(kept)
     return {"error": math.sqrt(sum(squares) / len(squares)), **found, "kept": mean, "calls": len(calls)}
-
-
-def with_loras(model, paths):
-    """A copy of the transformer with LoRA files merged into it."""
-    state = functools.reduce(
-        lambda state, path: merge_lora(state, _on(model, load_lora(path))), paths, model.state_dict()
-    )
-    merged = WanModel(model.config).to(next(model.parameters()).device).eval()
-    merged.load_state_dict(state)
-    return merged
-
-
-def _on(model, tensors):
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def router_beside(lora):

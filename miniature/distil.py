@@ -274,7 +274,7 @@ def distil(args) -> None:
             save_lora(args.out / lora_file(args.student_steps), lora_of(average.state_dict()), torch.bfloat16, about)
             save_lora(live, lora_of(student.state_dict()), torch.float32, "live LoRA of miniature.distil")
             lora = load_lora(args.out / lora_file(args.student_steps))
-            judge.load_state_dict(merge_lora(state, {key: value.to(device) for key, value in lora.items()}))
+            judge.load_state_dict(merge_lora(state, lora))
             log.record(stage="test", seconds=time.monotonic() - start, step=step, **test.errors(judge))
             log.write()
 

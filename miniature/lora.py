@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .optim import replace_file, save_weights
+from sla2_kernels.whole_file import write_whole
+
+from .optim import save_weights
 from .weight_files import WEIGHTS, weight_file
 
 LAYER = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])")
@@ -77,7 +79,7 @@ def save_lora(path: Path, lora: dict[str, torch.Tensor], dtype: torch.dtype, abo
     for key, value in lora.items():
         if key.endswith(".lora_down.weight"):
             tensors[key.replace("lora_down.weight", "alpha")] = torch.tensor(float(value.shape[0]))
-    replace_file(path, lambda draft: save_file(tensors, draft, metadata={"format": "pt", "about": about}))
+    write_whole(path, lambda draft: save_file(tensors, draft, metadata={"format": "pt", "about": about}))
 
 
 def load_lora(path: Path) -> dict[str, torch.Tensor]:

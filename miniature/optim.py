@@ -147,12 +147,7 @@ class Log:
         print("RESULT", json.dumps(values), flush=True)
 
     def write(self) -> None:
-        replace_file(self.path, lambda path: path.write_text(json.dumps(self.data, indent=1)))
-
-
-def replace_file(path: Path, write) -> None:
-    """Write beside the file, then rename over it: a run that is cut off leaves a whole file."""
-    write_whole(path, lambda draft: write(Path(draft)))
+        write_whole(self.path, lambda draft: Path(draft).write_text(json.dumps(self.data, indent=1)))
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype, about: str) -> None:
@@ -160,4 +155,4 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype,
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
-    replace_file(path, lambda draft: save_file(tensors, draft, metadata={"format": "pt", "about": about}))
+    write_whole(path, lambda draft: save_file(tensors, draft, metadata={"format": "pt", "about": about}))

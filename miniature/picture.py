@@ -22,10 +22,9 @@ from sla2_kernels.fitted_attention import fitted_attention, sample_rows
 
 from . import images
 from .captions import Caption, embed, split_captions
-from .lora import load_lora, merge_lora
-from .sample import WEIGHTS, add_video_arguments, load_models, sample_latents
+from .sample import WEIGHTS, add_video_arguments, load_models, sample_latents, with_loras
 from .vae import denormalise_latents
-from .wan import WanModel, dense_attention
+from .wan import dense_attention
 from .weight_files import weight_file
 
 SEED = 5000  # as miniature.measure's: the same videos
@@ -66,13 +65,6 @@ class Studio:
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         self.model, self.vae = load_models(args.weights, self.device, args.few_lora)
-
-    def with_lora(self, path) -> WanModel:
-        """The model with one LoRA file more."""
-        model = WanModel(self.model.config)
-        lora = {name: tensor.to(self.device) for name, tensor in load_lora(Path(path)).items()}
-        model.load_state_dict(merge_lora(self.model.state_dict(), lora))
-        return model.to(self.device).eval()
 
     @torch.no_grad()
     def film(self, number: int, caption: Caption, attention, model=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     if str(args.router) != "none":
         ways["router"] = Routed(load_router(args.router), args.sparsity), None
     if str(args.lora) != "none":
-        ways["LoRA and router"] = Routed(load_router(args.lora_router), args.sparsity), studio.with_lora(args.lora)
+        ways["LoRA and router"] = (
+            Routed(load_router(args.lora_router), args.sparsity),
+            with_loras(studio.model, [Path(args.lora)]),
+        )
     device = torch.cuda.get_device_name(studio.device) if studio.device.type == "cuda" else "CPU"
     report = {
         "sparsity": args.sparsity,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -74,6 +75,20 @@ def load_models(
     model.load_state_dict(state)
     vae = WanVAE.from_state_dict(load_file(weight_file("wan_miniature_vae.safetensors", folder)))
     return model.to(device).eval(), vae.to(device).eval()
+
+
+def with_loras(model: WanModel, paths: Iterable[Path]) -> WanModel:
+    """A copy of the transformer, on its device and ready to use, with LoRA files merged into it.
+
+    Raises:
+        ValueError: a LoRA is not one of this transformer.
+    """
+    state = model.state_dict()
+    for path in paths:
+        state = merge_lora(state, load_lora(path))
+    merged = WanModel(model.config).to(next(model.parameters()).device).eval()
+    merged.load_state_dict(state)
+    return merged
 
 
 def add_video_arguments(parser: argparse.ArgumentParser, height: str = "a multiple of 16") -> None:

@@ -80,7 +80,7 @@ class LoraTraining(comfy.samplers.Sampler):
         self.model, self.options = model_wrap.inner_model, extra_args["model_options"]
         self.conds = process_cond_list(model_wrap.conds)
         clean = self.videos.to(noise.device, torch.float32)
-        if self.settings.sigmas is None or bool(clean.any()):  # zeros stay, as in core's sampling
+        if bool(clean.any()):  # zeros are no video: they stay, as in core's sampling
             clean = self.model.process_latent_in(clean)
         parts = self.model.model_sampling, clean, self.settings
         if self.settings.sigmas is None:
