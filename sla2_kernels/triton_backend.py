@@ -2,6 +2,8 @@
 
 pools -> scores -> top-k -> unselected mass where no ratio was learned; then per group: pack K and V -> masked sums
 -> linear branch -> sparse loop and the mix. Without a linear branch: pools -> scores -> top-k; pack -> sparse loop.
+On cards with mma.sync two groups run at a time, each in a workspace of its own: where one has too few programs left for the
+whole card, the other's take their place.
 """
 
 import math
@@ -16,7 +18,7 @@ from .kernels.gluon_releases import gluon_is_known
 from .kernels.hopper import why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.int8_pack import int8_pack
-from .kernels.launch import cached
+from .kernels.launch import cached, lane
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import int8_masked_sum, masked_sum
 from .kernels.pack import HOPPER_GROUP, pack
@@ -32,10 +34,11 @@ from .router import K_BLOCK, Q_BLOCK, block_count, selected_beside
 from .support import capability, interpreting, on_device
 
 MAX_SCORE, MIN_SCORE = INT32_MAX.value, INT32_MIN.value
-# Workspace of one head group, as a share of q's bytes: with routing's own buffers the peak stays below 1.5 times q. At short
-# lengths, where every launch counts, no less than a little of any card's memory.
+# Workspace of the groups of heads that run at a time, as a share of q's bytes: with routing's own buffers the peak stays below
+# 1.5 times q. At short lengths, where every launch counts, no less than a little of any card's memory.
 WORKSPACE_SHARE = 1.4
-WORKSPACE_FLOOR = 256 * 2**20
+WORKSPACE_FLOOR = 384 * 2**20
+LANES = 2  # groups of heads that run at a time, where one workspace does not hold all heads
 
 
 @dataclass
@@ -171,13 +174,15 @@ def _workspace_bytes_per_head(q, k, q_blocks, qk, pv, linear, low_sums):
     return packed + blocks * key_bytes + q_blocks * (sum_bytes + weight_bytes)
 
 
-def _head_groups(q, per_head):
-    """Equal slices of the batch x heads, as few as the workspace's limits allow: fixed by shapes, never by free memory."""
+def _head_groups(q, per_head, lanes=1):
+    """Slices of the batch x heads, as few as the workspace's limits allow with one group at a time in each lane, the first the
+    largest by at most one head: fixed by shapes, never by free memory."""
     total = q.shape[0] * q.shape[1]
     allowed = max(WORKSPACE_SHARE * q.numel() * q.element_size(), WORKSPACE_FLOOR)
-    largest = max(1, int(allowed / max(per_head, 1)))
-    size = math.ceil(total / math.ceil(total / largest))
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    largest = max(1, int(allowed / max(lanes * per_head, 1)))
+    count = min(total, lanes * math.ceil(total / (lanes * largest)))
+    ends = [math.ceil(total * number / count) for number in range(count + 1)]
+    return list(map(slice, ends, ends[1:]))
 
 
 def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, low_sums):
@@ -319,8 +324,13 @@ def _attend(t, s):
     """Runs the kernels of a call (_Tensors, _Settings), group of heads after group of heads."""
     routed, q_blocks = _routing(t, s), t.selected.shape[1]
     per_head = _workspace_bytes_per_head(t.q, t.k, q_blocks, s.qk, s.pv, s.linear, s.low_sums)
-    groups = _head_groups(t.q, per_head)
-    work = _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.low_sums)
+    groups, lanes = _head_groups(t.q, per_head), 1
+    if len(groups) > 1 and configs.multiplies_by_mma_sync(capability(t.q.device)):
+        groups, lanes = _head_groups(t.q, per_head, LANES), LANES
+    works = [
+        _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.low_sums)
+        for _ in range(lanes)
+    ]
     scale_log2, fit = s.scale * math.log2(math.e), None
     if t.rows is not None:
         t = t._replace(block_ratio=torch.empty(t.selected.shape[:2], dtype=torch.float32, device=t.q.device))
@@ -334,17 +344,23 @@ def _attend(t, s):
             t.q, routed, t.row_ratio, t.k.shape[2], s.query_block,
             scale_log2=scale_log2, smoothed=s.qk != "16bit", config=config,
         )  # fmt: skip
-    for group in groups:
-        if s.pv == "int8":
-            int8_pack(t.k, t.v, routed.k_mean, work, group, balance=routed.balance, v_channel=routed.v_channel)
-        else:
-            options = {"balance": routed.balance, "register_order": s.register_order}
-            pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **options)
-        if s.linear:
-            _sum_unselected(routed, work, group, s, t.q)
-        if fit is not None:
-            fit.fit(t.q, work.query_sums, group, order=s.order_of_sums(t.q.shape[3]))
-        _loop(t, s, work, routed, group, scale_log2)
+    for number, group in enumerate(groups):
+        with lane(number % lanes):
+            _attend_group(t, s, works[number % lanes], routed, fit, group, scale_log2)
+
+
+def _attend_group(t, s, work, routed, fit, group, scale_log2):
+    """All that follows routing, for a group of heads."""
+    if s.pv == "int8":
+        int8_pack(t.k, t.v, routed.k_mean, work, group, balance=routed.balance, v_channel=routed.v_channel)
+    else:
+        options = {"balance": routed.balance, "register_order": s.register_order}
+        pack(t.k, t.v, routed.k_mean, work, group, s.qk, s.pv, **options)
+    if s.linear:
+        _sum_unselected(routed, work, group, s, t.q)
+    if fit is not None:
+        fit.fit(t.q, work.query_sums, group, order=s.order_of_sums(t.q.shape[3]))
+    _loop(t, s, work, routed, group, scale_log2)
 
 
 def _routing(t, s):

@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
-from sla2_kernels import select_key_blocks, sla2_attention
+from sla2_kernels import select_key_blocks, sla2_attention, triton_backend
 from sla2_kernels.fitted_attention import FITTED_ROWS, call_errors, fitted_attention, sample_rows
+from sla2_kernels.kernels import launch
 from sla2_kernels.key_block_sums import key_block_sums, largest_scores, why_no_kernels
 from sla2_kernels.reference import fitted_ratio, sla2_reference
 from sla2_kernels.router import K_BLOCK, block_count
@@ -36,6 +38,7 @@ def checks(comfyui):
         gradients,
         another_process,
         replayed_calls,
+        two_streams,
         fitted_and_judged,
         cuda_graph,
         compiled_around_it,
@@ -242,6 +245,48 @@ def replayed_calls():
                     require(same, f"{precision}: other bits than at the first call")
     q, k, v = random_qkv(4096, 12, seed=7)
     return f"all bits equal; a call takes the host {launch_ms(lambda: sla2_attention(q, k, v, layout='BNHD')):.2f} ms"
+
+
+def two_streams():
+    """Replayed calls work on two groups of heads at a time, on two streams: one right after the other, with inputs in turns, in
+    one and in several groups a stream, and as a CUDA graph. All bits are those of launches that came one after the other."""
+    inputs, rows = [random_qkv(20_000, 8, seed=seed) for seed in (9, 10)], sample_rows(20_000, 0, "cuda")
+    ratio = torch.linspace(0.5, 0.9, 8, device="cuda")
+    calls = 0
+    for precision, kind, floor in itertools.product(BOUNDS, ("given", "estimated", "fitted"), (0, 2**26)):
+        options = {"sparsity": 0.95, "precision": precision, "layout": "BNHD"}
+
+        def call(tensors, kind=kind, options=options):
+            if kind == "fitted":
+                return fitted_attention(*tensors, rows=rows, **options).out
+            return sla2_attention(*tensors, alpha=ratio if kind == "given" else None, **options)
+
+        with (
+            patch.object(triton_backend, "WORKSPACE_FLOOR", floor),
+            # also on Hopper, which has no use for it
+            patch.object(triton_backend.configs, "multiplies_by_mma_sync", lambda capability: True),
+        ):
+            expected = []
+            for tensors in inputs:
+                launch._recordings.clear()
+                expected.append(call(tensors))  # recorded, so on one stream
+            others = torch.zeros((), dtype=torch.int64, device="cuda")
+            _spoil_free_memory()
+            for number in range(40):
+                others += (call(inputs[number % 2]) != expected[number % 2]).any()
+            static = [x.clone() for x in inputs[0]]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = call(static)
+            for number in range(10):
+                for place, fresh in zip(static, inputs[number % 2], strict=True):
+                    place.copy_(fresh)
+                graph.replay()
+                others += (captured != expected[number % 2]).any()
+        calls += 50
+        require(not others.item(), f"{precision}, {kind} ratio: {others.item()} of 50 calls have other bits")
+    launch._recordings.clear()
+    return f"{calls} calls, all bits equal"
 
 
 def fitted_and_judged():

@@ -2,7 +2,8 @@
 
 What a call launches depends only on its settings and on its tensors' dtypes, shapes, strides and 16-byte alignment; from
 call to call nothing but addresses differs. The first call of a kind is recorded and later ones are replayed with the
-addresses of their own tensors: at short lengths the host would otherwise take longer than the GPU.
+addresses of their own tensors: at short lengths the host would otherwise take longer than the GPU. Launches that need not
+wait for each other are replayed on two streams, so that one fills the multiprocessors that the other leaves idle.
 """
 
 import threading
@@ -17,6 +18,7 @@ from triton.runtime.driver import driver
 from ..support import is_tested_triton
 
 MAX_RECORDINGS = 256
+STREAMS = 2  # one for each lane
 ALIGNMENT = 512  # bytes, of a buffer within its memory: that of torch's allocator
 # The releases whose compiled kernels take every argument, constants included, in the order of Recording._plan(): a
 # private interface, the same in all their sources. With other releases every call goes through the front end.
@@ -25,7 +27,9 @@ DIRECT = is_tested_triton(DIRECT_RELEASES)
 
 _recordings = {}  # oldest first
 _recordings_lock = threading.Lock()
-_thread = threading.local()  # .recording: what launches of this thread are added to
+# .recording: what launches of this thread are added to; .lane: which of a call's streams they take; .streams: by device, those
+# beside the current one
+_thread = threading.local()
 
 
 def why_not_direct():
@@ -73,6 +77,20 @@ def _added_to(recording):
         _thread.recording = None
 
 
+@contextmanager
+def lane(number):
+    """Launches inside wait for no launch of another lane, 0 or 1, when the call is replayed.
+
+    A call's launches in lanes stand together: they wait for all before the first of them, and those after the last wait for
+    them. No lane may read or write what another writes.
+    """
+    _thread.lane = number
+    try:
+        yield
+    finally:
+        _thread.lane = None
+
+
 def _signature(tensor, address):
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16 == 0)
 
@@ -105,6 +123,7 @@ class _Step:
     compiled: object
     grid: tuple
     arguments: list
+    lane: int | None = None
     pointers: list = field(default_factory=list)
     descriptors: list = field(default_factory=list)
 
@@ -112,23 +131,48 @@ class _Step:
         return {slot for _, slot, _ in (*self.pointers, *self.descriptors)}
 
 
+@dataclass
+class _Life:
+    """Of a buffer: its bytes, the first and the last launch that uses it, and the lanes that do."""
+
+    size: int
+    first: int
+    last: int
+    lanes: set = field(default_factory=set)
+
+    def meets(self, other):
+        """Whether both may be in use at a time: launches of two lanes come in no order."""
+        in_no_order = self.lanes and other.lanes and len(self.lanes | other.lanes) > 1
+        return in_no_order or (self.first <= other.last and other.first <= self.last)
+
+
 def _placed(lives):
-    """({slot: offset}, bytes in all) of buffers in one piece of memory; lives: {slot: (bytes, first use, last use)}.
+    """({slot: offset}, bytes in all) of buffers in one piece of memory; lives: {slot: _Life}.
 
     Two buffers share a place only where one's last use comes before the other's first. The large ones are placed first, each
     as low as it fits.
     """
     offsets = {}
-    for slot, (size, first, last) in sorted(lives.items(), key=lambda item: -item[1][0]):
-        beside = [other for other in offsets if lives[other][1] <= last and lives[other][2] >= first]
+    for slot, life in sorted(lives.items(), key=lambda item: -item[1].size):
+        beside = [other for other in offsets if lives[other].meets(life)]
         offset = 0
         for other in sorted(beside, key=offsets.get):
-            if offset + size <= offsets[other]:
+            if offset + life.size <= offsets[other]:
                 break
-            end = offsets[other] + lives[other][0]
+            end = offsets[other] + lives[other].size
             offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
         offsets[slot] = offset
-    return offsets, max((offsets[slot] + lives[slot][0] for slot in offsets), default=0)
+    return offsets, max((offsets[slot] + lives[slot].size for slot in offsets), default=0)
+
+
+def _current_and_beside():
+    """The current stream of the current device, and this thread's own beside it."""
+    current = torch.cuda.current_stream()
+    streams = _thread.__dict__.setdefault("streams", {})
+    if current.device not in streams:
+        # of this thread alone: a CUDA graph that captures one takes in all that is launched there
+        streams[current.device] = torch.cuda.Stream(current.device)
+    return current, streams[current.device]
 
 
 class Recording:
@@ -146,7 +190,7 @@ class Recording:
 
     def add(self, compiled, grid, arguments):
         """Records a launch that was made."""
-        step = _Step(compiled, (*grid, 1, 1)[:3], arguments)
+        step = _Step(compiled, (*grid, 1, 1)[:3], arguments, getattr(_thread, "lane", None))
         for place, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
                 step.pointers.append((place, *self._slot(argument)))
@@ -178,20 +222,27 @@ class Recording:
         lives = {}
         for number, step in enumerate(self._steps):
             for slot in step.slots() & self._sizes.keys():
-                _, first, _ = lives.get(slot, (0, number, 0))
-                lives[slot] = self._sizes[slot], first, number
+                life = lives.setdefault(slot, _Life(self._sizes[slot], number, number))
+                life.last = number
+                life.lanes |= set() if step.lane is None else {step.lane}
         offsets, self._bytes = _placed(lives)
         self._offsets = [offsets[slot] for slot in sorted(offsets)]
         self._plan()
 
     def _plan(self):
-        """Puts all that the launches take into one list, whose beginning replay() fills: stream, addresses, descriptors."""
+        """Puts all that the launches take into one list, whose beginning replay() fills: streams, addresses, descriptors."""
         steps, self._steps = self._steps, None
+        in_lanes = [number for number, step in enumerate(steps) if step.lane is not None]
+        # where the launches in lanes begin and end
+        self._fork, self._join = (in_lanes[0], in_lanes[-1] + 1) if in_lanes else (len(steps), len(steps))
+        if len(in_lanes) != self._join - self._fork:
+            raise ValueError("a launch between those in lanes is in none.")
+        self._forks = len({steps[number].lane for number in in_lanes}) > 1
         self._pointers = list(dict.fromkeys((slot, offset) for step in steps for _, slot, offset in step.pointers))
         self._descriptors = [(step.arguments[place], *at) for step in steps for place, *at in step.descriptors]
         self._rest, self._launches = [], []
-        place_of = {at: 1 + number for number, at in enumerate(self._pointers)}
-        descriptor_at = 1 + len(self._pointers)
+        place_of = {at: STREAMS + number for number, at in enumerate(self._pointers)}
+        descriptor_at = STREAMS + len(self._pointers)
         rest_at = descriptor_at + len(self._descriptors)
         for step in steps:
             compiled = step.compiled
@@ -200,7 +251,7 @@ class Recording:
             taken = before + step.arguments
             first = rest_at + len(self._rest)
             picked = list(range(first, first + len(taken)))
-            picked[len(step.grid)] = 0
+            picked[len(step.grid)] = step.lane or 0
             for place, *at in step.pointers:
                 picked[len(before) + place] = place_of[tuple(at)]
             for place, *_ in step.descriptors:
@@ -213,12 +264,30 @@ class Recording:
         memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
         addresses = [*addresses, *[base + offset for offset in self._offsets]]
-        values = [driver.active.get_current_stream(driver.active.get_current_device())]
+        if self._forks:
+            current, beside = _current_and_beside()
+            values = [current.cuda_stream, beside.cuda_stream]
+        else:
+            values = [driver.active.get_current_stream(driver.active.get_current_device())] * STREAMS
         values += [addresses[slot] + offset for slot, offset in self._pointers]
         values += [_at(descriptor, addresses[slot] + offset) for descriptor, slot, offset in self._descriptors]
         values += self._rest
-        for run, pick in self._launches:
-            run(*pick(values))
+        if not self._forks:
+            _launch(self._launches, values)
+            return
+        _launch(self._launches[: self._fork], values)
+        beside.wait_stream(current)
+        try:
+            _launch(self._launches[self._fork : self._join], values)
+        finally:
+            # also where a launch fails: from here on the memory is free for what the current stream runs next
+            current.wait_stream(beside)
+        _launch(self._launches[self._join :], values)
+
+
+def _launch(launches, values):
+    for run, pick in launches:
+        run(*pick(values))
 
 
 def _at(descriptor, address):

@@ -20,7 +20,7 @@ class Kernel:
     arg_names = ("x", "y", "n", "desc", "SIZE")
 
     def __init__(self):
-        self.launched, self.recorded, self.watch = [], [], lambda: None
+        self.launched, self.recorded, self.streams, self.watch = [], [], [], lambda: None
         self.compiled = SimpleNamespace(run=self.run, function="function", packed_metadata="metadata")
 
     def __getitem__(self, grid):
@@ -31,8 +31,9 @@ class Kernel:
         return front_end
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        assert (stream, function, metadata) == ("stream 3", "function", "metadata")
+        assert (function, metadata) == ("function", "metadata")
         assert (launch_metadata, enter, leave) == (None, None, None)
+        self.streams.append(stream)
         self.launched.append(((x, y, z), arguments, self.watch()))
 
 
@@ -116,6 +117,7 @@ def test_kernels_get_the_addresses_of_the_call_that_replays(kernel, made):
     (buffer,) = kernel.launched[0][2]
     assert buffer.numel() * buffer.element_size() == 1600
     at = buffer.data_ptr()
+    assert kernel.streams == ["stream 3"] * 3
     first, second, third = kernel.launched
     assert first[:2] == ((5, 2, 1), (1000, at, 7, None, 64))
     assert second[0] == (9, 1, 1) and second[1][:3] == (at + 800, None, 0.5)
@@ -157,16 +159,86 @@ def test_buffers_alive_together_never_overlap(seed):
     random = torch.Generator().manual_seed(seed)
     spans = torch.randint(0, 20, (30, 2), generator=random).sort(dim=1).values.tolist()
     sizes = torch.randint(0, 5000, (30,), generator=random).tolist()
-    lives = {slot: (size, *span) for slot, (size, span) in enumerate(zip(sizes, spans, strict=True))}
+    lives = {slot: module._Life(size, *span) for slot, (size, span) in enumerate(zip(sizes, spans, strict=True))}
     offsets, total = module._placed(lives)
-    for a, (size, first, last) in lives.items():
-        assert offsets[a] % module.ALIGNMENT == 0 and offsets[a] + size <= total
-        for b, (other, begin, end) in lives.items():
-            if a != b and size and other and first <= end and begin <= last:
-                assert offsets[a] + size <= offsets[b] or offsets[b] + other <= offsets[a]
+    for a, one in lives.items():
+        assert offsets[a] % module.ALIGNMENT == 0 and offsets[a] + one.size <= total
+        for b, other in lives.items():
+            if a != b and one.size and other.size and one.first <= other.last and other.first <= one.last:
+                assert offsets[a] + one.size <= offsets[b] or offsets[b] + other.size <= offsets[a]
     # what the busiest step needs, and not much more
-    busiest = max(sum(size for size, first, last in lives.values() if first <= step <= last) for step in range(20))
+    busiest = max(sum(one.size for one in lives.values() if one.first <= step <= one.last) for step in range(20))
     assert busiest <= total <= 1.5 * busiest + 30 * module.ALIGNMENT
+
+
+class Stream:
+    """Notes in ``log`` whom it waits for."""
+
+    def __init__(self, name, log):
+        self.cuda_stream, self._log = name, log
+
+    def wait_stream(self, other):
+        self._log.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+
+def in_two_lanes(kernel, q, out):
+    """A call that routes, works through three groups in two lanes, and ends."""
+    routed, works = torch.empty(1000), [torch.empty(3000), torch.empty(3000)]
+    launch(kernel, q, torch.empty(500))
+    launch(kernel, q, routed)
+    for number in range(3):
+        with module.lane(number % 2):
+            launch(kernel, routed, works[number % 2], n=number)
+            scratch = torch.empty(200)
+            launch(kernel, works[number % 2], scratch, n=number)
+    launch(kernel, q, out)
+
+
+def test_lanes_are_two_streams_and_share_no_scratch(kernel, made, monkeypatch):
+    q, out, log = torch.zeros(16), torch.zeros(16), kernel.streams
+    monkeypatch.setattr(module, "_current_and_beside", lambda: (Stream("own", log), Stream("beside", log)))
+    recording = recorded(kernel, (q, out), lambda: in_two_lanes(kernel, q, out))
+    kernel.launched.clear()
+    recording.replay([1000, 2000], "cpu")
+    assert log == ["own", "own", "beside waits for own", *["own"] * 2, *["beside"] * 2, *["own"] * 2,
+                   "own waits for beside", "own"]  # fmt: skip
+    (_, first), (_, routed), *in_lanes, _ = [launched[1][:2] for launched in kernel.launched]
+    works, scratch = [y for _, y in in_lanes[::2]], [y for _, y in in_lanes[1::2]]
+    assert all(x == routed for x, _ in in_lanes[::2]) and works[0] == works[2] and scratch[0] == scratch[2]
+    spans = [(routed, 4000), (works[0], 12000), (works[1], 12000), (scratch[0], 800), (scratch[1], 800)]
+    for number, (begin, size) in enumerate(spans):
+        for other, bytes_of_other in spans[:number]:
+            assert begin + size <= other or other + bytes_of_other <= begin, "in use at the same time"
+    assert first in works, "what only routing needs lies where a group works later"
+
+
+def test_a_launch_that_fails_in_a_lane_leaves_nothing_running_beside(kernel, monkeypatch):
+    q, out, log = torch.zeros(16), torch.zeros(16), []
+    monkeypatch.setattr(module, "_current_and_beside", lambda: (Stream("own", log), Stream("beside", log)))
+    recording = recorded(kernel, (q, out), lambda: in_two_lanes(kernel, q, out))
+
+    def fail():
+        if len(kernel.launched) == 5:
+            raise RuntimeError("an illegal launch")
+
+    kernel.launched.clear()
+    kernel.watch = fail
+    with pytest.raises(RuntimeError, match="an illegal launch"):
+        recording.replay([1000, 2000], "cpu")
+    assert log == ["beside waits for own", "own waits for beside"]
+
+
+def test_a_launch_between_those_in_lanes_is_refused(kernel):
+    q = torch.zeros(16)
+
+    def call():
+        for number in range(2):
+            with module.lane(number):
+                launch(kernel, q, None)
+            launch(kernel, q, None)
+
+    with pytest.raises(ValueError, match="a launch between those in lanes is in none"):
+        recorded(kernel, (q,), call)
 
 
 def test_a_buffer_at_the_place_of_an_earlier_one_is_another_buffer(kernel):
