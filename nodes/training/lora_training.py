@@ -156,7 +156,7 @@ class LoraTraining(comfy.samplers.Sampler):
                 own = self._velocity(state)
                 loss = (own - target).square().mean() / self.settings.batch
                 backward(loss, self.model.diffusion_model)
-            total += float(loss)
+            total += float(loss.detach())
             self.states.follow(state, own)
             self.advance()
         return total
