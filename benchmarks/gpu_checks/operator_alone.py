@@ -263,8 +263,7 @@ def two_streams():
 
         with (
             patch.object(triton_backend, "WORKSPACE_FLOOR", floor),
-            # also on Hopper, which has no use for it
-            patch.object(triton_backend.configs, "multiplies_by_mma_sync", lambda capability: True),
+            patch.object(triton_backend, "_lanes", lambda device: 2),  # also on Hopper, which has no use for it
         ):
             expected = []
             for tensors in inputs:
