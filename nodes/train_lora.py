@@ -93,7 +93,8 @@ class SLA2TrainLora(io.ComfyNode):
                     tooltip=f"{DISTILL}: the distance to the output of the same model run dense, on its own videos or on your "
                     f"latents. {FLOW}: as the model itself was trained, on your own videos. {MIXED}: your videos at low noise, "
                     "the dense model at high noise. Less loss than the first, with videos as close to the dense model's. "
-                    f"{STEPS}: in the steps of its own sampling from pure noise. For models that sample in few steps; makes no videos first.",
+                    f"{STEPS}: in the steps of its own sampling from pure noise; makes no videos first. For a longer training of a model that "
+                    "samples in few steps, after the first.",
                 ),
                 io.Int.Input(
                     "videos", default=4, min=1, max=1000,
