@@ -18,7 +18,7 @@ from .kernels.gluon_releases import gluon_is_known
 from .kernels.hopper import why_not_hopper_loop
 from .kernels.int8_attention import int8_sparse_attention, takes_linear_branch
 from .kernels.int8_pack import int8_pack
-from .kernels.launch import cached, lane
+from .kernels.launch import cached, lane, why_not_direct
 from .kernels.linear_attention import linear_attention
 from .kernels.masked_sum import int8_masked_sum, masked_sum
 from .kernels.pack import HOPPER_GROUP, pack
@@ -186,8 +186,9 @@ def _head_groups(q, per_head, lanes=1):
 
 def _lanes(device):
     """How many groups of heads run at a time where one workspace does not hold all heads."""
-    # on an H200 two gain 1.5 to 2.6% in the instructions of an RTX 40 and, at 14B-720p, nothing in Hopper's own
-    return 2 if configs.multiplies_by_mma_sync(capability(device)) else 1
+    # on an H200 two gain 1.5 to 2.6% in the instructions of an RTX 40 and, at 14B-720p, nothing in Hopper's own; launches that
+    # are not replayed follow each other
+    return 2 if configs.multiplies_by_mma_sync(capability(device)) and why_not_direct() is None else 1
 
 
 def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, low_sums):

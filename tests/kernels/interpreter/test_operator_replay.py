@@ -128,6 +128,7 @@ def test_other_tensors_get_the_bits_of_a_call_that_was_recorded(generator, monke
 @pytest.mark.parametrize("late", [0, 1], ids=["the current stream is late", "the other stream is late"])
 @pytest.mark.parametrize(("precision", "ratio"), [("16bit", "estimated"), ("int8", "fitted")])
 def test_the_order_of_two_streams_changes_no_bit(generator, monkeypatch, recordings, streams, precision, ratio, late):
+    monkeypatch.setattr(triton_backend, "_lanes", lambda device: 2)
     groups = [slice(0, 2), slice(2, 4)]
     monkeypatch.setattr(triton_backend, "_head_groups", lambda q, per_head, lanes=1: groups)
     sample, outs = None, []
