@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 import torch
 
+from sla2_kernels.kernels import launch
+
 from .consumer import SHAPES, sla2_calls
 from .inputs import make_inputs
 
@@ -66,6 +68,8 @@ def pretend(arch):
     from triton.runtime.driver import driver
 
     driver.set_active(AbsentCard(arch))
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
+    launch._current_and_beside = lambda: (stream, stream)
     torch.cuda.current_device = lambda: 0
     torch.cuda.device = lambda device: nullcontext()
     torch.cuda.get_device_capability = lambda device: divmod(arch, 10)

@@ -331,7 +331,8 @@ def _attend(t, s):
     routed, q_blocks = _routing(t, s), t.selected.shape[1]
     per_head = _workspace_bytes_per_head(t.q, t.k, q_blocks, s.qk, s.pv, s.linear, s.low_sums)
     groups, lanes = _head_groups(t.q, per_head), 1
-    if len(groups) > 1 and (lanes := _lanes(t.q.device)) > 1:
+    # where more than one head fits into the workspace
+    if len(groups) > 1 and groups[0].stop > 1 and (lanes := _lanes(t.q.device)) > 1:
         groups = _head_groups(t.q, per_head, lanes)
     works = [
         _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.low_sums)

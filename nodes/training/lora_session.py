@@ -183,10 +183,10 @@ class LoraSession:
             f"mixing ratios moved by up to {max(moved):.3f}",
             f"{self.attention.sparse_calls} attention calls ran sparse",
         ]
-        steps = 0 if settings.sigmas is None else len(settings.sigmas) - 1
-        if settings.steps < steps:
+        met, steps = settings.steps * settings.batch, 0 if settings.sigmas is None else len(settings.sigmas) - 1
+        if met < steps:
             lines.append(
-                f"trained in {settings.steps} of the {steps} steps of a sampling: more training_steps reach the later ones"
+                f"trained in {met} of the {steps} steps of a sampling: more training_steps reach the later ones"
             )
         return "\n".join(lines + [f"{count} ran dense: {why}" for why, count in self.attention.untrained.items()])
 

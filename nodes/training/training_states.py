@@ -62,25 +62,10 @@ class NoisedVideos:
         return State(noisy, sigma, all_noise - clean, index, negative)
 
 
-@dataclass(eq=False)
-class Sampling:
-    """One on its way. noisy: (1, C, T, h, w) in step ``number``; it ends before step ``end``. prompt: its number."""
-
-    noisy: torch.Tensor
-    number: int
-    end: int
-    prompt: int
-
-    @property
-    def over(self):
-        return self.number == self.end
-
-
 class OwnSteps:
-    """Samplings of the sparse model, by Euler's method with guidance: every call trains in the next step of one of them.
+    """One sampling of the sparse model after the other, by Euler's method with guidance: every call trains in its next step.
 
-    As many are on their way as a batch has videos, each in another step: the first ones end early for that. They go on
-    through the optimisation steps, so they need no calls of their own; with guidance one, of the other prompt.
+    Sampling goes on through the optimisation steps, so it needs no calls of its own; with guidance one, of the other prompt.
 
     sampling, clean, settings: as in NoisedVideos; of clean only the size counts where sigmas begin at 1.
     sigmas: (n + 1,) float32, falling. cfg: scale of guidance, 1 is none.
@@ -92,23 +77,23 @@ class OwnSteps:
         # a copy: tensors of other nodes are of inference mode, or have gradients of their own
         self.sigmas = sigmas.detach().to(clean.device, torch.float32, copy=True)
         self.cfg, self.velocity = cfg, velocity
-        self.running = [None] * settings.batch
-        self.begun = 0
-        self.current = None
+        self.noisy = None
+        self.number = self.samplings = 0
 
     def of(self, step):
         _, _, dropped, seeds = drawn(self.settings, step, len(self.clean))
-        for place, (negative, seed) in enumerate(zip(dropped, seeds, strict=True)):
-            if self.running[place] is None or self.running[place].over:
-                self.running[place] = self._begin(int(seed), self.begun, self._end(place))
-                self.begun += 1
-            self.current = self.running[place]
+        for negative, seed in zip(dropped, seeds, strict=True):
+            if self.noisy is None:
+                self._begin(int(seed))
             yield self._state(bool(negative))
 
     def held_out(self):
-        self.current = self._begin(HELD_OUT, 0, len(self.sigmas) - 1)
-        while not self.current.over:
+        before = self.samplings
+        self.samplings = 0  # the first prompt
+        self._begin(HELD_OUT)
+        while self.noisy is not None:
             yield self._state()
+        self.samplings = before
 
     first = held_out
 
@@ -119,26 +104,20 @@ class OwnSteps:
             other = self.velocity(self._state(not state.negative))
             positive, negative = (other, own) if state.negative else (own, other)
             own = negative + self.cfg * (positive - negative)
-        current = self.current
-        step = self.sigmas[current.number + 1] - self.sigmas[current.number]
-        current.noisy = state.noisy + step * own
-        current.number += 1
+        step = self.sigmas[self.number + 1] - self.sigmas[self.number]
+        self.number += 1
+        self.noisy = state.noisy + step * own
+        if self.number + 1 == len(self.sigmas):
+            self.noisy = None
+            self.samplings += 1
 
-    def _end(self, place):
-        """Of the next sampling in this place of the batch."""
-        steps, places = len(self.sigmas) - 1, len(self.running)
-        return steps - place * steps // places if self.begun < places else steps
-
-    def _begin(self, seed, prompt, end):
-        index = prompt % len(self.clean)
+    def _begin(self, seed):
+        index = self.samplings % len(self.clean)
         clean = self.clean[index : index + 1]
-        noisy = self.sampling.noise_scaling(self.sigmas[:1], noise_like(clean, [seed]), clean)
-        return Sampling(noisy, 0, end, prompt)
+        self.noisy, self.number = self.sampling.noise_scaling(self.sigmas[:1], noise_like(clean, [seed]), clean), 0
 
     def _state(self, negative=False):
-        current = self.current
-        sigma = self.sigmas[current.number : current.number + 1]
-        return State(current.noisy, sigma, None, current.prompt, negative)
+        return State(self.noisy, self.sigmas[self.number : self.number + 1], None, self.samplings, negative)
 
 
 def check_sigmas(sigmas, has_videos):
