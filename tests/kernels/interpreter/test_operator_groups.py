@@ -39,7 +39,7 @@ def test_head_groups_change_no_bit(generator, monkeypatch, precision, share, gro
     monkeypatch.setattr(triton_backend, "WORKSPACE_FLOOR", 0)
     monkeypatch.setattr(triton_backend, "_head_groups", several_groups)
     apart = sla2_attention(*inputs.tensors(), **OPTIONS, precision=precision)
-    assert counted[-1] == groups
+    assert set(counted) == {groups}
     assert torch.equal(apart[0], together[0]) and torch.equal(apart[1], together[1])
 
 
