@@ -11,7 +11,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .planes import load_tile, plane_of, store_tile, tile_at, tile_rows
+from .planes import COMES_BACK, LAST_USE, load_tile, plane_of, store_tile, tile_at, tile_rows
 from .product_order import quarters_as_stored, row_at
 
 
@@ -47,7 +47,7 @@ def linear_rows(
         out_at = tile_at(out_plane, stored, tl.arange(0, PART), out_stride_n, out_stride_d)
         for part in tl.static_range(D // PART):
             of_part = first if part == 0 else second if part == 1 else third if part == 2 else fourth
-            tl.store(out_at, of_part, mask=(stored < tokens)[:, None])
+            tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=COMES_BACK)
             out_at += PART * out_stride_d
     else:
         store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
@@ -63,7 +63,8 @@ def query_sums_of(sums, block, D: tl.constexpr):
     """(H_i [D, D], Z_i [D] in float32) of a query block."""
     d = tl.arange(0, D)
     at = sums + block * ((D + 1) * D)
-    return tl.load(at + d[:, None] * D + d), tl.load(at + D * D + d).to(tl.float32)
+    h = tl.load(at + d[:, None] * D + d, eviction_policy=LAST_USE)
+    return h, tl.load(at + D * D + d).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])

@@ -14,6 +14,9 @@ from .numerics import INTERPRETED
 # A plain integer in Triton's interpreter, which knows no int % constexpr.
 KEY_BLOCK = K_BLOCK if interpreting() else tl.constexpr(K_BLOCK)  # keys that are selected or left out together
 LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
+# Which lines L2 gives up first: those read or written for the last time. What comes back soon stays.
+LAST_USE = tl.constexpr("evict_first")
+COMES_BACK = tl.constexpr("evict_last")
 
 
 @triton.jit
@@ -29,9 +32,10 @@ def tile_at(plane, rows, columns, stride_n, stride_d):
 
 
 @triton.jit
-def load_tile(plane, rows, columns, stride_n, stride_d, tokens):
-    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end."""
-    return tl.load(tile_at(plane, rows, columns, stride_n, stride_d), mask=rows[:, None] < tokens, other=0.0)
+def load_tile(plane, rows, columns, stride_n, stride_d, tokens, L2: tl.constexpr = ""):
+    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end. L2: LAST_USE, or nothing."""
+    at = tile_at(plane, rows, columns, stride_n, stride_d)
+    return tl.load(at, mask=rows[:, None] < tokens, other=0.0, eviction_policy=L2)
 
 
 @triton.jit
