@@ -145,19 +145,9 @@ class Run:
         if peers:
             import comfy_kitchen
 
-            count = sol_attn.equal_count(q, k, 1 - sparsity)
-            blocks = -(-q.shape[1] // sol_attn.BLOCK)
-            # its count rounds down, so a little more than the share of whole blocks
-            ratio = (count + 0.01) / blocks
+            call, count = sol_attn_call(q, k, v, sparsity)
             kept = sol_attn.kept_share(q, k, count)
-            self._add(
-                shape,
-                "sol_attn",
-                "equal share",
-                sparsity,
-                lambda: comfy_kitchen.sol_attn(q, k, v, topk_ratio=ratio),
-                kept=kept,
-            )
+            self._add(shape, "sol_attn", "equal share", sparsity, call, kept=kept)
             if not any(row["setting"] == "tau 1.3" and row["shape"] == shape.name for row in self.rows):
                 self._add(shape, "sol_attn", "tau 1.3", None, lambda: comfy_kitchen.sol_attn(q, k, v, tau=1.3))
 
@@ -196,6 +186,16 @@ def sla2_calls(q, k, v, sparsity, **options):
         lambda: sla2_attention(q, k, v, alpha=ratio, **settings),
         lambda: fitted_attention(q, k, v, rows=rows, **settings).out,
     )
+
+
+def sol_attn_call(q, k, v, sparsity):
+    """(a call of sol_attn with as many key blocks in all, its top-k count)."""
+    import comfy_kitchen
+
+    count = sol_attn.equal_count(q, k, 1 - sparsity)
+    # its count rounds down, so a little more than the share of whole blocks
+    ratio = (count + 0.01) / -(-q.shape[1] // sol_attn.BLOCK)
+    return lambda: comfy_kitchen.sol_attn(q, k, v, topk_ratio=ratio), count
 
 
 def further_calls(q, k, v, sparsity):

@@ -10,15 +10,26 @@ from sla2_kernels import K_BLOCK, Q_BLOCK
 from sla2_kernels.router import block_count, selected_block_count
 
 SUM_BYTES = 2  # of a number of h_j and H_i
+H200_ISSUE = 132 * 1.98e9  # as DataSheet.issue, at the clock that it ran at
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """memory: bytes per second. rates: multiply-adds per second by format, dense, 16 bit and FP8 with FP32 accumulation."""
+    """memory: bytes per second. rates: multiply-adds per second by format, dense, 16 bit and FP8 with FP32 accumulation.
+    issue: multiprocessors times boost clock."""
 
     name: str
     memory: float
     rates: dict
+    issue: float
+
+    def estimate(self, kernels):
+        """Milliseconds of kernels that ran on an H200, {"read", "written", "nanoseconds"} each: see consumer_table.py."""
+        slower = H200_ISSUE / self.issue
+        return 1000 * sum(
+            max((kernel["read"] + kernel["written"]) / self.memory, kernel["nanoseconds"] * 1e-9 * slower)
+            for kernel in kernels
+        )
 
 
 def _rates(sixteen, fp8, int8, tf32):
@@ -29,9 +40,9 @@ def _rates(sixteen, fp8, int8, tf32):
 # GeForce cards multiply 16 bit and FP8 at half of their rate when they accumulate in FP32. NVIDIA's white papers of the
 # three generations; RTX 30 has no FP8, which then runs as 16 bit.
 SHEETS = (
-    DataSheet("RTX 3090", 936e9, _rates(71, 71, 284, 35.6)),
-    DataSheet("RTX 4090", 1008e9, _rates(165.2, 330.3, 660.6, 82.6)),
-    DataSheet("RTX 5090", 1792e9, _rates(209.5, 419, 838, 104.8)),
+    DataSheet("RTX 3090", 936e9, _rates(71, 71, 284, 35.6), 82 * 1.695e9),
+    DataSheet("RTX 4090", 1008e9, _rates(165.2, 330.3, 660.6, 82.6), 128 * 2.52e9),
+    DataSheet("RTX 5090", 1792e9, _rates(209.5, 419, 838, 104.8), 170 * 2.407e9),
 )
 
 

@@ -1,9 +1,11 @@
 """The table of benchmarks.consumer's results: another card's instructions, timed on an H100 or H200."""
 
 from .consumer_imitation import CARDS
+from .consumer_roofline import SHEETS
 
 SETTINGS = (("sla2", "fitted"), ("sla2", "a ratio per head"), ("sol_attn", "equal share"), ("sol_attn", "tau 1.3"))
 TIMES = "fitted"  # the setting whose times are compared with sol_attn's
+TRAFFIC = "traffic"  # the part of benchmarks.memory_traffic
 
 
 def consumer_markdown(content):
@@ -79,3 +81,38 @@ def _notes(content, rows):
     if unlike:
         lines.append(f"*: the card itself would run other matrix instructions in {', '.join(unlike)}.")
     return lines
+
+
+def traffic_markdown(content):
+    """GB that a call moves to and from memory, and what other cards would need for its kernels; empty where nothing was counted."""
+    rows = [row for row in content["rows"] if row["part"] == TRAFFIC]
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys((row["shape"], row["sparsity"]) for row in rows))
+    heads = [f"{shape}, {100 * sparsity:g}%" for shape, sparsity in columns]
+    lines = ["| estimate | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    kernels = {(row["method"], row["shape"], row["sparsity"]): row["kernels"] for row in rows}
+    for what, estimate in (
+        ("GB to and from memory", _gigabytes),
+        *((f"ms on an {s.name}", s.estimate) for s in SHEETS),
+    ):
+        cells = [_beside(estimate, *(kernels.get((method, *at)) for method in ("sla2", "sol_attn"))) for at in columns]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    env = content["parts"][TRAFFIC]["environment"]
+    lines += [
+        "",
+        f"SLA2 in INT8 with a ratio per head, in brackets sol_attn at an equal share: bytes counted by Nsight Compute on one {env['card']} (torch {env['torch']}, triton {env['triton']}). An estimate, no such card "
+        "was timed: each kernel takes the longer of its bytes over the memory's rate and its time here over the card's multiprocessors times their clock. The caches are this card's, with 50 MB; "
+        "an RTX 3090 has 6, a 4090 72, a 5090 96.",
+    ]
+    return "\n".join(lines)
+
+
+def _gigabytes(kernels):
+    return sum(kernel["read"] + kernel["written"] for kernel in kernels) / 1e9
+
+
+def _beside(estimate, ours, rival):
+    if ours is None:
+        return "-"
+    return f"{estimate(ours):.2f}" + ("" if rival is None else f" ({estimate(rival):.2f})")

@@ -9,7 +9,7 @@ import sys
 
 from tooling.paths import ROOT
 
-from .consumer_table import consumer_markdown
+from .consumer_table import consumer_markdown, traffic_markdown
 from .error_against_time import plot as error_plot
 from .plot import part_plot
 from .results import RESULTS, load
@@ -70,8 +70,13 @@ def blocks():
     return {
         "steps": first_screen(steps(), calls()),
         "measured": details(measured(), steps(), calls()),
-        "cards": "\n\n".join(map(consumer_markdown, consumers())) or NOTHING,
+        "cards": "\n\n".join(cards(consumers())) or NOTHING,
     }
+
+
+def cards(contents):
+    """The tables of benchmarks.consumer's results, times and bytes."""
+    return [table for content in contents for table in (consumer_markdown(content), traffic_markdown(content)) if table]
 
 
 def first_screen(step_contents, call_contents):

@@ -191,6 +191,15 @@ def _lanes(device):
     return 2 if configs.multiplies_by_mma_sync(capability(device)) and why_not_direct() is None else 1
 
 
+def _in_lanes(q, per_head):
+    """(slices of the batch x heads, how many of them run at a time): several where one head does not fill the workspace's limit, nor
+    all heads fit."""
+    groups, lanes = _head_groups(q, per_head), 1
+    if len(groups) > 1 and groups[0].stop > 1:
+        lanes = _lanes(q.device)
+    return groups if lanes == 1 else _head_groups(q, per_head, lanes), lanes
+
+
 def _allocate(q, k, q_blocks, group, qk, pv, linear, sums_dtype, low_sums):
     blocks, head_dim = block_count(k.shape[2], K_BLOCK), q.shape[3]
     fp8 = torch.float8_e4m3fn
@@ -330,10 +339,7 @@ def _attend(t, s):
     """Runs the kernels of a call (_Tensors, _Settings), group of heads after group of heads."""
     routed, q_blocks = _routing(t, s), t.selected.shape[1]
     per_head = _workspace_bytes_per_head(t.q, t.k, q_blocks, s.qk, s.pv, s.linear, s.low_sums)
-    groups, lanes = _head_groups(t.q, per_head), 1
-    # where more than one head fits into the workspace
-    if len(groups) > 1 and groups[0].stop > 1 and (lanes := _lanes(t.q.device)) > 1:
-        groups = _head_groups(t.q, per_head, lanes)
+    groups, lanes = _in_lanes(t.q, per_head)
     works = [
         _allocate(t.q, t.k, q_blocks, groups[0].stop, s.qk, s.pv, s.linear, _sums_dtype(t.q), s.low_sums)
         for _ in range(lanes)

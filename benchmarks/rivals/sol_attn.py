@@ -31,7 +31,11 @@ def _scores(q, k):
     """Pooled scores (B, H, T, T) of (B, N, H, D) tensors."""
 
     def pool(x):
-        return torch.stack([part.float().mean(dim=1) for part in x.split(BLOCK, dim=1)], dim=2)
+        whole = x.shape[1] // BLOCK * BLOCK
+        means = x[:, :whole].unflatten(1, (-1, BLOCK)).float().mean(dim=2)
+        if whole < x.shape[1]:
+            means = torch.cat([means, x[:, whole:].float().mean(dim=1, keepdim=True)], dim=1)
+        return means.transpose(1, 2)
 
     q, k = pool(q), pool(k)
     return q @ (k - k.mean(dim=2, keepdim=True)).transpose(-1, -2)
@@ -39,16 +43,19 @@ def _scores(q, k):
 
 def kept_share(q, k, count):
     """Share of block pairs computed exactly with ``count`` blocks of top-k: those, the diagonal and its neighbours."""
-    scores = _scores(q, k)
+    return _kept(_scores(q, k), count)
+
+
+def _kept(scores, count):
     exact = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, dim=-1).indices, True)
-    place = torch.arange(scores.shape[-1], device=q.device)
+    place = torch.arange(scores.shape[-1], device=scores.device)
     return float((exact | ((place[:, None] - place).abs() <= 1)).float().mean())
 
 
 def equal_count(q, k, share):
     """The top-k count at which sol_attn keeps at most ``share`` of the block pairs in all; at least 1."""
-    blocks = -(-q.shape[1] // BLOCK)
-    count = max(1, int(share * blocks + 1e-6))
-    while count > 1 and kept_share(q, k, count) > share:
+    scores = _scores(q, k)
+    count = max(1, int(share * scores.shape[-1] + 1e-6))
+    while count > 1 and _kept(scores, count) > share:
         count -= 1
     return count

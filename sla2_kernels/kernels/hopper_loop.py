@@ -3,7 +3,8 @@
 The producer brings Q tiles and pairs of selected key blocks by TMA through a ring of stages; each consumer holds 64
 rows, half a query block or a whole one. In each step the scores of this pair and P V of the pair before are under way while
 the consumer takes exponentials. H_i comes last through the same ring, and phi(Q_i) H_i is taken beside the last P V. The
-arithmetic is that of sparse_attention.py and linear_attention.py, but for Q's scale, which is one per row.
+arithmetic is that of sparse_attention.py and linear_attention.py, but for Q's scale, which is one per row, and for a row's
+maximum, which stays until a score exceeds it by ROOM: in most steps nothing is rescaled.
 
 In 8 bit two programs of one consumer share a multiprocessor: faster than one program of two, although for query blocks of
 128 both bring the same key blocks. In 16 bit there is shared memory for one program, of two consumers.
@@ -46,6 +47,23 @@ HEAD_DIM = 128
 D = gl.constexpr(HEAD_DIM)
 BLOCK = gl.constexpr(K_BLOCK)
 HALF = gl.constexpr(Q_BLOCK // 2)  # query rows of a consumer
+ROOM = gl.constexpr(0.75)  # log2: P is at most 2^8 times its maximum's, and E4M3 holds 2^8.8
+SUMS = 64  # of the output, per thread
+
+
+def _rescale(values):
+    """PTX that multiplies ``values`` registers by one each, unless the first of the last ``values`` registers is 0."""
+    factors = range(2 * values, 3 * values)
+    return "\n".join(
+        ["{", ".reg .pred changes;", f"setp.ne.s32 changes, ${3 * values}, 0;", "@!changes bra done;"]
+        + [f"mul.f32 ${i}, ${i}, ${factor};" for i, factor in enumerate(factors)]
+        + ["done:", "}"]
+    )
+
+
+RESCALE = gl.constexpr(_rescale(SUMS))
+RESCALE_REGISTERS = gl.constexpr(",".join(["=f"] * SUMS + list(map(str, range(SUMS))) + ["f"] * SUMS + ["r"] * SUMS))
+RESCALED = gl.constexpr(SUMS)
 
 
 @dataclass(frozen=True)
@@ -226,7 +244,7 @@ def _start_scores(q, k_smem, stage, QK: gl.constexpr):
 
 @gluon.jit
 def _finish_scores(t0, t1, pending: gl.constexpr, QK: gl.constexpr):
-    """The scores of both blocks, float32 (64, BLOCK), once at most ``pending`` later products are under way."""
+    """The scores of both blocks (64, BLOCK), float32 or INT32, once at most ``pending`` later products are under way."""
     if QK == "int8":
         t = warpgroup_mma_wait(pending, [t0])
         s0, s1 = t.reshape([t.shape[0], 2, t.shape[1] // 2]).permute([0, 2, 1]).split()
@@ -234,7 +252,7 @@ def _finish_scores(t0, t1, pending: gl.constexpr, QK: gl.constexpr):
         s1 = gl.convert_layout(s1, _accumulator(BLOCK, 32))
     else:
         s0, s1 = warpgroup_mma_wait(pending, [t0, t1])
-    return s0.to(gl.float32), s1.to(gl.float32)
+    return s0, s1
 
 
 @gluon.jit
@@ -297,9 +315,32 @@ def _lane_sums(p):
 
 @gluon.jit
 def _lane_maxima(x):
-    """As _lane_sums, the largest."""
+    """As _lane_sums, the largest, float32; of integers the card compares three at a time."""
     x = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
-    return gl.convert_layout(gl.max(gl.max(x, 3), 1), _lanes())
+    return gl.convert_layout(gl.max(gl.max(x, 3), 1), _lanes()).to(gl.float32)
+
+
+@gluon.jit
+def _rescaled(acc, correction):
+    """acc (64, D) times a number per row, jumped over by warps whose rows all have 1."""
+    correction = gl.convert_layout(correction, gl.SliceLayout(1, acc.type.layout))
+    changes = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred changes, other;
+        setp.neu.f32 changes, $2, 0f3f800000;
+        setp.neu.f32 other, $3, 0f3f800000;
+        or.pred changes, changes, other;
+        vote.sync.any.pred changes, changes, 0xffffffff;
+        selp.b32 $0, 1, 0, changes;
+        mov.b32 $1, $0;
+        }
+        """,
+        "=r,=r,f,f", [correction], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        RESCALE, RESCALE_REGISTERS, [acc, correction[:, None], changes[:, None]], dtype=gl.float32, is_pure=False, pack=RESCALED
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -346,8 +387,8 @@ def _first_pair(listed, q, q_scale, scales, exponents, kv_ring, step, count, k_t
     key = gl.arange(0, BLOCK, gl.SliceLayout(0, SCORES))
     valid0 = (gl.load(at0) * BLOCK + key < k_tokens)[None, :]
     valid1 = count % 2 == 0
-    x0 = gl.where(valid0, s0, NO_SCORE)
-    x1 = gl.where(valid1, s1, NO_SCORE)
+    x0 = gl.where(valid0, s0.to(gl.float32), NO_SCORE)
+    x1 = gl.where(valid1, s1.to(gl.float32), NO_SCORE)
     row_max = gl.maximum(gl.max(x0, 1) * f0 + e0, gl.max(x1, 1) * f1 + e1)
     p0 = gl.where(valid0, gl.exp2(x0 * _column(f0, SCORES) - _column(row_max - e0 - RANGE, SCORES)), 0.0)
     p1 = gl.where(valid1, gl.exp2(x1 * _column(f1, SCORES) - _column(row_max - e1 - RANGE, SCORES)), 0.0)
@@ -361,7 +402,6 @@ def _next_pair(at, q, q_scale, scales, exponents, state, kv_ring, step, dtype: g
     acc, p0, p1, row_max, row_sum = state
     k_smem, v_smem, full, empty = kv_ring
     SCORES: gl.constexpr = _accumulator(BLOCK, _depth(QK))
-    OUTPUT: gl.constexpr = _accumulator(D, _depth(QK))
     RANGE: gl.constexpr = _log2_range(QK)
     LANES: gl.constexpr = _lanes()
     stage = wait_full(full, step)
@@ -374,18 +414,17 @@ def _next_pair(at, q, q_scale, scales, exponents, state, kv_ring, step, dtype: g
     m0 = _lane_maxima(x0) * _column(f0, LANES) + e0
     m1 = _lane_maxima(x1) * _column(f1, LANES) + e1
     new_max = gl.convert_layout(gl.max(gl.maximum(m0, m1), 1), gl.SliceLayout(1, SCORES))
-    new_max = gl.maximum(new_max, row_max)
+    new_max = gl.where(new_max > row_max + ROOM, new_max, row_max)
     correction = gl.exp2(row_max - new_max)
-    p0 = gl.exp2(x0 * _column(f0, SCORES) - _column(new_max - e0 - RANGE, SCORES))
-    p1 = gl.exp2(x1 * _column(f1, SCORES) - _column(new_max - e1 - RANGE, SCORES))
+    p0 = gl.exp2(x0.to(gl.float32) * _column(f0, SCORES) - _column(new_max - e0 - RANGE, SCORES))
+    p1 = gl.exp2(x1.to(gl.float32) * _column(f1, SCORES) - _column(new_max - e1 - RANGE, SCORES))
     fresh = _lane_sums(p0) * gl.exp2(-e0) + _lane_sums(p1) * gl.exp2(-e1)
     row_sum = row_sum * _column(correction, LANES) + fresh
     # naming P here keeps its exponentials before the wait, beside P V of the pair before
     acc, p0, p1 = warpgroup_mma_wait(0, [acc_t, p0, p1])
     _keep_pair(a0, a1, QK)
     leave(empty, step - 1)
-    acc = acc * gl.convert_layout(correction, gl.SliceLayout(1, OUTPUT))[:, None]
-    return acc, p0, p1, new_max, row_sum
+    return _rescaled(acc, correction), p0, p1, new_max, row_sum
 
 
 @gluon.jit

@@ -247,7 +247,7 @@ def _int8_sparse_attention(
         ask_for(tile_at(q_plane, later, lines, q_stride_n, q_stride_d))
         later_block = tl.minimum(q_block + TILES_AHEAD * TILE // QUERY_BLOCK, q_blocks - 1)
         ask_for(sums + (slot * q_blocks + later_block) * ((D + 1) * D) + LINE * tl.arange(0, D * D // LINE))
-        h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
+        h, z = query_sums_of(sums, slot * q_blocks + q_block, d, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
             some = tile_rows(part, LINEAR_ROWS)

@@ -12,7 +12,7 @@ from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 from .planes import COMES_BACK, LAST_USE, load_tile, plane_of, store_tile, tile_at, tile_rows
-from .product_order import quarters_as_stored, row_at
+from .product_order import place_of, quarters_as_stored, row_at
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def linear_rows(
 
 
 @triton.jit
-def query_sums_of(sums, block, D: tl.constexpr):
-    """(H_i [D, D], Z_i [D] in float32) of a query block."""
+def query_sums_of(sums, block, columns, D: tl.constexpr):
+    """(H_i [D, D], Z_i [D] in float32) of a query block. columns [D]: where H_i's columns lie."""
     d = tl.arange(0, D)
     at = sums + block * ((D + 1) * D)
-    h = tl.load(at + d[:, None] * D + d, eviction_policy=LAST_USE)
+    h = tl.load(at + d[:, None] * D + columns, eviction_policy=LAST_USE)
     return h, tl.load(at + D * D + d).to(tl.float32)
 
 
@@ -71,19 +71,21 @@ def query_sums_of(sums, block, D: tl.constexpr):
 def _linear_attention(
     q, sums, out, block_ratio, ratio,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
-    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, WARPS: tl.constexpr,
+    heads, first_head, tokens, D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
     q_blocks, q_block = tl.cdiv(tokens, QUERY_BLOCK), tile * TILE // QUERY_BLOCK
-    h, z = query_sums_of(sums, slot * q_blocks + q_block, D)
+    d = tl.arange(0, D)
+    # loaded channel after channel: Triton 3.2 ends the process where float32 is put in order later
+    h, z = query_sums_of(sums, slot * q_blocks + q_block, place_of(d, D) if ORDERED else d, D)
     rows = tile_rows(tile, TILE)
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
     linear_rows(
-        load_tile(q_plane, rows, tl.arange(0, D), q_stride_n, q_stride_d, tokens),
+        load_tile(q_plane, rows, d, q_stride_n, q_stride_d, tokens),
         plane_of(out, bh, heads, out_stride_b, out_stride_h), ratio + bh * tokens, h, z,
         1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
-        tile, out_stride_n, out_stride_d, tokens, D, block_ratio is None, WARPS,
+        tile, out_stride_n, out_stride_d, tokens, D, block_ratio is None, 0,
     )  # fmt: skip
 
 
@@ -99,5 +101,5 @@ def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, or
         _linear_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
         q, work.query_sums, out, block_ratio, ratio, *q.stride(), *out.stride(), heads, group.start, tokens,
         D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block,
-        WARPS=min(config.num_warps, config.tile_m // 16) if ordered else 0, options=config.options,
+        ORDERED=ordered, options=config.options,
     )  # fmt: skip

@@ -32,10 +32,16 @@ def tile_at(plane, rows, columns, stride_n, stride_d):
 
 
 @triton.jit
-def load_tile(plane, rows, columns, stride_n, stride_d, tokens, L2: tl.constexpr = ""):
-    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end. L2: LAST_USE, or nothing."""
+def load_tile(plane, rows, columns, stride_n, stride_d, tokens):
+    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end."""
+    return tl.load(tile_at(plane, rows, columns, stride_n, stride_d), mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def load_tile_last(plane, rows, columns, stride_n, stride_d, tokens):
+    """As load_tile(), for the last time."""
     at = tile_at(plane, rows, columns, stride_n, stride_d)
-    return tl.load(at, mask=rows[:, None] < tokens, other=0.0, eviction_policy=L2)
+    return tl.load(at, mask=rows[:, None] < tokens, other=0.0, eviction_policy=LAST_USE)
 
 
 @triton.jit

@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 
-from benchmarks import consumer
+from benchmarks import consumer, memory_traffic
 from benchmarks.consumer_imitation import CARDS, HOST_SHARED, RESERVED, Kernel, padded_shared
 from benchmarks.consumer_roofline import SHEETS, Work, milliseconds, sla2_work, sol_work
-from benchmarks.consumer_table import consumer_markdown
+from benchmarks.consumer_table import consumer_markdown, traffic_markdown
 
 KB = 1024
 SHAPE = consumer.SHAPES["LTX-2"]
@@ -137,3 +137,42 @@ def test_unknown_shapes_and_architectures_are_refused(words, sentence, capsys):
     with pytest.raises(SystemExit):
         consumer.main(words)
     assert sentence in capsys.readouterr().err
+
+
+NCU = """==PROF== Connected to process 12
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","12","_pack","Command line profiler metrics","dram__bytes_read.sum","byte","1,500,000,000"
+"0","12","_pack","Command line profiler metrics","dram__bytes_write.sum","byte","516,000,000"
+"0","12","_pack","Command line profiler metrics","gpu__time_duration.sum","ns","500,000"
+"1","12","_loop","Command line profiler metrics","dram__bytes_read.sum","byte","0"
+"1","12","_loop","Command line profiler metrics","dram__bytes_write.sum","byte","0"
+"1","12","_loop","Command line profiler metrics","gpu__time_duration.sum","ns","4,000,000"
+"2","12","spin_kernel(long)","Command line profiler metrics","dram__bytes_read.sum","byte","0"
+"3","12","prep_k","Command line profiler metrics","dram__bytes_read.sum","byte","504,000,000"
+"3","12","prep_k","Command line profiler metrics","dram__bytes_write.sum","byte","504,000,000"
+"3","12","prep_k","Command line profiler metrics","gpu__time_duration.sum","ns","1"
+"4","12","prep_k","Command line profiler metrics","dram__bytes_read.sum","byte","0"
+"4","12","prep_k","Command line profiler metrics","dram__bytes_write.sum","byte","0"
+"4","12","prep_k","Command line profiler metrics","gpu__time_duration.sum","ns","0"
+"5","12","spin_kernel(long)","Command line profiler metrics","dram__bytes_read.sum","byte","0"
+"""
+
+
+def test_bytes_that_ncu_counts_become_a_table():
+    calls = [{"method": method, "shape": "LTX-2", "sparsity": 0.97} for method in ("sla2", "sol_attn")]
+    rows = memory_traffic.joined(calls, memory_traffic.counted(NCU))
+    assert [[kernel["name"] for kernel in row["kernels"]] for row in rows] == [["_pack", "_loop"], ["prep_k"]]
+    environment = {"card": "H200", "torch": "2.11", "triton": "3.6"}
+    table = traffic_markdown({"rows": rows, "parts": {"traffic": {"environment": environment}}})
+    assert "| GB to and from memory | 2.02 (1.01) |" in table
+    # 1,008 GB a second: 2 ms of bytes; then 4 ms here, on 132 multiprocessors at 1.98 GHz instead of 128 at 2.52
+    assert f"| ms on an RTX 4090 | {2 + 4 * 132 * 1.98 / (128 * 2.52):.2f} (1.00) |" in table
+    assert traffic_markdown({"rows": [], "parts": {}}) == ""
+    assert "| ms on an RTX 4090 | 5.24 |" in traffic_markdown(
+        {"rows": rows[:1], "parts": {"traffic": {"environment": environment}}}
+    )
+
+
+def test_calls_that_ncu_did_not_count_are_refused():
+    with pytest.raises(ValueError, match="ncu counted 2 calls of 1"):
+        memory_traffic.joined([{}], memory_traffic.counted(NCU))

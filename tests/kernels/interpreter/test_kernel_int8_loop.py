@@ -87,4 +87,5 @@ def test_the_linear_branch_beside_the_loop_is_the_one_apart(generator, monkeypat
     beside = sla2_attention(*inputs.tensors(), **options)
     for module in (triton_backend, int8_attention):
         monkeypatch.setattr(module, "takes_linear_branch", lambda q: False)
-    assert torch.equal(sla2_attention(*inputs.tensors(), **options), beside)
+    # the same numbers in another order, in float16 from then on
+    assert relative_error(sla2_attention(*inputs.tensors(), **options), beside) < 2e-4

@@ -43,6 +43,16 @@ def test_head_groups_change_no_bit(generator, monkeypatch, precision, share, gro
     assert torch.equal(apart[0], together[0]) and torch.equal(apart[1], together[1])
 
 
+@pytest.mark.parametrize(("heads_that_fit", "expected"), [(1, (6, 1)), (2, (6, 2)), (4, (4, 2)), (6, (1, 1))])
+def test_groups_run_beside_each_other_where_more_than_one_head_fits_but_not_all(monkeypatch, heads_that_fit, expected):
+    monkeypatch.setattr(triton_backend, "WORKSPACE_FLOOR", 0)
+    monkeypatch.setattr(triton_backend, "_lanes", lambda device: 2)
+    q = torch.zeros(1).expand(2, 3, 300, 64)
+    per_head = triton_backend.WORKSPACE_SHARE * q.numel() * 4 / (heads_that_fit + 0.1)
+    groups, lanes = triton_backend._in_lanes(q, per_head)
+    assert (len(groups), lanes) == expected
+
+
 @pytest.mark.parametrize("per_head", [0, 1, 10**4, 10**6, 10**9])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 12), (2, 7), (3, 40)])
 @pytest.mark.parametrize("floor", [0, 10**7])
