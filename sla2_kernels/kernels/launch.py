@@ -20,6 +20,7 @@ from ..support import is_tested_triton
 MAX_RECORDINGS = 256
 STREAMS = 2  # one for each lane
 ALIGNMENT = 512  # bytes, of a buffer within its memory: that of torch's allocator
+FUSED = True  # a product and a sum in one instruction: Triton 3.9 warns that from 3.10 on it must be asked for
 # The releases whose compiled kernels take every argument, constants included, in the order of Recording._plan(): a
 # private interface, the same in all their sources. With other releases every call goes through the front end.
 DIRECT_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -100,7 +101,7 @@ def launch(kernel, grid, *args, options, **constants):
 
     options: num_warps and the like.
     """
-    compiled = kernel[grid](*args, **constants, **options)
+    compiled = kernel[grid](*args, **constants, **options, enable_fp_fusion=FUSED)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
         recording.add(compiled, grid, [*args, *(constants[name] for name in kernel.arg_names[len(args) :])])

@@ -24,7 +24,8 @@ class Kernel:
         self.compiled = SimpleNamespace(run=self.run, function="function", packed_metadata="metadata")
 
     def __getitem__(self, grid):
-        def front_end(*args, num_warps, **constants):
+        def front_end(*args, num_warps, enable_fp_fusion=None, **constants):
+            self.fused = enable_fp_fusion
             self.recorded.append((grid, args, constants))
             return self.compiled
 
@@ -93,6 +94,11 @@ def recorded(kernel, outside, call):
 
 def launch(kernel, x, y, n=7, desc=None, grid=(5, 2)):
     module.launch(kernel, grid, x, y, n, desc, SIZE=64, options={"num_warps": 4})
+
+
+def test_products_and_sums_are_fused_whatever_the_release_does_unasked(kernel):
+    launch(kernel, torch.zeros(3), None)
+    assert kernel.fused is True
 
 
 def test_outside_a_recording_the_front_end_launches(kernel):
