@@ -222,7 +222,7 @@ def _int8_sparse_attention(
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, RATIO_KIND: tl.constexpr,
-    LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -254,7 +254,7 @@ def _int8_sparse_attention(
             some_at = tile_at(q_columns, tl.minimum(some, q_tokens - 1), 0, q_stride_n, q_stride_d)
             linear_rows(
                 _loaded_together(some_at), out_plane, ratio, h, z, of_block, part, out_stride_n, out_stride_d, q_tokens,
-                D, block_ratio is None, LINEAR_ROWS // 16,
+                D, block_ratio is None, LINEAR_ROWS // 16, KEEP,
             )  # fmt: skip
         # other threads read it back
         tl.debug_barrier()
@@ -336,12 +336,13 @@ def int8_sparse_attention(
     """
     heads, tokens, head_dim = q.shape[1:]
     count = selected.shape[2]
+    along = ratio_kind != "none" and takes_linear_branch(q)
     launch(
         _int8_sparse_attention, (block_count(tokens, config.tile_m), group.stop - group.start),
         q, out, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, pools.balance, pools.v_channel, selected,
         work.query_sums, block_ratio, ratio, *q.stride(), *out.stride(),
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, RATIO_KIND=ratio_kind,
-        LINEAR_ROWS=LINEAR_ROWS if ratio_kind != "none" and takes_linear_branch(q) else 0,
-        WARPS=min(config.num_warps, config.tile_m // 16), options=config.options,
+        LINEAR_ROWS=LINEAR_ROWS if along else 0,
+        WARPS=min(config.num_warps, config.tile_m // 16), KEEP=along and config.keeps, options=config.options,
     )  # fmt: skip

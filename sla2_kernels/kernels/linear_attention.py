@@ -18,11 +18,12 @@ from .product_order import place_of, quarters_as_stored, row_at
 @triton.jit
 def linear_rows(
     queries, out_plane, ratio, h, z, of_block, tile, out_stride_n, out_stride_d, tokens,
-    D: tl.constexpr, ESTIMATED: tl.constexpr, WARPS: tl.constexpr,
+    D: tl.constexpr, ESTIMATED: tl.constexpr, WARPS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """O_l of a tile of one query block into out_plane, and what decides its rows' ratio into ``ratio``, that of the plane's first
     row. queries [TILE, D]: the tile's Q. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
-    ESTIMATED. WARPS: as in row_at() where H_i's channels have the places of product_order.py; 0: they do not."""
+    ESTIMATED. WARPS: as in row_at() where H_i's channels have the places of product_order.py; 0: they do not. KEEP: whether L2 is asked
+    to keep O_l, with WARPS."""
     ROWS: tl.constexpr = queries.shape[0]
     start = tile * ROWS
     rows = (tl.arange(0, ROWS) + start).to(tl.int64)
@@ -47,7 +48,10 @@ def linear_rows(
         out_at = tile_at(out_plane, stored, tl.arange(0, PART), out_stride_n, out_stride_d)
         for part in tl.static_range(D // PART):
             of_part = first if part == 0 else second if part == 1 else third if part == 2 else fourth
-            tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=COMES_BACK)
+            if KEEP:
+                tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=COMES_BACK)
+            else:
+                tl.store(out_at, of_part, mask=(stored < tokens)[:, None])
             out_at += PART * out_stride_d
     else:
         store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
@@ -85,7 +89,7 @@ def _linear_attention(
         load_tile(q_plane, rows, d, q_stride_n, q_stride_d, tokens),
         plane_of(out, bh, heads, out_stride_b, out_stride_h), ratio + bh * tokens, h, z,
         1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
-        tile, out_stride_n, out_stride_d, tokens, D, block_ratio is None, 0,
+        tile, out_stride_n, out_stride_d, tokens, D, block_ratio is None, 0, False,
     )  # fmt: skip
 
 

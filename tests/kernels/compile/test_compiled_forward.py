@@ -95,6 +95,11 @@ def test_forward_fits(compile_for, attend, card, case):
     for kernel in kernels:
         print(kernel)
         assert_fits(kernel, card, spill_bar(card, dtype, kernel.name))
+        if kernel.name == "_int8_sparse_attention":
+            # L2 is told what is read for the last time, and what comes back where it has room for it
+            assert any("evict_first" in access for access in kernel.accesses)
+            kept = any("evict_last" in access for access in kernel.accesses)
+            assert kept == (linear and takes_along and card.arch != 86)
 
 
 def launched(compile_for, attend, card, cases):
