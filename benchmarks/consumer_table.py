@@ -102,8 +102,8 @@ def traffic_markdown(content):
     lines += [
         "",
         f"SLA2 in INT8 with a ratio per head, in brackets sol_attn at an equal share: bytes counted by Nsight Compute on one {env['card']} (torch {env['torch']}, triton {env['triton']}). An estimate, no such card "
-        "was timed: each kernel takes the longer of its bytes over the memory's rate and its time here over the card's multiprocessors times their clock. The caches are this card's, with 50 MB; "
-        "an RTX 3090 has 6, a 4090 72, a 5090 96.",
+        "was timed: each kernel takes the longer of its bytes over the memory's rate and its time here over the card's multiprocessors times their clock, matrix products included. The caches are this card's (50 MB on "
+        "an H100 or H200); an RTX 3090 has 6, a 4090 72, a 5090 96.",
     ]
     return "\n".join(lines)
 

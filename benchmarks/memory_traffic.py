@@ -4,7 +4,7 @@ them: an H200's memory is five times as fast as an RTX 4090's, so a time there d
     python -m benchmarks.memory_traffic --peers FOLDER    counts and prints the table; needs Nsight Compute (ncu) and an H100 or H200
 
 ncu runs kernel after kernel, so what runs beside each other otherwise (kernels/launch.py's lanes) does not here. The rows go into the
-results file of benchmarks.consumer.
+results file of benchmarks.consumer, in place of those of an earlier run. Without --peers there is nothing to compare with.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from .consumer_imitation import imitate
 from .consumer_table import TRAFFIC, traffic_markdown
 from .inputs import make_inputs
 from .measure import environment
+from .rivals import sol_attn
 from .rivals.packages import add_peer_folders
 
 ARCH = 89
@@ -36,11 +37,18 @@ def main(argv=None):
     if args.child:
         call_each(args)
         return
+    if args.peers:
+        add_peer_folders(args.peers)
+        sol_attn.load_compiled()  # or says what is missing, before anything is counted
     with tempfile.TemporaryDirectory() as folder:
         report, calls = Path(folder) / "ncu.csv", Path(folder) / "calls.json"
-        count(args, report, calls)
-        rows = joined(json.loads(calls.read_text(encoding="utf-8")), counted(report.read_text(encoding="utf-8")))
-    content = results.replace_part(results.load(args.out), TRAFFIC, rows, {"environment": environment("cuda")})
+        try:
+            count(args, report, calls)
+            rows = joined(json.loads(calls.read_text(encoding="utf-8")), counted(report.read_text(encoding="utf-8")))
+        except (subprocess.CalledProcessError, ValueError):
+            print("\n".join(said(report)), file=sys.stderr)
+            raise
+    content = with_traffic(results.load(args.out), rows, environment("cuda"))
     results.save(args.out, content)
     print(traffic_markdown(content))
 
@@ -66,7 +74,7 @@ def parse(argv=None):
 
 
 def count(args, report, calls):
-    """Runs call_each() under ncu; raises subprocess.CalledProcessError, with ncu's own words on the screen."""
+    """Runs call_each() under ncu; raises subprocess.CalledProcessError."""
     words = [
         "ncu", "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off",
         "--metrics", ",".join(METRICS), "--print-units", "base", "--csv", "--log-file", report,
@@ -98,6 +106,20 @@ def call_each(args):
                 runtime.cudaProfilerStop()
                 listed.append({"method": method, "shape": name, "sparsity": sparsity})
     args.child.write_text(json.dumps(listed), encoding="utf-8")
+
+
+def said(report):
+    """What ncu said beside its table, lines; it writes that into the file too."""
+    if not report.exists():
+        return []
+    return [line for line in report.read_text(encoding="utf-8").splitlines() if line.startswith("==")]
+
+
+def with_traffic(content, rows, machine):
+    """The content of a results file with these rows; the environment beside the other parts stays that of their run."""
+    former = content["environment"]
+    content = results.replace_part(content, TRAFFIC, rows, {"environment": machine})
+    return content | {"environment": former or machine}
 
 
 def counted(report):

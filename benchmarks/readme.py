@@ -76,7 +76,12 @@ def blocks():
 
 def cards(contents):
     """The tables of benchmarks.consumer's results, times and bytes."""
-    return [table for content in contents for table in (consumer_markdown(content), traffic_markdown(content)) if table]
+    tables = []
+    for content in contents:
+        if any(row["part"].startswith("sm_") for row in content["rows"]):
+            tables.append(consumer_markdown(content))
+        tables.append(traffic_markdown(content))
+    return list(filter(None, tables))
 
 
 def first_screen(step_contents, call_contents):

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Triton up to 3.6.0: a text that is the default of a tl.constexpr parameter does not compile in a function that a kernel calls:
+# Triton 3.3.1 to 3.6.0: a text that is the default of a tl.constexpr parameter does not compile in a function that a kernel calls:
 # "'str' object has no attribute 'type'", raised at the call and not at the default. A number as the default does, the same text as
-# an argument does, and so does the default written tl.constexpr("..."). From 3.7.0 on all four do, so a helper with an eviction
-# policy or a rounding mode as its default that works there fails with what PyTorch 2.6 to 2.11 bring.
+# an argument does, and so does the default written tl.constexpr("..."). With 3.2.0 and from 3.7.0 on all four do, so a helper with
+# an eviction policy or a rounding mode as its default that works there fails with what PyTorch 2.7 to 2.11 bring.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cat > "$folder/defaults.py" <<'PY'
+import inspect
 import sys
 
 import triton
@@ -51,7 +52,8 @@ def constant_as_default(x, out):
 
 
 def outcome(kernel):
-    source = ASTSource(kernel, signature={"x": "*fp32", "out": "*fp32"}, constexprs={})
+    constants = "constexprs" if "constexprs" in inspect.signature(ASTSource.__init__).parameters else "constants"
+    source = ASTSource(kernel, signature={"x": "*fp32", "out": "*fp32"}, **{constants: {}})
     try:
         triton.compile(source, target=GPUTarget("cuda", 89, 32))
     except triton.CompilationError as error:
@@ -67,9 +69,9 @@ print(f"Triton {triton.__version__}: " + ", ".join(f"{k.__name__} {o}" for k, o 
 wanted = ["compiled", sys.argv[1], "compiled", "compiled"]
 assert found == wanted, f"Triton {triton.__version__} treats texts as defaults in another way now"
 PY
-for release in 3.6.0:refused 3.7.0:compiled; do
+for release in 3.2.0:compiled 3.3.1:refused 3.6.0:refused 3.7.0:compiled; do
   python3 -m venv "$folder/${release%:*}"
-  "$folder/${release%:*}/bin/python" -m pip install -q "triton==${release%:*}"
+  "$folder/${release%:*}/bin/python" -m pip install -q setuptools "triton==${release%:*}"
   TRITON_CACHE_DIR="$folder/cache" "$folder/${release%:*}/bin/python" "$folder/defaults.py" "${release#*:}" || {
     echo "texts as defaults of constants are no longer compiled as described"
     exit 1

@@ -116,7 +116,7 @@ def _large_shared_memory(capability):
 
 def _large_l2(capability):
     # the outputs of all programs that run at a time, 32 KB each, are 5 MB on an RTX 3090, whose L2 has 6; an A100 has 40, RTX 40
-    # and 50 have 24 to 128
+    # and 50 have 12 to 128
     return capability in ((8, 0), (8, 9)) or capability[0] == 12
 
 

@@ -25,7 +25,7 @@ from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE, add_up
-from .planes import KEY_BLOCK, LAST_USE, LINE, ask_for, plane_of, tile_at, tile_rows
+from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, plane_of, tile_at, tile_rows
 from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
 P_LOG2_RANGE = 7.0
@@ -259,7 +259,7 @@ def _int8_sparse_attention(
         # other threads read it back
         tl.debug_barrier()
     q_at = tile_at(q_columns, q_rows, 0, q_stride_n, q_stride_d)
-    queries = tl.load(q_at, eviction_policy=LAST_USE)
+    queries = tl.load(q_at, eviction_policy=EVICT_FIRST)
     q_tile, q_scale = _quantize_queries(queries, tl.load(balance + bh * (2 * D) + D + d))  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
@@ -301,15 +301,15 @@ def _int8_sparse_attention(
     PART: tl.constexpr = D if D < 32 else 32
     out_at = tile_at(out_plane, stored_rows.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
     if RATIO_KIND != "none":
-        ahead = tl.load(out_at, mask=stored, other=0.0, eviction_policy=LAST_USE)
+        ahead = tl.load(out_at, mask=stored, other=0.0, eviction_policy=EVICT_FIRST)
     for part in tl.static_range(D // PART):
         mixed = first if part == 0 else second if part == 1 else third if part == 2 else fourth
         if RATIO_KIND != "none":
             o_linear = ahead.to(tl.float32)
             if part + 1 < D // PART:
-                ahead = tl.load(out_at + PART * out_stride_d, mask=stored, other=0.0, eviction_policy=LAST_USE)
+                ahead = tl.load(out_at + PART * out_stride_d, mask=stored, other=0.0, eviction_policy=EVICT_FIRST)
             mixed += o_linear * of_linear
-        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored, eviction_policy=LAST_USE)
+        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored, eviction_policy=EVICT_FIRST)
         out_at += PART * out_stride_d
     tl.store(ratio_at, row_ratio, mask=inside)
 

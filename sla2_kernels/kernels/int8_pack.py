@@ -17,7 +17,7 @@ from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE, largest_or_nan
 from .pack import register_order_of_keys
-from .planes import KEY_BLOCK, LAST_USE, LINE, ask_for, tile_at
+from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, tile_at
 from .product_order import GROUP, halves, place_of, row_at
 
 MAX_PROGRAMS = 65535  # along the second axis of a launch
@@ -111,7 +111,7 @@ def _int8_pack(
     key = register_order_of_keys(place)
     rows = tl.minimum(key, keys - 1).to(tl.int64)
     k_at = tile_at(k_plane, rows, d, k_stride_n, k_stride_d)
-    k_raw = tl.load(k_at, eviction_policy=LAST_USE)  # [KEY_BLOCK, D]
+    k_raw = tl.load(k_at, eviction_policy=EVICT_FIRST)  # [KEY_BLOCK, D]
     # of a program to come, which would wait for memory; V itself is loaded when K has left its registers
     lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
     later = tl.minimum(place + ahead, keys - 1).to(tl.int64)
@@ -133,7 +133,7 @@ def _int8_pack(
 
     power = tl.load(v_channel + bh * D + d)
     v_at = tile_at(v_plane, rows, d, v_stride_n, v_stride_d)
-    v_raw = tl.load(v_at, eviction_policy=LAST_USE)  # [KEY_BLOCK, D]
+    v_raw = tl.load(v_at, eviction_policy=EVICT_FIRST)  # [KEY_BLOCK, D]
     v_largest = _largest(_largest_of_rows(v_raw, APART) * _over_power(power, 0)[None, :])
     # INT8 has no NaN: one in V, or an infinity, goes on as that of the exponent and of z_j
     zero_or_nan = 0.0 * v_largest

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .planes import COMES_BACK, LAST_USE, load_tile, plane_of, store_tile, tile_at, tile_rows
+from .planes import EVICT_FIRST, EVICT_LAST, load_tile, plane_of, store_tile, tile_at, tile_rows
 from .product_order import place_of, quarters_as_stored, row_at
 
 
@@ -49,7 +49,7 @@ def linear_rows(
         for part in tl.static_range(D // PART):
             of_part = first if part == 0 else second if part == 1 else third if part == 2 else fourth
             if KEEP:
-                tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=COMES_BACK)
+                tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=EVICT_LAST)
             else:
                 tl.store(out_at, of_part, mask=(stored < tokens)[:, None])
             out_at += PART * out_stride_d
@@ -67,7 +67,7 @@ def query_sums_of(sums, block, columns, D: tl.constexpr):
     """(H_i [D, D], Z_i [D] in float32) of a query block. columns [D]: where H_i's columns lie."""
     d = tl.arange(0, D)
     at = sums + block * ((D + 1) * D)
-    h = tl.load(at + d[:, None] * D + columns, eviction_policy=LAST_USE)
+    h = tl.load(at + d[:, None] * D + columns, eviction_policy=EVICT_FIRST)
     return h, tl.load(at + D * D + d).to(tl.float32)
 
 

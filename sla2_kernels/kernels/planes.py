@@ -14,9 +14,9 @@ from .numerics import INTERPRETED
 # A plain integer in Triton's interpreter, which knows no int % constexpr.
 KEY_BLOCK = K_BLOCK if interpreting() else tl.constexpr(K_BLOCK)  # keys that are selected or left out together
 LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
-# Which lines L2 gives up first: those read or written for the last time. What comes back soon stays.
-LAST_USE = tl.constexpr("evict_first")
-COMES_BACK = tl.constexpr("evict_last")
+# Which lines L2 gives up first: what the kernel does not come back to. And last: what it comes back to soon.
+EVICT_FIRST = tl.constexpr("evict_first")
+EVICT_LAST = tl.constexpr("evict_last")
 
 
 @triton.jit
@@ -38,10 +38,10 @@ def load_tile(plane, rows, columns, stride_n, stride_d, tokens):
 
 
 @triton.jit
-def load_tile_last(plane, rows, columns, stride_n, stride_d, tokens):
-    """As load_tile(), for the last time."""
+def load_tile_evict_first(plane, rows, columns, stride_n, stride_d, tokens):
+    """As load_tile(), for tiles that the kernel does not come back to: L2 gives them up first."""
     at = tile_at(plane, rows, columns, stride_n, stride_d)
-    return tl.load(at, mask=rows[:, None] < tokens, other=0.0, eviction_policy=LAST_USE)
+    return tl.load(at, mask=rows[:, None] < tokens, other=0.0, eviction_policy=EVICT_FIRST)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks import consumer, memory_traffic
+from benchmarks import consumer, memory_traffic, readme
 from benchmarks.consumer_imitation import CARDS, HOST_SHARED, RESERVED, Kernel, padded_shared
 from benchmarks.consumer_roofline import SHEETS, Work, milliseconds, sla2_work, sol_work
 from benchmarks.consumer_table import consumer_markdown, traffic_markdown
@@ -176,3 +176,27 @@ def test_bytes_that_ncu_counts_become_a_table():
 def test_calls_that_ncu_did_not_count_are_refused():
     with pytest.raises(ValueError, match="ncu counted 2 calls of 1"):
         memory_traffic.joined([{}], memory_traffic.counted(NCU))
+
+
+def test_another_part_keeps_the_environment_of_its_own_run():
+    before = {"environment": {"card": "H200"}, "parts": {"sm_89": {}}, "rows": [{"part": "sm_89"}]}
+    content = memory_traffic.with_traffic(before, [{"part": "traffic"}], {"card": "H100"})
+    assert content["environment"] == {"card": "H200"}
+    assert content["parts"]["traffic"] == {"environment": {"card": "H100"}} and len(content["rows"]) == 2
+    alone = memory_traffic.with_traffic({"environment": {}, "parts": {}, "rows": []}, [], {"card": "H100"})
+    assert alone["environment"] == {"card": "H100"}
+
+
+def test_what_ncu_says_beside_its_table_is_shown(tmp_path):
+    report = tmp_path / "ncu.csv"
+    assert memory_traffic.said(report) == []
+    report.write_text(NCU + "==ERROR== no permission\n")
+    assert memory_traffic.said(report) == ["==PROF== Connected to process 12", "==ERROR== no permission"]
+
+
+def test_a_results_file_with_bytes_alone_has_its_table_in_the_readme():
+    calls = [{"method": "sla2", "shape": "LTX-2", "sparsity": 0.97}]
+    rows = memory_traffic.joined(calls, memory_traffic.counted(NCU)[:1])
+    environment = {"card": "H200", "torch": "2.11", "triton": "3.6"}
+    content = memory_traffic.with_traffic({"environment": {}, "parts": {}, "rows": []}, rows, environment)
+    assert readme.cards([content]) == [traffic_markdown(content)]
