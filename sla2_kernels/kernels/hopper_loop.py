@@ -47,7 +47,7 @@ HEAD_DIM = 128
 D = gl.constexpr(HEAD_DIM)
 BLOCK = gl.constexpr(K_BLOCK)
 HALF = gl.constexpr(Q_BLOCK // 2)  # query rows of a consumer
-ROOM = gl.constexpr(0.75)  # log2: P is at most 2^8 times its maximum's, and E4M3 holds 2^8.8
+ROOM = gl.constexpr(0.75)  # log2 of what a score may exceed the maximum by: P reaches 2^8.75, and E4M3 holds 2^8.8
 SUMS = 64  # of the output, per thread
 
 
