@@ -65,10 +65,7 @@ def main(argv=None):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", type=lambda text: [int(arch) for arch in text.split(",")], default=[89, 80, 86])
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
-    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
-    parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
-    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
+    add_call_arguments(parser, list(SHAPES))
     parser.add_argument(
         "--all-methods",
         action="store_true",
@@ -78,8 +75,7 @@ def parse(argv=None):
     parser.add_argument("--roofline", action="store_true", help="print the estimate by data sheet")
     parser.add_argument("--child", type=int, metavar="ARCH", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.shapes if name not in SHAPES]:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(SHAPES)}")
+    check_shapes(parser, args)
     if unknown := [arch for arch in args.archs if arch not in (*CARDS, HOPPER)]:
         parser.error(f"sm_{unknown[0]} is not one of {', '.join(map(str, (*CARDS, HOPPER)))}")
     if not args.roofline and not (args.table and args.out) and not torch.cuda.is_available():
@@ -87,9 +83,27 @@ def parse(argv=None):
             "this times kernels on an H100 or H200, and there is no GPU; --roofline and --table --out FILE need none"
         )
     if args.out is None and not args.roofline:
-        card = results.card_file(environment("cuda")["card"])
-        args.out = card.with_name(f"consumer-{card.name}")
+        args.out = default_out()
     return args
+
+
+def add_call_arguments(parser, shapes):
+    """What decides the calls, and where their rows go. shapes: names, the default."""
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=shapes)
+    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
+    parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
+    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
+
+
+def check_shapes(parser, args):
+    if unknown := [name for name in args.shapes if name not in SHAPES]:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(SHAPES)}")
+
+
+def default_out():
+    """The results file of this machine's card."""
+    card = results.card_file(environment("cuda")["card"])
+    return card.with_name(f"consumer-{card.name}")
 
 
 def measure_apart(args, arch):

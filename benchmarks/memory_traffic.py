@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import results
-from .consumer import SHAPES, sla2_calls, sol_attn_call
+from .consumer import SHAPES, add_call_arguments, check_shapes, default_out, sla2_calls, sol_attn_call
 from .consumer_imitation import imitate
 from .consumer_table import TRAFFIC, traffic_markdown
 from .inputs import make_inputs
@@ -55,21 +55,16 @@ def main(argv=None):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=["14B-720p", "H3", "LTX-2"])
-    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
-    parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
-    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
+    add_call_arguments(parser, ["14B-720p", "H3", "LTX-2"])
     parser.add_argument("--child", type=Path, metavar="CALLS", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.shapes if name not in SHAPES]:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(SHAPES)}")
+    check_shapes(parser, args)
     if not torch.cuda.is_available():
         parser.error("this counts on an H100 or H200, and there is no GPU")
     if shutil.which("ncu") is None:
         parser.error("Nsight Compute's ncu is not on the PATH")
     if args.out is None:
-        card = results.card_file(environment("cuda")["card"])
-        args.out = card.with_name(f"consumer-{card.name}")
+        args.out = default_out()
     return args
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .planes import EVICT_FIRST, EVICT_LAST, load_tile, plane_of, store_tile, tile_at, tile_rows
+from .planes import EVICT_FIRST, EVICT_LAST, NO_POLICY, load_tile, plane_of, store_tile, tile_at, tile_rows
 from .product_order import place_of, quarters_as_stored, row_at
 
 
@@ -44,14 +44,12 @@ def linear_rows(
     if WARPS > 0:
         first, second, third, fourth = quarters_as_stored(o_linear.to(out_plane.dtype.element_ty), WARPS)
         PART: tl.constexpr = D if D < 32 else 32
+        POLICY: tl.constexpr = EVICT_LAST if KEEP else NO_POLICY
         stored = (row_at(tl.arange(0, ROWS), WARPS) + start).to(tl.int64)
         out_at = tile_at(out_plane, stored, tl.arange(0, PART), out_stride_n, out_stride_d)
         for part in tl.static_range(D // PART):
             of_part = first if part == 0 else second if part == 1 else third if part == 2 else fourth
-            if KEEP:
-                tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=EVICT_LAST)
-            else:
-                tl.store(out_at, of_part, mask=(stored < tokens)[:, None])
+            tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=POLICY)
             out_at += PART * out_stride_d
     else:
         store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..router import K_BLOCK, block_count
 from .channels import SAMPLED, STEP, balance_channels, value_powers
 from .launch import launch
-from .planes import load_tile_evict_first, plane_of, valid_rows
+from .planes import EVICT_FIRST, load_tile, plane_of, valid_rows
 
 SMOOTH_ROWS = 128  # twice as many take 0.006 ms off 14B-720p, and twice the error of K's mean
 SMOOTH_FEATURES = 32
@@ -39,7 +39,7 @@ class Pools:
 def _block_mean(plane, pooled, block, stride_n, stride_d, tokens, D: tl.constexpr, BLOCK: tl.constexpr):
     rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
-    tile = load_tile_evict_first(plane, rows, d, stride_n, stride_d, tokens)  # [BLOCK, D]
+    tile = load_tile(plane, rows, d, stride_n, stride_d, tokens, EVICT_FIRST)  # [BLOCK, D]
     valid = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
     tl.store(pooled + d, tl.sum(tile.to(tl.float32), axis=0) / valid)
 
