@@ -92,7 +92,10 @@ def _int8_pack(
     heads, first_head, tokens, ahead,
     D: tl.constexpr, LINEAR: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = 512 // D * WARPS  # of which a thread has 16 numbers of one
+    # Triton gives a thread 16 numbers of a row, as many as its widest store has, and loads them in two instructions of which each
+    # takes half of every 32 bytes: 1.2 times as long. With as many channels as keys other tiles have K's shape, and stay so
+    NEIGHBOURS: tl.constexpr = 8 if D > KEY_BLOCK else 16
+    ROWS: tl.constexpr = 32 * NEIGHBOURS // D * WARPS
     APART: tl.constexpr = ROWS if ROWS < 64 else 64
     # all heads of a block one after the other: in (B, N, H, D) their rows are neighbours in memory
     SLOT: tl.constexpr = 0 if HEADS_FIRST else 1
@@ -123,7 +126,9 @@ def _int8_pack(
     largest = tl.maximum(_largest(_largest_of_rows(k_smooth, APART) * balanced[None, :]), MIN_MAGNITUDE)
     # the bias rounds, and the last byte of the sum is the INT8
     biased = k_smooth * (balanced * (INT8_MAX / largest))[None, :] + INT8_BIAS
-    tl.store(packed_k + tile * (KEY_BLOCK * D) + key[:, None] * D + d, _bits(biased).to(tl.int8))
+    # not in a function of its own: what is said of a parameter is lost when Triton inlines it
+    k_out = tl.max_contiguous(key[:, None] * D + d, [1, NEIGHBOURS])
+    tl.store(packed_k + tile * (KEY_BLOCK * D) + k_out, _bits(biased).to(tl.int8))
     tl.store(k_scale + tile, largest / INT8_MAX)
     if LINEAR:
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]

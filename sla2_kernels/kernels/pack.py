@@ -40,8 +40,8 @@ def from_register_order_of_channels(x, D: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _larger(x, y):
-    """Elementwise the larger magnitude, float32."""
-    return tl.maximum(tl.abs(x.to(tl.float32)), tl.abs(y.to(tl.float32)))
+    """Elementwise the larger magnitude."""
+    return tl.maximum(tl.abs(x), tl.abs(y))
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
@@ -74,8 +74,7 @@ def _pack(
         v_last = tl.load(v_at + PART * v_stride_d, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
 
     # V first, while K takes half the registers
-    even_first, even_last = v_first.to(tl.float32), v_last.to(tl.float32)
-    v_largest = tl.max(_larger(even_first, even_last))
+    v_largest = tl.max(_larger(v_first, v_last).to(tl.float32))
     if PV == "fp8":
         exponent = fp8_exponent(v_largest)
         tl.store(v_exponent + tile, exponent)
@@ -97,15 +96,17 @@ def _pack(
 
     if LINEAR:
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
-        share = tl.where(rows < tokens, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
-        z = tl.sum(exponentials * share[:, None], axis=0)  # [D]
+        share = 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1))  # [KEY_BLOCK]
+        phi = (exponentials * share[:, None]).to(norms.dtype.element_ty)  # [KEY_BLOCK, D]
+        # z_j as a product, each column of it; of the keys that there are, as V is zero for the others
+        ones = tl.broadcast_to(valid, [KEY_BLOCK, 16]).to(phi.dtype)
+        z = tl.max(tl.dot(tl.trans(phi), ones, input_precision="tf32x3"), axis=1)  # [D]
         tl.store(norms + tile * NORM_STRIDE + d, z.to(norms.dtype.element_ty))
         if SUMS == "fp8":
-            # |h_j| <= z_j max |V_j|, and a little more for phi's rounding
+            # |h_j| <= z_j max |V_j|, and a little more for rounding
             h_exponent = fp8_exponent(1.01 * tl.max(z, axis=0) * v_largest)
             tl.store(sums_exponent + tile, h_exponent)
-            share *= tl.exp2(-h_exponent)
-        phi = (exponentials * share[:, None]).to(norms.dtype.element_ty)  # [KEY_BLOCK, D]
+            to_range = tl.exp2(-h_exponent)
 
     for p in tl.static_range(PARTS):
         v_raw = v_first if p == 0 else v_last
@@ -119,7 +120,7 @@ def _pack(
                 # the columns change places in registers, so that the stores stay wide
                 h = h.reshape([D, PART // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([D, PART])
             h_out = sums + tile * SUM_STRIDE + d[:, None] * D + p * PART + part
-            tl.store(h_out, to_fp8(h) if SUMS == "fp8" else h.to(phi.dtype))
+            tl.store(h_out, to_fp8(h * to_range) if SUMS == "fp8" else h.to(phi.dtype))
 
 
 def pack(k, v, k_mean, work, group, qk, pv, *, balance=None, register_order=False):
