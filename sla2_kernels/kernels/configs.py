@@ -72,11 +72,12 @@ class KeyBlockConfig(Launchable):
 @dataclass(frozen=True)
 class PackConfig(Launchable):
     """Packing a key block. parts: in how many parts V's channels are taken, one after the other. registers: at most, per
-    thread, or None."""
+    thread, or None. ahead: so many programs before its own L2 is asked for a key block, 32 KB each; three run at a time on a multiprocessor."""
 
     parts: int
     num_warps: int
     registers: int | None = None
+    ahead: int = 64
     num_stages: int = 3
 
     @property
@@ -167,7 +168,7 @@ def mass_config(capability, element_size, query_block):
 def pack_config(register_order):
     """The packing kernel's configuration. register_order: what the Hopper loop takes in FP8."""
     # 4 warps that take h_j in two parts get by with 168 registers a thread, so that three such programs run at a time
-    return PackConfig(2, 4, registers=168) if register_order else PackConfig(1, 8)
+    return PackConfig(2, 4, registers=168, ahead=128) if register_order else PackConfig(1, 8)
 
 
 def int8_pack_config(element_size, head_dim):

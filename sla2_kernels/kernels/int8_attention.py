@@ -110,9 +110,8 @@ def _quantize_queries(q, balance):
 
 
 @triton.jit
-def _loaded_together(at):
-    """What is loaded from these addresses [LINEAR_ROWS, D]. ptxas would load, wait for and convert 16 bytes at a time."""
-    loaded = tl.load(at)
+def _together(loaded):
+    """What was loaded, [LINEAR_ROWS, D]. ptxas would wait for and convert 16 bytes at a time."""
     if INTERPRETED or loaded.shape[1] != 128:
         found = loaded
     else:
@@ -120,6 +119,11 @@ def _loaded_together(at):
             TOGETHER, TOGETHER_REGISTERS, [loaded], dtype=loaded.dtype, is_pure=True, pack=TOGETHER_PACK
         )
     return found
+
+
+@triton.jit
+def _rows_at(columns, part, tokens, stride_n, stride_d, LINEAR_ROWS: tl.constexpr):
+    return tile_at(columns, tl.minimum(tile_rows(part, LINEAR_ROWS), tokens - 1), 0, stride_n, stride_d)
 
 
 @triton.jit
@@ -247,13 +251,16 @@ def _int8_sparse_attention(
         ask_for(tile_at(q_plane, later, lines, q_stride_n, q_stride_d))
         later_block = tl.minimum(q_block + TILES_AHEAD * TILE // QUERY_BLOCK, q_blocks - 1)
         ask_for(sums + (slot * q_blocks + later_block) * ((D + 1) * D) + LINE * tl.arange(0, D * D // LINE))
+        # before H_i, which goes to shared memory as soon as it has come; then each part while the one before is multiplied
+        loaded = tl.load(_rows_at(q_columns, 0, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS))
         h, z = query_sums_of(sums, slot * q_blocks + q_block, d, D)
         of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
         for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
-            some = tile_rows(part, LINEAR_ROWS)
-            some_at = tile_at(q_columns, tl.minimum(some, q_tokens - 1), 0, q_stride_n, q_stride_d)
+            queries = _together(loaded)
+            if part + 1 < TILE // LINEAR_ROWS:
+                loaded = tl.load(_rows_at(q_columns, part + 1, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS))
             linear_rows(
-                _loaded_together(some_at), out_plane, ratio, h, z, of_block, part, out_stride_n, out_stride_d, q_tokens,
+                queries, out_plane, ratio, h, z, of_block, part, out_stride_n, out_stride_d, q_tokens,
                 D, block_ratio is None, LINEAR_ROWS // 16, KEEP,
             )  # fmt: skip
         # other threads read it back

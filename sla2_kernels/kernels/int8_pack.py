@@ -10,18 +10,15 @@ a thread has them, 16 in a store, and V's are stored in it too (product_order.py
 import triton
 import triton.language as tl
 
-from ..router import K_BLOCK, block_count
 from ..support import interpreting
 from . import configs
 from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE, largest_or_nan
-from .pack import register_order_of_keys
+from .pack import order_of_programs, register_order_of_keys
 from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, tile_at
 from .product_order import GROUP, halves, place_of, row_at
 
-MAX_PROGRAMS = 65535  # along the second axis of a launch
-PROGRAMS_AHEAD = 64  # so far ahead L2 is asked for K and V, 2 MB; three programs a multiprocessor run at a time
 MIN_LARGEST = tl.constexpr(2.0**-40)  # of V over its channel powers, which are 2^-67 or more: no factor is infinite
 # what the terms of h_j and z_j are rounded to, whatever K and V are: h_j leaves in INT8
 TERMS = tl.constexpr(tl.float32 if interpreting() else tl.bfloat16)
@@ -123,6 +120,11 @@ def _int8_pack(
 
     k_smooth = k_raw.to(tl.float32) - tl.load(k_mean + bh * D + d)  # [KEY_BLOCK, D]
     balanced = tl.load(balance + bh * (2 * D) + d)
+    if LINEAR:
+        # before K's largest element, for which all warps wait
+        exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
+        share = tl.where(key < keys, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
+        phi = (exponentials * share[:, None]).to(TERMS)  # [KEY_BLOCK, D]
     largest = tl.maximum(_largest(_largest_of_rows(k_smooth, APART) * balanced[None, :]), MIN_MAGNITUDE)
     # the bias rounds, and the last byte of the sum is the INT8
     biased = k_smooth * (balanced * (INT8_MAX / largest))[None, :] + INT8_BIAS
@@ -131,9 +133,6 @@ def _int8_pack(
     tl.store(packed_k + tile * (KEY_BLOCK * D) + k_out, _bits(biased).to(tl.int8))
     tl.store(k_scale + tile, largest / INT8_MAX)
     if LINEAR:
-        exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
-        share = tl.where(key < keys, 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1)), 0.0)  # [KEY_BLOCK]
-        phi = (exponentials * share[:, None]).to(TERMS)  # [KEY_BLOCK, D]
         rows += (share < 0).to(tl.int64)  # 0: without it V is loaded as early as K
 
     power = tl.load(v_channel + bh * D + d)
@@ -178,12 +177,11 @@ def int8_pack(k, v, k_mean, work, group, *, balance, v_channel):
     Pools."""
     heads, tokens, head_dim = k.shape[1:]
     config = configs.int8_pack_config(v.element_size(), head_dim)
-    blocks, slots = block_count(tokens, K_BLOCK), group.stop - group.start
-    heads_first = blocks <= MAX_PROGRAMS
+    grid, heads_first, ahead = order_of_programs(tokens, group, config)
     launch(
-        _int8_pack, (slots, blocks) if heads_first else (blocks, slots),
+        _int8_pack, grid,
         k, v, k_mean, balance, v_channel, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
-        *k.stride(), *v.stride(), heads, group.start, tokens, block_count(PROGRAMS_AHEAD, slots) * K_BLOCK,
+        *k.stride(), *v.stride(), heads, group.start, tokens, ahead,
         D=head_dim, LINEAR=work.sums is not None, GROUP=min(GROUP, head_dim), WARPS=min(config.num_warps, head_dim // 16),
         HEADS_FIRST=heads_first, options=config.options,
     )  # fmt: skip

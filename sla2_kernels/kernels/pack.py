@@ -15,8 +15,9 @@ from ..router import K_BLOCK, block_count
 from . import configs
 from .launch import launch
 from .numerics import FP8_MAX, INT8_BIAS, INT8_MAX, LOG2_E, MIN_MAGNITUDE, fp8_exponent, to_fp8
-from .planes import KEY_BLOCK, plane_of, tile_at
+from .planes import KEY_BLOCK, LINE, ask_for, plane_of, tile_at
 
+MAX_PROGRAMS = 65535  # along the second axis of a launch
 HOPPER_GROUP = 32  # channels that change places with each other
 
 
@@ -44,17 +45,21 @@ def _larger(x, y):
     return tl.maximum(tl.abs(x), tl.abs(y))
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "tokens"])
+@triton.jit(do_not_specialize=["heads", "first_head", "tokens", "ahead"])
 def _pack(
     k, v, k_mean, balance, packed_k, k_scale, packed_v, v_exponent, sums, sums_exponent, norms,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-    heads, first_head, tokens,
+    heads, first_head, tokens, ahead,
     D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, LINEAR: tl.constexpr, SUMS: tl.constexpr,
     SUM_STRIDE: tl.constexpr, NORM_STRIDE: tl.constexpr, REGISTER_ORDER: tl.constexpr, PARTS: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    block, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    # all heads of a block one after the other: in (B, N, H, D) their rows are neighbours in memory
+    SLOT: tl.constexpr = 0 if HEADS_FIRST else 1
+    blocks = tl.num_programs(1 - SLOT)
+    block, slot = tl.program_id(1 - SLOT).to(tl.int64), tl.program_id(SLOT).to(tl.int64)
     bh = first_head + slot
-    tile = slot * tl.num_programs(0) + block  # of the workspace, which holds this group's heads only
+    tile = slot * blocks + block  # of the workspace, which holds this group's heads only
     place, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     PART: tl.constexpr = D // PARTS
     part = tl.arange(0, PART)
@@ -65,13 +70,20 @@ def _pack(
     valid = rows[:, None] < tokens
 
     k_plane = plane_of(k, bh, heads, k_stride_b, k_stride_h)
-    v_at = tile_at(plane_of(v, bh, heads, v_stride_b, v_stride_h), rows, part, v_stride_n, v_stride_d)
+    v_plane = plane_of(v, bh, heads, v_stride_b, v_stride_h)
+    v_at = tile_at(v_plane, rows, part, v_stride_n, v_stride_d)
     mean = tl.load(k_mean + bh * D + d)  # [D]
     k_raw = tl.load(tile_at(k_plane, rows, d, k_stride_n, k_stride_d), mask=valid, other=0.0)  # [KEY_BLOCK, D]
     v_first = tl.load(v_at, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
     v_last = v_first
     if PARTS == 2:
         v_last = tl.load(v_at + PART * v_stride_d, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
+
+    # of a program to come, which would wait for memory
+    lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
+    later = tl.minimum(block * KEY_BLOCK + place + ahead, tokens - 1).to(tl.int64)
+    ask_for(tile_at(k_plane, later, lines, k_stride_n, k_stride_d))
+    ask_for(tile_at(v_plane, later, lines, v_stride_n, v_stride_d))
 
     # V first, while K takes half the registers
     v_largest = tl.max(_larger(v_first, v_last).to(tl.float32))
@@ -98,9 +110,12 @@ def _pack(
         exponentials = tl.exp2(k_smooth * LOG2_E - (tl.max(k_smooth, axis=1) * LOG2_E)[:, None])  # [KEY_BLOCK, D]
         share = 1.0 / (KEY_BLOCK * tl.sum(exponentials, axis=1))  # [KEY_BLOCK]
         phi = (exponentials * share[:, None]).to(norms.dtype.element_ty)  # [KEY_BLOCK, D]
-        # z_j as a product, each column of it; of the keys that there are, as V is zero for the others
-        ones = tl.broadcast_to(valid, [KEY_BLOCK, 16]).to(phi.dtype)
-        z = tl.max(tl.dot(tl.trans(phi), ones, input_precision="tf32x3"), axis=1)  # [D]
+        # of the keys that there are: V is zero for the others
+        if phi.dtype == tl.float32:
+            z = tl.sum(tl.where(valid, phi, 0.0), axis=0)  # [D]
+        else:
+            # a product, each column of it; of float32 Triton 3.2 ends the process for Hopper
+            z = tl.max(tl.dot(tl.trans(phi), tl.broadcast_to(valid, [KEY_BLOCK, 16]).to(phi.dtype)), axis=1)  # [D]
         tl.store(norms + tile * NORM_STRIDE + d, z.to(norms.dtype.element_ty))
         if SUMS == "fp8":
             # |h_j| <= z_j max |V_j|, and a little more for rounding
@@ -123,6 +138,14 @@ def _pack(
             tl.store(h_out, to_fp8(h * to_range) if SUMS == "fp8" else h.to(phi.dtype))
 
 
+def order_of_programs(tokens, group, config):
+    """(grid, whether the heads of slice ``group`` come first along it, how many tokens further on L2 is asked for K and V)."""
+    blocks, slots = block_count(tokens, K_BLOCK), group.stop - group.start
+    heads_first = blocks <= MAX_PROGRAMS
+    ahead = block_count(config.ahead, slots) if heads_first else config.ahead
+    return (slots, blocks) if heads_first else (blocks, slots), heads_first, ahead * K_BLOCK
+
+
 def pack(k, v, k_mean, work, group, qk, pv, *, balance=None, register_order=False):
     """Fills ``work`` (a Workspace) for the heads of slice ``group`` of k and v (B, H, M, D), any stride.
 
@@ -134,11 +157,12 @@ def pack(k, v, k_mean, work, group, qk, pv, *, balance=None, register_order=Fals
     if qk == "16bit" and not linear:
         return
     config = configs.pack_config(register_order)
+    grid, heads_first, ahead = order_of_programs(tokens, group, config)
     launch(
-        _pack, (block_count(tokens, K_BLOCK), group.stop - group.start),
+        _pack, grid,
         k, v, k_mean, balance, work.packed_k, work.k_scale, work.packed_v, work.v_exponent, work.sums, work.sums_exponent, work.norms,
-        *k.stride(), *v.stride(), heads, group.start, tokens,
+        *k.stride(), *v.stride(), heads, group.start, tokens, ahead,
         D=head_dim, QK=qk, PV=pv, LINEAR=linear, SUMS="fp8" if linear and work.sums.dtype == torch.float8_e4m3fn else "16bit",
         SUM_STRIDE=work.sums.stride(1) if linear else 0, NORM_STRIDE=work.norms.stride(1) if linear else 0,
-        REGISTER_ORDER=register_order, PARTS=config.parts, options=config.options,
+        REGISTER_ORDER=register_order, PARTS=config.parts, HEADS_FIRST=heads_first, options=config.options,
     )  # fmt: skip
