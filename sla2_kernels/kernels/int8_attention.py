@@ -25,7 +25,7 @@ from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
 from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE, add_up
-from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, plane_of, tile_at, tile_rows
+from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, ask_for_rows, plane_of, tile_at, tile_rows
 from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
 P_LOG2_RANGE = 7.0
@@ -244,11 +244,10 @@ def _int8_sparse_attention(
     q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
         # first, while the registers of the loop are free
-        lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
-        ask_for(tile_at(q_plane, q_rows, lines, q_stride_n, q_stride_d))
+        ask_for_rows(q_plane, q_rows, q_stride_n, q_stride_d, D)
         # and for what a program to come starts with
         later = tl.minimum(row + TILES_AHEAD * TILE, q_tokens - 1).to(tl.int64)
-        ask_for(tile_at(q_plane, later, lines, q_stride_n, q_stride_d))
+        ask_for_rows(q_plane, later, q_stride_n, q_stride_d, D)
         later_block = tl.minimum(q_block + TILES_AHEAD * TILE // QUERY_BLOCK, q_blocks - 1)
         ask_for(sums + (slot * q_blocks + later_block) * ((D + 1) * D) + LINE * tl.arange(0, D * D // LINE))
         # before H_i, which goes to shared memory as soon as it has come; then each part while the one before is multiplied

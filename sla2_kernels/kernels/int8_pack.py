@@ -16,7 +16,7 @@ from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE, largest_or_nan
 from .pack import order_of_programs, register_order_of_keys
-from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, tile_at
+from .planes import EVICT_FIRST, KEY_BLOCK, ask_for_rows, tile_at
 from .product_order import GROUP, halves, place_of, row_at
 
 MIN_LARGEST = tl.constexpr(2.0**-40)  # of V over its channel powers, which are 2^-67 or more: no factor is infinite
@@ -113,10 +113,9 @@ def _int8_pack(
     k_at = tile_at(k_plane, rows, d, k_stride_n, k_stride_d)
     k_raw = tl.load(k_at, eviction_policy=EVICT_FIRST)  # [KEY_BLOCK, D]
     # of a program to come, which would wait for memory; V itself is loaded when K has left its registers
-    lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
     later = tl.minimum(place + ahead, keys - 1).to(tl.int64)
-    ask_for(tile_at(k_plane, later, lines, k_stride_n, k_stride_d))
-    ask_for(tile_at(v_plane, later, lines, v_stride_n, v_stride_d))
+    ask_for_rows(k_plane, later, k_stride_n, k_stride_d, D)
+    ask_for_rows(v_plane, later, v_stride_n, v_stride_d, D)
 
     k_smooth = k_raw.to(tl.float32) - tl.load(k_mean + bh * D + d)  # [KEY_BLOCK, D]
     balanced = tl.load(balance + bh * (2 * D) + d)

@@ -15,7 +15,7 @@ from ..router import K_BLOCK, block_count
 from . import configs
 from .launch import launch
 from .numerics import FP8_MAX, INT8_BIAS, INT8_MAX, LOG2_E, MIN_MAGNITUDE, fp8_exponent, to_fp8
-from .planes import KEY_BLOCK, LINE, ask_for, plane_of, tile_at
+from .planes import KEY_BLOCK, ask_for_rows, plane_of, tile_at
 
 MAX_PROGRAMS = 65535  # along the second axis of a launch
 HOPPER_GROUP = 32  # channels that change places with each other
@@ -37,12 +37,6 @@ def register_order_of_channels(channel):
 def from_register_order_of_channels(x, D: tl.constexpr, GROUP: tl.constexpr):
     """A vector [D] in that order, channel after channel. GROUP: how many change places; in other groups there are more a's."""
     return x.reshape([D // GROUP, 4, GROUP // 8, 2]).permute([0, 2, 1, 3]).reshape([D])
-
-
-@triton.jit
-def _larger(x, y):
-    """Elementwise the larger magnitude."""
-    return tl.maximum(tl.abs(x), tl.abs(y))
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "tokens", "ahead"])
@@ -80,13 +74,12 @@ def _pack(
         v_last = tl.load(v_at + PART * v_stride_d, mask=valid, other=0.0)  # [KEY_BLOCK, PART]
 
     # of a program to come, which would wait for memory
-    lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
     later = tl.minimum(block * KEY_BLOCK + place + ahead, tokens - 1).to(tl.int64)
-    ask_for(tile_at(k_plane, later, lines, k_stride_n, k_stride_d))
-    ask_for(tile_at(v_plane, later, lines, v_stride_n, v_stride_d))
+    ask_for_rows(k_plane, later, k_stride_n, k_stride_d, D)
+    ask_for_rows(v_plane, later, v_stride_n, v_stride_d, D)
 
     # V first, while K takes half the registers
-    v_largest = tl.max(_larger(v_first, v_last).to(tl.float32))
+    v_largest = tl.max(tl.maximum(tl.abs(v_first), tl.abs(v_last)).to(tl.float32))
     if PV == "fp8":
         exponent = fp8_exponent(v_largest)
         tl.store(v_exponent + tile, exponent)

@@ -56,6 +56,13 @@ def ask_for(at):
 
 
 @triton.jit
+def ask_for_rows(plane, rows, stride_n, stride_d, D: tl.constexpr):
+    """Has L2 fetch these rows of a plane, without waiting."""
+    lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
+    ask_for(tile_at(plane, rows, lines, stride_n, stride_d))
+
+
+@triton.jit
 def tile_rows(tile, ROWS: tl.constexpr):
     """int64 numbers of a tile's rows."""
     return (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
