@@ -5,6 +5,8 @@
                                                          torch.compile of the whole model, memory that really runs out,
                                                          and dynamic VRAM; with two GPUs also on the second one
     python -m benchmarks.gpu_checks --only "second GPU"  one group of checks
+    python -m benchmarks.gpu_checks --rtx                the operator's forward pass in the instructions of an RTX 40, on an
+                                                         H100 or H200 (see benchmarks/consumer_imitation.py)
 
 Needs no checkpoint but the miniature's. Checks of the operator that a CPU can make are in tests/.
 """
@@ -19,6 +21,7 @@ import torch
 
 from tooling.comfyui import find_comfyui
 
+from ..consumer_imitation import CARDS, Imitation
 from ..measure import environment
 from . import in_comfyui, operator_alone, second_gpu
 from .checks import run
@@ -41,7 +44,10 @@ def parse(argv=None):
     )
     parser.add_argument("--comfyui", nargs="?", const=find_comfyui()[1], type=Path, help="folder of a ComfyUI checkout")
     parser.add_argument("--only", metavar="GROUP", type=group_name, help=f"one of: {', '.join(GROUPS)}")
+    parser.add_argument("--rtx", action="store_true", help="the forward pass in an RTX 40's instructions, alone")
     args = parser.parse_args(argv)
+    if args.rtx and (args.only or args.comfyui):
+        parser.error("--rtx runs alone, without --only and --comfyui: the process compiles for that card from then on.")
     if args.comfyui is not None and not (args.comfyui / "comfy" / "model_base.py").is_file():
         parser.error(f"{args.comfyui} is no ComfyUI checkout: comfy/model_base.py is missing.")
     return args
@@ -57,6 +63,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         # empty, so that the first call compiles; Triton reads the variable then
         os.environ["TRITON_CACHE_DIR"] = folder
+        if args.rtx:
+            return 1 if run(_in_rtx_code()) else 0
         for name in [args.only] if args.only else GROUPS:
             reason = GROUPS[name].missing(args.comfyui)
             if reason and args.only:
@@ -66,6 +74,16 @@ def main(argv=None):
             else:
                 failed += run(GROUPS[name].checks(args.comfyui))
     return 1 if failed else 0
+
+
+def _in_rtx_code():
+    """The checks of the forward pass, which from now on is compiled for an RTX 40."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        sys.exit(
+            f"--rtx needs an H100 or H200, and this is {torch.cuda.get_device_name()}: check an RTX card without it."
+        )
+    Imitation(CARDS[89]).begin()
+    return operator_alone.forward_checks()
 
 
 if __name__ == "__main__":

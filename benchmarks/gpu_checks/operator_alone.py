@@ -31,20 +31,28 @@ def missing(comfyui):
 def checks(comfyui):
     """The first one needs a process that has called no kernel yet."""
     return [
-        threads_launch_for_the_first_time,
-        few_tokens,
-        large_logits,
-        linear_branch_without_weight,
+        *forward_checks(),
         gradients,
         another_process,
-        replayed_calls,
-        two_streams,
-        fitted_and_judged,
-        cuda_graph,
         compiled_around_it,
         intermediates_beyond_32_bits,
         cost_of_the_diagonal,
         router_training_sums,
+    ]
+
+
+def forward_checks():
+    """Those of the forward pass alone, of few minutes."""
+    return [
+        threads_launch_for_the_first_time,
+        few_tokens,
+        queries_of_a_selection,
+        large_logits,
+        linear_branch_without_weight,
+        replayed_calls,
+        two_streams,
+        fitted_and_judged,
+        cuda_graph,
     ]
 
 
@@ -87,6 +95,27 @@ def few_tokens():
             worst[precision] = max(worst[precision], error)
             which = f"{tokens} tokens, {dtype}, {precision}{'' if linear else ', no linear branch'}"
             require(error < BOUNDS[precision], f"{which}: error {error:.2e}")
+    return "largest errors " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+
+
+def queries_of_a_selection():
+    """64 and 128 query tokens, head_dim 64 and 128, a ratio per block and an estimated one, against float64."""
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    for query_block, head_dim, mixing in itertools.product((64, 128), (64, 128), ("given", "estimated")):
+        q, k, v = random_qkv(3001, 2, head_dim, seed=12)
+        options = {"query_block": query_block, "layout": "BNHD"}
+        options["key_blocks"] = select_key_blocks(q, k, sparsity=0.9, **options)
+        ratio = torch.tensor([[0.2, 0.9, 0.5], [0.7, 0.4, 0.95]], device="cuda") if mixing == "given" else None
+        plain = {"query_block": query_block, "key_blocks": options["key_blocks"]}
+        expected, shares = sla2_reference(*(x.transpose(1, 2) for x in (q, k, v)), alpha=ratio, **plain)
+        for precision in BOUNDS:
+            out, share = sla2_attention(
+                q, k, v, alpha=ratio, precision=precision, backend="triton", return_alpha=True, **options
+            )
+            errors = relative_error(out.transpose(1, 2), expected), relative_error(share, shares)
+            worst[precision] = max(worst[precision], *errors)
+            what = f"{query_block} queries, head_dim {head_dim}, {mixing} ratio, {precision}"
+            require(max(errors) < BOUNDS[precision], f"{what}: errors of output and ratio {errors}")
     return "largest errors " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
 
 

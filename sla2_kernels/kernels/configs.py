@@ -15,14 +15,12 @@ class Launchable:
 
 @dataclass(frozen=True)
 class LoopConfig(Launchable):
-    """The sparse loop: query rows per program. converts: INT8 scores become float32 one by one (see sparse_attention.py). keeps: L2 is
-    asked to keep the linear branch's output until the loop ends."""
+    """The sparse loop: query rows per program. converts: INT8 scores become float32 one by one (see sparse_attention.py)."""
 
     tile_m: int
     num_warps: int
     num_stages: int
     converts: bool = False
-    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,6 @@ def _large_shared_memory(capability):
     return capability[0] in (9, 10) or capability == (8, 0)
 
 
-def _large_l2(capability):
-    # the outputs of all programs that run at a time, 32 KB each, are 5 MB on an RTX 3090, whose L2 has 6; an A100 has 40, RTX 40
-    # and 50 have 12 to 128
-    return capability in ((8, 0), (8, 9)) or capability[0] == 12
-
-
 def _within(config, query_block):
     """The configuration, its tile no larger than a query block."""
     return replace(config, tile_m=min(config.tile_m, query_block))
@@ -141,8 +133,9 @@ def _loop_config(capability, qk, pv, head_dim, element_size):
     if pv == "int8":
         # 32 rows per warp: with 16 the warps read K and V from shared memory twice as often, and wait for that. Five stages: the
         # index of a key block is read first, which takes every second one, and with fewer K and V have one buffer alone, so
-        # that each turn waits for what it has just asked for
-        return LoopConfig(128, 4, 5, keeps=_large_l2(capability))
+        # that each turn waits for what it has just asked for. Up to Triton 3.4 stages are those of K and V: five take 80 KB, of
+        # which an RTX card has room for one program, three take 48
+        return LoopConfig(128, 4, 5 if triton_version() >= (3, 5) else 3)
     if qk == "16bit" and hopper:
         return LoopConfig(64, 4, 3)
     if qk == "16bit":

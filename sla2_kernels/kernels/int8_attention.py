@@ -12,6 +12,9 @@ may hold much of the mass.
 Scores arrive as float32 INT8_BIAS + S, exactly (see sparse_attention.py). The row's maximum leaves with the multiply-add
 before exp2, whose addend is rounded at the size of INT8_BIAS * slope; what that rounds away joins the multiply-add that
 rounds P.
+
+In 16 bit the linear branch comes last (_linear_and_mix): the output of the selected blocks waits in registers, two numbers in one
+of them, and nothing waits in memory.
 """
 
 import math
@@ -21,11 +24,20 @@ import triton
 import triton.language as tl
 
 from ..router import K_BLOCK, block_count
-from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .linear_attention import linear_rows, query_sums_of
-from .numerics import INT8_BIAS, INT8_BIAS_BITS, INT8_MAX, INTERPRETED, MIN_MAGNITUDE, NO_SCORE, add_up
-from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, ask_for_rows, plane_of, tile_at, tile_rows
+from .numerics import (
+    INT8_BIAS,
+    INT8_BIAS_BITS,
+    INT8_MAX,
+    INTERPRETED,
+    MIN_LINEAR_WEIGHT,
+    MIN_MAGNITUDE,
+    NO_SCORE,
+    add_up,
+)
+from .pairs import bytes_of_halves, half_biased, in_pairs, of_pairs, widened
+from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, ask_for_rows, plane_of, tile_at
 from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
 P_LOG2_RANGE = 7.0
@@ -40,8 +52,7 @@ MAX_SHIFT = tl.constexpr(31.0)  # of INT32
 COLUMNS = tl.constexpr(8)  # of the matrix instruction's tile of scores
 SHIFTED = 64  # sums per thread behind one vote: 16 rows of a warp, 128 channels
 MASKED = 32  # scores per thread behind one branch: 16 rows of a warp, 64 keys
-TILES_AHEAD = tl.constexpr(32)  # so far ahead L2 is asked for Q and H_i, 2 MB
-LOADED = 32  # registers per thread, of LINEAR_ROWS rows of 128 channels in 16 bit
+TILES_AHEAD = tl.constexpr(32)  # so far ahead L2 is asked for Q, 1 MB
 NO_SCORE_BITS = hex(struct.unpack("I", struct.pack("f", NO_SCORE.value))[0])
 
 
@@ -71,17 +82,6 @@ def _mask(values):
     )
 
 
-def _together(values):
-    """PTX that hands on ``values`` registers once all of them have come: it takes zeros in their place where their OR is zero,
-    that is where all of them are."""
-    ors = [f"or.b32 any, any, ${values + i};" for i in range(values)]
-    return "\n".join(
-        ["{", ".reg .pred some;", ".reg .b32 any;", "mov.b32 any, 0;", *ors, "setp.ne.s32 some, any, 0;"]
-        + [f"selp.b32 ${i}, ${values + i}, 0, some;" for i in range(values)]
-        + ["}"]
-    )
-
-
 def _changed(values, others):
     """Constraints of inline assembly that changes ``values`` registers and reads ``others`` more."""
     return ",".join(["=r"] * values + list(map(str, range(values))) + ["r"] * others)
@@ -93,15 +93,12 @@ SHIFT_PACK = tl.constexpr(SHIFTED)
 MASK = tl.constexpr(_mask(MASKED))
 MASK_REGISTERS = tl.constexpr(_changed(MASKED, 2 * MASKED))
 MASK_PACK = tl.constexpr(MASKED)
-TOGETHER = tl.constexpr(_together(LOADED))
-TOGETHER_REGISTERS = tl.constexpr(_changed(LOADED, 0))
-TOGETHER_PACK = tl.constexpr(2 * LOADED)
 
 
 @triton.jit
 def _quantize_queries(q, balance):
     """A query tile in INT8 and its one scale; balance: what its channels are multiplied with first."""
-    wide = q.to(tl.float32)
+    wide = widened(q)
     # channel by channel first, over every eighth row, which is what a thread reads: the balance then meets 8 rows, not all
     of_channels = tl.max(tl.abs(wide).reshape([q.shape[0] // 8, 8, q.shape[1]]), axis=0)
     largest = tl.maximum(tl.max(of_channels * balance[None, :]), MIN_MAGNITUDE)
@@ -110,20 +107,9 @@ def _quantize_queries(q, balance):
 
 
 @triton.jit
-def _together(loaded):
-    """What was loaded, [LINEAR_ROWS, D]. ptxas would wait for and convert 16 bytes at a time."""
-    if INTERPRETED or loaded.shape[1] != 128:
-        found = loaded
-    else:
-        found = tl.inline_asm_elementwise(
-            TOGETHER, TOGETHER_REGISTERS, [loaded], dtype=loaded.dtype, is_pure=True, pack=TOGETHER_PACK
-        )
-    return found
-
-
-@triton.jit
 def _rows_at(columns, part, tokens, stride_n, stride_d, LINEAR_ROWS: tl.constexpr):
-    return tile_at(columns, tl.minimum(tile_rows(part, LINEAR_ROWS), tokens - 1), 0, stride_n, stride_d)
+    rows = tl.minimum(part * LINEAR_ROWS + tl.arange(0, LINEAR_ROWS), tokens - 1)
+    return tile_at(columns, rows.to(tl.int64), 0, stride_n, stride_d)
 
 
 @triton.jit
@@ -163,7 +149,7 @@ def _probabilities(scores, slope, offset, factor):
 @triton.jit
 def _shifted(acc, shift):
     """acc [rows, D] >> shift [rows]."""
-    # the other head dimensions have too few sums per thread for the pack
+    # a vote on fewer sums per thread costs more than it saves
     if INTERPRETED or acc.shape[1] != 128:
         found = acc >> shift[:, None]
     else:
@@ -190,9 +176,10 @@ def _of_keys(scores, keys):
 
 @triton.jit
 def _attend_block(
-    j, keys, q, q_scale, acc, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range, D: tl.constexpr
+    j, keys, q, q_scale, acc, rest, row_max, row_sum, packed_k, k_scale, packed_v, v_exponent, log2_range,
+    D: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One key block, of which the first ``keys`` count."""
+    """One key block, of which the first ``keys`` count. acc [rows, PART]: sums of V's first PART places; rest: of the others, if any."""
     key, d = tl.arange(0, KEY_BLOCK), tl.arange(0, D)
     scores = _scores(q, packed_k + j * (KEY_BLOCK * D) + key[None, :] * D + d[:, None])
     unit = q_scale * tl.load(k_scale + j)
@@ -210,14 +197,87 @@ def _attend_block(
     p, block_sum = _probabilities(scores, slope, offset, factor)
     block_sum *= (factor * tl.exp2(-exponent))[:, None]
 
-    v = tl.load(packed_v + j * (KEY_BLOCK * D) + key[:, None] + d[None, :] * KEY_BLOCK)
+    v_at = packed_v + j * (KEY_BLOCK * D) + key[:, None] + tl.arange(0, PART)[None, :] * KEY_BLOCK
+    v = tl.load(v_at)
+    if PART < D:
+        v_rest = tl.load(v_at + PART * KEY_BLOCK)
     row_sum = row_sum * tl.exp2(row_max - new_max)[:, None] + block_sum
     # nothing is left of an INT32 beyond; the row's sum has no such end: an empty V block's exponent is far below others
     shift = tl.minimum(new_max - row_max, MAX_SHIFT)
     # the bias leaves the whole number in the last bits; a conversion would wait behind the loads of V
     bits = (shift + INT8_BIAS).to(tl.int32, bitcast=True) & 31
     acc = tl.dot(p, v, acc=_shifted(acc, bits), out_dtype=tl.int32)
-    return acc, new_max, row_sum
+    if PART < D:
+        rest = tl.dot(p, v_rest, acc=_shifted(rest, bits), out_dtype=tl.int32)
+    return acc, rest, new_max, row_sum
+
+
+@triton.jit
+def _part_of(x, part, LINEAR_ROWS: tl.constexpr):
+    """Rows ``part`` of x [rows, ...], LINEAR_ROWS of them, of at most twice as many: by a select, as they are in registers."""
+    found = x
+    if x.shape[0] > LINEAR_ROWS:
+        if len(x.shape) == 1:
+            first, second = x.reshape([2, LINEAR_ROWS]).permute([1, 0]).split()
+        else:
+            first, second = x.reshape([2, LINEAR_ROWS, x.shape[1]]).permute([1, 2, 0]).split()
+        found = tl.where(part == 0, first, second)
+    return found
+
+
+@triton.jit
+def _linear_and_mix(
+    o_sparse, of_sparse, selected_mass, q_columns, out_plane, sums, of_block, ratio, q_tokens,
+    q_stride_n, q_stride_d, out_stride_n, out_stride_d,
+    D: tl.constexpr, ESTIMATED: tl.constexpr, LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """The linear branch of a tile and its mix with the selected blocks' output into out_plane; each row's ratio into ``ratio``.
+
+    o_sparse float32 [rows, D]: that output over of_sparse [rows]. selected_mass [rows]: log2, where ratios are ESTIMATED. sums: H_i and
+    Z_i of the query block. of_block: its ratio, unless ESTIMATED.
+    """
+    ROWS: tl.constexpr = o_sparse.shape[0]
+    like: tl.constexpr = out_plane.dtype.element_ty
+    d = tl.arange(0, D)
+    waiting = in_pairs(o_sparse, like)
+    # before H_i, which goes to shared memory as soon as it has come; then each part while the one before is multiplied
+    loaded = tl.load(_rows_at(q_columns, 0, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS), eviction_policy=EVICT_FIRST)
+    h, z = query_sums_of(sums, 0, d, D)
+    PART: tl.constexpr = D if D < 32 else 32
+    # not written out: H_i would be read from shared memory once for both parts, and spilled
+    for part in tl.range(0, ROWS // LINEAR_ROWS, num_stages=1):
+        queries = loaded
+        # not at the end of the turn: with nothing carried on, ptxas reads V for P V later in the sparse loop, which takes 5% longer
+        if part + 1 < ROWS // LINEAR_ROWS:
+            loaded = tl.load(
+                _rows_at(q_columns, part + 1, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS),
+                eviction_policy=EVICT_FIRST,
+            )
+        product, weight = linear_rows(queries, h, z, True)
+        weightless = weight < MIN_LINEAR_WEIGHT
+        rows = part * LINEAR_ROWS + tl.arange(0, LINEAR_ROWS)
+        inside = rows < q_tokens
+        if ESTIMATED:
+            # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
+            unselected_mass = tl.load(ratio + rows, mask=inside, other=0.0)
+            share = 1.0 / (1.0 + tl.exp2(unselected_mass - _part_of(selected_mass, part, LINEAR_ROWS)))
+        else:
+            share = tl.full([LINEAR_ROWS], 1.0, tl.float32) * of_block
+        row_ratio = tl.where(weightless, 1.0, share)
+        tl.store(ratio + rows, row_ratio, mask=inside)
+        of_linear = tl.where(weightless, 0.0, (1.0 - row_ratio) / weight)
+        mixed = (
+            of_pairs(_part_of(waiting, part, LINEAR_ROWS), like)
+            * (row_ratio * _part_of(of_sparse, part, LINEAR_ROWS))[:, None]
+            + product * of_linear[:, None]
+        )
+        first, second, third, fourth = quarters_as_stored(mixed.to(like), WARPS)
+        stored = row_at(tl.arange(0, LINEAR_ROWS), WARPS) + part * LINEAR_ROWS
+        out_at = tile_at(out_plane, stored.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
+        for quarter in tl.static_range(D // PART):
+            values = first if quarter == 0 else second if quarter == 1 else third if quarter == 2 else fourth
+            tl.store(out_at, values, mask=(stored < q_tokens)[:, None], eviction_policy=EVICT_FIRST)
+            out_at += PART * out_stride_d
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "q_tokens", "k_tokens", "count"])
@@ -226,7 +286,7 @@ def _int8_sparse_attention(
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, out_stride_b, out_stride_h, out_stride_n, out_stride_d,
     heads, first_head, q_tokens, k_tokens, count, scale_log2, log2_range,
     D: tl.constexpr, TILE: tl.constexpr, QUERY_BLOCK: tl.constexpr, RATIO_KIND: tl.constexpr,
-    LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr, KEEP: tl.constexpr,
+    LINEAR_ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bh = first_head + slot
@@ -243,29 +303,13 @@ def _int8_sparse_attention(
     q_rows = tl.minimum(row, q_tokens - 1).to(tl.int64)
     q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
-        # first, while the registers of the loop are free
-        ask_for_rows(q_plane, q_rows, q_stride_n, q_stride_d, D)
-        # and for what a program to come starts with
+        sums += (slot * q_blocks + q_block) * ((D + 1) * D)
+        # for what follows the loop, and for what a program to come starts with
+        ask_for(sums + LINE * tl.arange(0, D * D // LINE))
         later = tl.minimum(row + TILES_AHEAD * TILE, q_tokens - 1).to(tl.int64)
         ask_for_rows(q_plane, later, q_stride_n, q_stride_d, D)
-        later_block = tl.minimum(q_block + TILES_AHEAD * TILE // QUERY_BLOCK, q_blocks - 1)
-        ask_for(sums + (slot * q_blocks + later_block) * ((D + 1) * D) + LINE * tl.arange(0, D * D // LINE))
-        # before H_i, which goes to shared memory as soon as it has come; then each part while the one before is multiplied
-        loaded = tl.load(_rows_at(q_columns, 0, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS))
-        h, z = query_sums_of(sums, slot * q_blocks + q_block, d, D)
-        of_block = 1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block)
-        for part in tl.range(0, TILE // LINEAR_ROWS, num_stages=1):
-            queries = _together(loaded)
-            if part + 1 < TILE // LINEAR_ROWS:
-                loaded = tl.load(_rows_at(q_columns, part + 1, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS))
-            linear_rows(
-                queries, out_plane, ratio, h, z, of_block, part, out_stride_n, out_stride_d, q_tokens,
-                D, block_ratio is None, LINEAR_ROWS // 16, KEEP,
-            )  # fmt: skip
-        # other threads read it back
-        tl.debug_barrier()
     q_at = tile_at(q_columns, q_rows, 0, q_stride_n, q_stride_d)
-    queries = tl.load(q_at, eviction_policy=EVICT_FIRST)
+    queries = tl.load(q_at)
     q_tile, q_scale = _quantize_queries(queries, tl.load(balance + bh * (2 * D) + D + d))  # [TILE, D]
     q_scale = q_scale * scale_log2
     k_blocks = tl.cdiv(k_tokens, KEY_BLOCK)
@@ -274,7 +318,10 @@ def _int8_sparse_attention(
     k_scale += slot * k_blocks
     v_exponent += slot * k_blocks
 
-    acc = tl.zeros([TILE, D], dtype=tl.int32)
+    # in two halves where they would be wider than high: there Triton shares out the columns among the warps, and P crosses them
+    PLACES: tl.constexpr = D // 2 if D > TILE else D
+    acc = tl.zeros([TILE, PLACES], dtype=tl.int32)
+    rest = acc if PLACES < D else 0
     row_max = tl.full([TILE], NO_SCORE, dtype=tl.float32)
     row_sum = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
     selected += (bh * q_blocks + q_block) * count
@@ -282,42 +329,54 @@ def _int8_sparse_attention(
     # the maximum tells ptxas that the loop runs: it would otherwise wait for every single matrix instruction
     for i in range(tl.maximum(count, 1)):
         j = tl.load(selected + i).to(tl.int64)
-        acc, row_max, row_sum = _attend_block(
-            j, of_last if i == count - 1 else KEY_BLOCK, q_tile, q_scale, acc, row_max, row_sum,
-            packed_k, k_scale, packed_v, v_exponent, log2_range, D,
+        acc, rest, row_max, row_sum = _attend_block(
+            j, of_last if i == count - 1 else KEY_BLOCK, q_tile, q_scale, acc, rest, row_max, row_sum,
+            packed_k, k_scale, packed_v, v_exponent, log2_range, D, PLACES,
         )  # fmt: skip
 
-    # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
+    if PLACES < D:
+        acc = tl.join(acc, rest).permute([0, 2, 1]).reshape([TILE, D])
     norm = tl.sum(row_sum, axis=1)
-    o_sparse = acc.to(tl.float32) * tl.load(v_channel + bh * D + channel_at(d, D))[None, :]
-    inside = row < q_tokens
-    ratio_at = ratio + rows
-    if RATIO_KIND == "none":
-        row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
-    elif RATIO_KIND == "estimated":
-        # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
-        selected_mass = row_max + tl.log2(norm) - log2_range
-        row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
+    of_channels = tl.load(v_channel + bh * D + channel_at(d, D))[None, :]
+    selected_mass = row_max + tl.log2(norm) - log2_range
+    if LINEAR_ROWS > 0:
+        o_sparse = acc.to(tl.float32) * of_channels
+        of_sparse = 1.0 / norm
+        if out.dtype.element_ty == tl.float16:
+            # which does not hold sums that are not divided yet
+            o_sparse = o_sparse * of_sparse[:, None]
+            of_sparse = tl.full([TILE], 1.0, dtype=tl.float32)
+        _linear_and_mix(
+            o_sparse, of_sparse, selected_mass, q_columns, out_plane, sums,
+            1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block), ratio, q_tokens,
+            q_stride_n, q_stride_d, out_stride_n, out_stride_d, D, block_ratio is None, LINEAR_ROWS, WARPS,
+        )  # fmt: skip
     else:
-        row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
-    first, second, third, fourth = quarters_as_stored(o_sparse * (row_ratio / norm)[:, None], WARPS)
-    of_linear = rows_as_stored(1.0 - row_ratio, WARPS)[:, None]
-    stored_rows = row_at(row, WARPS)
-    stored = (stored_rows < q_tokens)[:, None]
-    PART: tl.constexpr = D if D < 32 else 32
-    out_at = tile_at(out_plane, stored_rows.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
-    if RATIO_KIND != "none":
-        ahead = tl.load(out_at, mask=stored, other=0.0, eviction_policy=EVICT_FIRST)
-    for part in tl.static_range(D // PART):
-        mixed = first if part == 0 else second if part == 1 else third if part == 2 else fourth
-        if RATIO_KIND != "none":
-            o_linear = ahead.to(tl.float32)
-            if part + 1 < D // PART:
-                ahead = tl.load(out_at + PART * out_stride_d, mask=stored, other=0.0, eviction_policy=EVICT_FIRST)
-            mixed += o_linear * of_linear
-        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored, eviction_policy=EVICT_FIRST)
-        out_at += PART * out_stride_d
-    tl.store(ratio_at, row_ratio, mask=inside)
+        # The mix is that of sparse_attention.py, written out: in a function that both call, ptxas spills 64 bytes more of this loop.
+        inside = row < q_tokens
+        ratio_at = ratio + rows
+        if RATIO_KIND == "none":
+            row_ratio = tl.full([TILE], 1.0, dtype=tl.float32)
+        elif RATIO_KIND == "estimated":
+            # softmax's share of the whole mass; the mass of the unselected blocks waits where the ratio goes
+            row_ratio = 1.0 / (1.0 + tl.exp2(tl.load(ratio_at, mask=inside, other=0.0) - selected_mass))
+        else:
+            row_ratio = tl.load(ratio_at, mask=inside, other=1.0)
+        first, second, third, fourth = quarters_as_stored(
+            acc.to(tl.float32) * of_channels * (row_ratio / norm)[:, None], WARPS
+        )
+        of_linear = rows_as_stored(1.0 - row_ratio, WARPS)[:, None]
+        stored_rows = row_at(row, WARPS)
+        stored = (stored_rows < q_tokens)[:, None]
+        PART: tl.constexpr = D if D < 32 else 32
+        out_at = tile_at(out_plane, stored_rows.to(tl.int64), tl.arange(0, PART), out_stride_n, out_stride_d)
+        for part in tl.static_range(D // PART):
+            mixed = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+            if RATIO_KIND != "none":
+                mixed += tl.load(out_at, mask=stored, other=0.0, eviction_policy=EVICT_FIRST).to(tl.float32) * of_linear
+            tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored, eviction_policy=EVICT_FIRST)
+            out_at += PART * out_stride_d
+        tl.store(ratio_at, row_ratio, mask=inside)
 
 
 def p_log2_range(count):
@@ -350,5 +409,5 @@ def int8_sparse_attention(
         heads, group.start, tokens, k_tokens, count, scale_log2, p_log2_range(count),
         D=head_dim, TILE=config.tile_m, QUERY_BLOCK=query_block, RATIO_KIND=ratio_kind,
         LINEAR_ROWS=LINEAR_ROWS if along else 0,
-        WARPS=min(config.num_warps, config.tile_m // 16), KEEP=along and config.keeps, options=config.options,
+        WARPS=min(config.num_warps, config.tile_m // 16), options=config.options,
     )  # fmt: skip

@@ -12,10 +12,10 @@ import triton.language as tl
 
 from ..support import interpreting
 from . import configs
-from .half_bytes import bytes_of_halves, half_biased
 from .launch import launch
 from .numerics import FLOAT32_ONE, INT8_BIAS, INT8_MAX, LOG2_E, MIN_EXPONENT, MIN_MAGNITUDE, largest_or_nan
 from .pack import order_of_programs, register_order_of_keys
+from .pairs import bytes_of_halves, half_biased, widened
 from .planes import EVICT_FIRST, KEY_BLOCK, ask_for_rows, tile_at
 from .product_order import GROUP, halves, place_of, row_at
 
@@ -117,7 +117,7 @@ def _int8_pack(
     ask_for_rows(k_plane, later, k_stride_n, k_stride_d, D)
     ask_for_rows(v_plane, later, v_stride_n, v_stride_d, D)
 
-    k_smooth = k_raw.to(tl.float32) - tl.load(k_mean + bh * D + d)  # [KEY_BLOCK, D]
+    k_smooth = widened(k_raw) - tl.load(k_mean + bh * D + d)  # [KEY_BLOCK, D]
     balanced = tl.load(balance + bh * (2 * D) + d)
     if LINEAR:
         # before K's largest element, for which all warps wait
@@ -144,7 +144,7 @@ def _int8_pack(
     tl.store(v_exponent + tile, exponent)
     # so far up that |h_j|, at most V's largest element, is below 2^BOUND_LOG2
     up = BOUND_LOG2 + 126 - (_bits(tl.maximum(v_largest, MIN_LARGEST)) >> 23)
-    even = v_raw.to(tl.float32) * _over_power(power, up)[None, :]
+    even = widened(v_raw) * _over_power(power, up)[None, :]
     if v.dtype.element_ty == tl.bfloat16:
         even = even.to(tl.bfloat16)  # the same numbers in half the registers
     biased = even.to(tl.float32) * (tl.exp2(-exponent) * _power_of_two(-up)) + INT8_BIAS

@@ -2,7 +2,7 @@
 
 One program per (query tile, head). Before the sparse loop because that one has no register to spare: O_l waits in the
 output until the loop mixes the two, and what decides the ratio waits where the ratio goes. The INT8 loop's programs do
-their own rows first (linear_rows).
+their own rows in the end (linear_rows).
 """
 
 import triton
@@ -11,53 +11,27 @@ import triton.language as tl
 from ..router import block_count
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
-from .planes import EVICT_FIRST, EVICT_LAST, NO_POLICY, load_tile, plane_of, store_tile, tile_at, tile_rows
-from .product_order import place_of, quarters_as_stored, row_at
+from .pairs import widened
+from .planes import EVICT_FIRST, load_tile, plane_of, store_tile, tile_rows
+from .product_order import place_of
 
 
 @triton.jit
-def linear_rows(
-    queries, out_plane, ratio, h, z, of_block, tile, out_stride_n, out_stride_d, tokens,
-    D: tl.constexpr, ESTIMATED: tl.constexpr, WARPS: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """O_l of a tile of one query block into out_plane, and what decides its rows' ratio into ``ratio``, that of the plane's first
-    row. queries [TILE, D]: the tile's Q. h [D, D], z [D]: H_i and Z_i. of_block: the ratio of the block, unless it is
-    ESTIMATED. WARPS: as in row_at() where H_i's channels have the places of product_order.py; 0: they do not. KEEP: whether L2 is asked
-    to keep O_l, with WARPS."""
-    ROWS: tl.constexpr = queries.shape[0]
-    start = tile * ROWS
-    rows = (tl.arange(0, ROWS) + start).to(tl.int64)
-    wide = queries.to(tl.float32)
+def linear_rows(queries, h, z, BY_PRODUCT: tl.constexpr):
+    """(phi(Q) H_i [rows, D] in float32, phi(Q) Z_i [rows]) of rows of one query block. queries [rows, D]: their Q. h [D, D], z [D]:
+    H_i and Z_i. BY_PRODUCT: whether the second is a product too, so that the threads that divide by it have it."""
+    wide = widened(queries)
     # phi(Q) without its denominator, as phi_numerator() has it; a power of two takes a third of exp's instructions
-    phi = tl.exp2((wide - tl.max(wide, axis=1)[:, None]) * LOG2_E)
+    phi = tl.exp2(wide * LOG2_E - (tl.max(wide, axis=1) * LOG2_E)[:, None])
     low = phi.to(h.dtype)
-    if WARPS > 0:
-        product = tl.dot(low, h, input_precision="tf32x3")  # [ROWS, D]
-        # a product too, each column of it: in the threads that divide by it
-        columns = tl.broadcast_to(z.to(h.dtype)[:, None], [D, 16])
-        norm = tl.max(tl.dot(low, columns, input_precision="tf32x3"), axis=1)  # [ROWS]
-    else:
-        norm = tl.sum(phi * z, axis=1)
+    if BY_PRODUCT:
         product = tl.dot(low, h, input_precision="tf32x3")
-    weightless = norm < MIN_LINEAR_WEIGHT
-    o_linear = tl.where(weightless, 0.0, 1.0 / norm)[:, None] * product
-    if WARPS > 0:
-        first, second, third, fourth = quarters_as_stored(o_linear.to(out_plane.dtype.element_ty), WARPS)
-        PART: tl.constexpr = D if D < 32 else 32
-        POLICY: tl.constexpr = EVICT_LAST if KEEP else NO_POLICY
-        stored = (row_at(tl.arange(0, ROWS), WARPS) + start).to(tl.int64)
-        out_at = tile_at(out_plane, stored, tl.arange(0, PART), out_stride_n, out_stride_d)
-        for part in tl.static_range(D // PART):
-            of_part = first if part == 0 else second if part == 1 else third if part == 2 else fourth
-            tl.store(out_at, of_part, mask=(stored < tokens)[:, None], eviction_policy=POLICY)
-            out_at += PART * out_stride_d
+        columns = tl.broadcast_to(z.to(h.dtype)[:, None], [z.shape[0], 16])
+        weight = tl.max(tl.dot(low, columns, input_precision="tf32x3"), axis=1)
     else:
-        store_tile(out_plane, rows, tl.arange(0, D), out_stride_n, out_stride_d, tokens, o_linear)
-    if ESTIMATED:
-        # the log2 of an unselected mass of 0: the ratio becomes 1
-        tl.store(ratio + rows, tl.full(norm.shape, float("-inf"), tl.float32), mask=weightless & (rows < tokens))
-    else:
-        tl.store(ratio + rows, tl.where(weightless, 1.0, of_block), mask=rows < tokens)
+        weight = tl.sum(phi * z, axis=1)
+        product = tl.dot(low, h, input_precision="tf32x3")
+    return product, weight
 
 
 @triton.jit
@@ -83,12 +57,18 @@ def _linear_attention(
     h, z = query_sums_of(sums, slot * q_blocks + q_block, place_of(d, D) if ORDERED else d, D)
     rows = tile_rows(tile, TILE)
     q_plane = plane_of(q, bh, heads, q_stride_b, q_stride_h)
-    linear_rows(
-        load_tile(q_plane, rows, d, q_stride_n, q_stride_d, tokens),
-        plane_of(out, bh, heads, out_stride_b, out_stride_h), ratio + bh * tokens, h, z,
-        1.0 if block_ratio is None else tl.load(block_ratio + bh * q_blocks + q_block),
-        tile, out_stride_n, out_stride_d, tokens, D, block_ratio is None, 0, False,
-    )  # fmt: skip
+    out_plane = plane_of(out, bh, heads, out_stride_b, out_stride_h)
+    product, weight = linear_rows(load_tile(q_plane, rows, d, q_stride_n, q_stride_d, tokens), h, z, False)
+    weightless = weight < MIN_LINEAR_WEIGHT
+    o_linear = tl.where(weightless, 0.0, 1.0 / weight)[:, None] * product
+    store_tile(out_plane, rows, d, out_stride_n, out_stride_d, tokens, o_linear)
+    ratio_at = ratio + bh * tokens + rows
+    if block_ratio is None:
+        # the log2 of an unselected mass of 0: the ratio becomes 1
+        tl.store(ratio_at, tl.full([TILE], float("-inf"), tl.float32), mask=weightless & (rows < tokens))
+    else:
+        of_block = tl.load(block_ratio + bh * q_blocks + q_block)
+        tl.store(ratio_at, tl.where(weightless, 1.0, of_block), mask=rows < tokens)
 
 
 def linear_attention(q, work, out, block_ratio, ratio, group, *, query_block, ordered, config):

@@ -14,9 +14,8 @@ from .numerics import INTERPRETED
 # A plain integer in Triton's interpreter, which knows no int % constexpr.
 KEY_BLOCK = K_BLOCK if interpreting() else tl.constexpr(K_BLOCK)  # keys that are selected or left out together
 LINE = tl.constexpr(64)  # numbers of 16 bit in what L2 fetches at a time
-# Which lines L2 gives up first: what the kernel does not come back to. And last: what it comes back to soon. Others have no policy.
+# Which lines L2 gives up first: what the kernel does not come back to. Others have no policy.
 EVICT_FIRST = tl.constexpr("evict_first")
-EVICT_LAST = tl.constexpr("evict_last")
 NO_POLICY = tl.constexpr("")
 
 
@@ -34,7 +33,7 @@ def tile_at(plane, rows, columns, stride_n, stride_d):
 
 @triton.jit
 def load_tile(plane, rows, columns, stride_n, stride_d, tokens, POLICY: tl.constexpr = NO_POLICY):
-    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end. POLICY: one of L2's above."""
+    """[rows, columns] of a plane that has ``tokens`` rows; zeros past its end. POLICY: L2's, as above."""
     at = tile_at(plane, rows, columns, stride_n, stride_d)
     return tl.load(at, mask=rows[:, None] < tokens, other=0.0, eviction_policy=POLICY)
 

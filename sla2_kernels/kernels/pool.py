@@ -52,7 +52,7 @@ def _pools(
     D: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, SAMPLED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     job, bh = tl.program_id(0), tl.program_id(1)
-    if v_channel is not None:
+    if balance is not None:
         # the samples of all heads first, which take longest
         number = bh * tl.num_programs(0) + job
         job = (number // tl.num_programs(1) + k_blocks + q_blocks) % tl.num_programs(0)

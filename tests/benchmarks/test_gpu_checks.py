@@ -19,7 +19,7 @@ def cards(monkeypatch):
         monkeypatch.setenv("TRITON_CACHE_DIR", "unused")  # the command sets it for good
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(names))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: names[index])
         monkeypatch.setattr(command, "environment", lambda device: {"card": names[0]})
         for name, group in list(command.GROUPS.items()):
             ran = lambda comfyui, name=name: [says(f"{name} ran")]  # noqa: E731
@@ -74,6 +74,27 @@ def test_one_group_alone(cards, capsys):
     cards("H100", "H100")
     assert command.main(["--only", "second GPU"]) == 0
     assert capsys.readouterr().out.splitlines() == ["card H100", "ok      second GPU ran: seen"]
+
+
+def test_the_code_of_an_rtx_card_is_checked_alone_and_on_hopper(cards, monkeypatch, capsys):
+    cards("RTX 4090")
+    for more in (["--only", "operator"], ["--comfyui", "somewhere"]):
+        with pytest.raises(SystemExit):
+            command.main(["--rtx", *more])
+        assert "--rtx runs alone, without --only and --comfyui" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(SystemExit, match="--rtx needs an H100 or H200, and this is RTX 4090"):
+        command.main(["--rtx"])
+
+
+def test_in_the_code_of_an_rtx_card_the_forward_checks_run(cards, monkeypatch, capsys):
+    cards("H100")
+    begun = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(command.Imitation, "begin", lambda imitation: begun.append(imitation.card.capability))
+    monkeypatch.setattr(command.operator_alone, "forward_checks", lambda: [says("forward ran")])
+    assert command.main(["--rtx"]) == 0
+    assert begun == [(8, 9)] and capsys.readouterr().out.splitlines() == ["card H100", "ok      forward ran: seen"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ TRITON = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HEADS, TOKENS = 2, 256  # of the calls that are recorded
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
-ACCESS = re.compile(r"(?:ld|st)\.global\S*")
+ACCESS = re.compile(r"(?:ld|st)\.(?:global|shared)\S*")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Compiled:
     """One launched kernel. shared: bytes per block. registers: of 32 bits, per thread.
 
     spilled: bytes of stack per thread, that is of what did not fit the registers: the kernels use it for nothing else. accesses:
-    the kinds of PTX instructions that read or write global memory. reused: shared memory (begin, end) where a barrier of
+    the kinds of PTX instructions that read or write global or shared memory. reused: shared memory (begin, end) where a barrier of
     copies lies, and at another time something else.
     """
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ahead_of_time import HEADS, TOKENS
+from ahead_of_time import HEADS, TOKENS, TRITON
 from cards import CARDS, assert_fits
 
 from sla2_kernels.kernels.configs import fit_config
@@ -31,7 +31,8 @@ CASES = (
     (FP32, 128, "int8", "learned", (86, 90, 100)),
     (FP32, 128, "16bit", "estimated", (86, 90, 100)),
 )
-SPILLING = {"_int8_sparse_attention": 512, "_product_of_halves": 128}
+# Triton 3.2 reshapes by way of shared memory
+SPILLING = {"_int8_sparse_attention": 384 if TRITON >= (3, 3) else 768, "_product_of_halves": 128}
 ODD = [card for card in CARDS if card.arch in (86, 120)]
 
 
@@ -99,10 +100,21 @@ def test_forward_fits(compile_for, attend, card, case):
             # K's INT8 in 8 bytes a thread: in 16, K itself would come in two loads that each take half of every 32 bytes
             assert any(access.startswith("st.global") and ".v2." in access for access in kernel.accesses)
         if kernel.name == "_int8_sparse_attention":
-            # L2 is told what is read for the last time, and what comes back where it has room for it
+            # two programs at a time
+            assert kernel.shared <= 49 * 1024 or card.shared_kb > 99 or TRITON < (3, 3), kernel
+            # L2 is told what is read or written for the last time
             assert any("evict_first" in access for access in kernel.accesses)
-            kept = any("evict_last" in access for access in kernel.accesses)
-            assert kept == (linear and takes_along and card.arch != 86)
+
+
+@pytest.mark.skipif(TRITON < (3, 3), reason="Triton 3.2 reshapes by way of shared memory")
+def test_probabilities_stay_in_their_warp_with_64_queries_per_selection(compile_for, attend):
+    """In INT8 on RTX 40: where the warps share out columns P goes through shared memory, and the loop takes twice as long."""
+    card = next(card for card in CARDS if card.arch == 89)
+    compiled = compile_for(card, only="_int8_sparse_attention")
+    attend(BF16, 128, "int8", "learned", query_block=64)
+    (kernel,) = compiled.kernels
+    assert_fits(kernel, card, spill_bar(card))
+    assert not [access for access in kernel.accesses if access.startswith("st.shared") and access.endswith("b8")]
 
 
 def launched(compile_for, attend, card, cases):

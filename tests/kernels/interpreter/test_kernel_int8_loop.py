@@ -87,5 +87,5 @@ def test_the_linear_branch_beside_the_loop_is_the_one_apart(generator, monkeypat
     beside = sla2_attention(*inputs.tensors(), **options)
     for module in (triton_backend, int8_attention):
         monkeypatch.setattr(module, "takes_linear_branch", lambda q: False)
-    # the same numbers in another order, in float16 from then on
-    assert relative_error(sla2_attention(*inputs.tensors(), **options), beside) < 2e-4
+    # beside the loop the selected blocks' output is what becomes float16 first, apart it is the linear branch's
+    assert relative_error(sla2_attention(*inputs.tensors(), **options), beside) < 5e-4

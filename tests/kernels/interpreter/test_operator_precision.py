@@ -46,6 +46,28 @@ def test_error_stays_below_the_bar(generator, monkeypatch, precision, capability
     assert ratio.dtype == torch.float32 and relative_error(ratio, expected_ratio) < bar
 
 
+@pytest.mark.parametrize("knots", [None, 3])
+def test_the_int8_loop_with_64_queries_per_selection(generator, monkeypatch, knots):
+    """Its sums are in two halves then, as a tile has fewer rows than V has channels."""
+    monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", "8.9")
+    options = {"sparsity": 0.6, "query_block": 64}
+    inputs = attention_inputs(
+        generator,
+        heads=1,
+        tokens=140,
+        keys=420,
+        head_dim=128,
+        dtype=torch.float16,
+        proj="shared",
+        knots=knots,
+        **options,
+    )
+    key_blocks = select_key_blocks(*inputs.tensors()[:2], *inputs.tensors()[3:5], backend="triton", **options)
+    out, ratio = sla2_attention(*inputs.tensors(), precision="int8", backend="triton", return_alpha=True, **options)
+    expected, expected_ratio = inputs.reference(key_blocks)
+    assert relative_error(out, expected) < 4e-2 and relative_error(ratio, expected_ratio) < 4e-2
+
+
 def test_fp8_is_refused_below_8_9(generator, monkeypatch):
     monkeypatch.setenv("SLA2_INTERPRET_CAPABILITY", "8.6")
     inputs = attention_inputs(generator, heads=1, tokens=65)
