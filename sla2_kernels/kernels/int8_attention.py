@@ -240,14 +240,14 @@ def _linear_and_mix(
     like: tl.constexpr = out_plane.dtype.element_ty
     d = tl.arange(0, D)
     waiting = in_pairs(o_sparse, like)
-    # before H_i, which goes to shared memory as soon as it has come; then each part while the one before is multiplied
+    # before H_i, which goes to shared memory as soon as it has come
     loaded = tl.load(_rows_at(q_columns, 0, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS), eviction_policy=EVICT_FIRST)
     h, z = query_sums_of(sums, 0, d, D)
     PART: tl.constexpr = D if D < 32 else 32
     # not written out: H_i would be read from shared memory once for both parts, and spilled
     for part in tl.range(0, ROWS // LINEAR_ROWS, num_stages=1):
         queries = loaded
-        # not at the end of the turn: with nothing carried on, ptxas reads V for P V later in the sparse loop, which takes 5% longer
+        # beside this part's products. Were each loaded in its own turn, ptxas would also read V later in the sparse loop: 5% of its time
         if part + 1 < ROWS // LINEAR_ROWS:
             loaded = tl.load(
                 _rows_at(q_columns, part + 1, q_tokens, q_stride_n, q_stride_d, LINEAR_ROWS),
