@@ -90,7 +90,7 @@ def measure(args):
         for sparsity in map(float, args.sparsities.split(",")):
             call, _ = consumer.sla2_calls(q, k, v, sparsity, query_block=args.query_block)
             ms = consumer.gpu_ms(call, graph=True)
-            kernels = {kernel: ms for kernel, (ms, _) in consumer.kernel_times(call).items()}
+            kernels = {kernel: time for kernel, (time, _) in consumer.kernel_times(call).items()}
             rows.append({"shape": name, "sparsity": sparsity, "ms": ms, "kernels": kernels})
         del q, k, v, call
         torch.cuda.empty_cache()
@@ -104,13 +104,14 @@ def table(builds, found):
         turns = [[turn[number] for turn in of_build] for of_build in found]
         cells = [_spread([one["ms"] for one in of_build]) for of_build in turns]
         lines.append(f"| {row['shape']}, {100 * row['sparsity']:g}% | " + " | ".join(cells) + " |")
-        longest = {}
-        for one in (one for of_build in turns for one in of_build):
-            for kernel, ms in one["kernels"].items():
-                longest[kernel] = max(ms, longest.get(kernel, 0))
-        for kernel in sorted(longest, key=longest.get, reverse=True)[:LISTED]:
-            times = [[one["kernels"].get(kernel) for one in of_build] for of_build in turns]
-            cells = ["-" if None in of_build else _spread(of_build) for of_build in times]
+        times = {}  # of each kernel, by build
+        for build, of_build in enumerate(turns):
+            for kernel, ms in (item for one in of_build for item in one["kernels"].items()):
+                times.setdefault(kernel, [[] for _ in builds])[build].append(ms)
+        for kernel in sorted(times, key=lambda kernel: max(map(max, filter(None, times[kernel]))), reverse=True)[
+            :LISTED
+        ]:
+            cells = [_spread(of_build) if of_build else "-" for of_build in times[kernel]]
             lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -103,15 +103,14 @@ def queries_of_a_selection():
     worst = dict.fromkeys(BOUNDS, 0.0)
     for query_block, head_dim, mixing in itertools.product((64, 128), (64, 128), ("given", "estimated")):
         q, k, v = random_qkv(3001, 2, head_dim, seed=12)
-        options = {"query_block": query_block, "layout": "BNHD"}
-        options["key_blocks"] = select_key_blocks(q, k, sparsity=0.9, **options)
-        ratio = torch.tensor([[0.2, 0.9, 0.5], [0.7, 0.4, 0.95]], device="cuda") if mixing == "given" else None
-        plain = {"query_block": query_block, "key_blocks": options["key_blocks"]}
-        expected, shares = sla2_reference(*(x.transpose(1, 2) for x in (q, k, v)), alpha=ratio, **plain)
+        blocks = select_key_blocks(q, k, sparsity=0.9, query_block=query_block, layout="BNHD")
+        options = {"query_block": query_block, "key_blocks": blocks, "alpha": None}
+        if mixing == "given":
+            options["alpha"] = torch.tensor([[0.2, 0.9, 0.5], [0.7, 0.4, 0.95]], device="cuda")
+        expected, shares = sla2_reference(*(x.transpose(1, 2) for x in (q, k, v)), **options)
         for precision in BOUNDS:
-            out, share = sla2_attention(
-                q, k, v, alpha=ratio, precision=precision, backend="triton", return_alpha=True, **options
-            )
+            choice = {"precision": precision, "layout": "BNHD", "backend": "triton", "return_alpha": True}
+            out, share = sla2_attention(q, k, v, **options, **choice)
             errors = relative_error(out.transpose(1, 2), expected), relative_error(share, shares)
             worst[precision] = max(worst[precision], *errors)
             what = f"{query_block} queries, head_dim {head_dim}, {mixing} ratio, {precision}"
