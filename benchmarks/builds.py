@@ -41,12 +41,16 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("builds", type=Path, nargs="+", metavar="FOLDER", help="a folder that holds a sla2_kernels")
     parser.add_argument("--arch", type=int, choices=[80, 86, 89], help="instructions to imitate; default: none")
-    parser.add_argument("--shapes", default="LTX-2,H3,14B-720p", help="of benchmarks.consumer")
-    parser.add_argument("--sparsities", default="0.97,0.9")
+    parser.add_argument("--shapes", type=_words, default=["LTX-2", "H3", "14B-720p"], help="of benchmarks.consumer")
+    parser.add_argument("--sparsities", type=_numbers, default=[0.97, 0.9])
     parser.add_argument("--query-block", type=int, choices=[64, 128], default=128)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if not args.child:
+        from .consumer import check_shapes  # which loads this checkout's kernels: a child takes those of its build
+
+        check_shapes(parser, args)
     for build in args.builds:
         if not (build / "sla2_kernels" / "__init__.py").is_file():
             parser.error(f"{build} holds no sla2_kernels: name the root of a checkout.")
@@ -57,11 +61,19 @@ def parse(argv=None):
     return args
 
 
+def _words(text):
+    return text.split(",")
+
+
+def _numbers(text):
+    return [float(word) for word in text.split(",")]
+
+
 def measured_apart(args, build, cache):
     """Rows of one build, from a process of its own."""
     words = [
-        sys.executable, "-m", "benchmarks.builds", "--child", str(build.resolve()), "--shapes", args.shapes,
-        "--sparsities", args.sparsities, "--query-block", str(args.query_block),
+        sys.executable, "-m", "benchmarks.builds", "--child", str(build.resolve()), "--shapes", ",".join(args.shapes),
+        "--sparsities", ",".join(map(str, args.sparsities)), "--query-block", str(args.query_block),
     ]  # fmt: skip
     words += ["--arch", str(args.arch)] if args.arch else []
     root = Path(__file__).resolve().parent.parent
@@ -85,9 +97,9 @@ def measure(args):
     if args.arch:
         consumer.Imitation(consumer.CARDS[args.arch]).begin()
     rows = []
-    for name in args.shapes.split(","):
+    for name in args.shapes:
         q, k, v = consumer.make_inputs(consumer.SHAPES[name])
-        for sparsity in map(float, args.sparsities.split(",")):
+        for sparsity in args.sparsities:
             call, _ = consumer.sla2_calls(q, k, v, sparsity, query_block=args.query_block)
             ms = consumer.gpu_ms(call, graph=True)
             kernels = {kernel: time for kernel, (time, _) in consumer.kernel_times(call).items()}

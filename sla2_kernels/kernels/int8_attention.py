@@ -38,7 +38,7 @@ from .numerics import (
     add_up,
 )
 from .pairs import bytes_of_halves, half_biased, in_pairs, of_pairs, widened
-from .planes import EVICT_FIRST, KEY_BLOCK, LINE, ask_for, ask_for_rows, plane_of, tile_at
+from .planes import EVICT_FIRST, KEY_BLOCK, ask_for_rows, plane_of, tile_at
 from .product_order import channel_at, quarters_as_stored, row_at, rows_as_stored
 
 P_LOG2_RANGE = 7.0
@@ -305,8 +305,7 @@ def _int8_sparse_attention(
     q_columns = (q_plane + d * q_stride_d)[None, :]
     if LINEAR_ROWS > 0:
         sums += (slot * q_blocks + q_block) * ((D + 1) * D)
-        # for what follows the loop, and for what a program to come starts with
-        ask_for(sums + LINE * tl.arange(0, D * D // LINE))
+        # for what a program to come starts with
         later = tl.minimum(row + TILES_AHEAD * TILE, q_tokens - 1).to(tl.int64)
         ask_for_rows(q_plane, later, q_stride_n, q_stride_d, D)
     q_at = tile_at(q_columns, q_rows, 0, q_stride_n, q_stride_d)

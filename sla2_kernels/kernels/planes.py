@@ -46,19 +46,14 @@ def store_tile(plane, rows, columns, stride_n, stride_d, tokens, values):
 
 
 @triton.jit
-def ask_for(at):
-    """Has L2 fetch the lines of these addresses, without waiting."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def ask_for_rows(plane, rows, stride_n, stride_d, D: tl.constexpr):
     """Has L2 fetch these rows of a plane, without waiting."""
-    lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
-    ask_for(tile_at(plane, rows, lines, stride_n, stride_d))
+    if not INTERPRETED:
+        lines = LINE * tl.arange(0, (D + LINE - 1) // LINE)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [tile_at(plane, rows, lines, stride_n, stride_d)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -44,6 +44,8 @@ def test_kernels_that_are_imported_already_are_not_replaced(folders):
     [
         (["benchmarks"], True, "benchmarks holds no sla2_kernels: name the root of a checkout."),
         ([".", "--turns", "0"], True, "--turns 0: each build must run at least once."),
+        ([".", "--shapes", "H3,LTX"], True, "'LTX' is not one of 14B-720p, H3,"),
+        ([".", "--sparsities", "0.9,97%"], True, "argument --sparsities: invalid"),
         (["."], False, "there is no GPU."),
     ],
 )
