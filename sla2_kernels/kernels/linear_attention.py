@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 
 from ..router import block_count
+from ..support import triton_version
 from .launch import launch
 from .numerics import LOG2_E, MIN_LINEAR_WEIGHT
 from .pairs import widened
 from .planes import EVICT_FIRST, load_tile, plane_of, store_tile, tile_rows
 from .product_order import place_of
+
+WEIGHT_COLUMNS = tl.constexpr(8 if triton_version() >= (3, 5) else 16)  # equal ones; a product has no fewer
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def linear_rows(queries, h, z, BY_PRODUCT: tl.constexpr):
     low = phi.to(h.dtype)
     if BY_PRODUCT:
         product = tl.dot(low, h, input_precision="tf32x3")
-        columns = tl.broadcast_to(z.to(h.dtype)[:, None], [z.shape[0], 16])
+        columns = tl.broadcast_to(z.to(h.dtype)[:, None], [z.shape[0], WEIGHT_COLUMNS])
         weight = tl.max(tl.dot(low, columns, input_precision="tf32x3"), axis=1)
     else:
         weight = tl.sum(phi * z, axis=1)
