@@ -36,7 +36,8 @@ def generate(comfyui, folder, plan, checkpoint):
 
 
 def lay_out(base, checkpoint):
-    """ComfyUI's own folders under ``base``: models, and this pack with the miniature's captions. Old outputs are removed."""
+    """ComfyUI's own folders under ``base``: models, this pack with the miniature's captions, and convolutions that do not keep a CPU
+    waiting. Old outputs are removed."""
     for name in ("output", "custom_nodes"):
         shutil.rmtree(base / name, ignore_errors=True)
     models = {
@@ -57,6 +58,12 @@ def lay_out(base, checkpoint):
     (pack / "miniature").mkdir()
     for name in ("__init__.py", "captions.py"):
         shutil.copy2(ROOT / "miniature" / name, pack / "miniature")
+    quick = base / "custom_nodes" / "quick_convolutions"
+    quick.mkdir()
+    shutil.copy2(ROOT / "tooling" / "quick_convolutions.py", quick)
+    (quick / "__init__.py").write_text(
+        "from .quick_convolutions import take_onednn\n\ntake_onednn()\nNODE_CLASS_MAPPINGS = {}\n", encoding="utf-8"
+    )
 
 
 def pack_files():

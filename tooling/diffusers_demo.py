@@ -14,6 +14,7 @@ from sla2_diffusers import apply_sla2
 from .demo_plan import CAPTION
 from .environment import say
 from .outcome import Outcome, Run
+from .quick_convolutions import take_onednn
 
 
 class ScaledRope(torch.nn.Module):
@@ -57,6 +58,7 @@ def load_vae(path):
 
 def generate(folder, plan, checkpoint):
     """Both videos, written to ``folder``; returns the Outcome."""
+    take_onednn()
     transformer = load_transformer(checkpoint.dit).to(plan.device)
     vae = load_vae(checkpoint.vae).to(plan.device)
     say("Loaded the checkpoint into diffusers")

@@ -65,7 +65,7 @@ def table(outcome):
     if outcome.host == "ComfyUI":
         lines.append("The sampling that ran first includes loading the model.")
     if outcome.device == "cpu":
-        lines.append("These times are not the speed-up: on a CPU nothing is made faster, and VAE decoding dominates.")
+        lines.append("These times are not the speed-up: on a CPU nothing is made faster.")
     else:
         lines.append("These times are not the speed-up: the miniature is too small for it; see benchmarks/results.")
     return "\n".join(lines)
