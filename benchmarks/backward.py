@@ -26,7 +26,7 @@ from sla2_kernels.kernels.backward_configs import BackwardConfig, LinearConfig, 
 from sla2_kernels.reference import sla2_reference
 from sla2_kernels.router import block_count
 
-from . import results
+from . import lists, results
 from .consumer_imitation import ASSEMBLED, imitate
 from .inputs import find_shape, make_inputs
 from .measure import environment, is_gpu, median_ms, use_device
@@ -77,9 +77,9 @@ def main(argv=None):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=_parts, default=["check", "time", "phases"], help=", ".join(PARTS))
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=["1.3B-480p", "14B-720p"])
-    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
-    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["int8", "16bit"])
+    parser.add_argument("--shapes", type=lists.names, default=["1.3B-480p", "14B-720p"])
+    parser.add_argument("--sparsities", type=lists.numbers, default=[0.97, 0.9])
+    parser.add_argument("--precisions", type=lists.names, default=["int8", "16bit"])
     parser.add_argument("--data", default="random", help="random, local or clustered (benchmarks/inputs.py)")
     parser.add_argument("--peers", help="folder with the peers' packages (see benchmarks/rivals/packages.py)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

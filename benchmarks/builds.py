@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from . import lists
+
 LISTED = 4  # kernels of a row
 APART = 0.01  # of a time, up to which two turns agree
 
@@ -41,8 +43,10 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("builds", type=Path, nargs="+", metavar="FOLDER", help="a folder that holds a sla2_kernels")
     parser.add_argument("--arch", type=int, choices=[80, 86, 89], help="instructions to imitate; default: none")
-    parser.add_argument("--shapes", type=_words, default=["LTX-2", "H3", "14B-720p"], help="of benchmarks.consumer")
-    parser.add_argument("--sparsities", type=_numbers, default=[0.97, 0.9])
+    parser.add_argument(
+        "--shapes", type=lists.names, default=["LTX-2", "H3", "14B-720p"], help="of benchmarks.consumer"
+    )
+    parser.add_argument("--sparsities", type=lists.numbers, default=[0.97, 0.9])
     parser.add_argument("--query-block", type=int, choices=[64, 128], default=128)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -59,14 +63,6 @@ def parse(argv=None):
     if not torch.cuda.is_available():
         parser.error("this times kernels, and there is no GPU.")
     return args
-
-
-def _words(text):
-    return text.split(",")
-
-
-def _numbers(text):
-    return [float(word) for word in text.split(",")]
 
 
 def measured_apart(args, build, cache):
@@ -120,9 +116,8 @@ def table(builds, found):
         for build, of_build in enumerate(turns):
             for kernel, ms in (item for one in of_build for item in one["kernels"].items()):
                 times.setdefault(kernel, [[] for _ in builds])[build].append(ms)
-        for kernel in sorted(times, key=lambda kernel: max(map(max, filter(None, times[kernel]))), reverse=True)[
-            :LISTED
-        ]:
+        longest = sorted(times, key=lambda kernel: max(map(max, filter(None, times[kernel]))), reverse=True)
+        for kernel in longest[:LISTED]:
             cells = [_spread(of_build) if of_build else "-" for of_build in times[kernel]]
             lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

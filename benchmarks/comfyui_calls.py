@@ -24,7 +24,7 @@ import torch
 
 from tooling.comfyui import find_comfyui
 
-from . import results
+from . import lists, results
 from .comfyui_memory import measure_memory
 from .comfyui_models import CASES, WEIGHTS, crossover_cases, make_inputs, make_patcher
 from .comfyui_step import comfyui_version
@@ -90,8 +90,8 @@ def parse(argv=None):
     )
     parser.add_argument("--blocks", type=int, help="how many blocks run, in all parts")
     parser.add_argument("--calls", type=int, default=2, help="most timed calls; a short one warms up")
-    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.9, 0.97])
-    parser.add_argument("--lengths", type=lambda text: [int(x) for x in text.split(",")], default=list(LENGTHS))
+    parser.add_argument("--sparsities", type=lists.numbers, default=[0.9, 0.97])
+    parser.add_argument("--lengths", type=lists.whole_numbers, default=list(LENGTHS))
     parser.add_argument("--peers", help="folder with comfy_kitchen, where that is not installed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)

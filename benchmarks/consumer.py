@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import results
+from . import lists, results
 from .consumer_imitation import CARDS, Imitation
 from .consumer_roofline import SHEETS, milliseconds, sla2_work, sol_work
 from .consumer_table import consumer_markdown
@@ -64,7 +64,7 @@ def main(argv=None):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", type=lambda text: [int(arch) for arch in text.split(",")], default=[89, 80, 86])
+    parser.add_argument("--archs", type=lists.whole_numbers, default=[89, 80, 86])
     add_call_arguments(parser, list(SHAPES))
     parser.add_argument(
         "--all-methods",
@@ -89,8 +89,8 @@ def parse(argv=None):
 
 def add_call_arguments(parser, shapes):
     """What decides the calls, and where their rows go. shapes: names, the default."""
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=shapes)
-    parser.add_argument("--sparsities", type=lambda text: [float(x) for x in text.split(",")], default=[0.97, 0.9])
+    parser.add_argument("--shapes", type=lists.names, default=shapes)
+    parser.add_argument("--sparsities", type=lists.numbers, default=[0.97, 0.9])
     parser.add_argument("--peers", help="folder with comfy-kitchen (see benchmarks/rivals/packages.py)")
     parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/consumer-<card>.json")
 

@@ -38,8 +38,8 @@ from miniature.weight_files import KINDS, weight_file
 from sla2_kernels import load_router
 from sla2_kernels.whole_file import write_whole
 
+from . import lists, results
 from . import quality_variants as names
-from . import results
 from .measure import environment, use_device
 from .miniature_model import SEED, Miniature
 from .quality_report import real_length_markdown
@@ -468,7 +468,7 @@ def parse(argv=None):
         help="folder that keeps dense videos, 0.2 GB each: the next run of the same model does not sample them",
     )
     parser.add_argument("--minutes", type=float, help="no row is begun after so many")
-    parser.add_argument("--sparsities", type=lambda text: [float(s) for s in text.split(",")], default=[0.97, 0.99, 0.9, 0.95],
+    parser.add_argument("--sparsities", type=lists.numbers, default=[0.97, 0.99, 0.9, 0.95],
                         help="the main one first")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=8, help="videos of a main row")
     parser.add_argument("--few-prompts", type=int, default=2, help="videos of the others in 8 bit")

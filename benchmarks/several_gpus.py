@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import results
+from . import lists, results
 from .measure import environment, is_gpu
 from .several_gpus_operator import attention, attention_table, messages, messages_table, timeline, timeline_table
 from .together import SPARSITY
@@ -57,12 +57,10 @@ def parse(argv=None):
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="one per GPU")
     parser.add_argument(
         "--counts",
-        type=lambda text: [int(number) for number in text.split(",")],
+        type=lists.whole_numbers,
         help="processes to measure with, instead of 1, 2, 4, ... and all",
     )
-    parser.add_argument(
-        "--parts", type=lambda text: text.split(","), default=SEVERAL_GPUS[:3], help="of: " + ", ".join(PARTS)
-    )
+    parser.add_argument("--parts", type=lists.names, default=SEVERAL_GPUS[:3], help="of: " + ", ".join(PARTS))
     parser.add_argument("--shape", default="14B-720p", help="of the attention call and of the messages")
     parser.add_argument(
         "--layers", type=int, default=40, help="of the 14B model; of a step's fewer where they do not fit"
